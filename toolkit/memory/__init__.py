@@ -1,0 +1,1 @@
+"""Where the bytes go: predicted by a shadow step, measured on the real run, in one Ledger."""

@@ -1,0 +1,313 @@
+"""The Ledger: where the bytes are at each phase's peak, whoever counted them (a shadow step or a real run).
+
+Its cells are bytes by phase × category × module, and they add up to the totals that a meter counted on its own, or the
+ledger refuses to exist (`LedgerError`). Report, planner and comparison read ledgers and never ask where they came from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.memory.recording import Recording, Window, category_of
+from toolkit.memory.trace import PHASES
+
+SCHEMA_VERSION = 1
+
+# Disjoint, in the order in which they are shown. What stands before the first "_" is the group that they add up to.
+CATEGORIES = {
+    "parameters_frozen": "weights that do not train",
+    "parameters_trainable": "weights that train",
+    "parameters_quantization_state": "scales and tables of quantized weights",
+    "buffers": "tensors of modules and libraries that are not weights",
+    "gradients": "gradients of trainable weights",
+    "optimizer_state": "the optimizer's moments and scales",
+    "activations_saved": "kept by the forward pass for the backward pass",
+    "activations_logits_loss": "the same, of the logits and the loss",
+    "inputs": "the batch: ids, masks, labels",
+    "temporaries": "results that live within one pass, gradients of activations among them",
+    "workspaces": "buffers that libraries and kernels take unseen",
+    "allocator_slack": "the allocator's rounding of each block",
+    "cached_unused": "reserved by the allocator, free at the peak",
+}
+
+Cells = dict[str, dict[str, int]]  # category -> module -> bytes
+
+
+class LedgerError(AssertionError):
+    """The parts do not add up to the total that was counted independently: a bug of the trace, not of the user."""
+
+
+@dataclass(frozen=True)
+class PhaseUse:
+    """One phase: its peak (`cells` is the peak's composition) and what is left allocated when it ends. Bytes."""
+
+    allocated_peak_bytes: int
+    allocated_end_bytes: int
+    cells: Cells = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = self.cells.keys() - CATEGORIES.keys()
+        if unknown:
+            raise LedgerError(f"unknown categories {sorted(unknown)}")
+        parts = sum(sum(modules.values()) for modules in self.cells.values())
+        if parts != self.allocated_peak_bytes:
+            raise LedgerError(f"the parts are {parts:,} bytes, the peak is {self.allocated_peak_bytes:,} bytes")
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """Bytes by category at this phase's peak; each category is there, if only with 0."""
+        return {category: sum(self.cells.get(category, {}).values()) for category in CATEGORIES}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Memory of one training run on one device. Bytes throughout; `parameters` counts elements.
+
+    `phases` are those of the steady step (the last one recorded) and of loading; `first_step` holds the first one's,
+    in which the optimizer's state appears. `timeline` has rows of (phase, step, allocated, reserved), thinned to the
+    greatest of each stretch.
+    """
+
+    source: str  # "predicted" or "measured"
+    device: str
+    phases: Mapping[str, PhaseUse]
+    first_step: Mapping[str, PhaseUse]
+    reserved_bytes: int
+    parameters: Mapping[str, int]  # {"trainable", "all"}
+    stack: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    timeline: tuple[tuple[str, int, int, int], ...] = ()
+    context_bytes: int | None = None  # the driver's and the libraries' own share of the process; None on a CPU
+    budget_bytes: int | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.source not in ("predicted", "measured"):
+            raise LedgerError(f"source is {self.source!r}")
+        if self.reserved_bytes < self.allocated_bytes:
+            raise LedgerError(f"reserved {self.reserved_bytes:,} bytes < allocated {self.allocated_bytes:,} bytes")
+
+    @property
+    def peak_phase(self) -> PhaseUse:
+        """The phase that needs the most, over loading, the first step and the steady step."""
+        return self._peak()[1]
+
+    @property
+    def peak_phase_name(self) -> str:
+        """Its name, one of `PHASES`."""
+        return self._peak()[0]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The peak of what tensors and workspaces occupy."""
+        return self.peak_phase.allocated_peak_bytes
+
+    @property
+    def process_bytes(self) -> int | None:
+        """What the process occupies on the device: reserved and context. None where the context is not known."""
+        return None if self.context_bytes is None else self.reserved_bytes + self.context_bytes
+
+    @property
+    def categories_at_peak(self) -> dict[str, int]:
+        """Bytes by category at the peak; together with `cached_unused` they are `reserved_bytes`."""
+        return self.peak_phase.categories | {"cached_unused": self.reserved_bytes - self.allocated_bytes}
+
+    @property
+    def fits(self) -> bool:
+        """Whether the process (or, without a context, what is reserved) stays within the budget; true without one."""
+        needed = self.reserved_bytes if self.process_bytes is None else self.process_bytes
+        return self.budget_bytes is None or needed <= self.budget_bytes
+
+    def _peak(self) -> tuple[str, PhaseUse]:
+        both = [*self.phases.items(), *self.first_step.items()]
+        return max(both, key=lambda item: item[1].allocated_peak_bytes)
+
+    # ---- JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """One plain object; derived figures stand beside the cells that they are derived from."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": self.source,
+            "device": self.device,
+            "stack": dict(self.stack),
+            "config": dict(self.config),
+            "peak": {
+                "allocated_bytes": self.allocated_bytes,
+                "reserved_bytes": self.reserved_bytes,
+                "process_bytes": self.process_bytes,
+                "context_bytes": self.context_bytes,
+                "phase": self.peak_phase_name,
+            },
+            "phases": {name: asdict(use) for name, use in self.phases.items()},
+            "first_step": {name: asdict(use) for name, use in self.first_step.items()},
+            "categories_at_peak": self.categories_at_peak,
+            "parameters": dict(self.parameters),
+            "budget_bytes": self.budget_bytes,
+            "fits": self.fits,
+            "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+            "timeline": [list(row) for row in self.timeline],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Ledger:
+        """The ledger that `to_json` wrote.
+
+        Raises:
+            UserError: where `data` is of another schema version or no ledger at all.
+            LedgerError: where its parts do not add up.
+        """
+        if data.get("schema_version") != SCHEMA_VERSION:
+            got = data.get("schema_version", "none")
+            raise UserError(f"ledger of schema version {got}, this toolkit reads version {SCHEMA_VERSION}")
+        try:
+            return cls(
+                source=data["source"],
+                device=data["device"],
+                phases={name: PhaseUse(**use) for name, use in data["phases"].items()},
+                first_step={name: PhaseUse(**use) for name, use in data["first_step"].items()},
+                reserved_bytes=data["peak"]["reserved_bytes"],
+                parameters=data["parameters"],
+                stack=data["stack"],
+                config=data["config"],
+                timeline=tuple((phase, step, a, r) for phase, step, a, r in data["timeline"]),
+                context_bytes=data["peak"]["context_bytes"],
+                budget_bytes=data["budget_bytes"],
+                seconds=data["seconds"],
+                notes=tuple(data["notes"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"not a ledger: {type(error).__name__} {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the ledger as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ledger:
+        """Reads what `save` wrote. Raises `UserError` where the file is missing or is no ledger."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read ledger {path}: {error}") from error
+        if not isinstance(data, dict):
+            raise UserError(f"cannot read ledger {path}: it holds a {type(data).__name__}, not an object")
+        return cls.from_json(data)
+
+
+def ledger_of(recording: Recording, timeline_rows: int = 400, **about: Any) -> Ledger:
+    """The ledger of what a trace recorded; `about` gives `source`, `device`, `parameters` and what else is known.
+
+    Raises:
+        LedgerError: where the events' bytes do not add up to the meter's totals.
+    """
+    recording.close()
+    steps = sorted({window.step for window in recording.windows if window.phase != "load"})
+    peaks = {id(window): _peak_index(recording, window) for window in recording.windows}
+    cells = _compositions(recording, sorted(set(peaks.values())))
+
+    def use(phase: str, step: int) -> PhaseUse | None:
+        windows = [w for w in recording.windows if (w.phase, w.step) == (phase, step)]
+        if not windows:
+            return None
+        top = max(windows, key=lambda window: window.allocated_peak)
+        totals = _totals_at(recording, top, peaks[id(top)])
+        parts = _complete(cells[peaks[id(top)]], totals, top.allocated_peak, recording.meter.sees_all)
+        return PhaseUse(top.allocated_peak, windows[-1].after[1], parts)
+
+    def uses(names: Iterable[str], step: int) -> dict[str, PhaseUse]:
+        found = {phase: use(phase, step) for phase in names}
+        return {phase: one for phase, one in found.items() if one is not None}
+
+    in_step = [phase for phase in PHASES if phase != "load"]
+    reserved = [event.reserved for event in recording.events] + [w.after[2] for w in recording.windows]
+    allocated = max((w.allocated_peak for w in recording.windows), default=0)
+    return Ledger(
+        phases=uses(["load"], 0) | (uses(in_step, steps[-1]) if steps else {}),
+        first_step=uses(in_step, steps[0]) if steps else {},
+        reserved_bytes=max([allocated, *reserved]),
+        timeline=_timeline(recording, timeline_rows),
+        **about,
+    )
+
+
+def _peak_index(recording: Recording, window: Window) -> int:
+    """The event after which `window` holds the most; `window.start - 1` where that is the moment it began."""
+    best, top = window.start - 1, window.before[1]
+    for index in range(window.start, window.end):
+        if recording.events[index].allocated > top:
+            best, top = index, recording.events[index].allocated
+    return best
+
+
+def _compositions(recording: Recording, indices: list[int]) -> dict[int, Cells]:
+    """What is alive after each of the events `indices` (ascending): category -> module -> bytes."""
+    alive: Counter[tuple[str, str]] = Counter()
+    result: dict[int, Cells] = {}
+    at = -1
+    for wanted in indices:
+        while at < wanted:
+            at += 1
+            block, sign = recording.events[at].block, recording.events[at].sign
+            alive[category_of(block), folded(block.module)] += sign * block.nbytes
+        cells: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for (category, module), nbytes in alive.items():
+            if nbytes < 0:
+                raise LedgerError(f"{category} of {module or 'the model'} is {nbytes:,} bytes")
+            if nbytes:
+                cells[category][module] = nbytes
+        result[wanted] = dict(cells)
+    return result
+
+
+def _totals_at(recording: Recording, window: Window, index: int) -> tuple[int, int]:
+    """Requested and allocated bytes after event `index` of `window`."""
+    if index < window.start:
+        return window.before[0], window.before[1]
+    event = recording.events[index]
+    return event.requested, event.allocated
+
+
+def _complete(cells: Cells, totals: tuple[int, int], allocated_peak: int, sees_all: bool) -> Cells:
+    """Adds what the meter saw and the events did not: rounding, and on a real GPU the kernels' hidden buffers."""
+    requested, allocated = totals
+    unseen = requested - sum(sum(modules.values()) for modules in cells.values()) + allocated_peak - allocated
+    slack = allocated - requested
+    if unseen < 0 or slack < 0 or (unseen and sees_all):
+        raise LedgerError(f"the parts differ from the meter's total by {unseen:,} bytes, slack {slack:,} bytes")
+    cells = {category: dict(modules) for category, modules in cells.items()}
+    for category, nbytes in (("workspaces", unseen), ("allocator_slack", slack)):
+        if nbytes:
+            cells.setdefault(category, {})
+            cells[category][""] = cells[category].get("", 0) + nbytes
+    return cells
+
+
+def _timeline(recording: Recording, rows: int) -> tuple[tuple[str, int, int, int], ...]:
+    """At most about `rows` rows, each the greatest allocated of its stretch, so that peaks survive the thinning."""
+    total = max(1, len(recording.events))
+    result = []
+    for window in recording.windows:
+        count = max(1, round(rows * (window.end - window.start) / total))
+        length = max(1, -(-(window.end - window.start) // count))
+        for start in range(window.start, window.end, length):
+            top = max(recording.events[start : min(start + length, window.end)], key=lambda event: event.allocated)
+            result.append((window.phase, window.step, top.allocated, top.reserved))
+    return tuple(result)
+
+
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def folded(module: str) -> str:
+    """`model.layers.17.mlp` -> `model.layers.*.mlp`: repeated layers share a row."""
+    return _LAYER.sub("*", module)

@@ -1,0 +1,38 @@
+"""Bytes to text and back. Inside the toolkit every size is an integer of bytes; only this module knows GiB = 2**30."""
+
+import re
+
+from toolkit.errors import UserError
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+_FACTORS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def format_bytes(nbytes: int, signed: bool = False) -> str:
+    """`1320702444` -> `"1.23 GiB"`; three significant places at most, always with its unit; `signed` shows a plus."""
+    sign = "-" if nbytes < 0 else "+" if signed and nbytes > 0 else ""
+    size = abs(nbytes)
+    if size >= GIB:
+        return f"{sign}{size / GIB:.2f} GiB"
+    if size >= MIB:
+        return f"{sign}{size / MIB:.1f} MiB"
+    if size >= KIB:
+        return f"{sign}{size / KIB:.1f} KiB"
+    return f"{sign}{size} B"
+
+
+def parse_bytes(text: str) -> int:
+    """`"24GiB"`, `"24 GiB"`, `"512MiB"`, `"24GB"` (decimal: 24 x 10**9) or a bare number of bytes -> bytes.
+
+    Raises:
+        UserError: where `text` is none of these, or not more than zero.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None or float(match[1]) <= 0:
+        raise UserError(
+            f"{text!r} is not a size: write a positive number with its unit, such as 24GiB, 512MiB "
+            "or 24GB (decimal: 24000000000 bytes)"
+        )
+    return int(float(match[1]) * factor)
