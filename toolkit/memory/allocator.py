@@ -1,18 +1,18 @@
 """PyTorch's CUDA caching allocator, replayed in Python: what a sequence of mallocs and frees makes it reserve.
 
-`torch.cuda.max_memory_reserved()` is what runs out on a card, and it depends on the order of every allocation. This is a
-model of `c10/cuda/CUDACachingAllocator.cpp` (PyTorch 2.14; the rules below are unchanged since 1.13, the 20 MiB constant
-became the setting `large_segment_size_mb` in 2.10), for one device and one stream, without graphs:
+`torch.cuda.max_memory_reserved()` is what runs out on a card, and it depends on the order of every allocation. This is
+a model of `c10/cuda/CUDACachingAllocator.cpp` (PyTorch 2.14; the rules below are unchanged since 1.13, the 20 MiB
+constant became the setting `large_segment_size_mb` in 2.10), for one device and one stream, without graphs:
 
 - A request is rounded up to 512 bytes. Requests of at most 1 MiB live in the small pool, the others in the large pool.
-- The smallest cached block that fits is taken, the lowest address among equals; otherwise a new segment is reserved: 2 MiB
-  for the small pool, 20 MiB for requests below 10 MiB, otherwise the request rounded up to 2 MiB.
-- A block is split when at least 512 bytes would be left in the small pool, or more than 1 MiB in the large pool. What is
-  not split off stays inside the block as *slack* and counts as allocated.
+- The smallest cached block that fits is taken, the lowest address among equals; otherwise a new segment is reserved:
+  2 MiB for the small pool, 20 MiB for requests below 10 MiB, otherwise the request rounded up to 2 MiB.
+- A block is split when at least 512 bytes would be left in the small pool, or more than 1 MiB in the large pool. What
+  is not split off stays inside the block as *slack* and counts as allocated.
 - A freed block merges with its free neighbours in the segment. Segments are given back by `empty_cache()` or when the
   device is full, and only those that are free as a whole.
-- `expandable_segments:True` instead grows one segment a pool, by pages of 2 MiB (small) or 20 MiB (large), splits down to 512
-  bytes in both pools, and gives back every whole free page.
+- `expandable_segments:True` instead grows one segment a pool, by pages of 2 MiB (small) or 20 MiB (large), splits down
+  to 512 bytes in both pools, and gives back every whole free page.
 
 Not modelled: several streams (each would have pools of its own; training uses one), `max_split_size_mb`,
 `garbage_collection_threshold`, `roundup_power2_divisions` (all off by default), private pools of CUDA graphs.
@@ -24,6 +24,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from toolkit.memory import trace
 
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
 SMALL_SIZE = 1 << 20  # kSmallSize: the largest request that the small pool serves
@@ -46,7 +50,7 @@ class OutOfMemory(MemoryError):
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A contiguous part of a segment: handed out, cached, or (expandable segments only) address space without memory."""
+    """A part of a segment: handed out, cached, or (expandable segments only) address space without memory."""
 
     address: int
     size: int  # bytes, slack included
@@ -226,9 +230,10 @@ class Allocator:
         for hole in pool.unmapped:
             before = hole.prev
             candidate = before if before is not None and not before.allocated else hole
-            room, block = 0, candidate
-            while block is not None and not block.allocated and room < size:
-                room, block = room + block.size, block.next
+            room = 0
+            part: Block | None = candidate
+            while part is not None and not part.allocated and room < size:
+                room, part = room + part.size, part.next
             if room >= size:
                 break
         else:
@@ -249,7 +254,7 @@ class Allocator:
         return candidate
 
     def _map(self, hole: Block, size: int) -> Block | None:
-        """Backs the first `size` bytes of an unmapped block, rounded up to pages, with memory; None if there is none."""
+        """Backs the first `size` bytes of an unmapped block, rounded up to pages, with memory; None: there is none."""
         pool = hole.pool
         size = min(-(-size // pool.page) * pool.page, hole.size)
         if not self._grow(size):
@@ -316,3 +321,24 @@ class Allocator:
             if block.next is not None:
                 block.next.prev = block
         block.size += neighbour.size
+
+
+class AllocatorMeter(Allocator):
+    """The allocator as a sink of a trace (`recording.Meter`): a storage's birth is a malloc, its death a free."""
+
+    sees_all = True
+
+    def born(self, block: trace.Block) -> None:
+        block.handle = self.malloc(block.nbytes)
+
+    def died(self, block: trace.Block) -> None:
+        self.free(block.handle)
+        block.handle = None
+
+    def entered(self, phase: str, step: int) -> None:
+        pass
+
+    def take_peak(self) -> int:
+        """The greatest `allocated` since the last call, in bytes; the peak restarts at the present value."""
+        peak, self.peak_allocated = self.peak_allocated, self.allocated
+        return peak
