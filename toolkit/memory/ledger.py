@@ -241,11 +241,15 @@ def ledger_of(recording: Recording, timeline_rows: int = 400, **about: Any) -> L
 
 
 def _peak_index(recording: Recording, window: Window) -> int:
-    """The event after which `window` holds the most; `window.start - 1` where that is the moment it began."""
+    """The birth after which `window` holds the most; `window.start - 1` where that is the moment it began.
+
+    The last one of several: blocks that are adopted change no GPU's total, and all of them belong to the picture.
+    """
     best, top = window.start - 1, window.before[1]
     for index in range(window.start, window.end):
-        if recording.events[index].allocated > top:
-            best, top = index, recording.events[index].allocated
+        event = recording.events[index]
+        if event.sign > 0 and event.allocated >= top:
+            best, top = index, event.allocated
     return best
 
 

@@ -1,8 +1,8 @@
 """The recording: what a trace said, event by event, with the totals that a meter counted independently of it.
 
-A meter counts bytes by means of its own (`Counter`: a running sum; the allocator's replay: blocks of segments; on a GPU:
-PyTorch's `memory_stats`). A recording keeps both, so that a `Ledger`, whose parts come from the events, can be held
-against totals that do not.
+A meter counts bytes by means of its own (`Counter`: a running sum; the allocator's replay: blocks of segments; on a
+GPU: PyTorch's `memory_stats`). A recording keeps both, so that a `Ledger`, whose parts come from the events, can be
+held against totals that do not.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Meter(Sink, Protocol):
 
     `requested` is what the program asked for, `allocated` adds the allocator's rounding, `reserved` what the allocator
     took from the device. `take_peak` gives the greatest `allocated` since it was last called (at least the present
-    one), and starts anew: a recording calls it at each change of phase. `sees_all` says whether the meter counts exactly
-    the blocks that it is told of; a real GPU's also counts buffers that no trace sees.
+    one), and starts anew: a recording calls it at each change of phase. `sees_all` says whether the meter counts
+    exactly the blocks that it is told of; a real GPU's also counts buffers that no trace sees.
     """
 
     sees_all: bool

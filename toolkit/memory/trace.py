@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class Block:
     segment: int  # stretches of forward, of recomputation or of pure backward, numbered in order
     builds_graph: bool  # born in the forward pass, or in checkpointing's recomputation of it
     at_head: bool  # born at or after the output embedding, in the forward pass: logits and loss
-    category: str | None = None  # one of `ledger.CATEGORIES` where it is known, else `recording` infers it from the life
+    category: str | None = None  # of `ledger.CATEGORIES` where it is known, else `recording` infers it from its life
     died_in_segment: int | None = None
     handle: Any = None  # for the meter's own use
 
@@ -139,7 +140,7 @@ class Trace(TorchDispatchMode):
             self._forget(key, block)  # resized in place
         block = self._new_block(storage.nbytes(), self._op if op is None else op, category)
         self._blocks[key] = block
-        self._watches[key] = weakref.ref(storage, lambda _, key=key, block=block: self._forget(key, block))
+        self._watches[key] = weakref.ref(storage, partial(self._on_death, key, block))
         self._announce(block)
         return block
 
@@ -186,12 +187,24 @@ class Trace(TorchDispatchMode):
             return None
 
     def _new_block(self, nbytes: int, op: str, category: str | None) -> Block:
-        builds_graph = self.phase == "forward" or self._recomputing
-        return Block(nbytes, op, self._module, self.phase, self.step, self._segment, builds_graph, self._at_head, category)
+        return Block(
+            nbytes=nbytes,
+            op=op,
+            module=self._module,
+            phase=self.phase,
+            step=self.step,
+            segment=self._segment,
+            builds_graph=self.phase == "forward" or self._recomputing,
+            at_head=self._at_head,
+            category=category,
+        )
 
     def _announce(self, block: Block) -> None:
         for sink in self.sinks:
             sink.born(block)
+
+    def _on_death(self, key: int, block: Block, _: weakref.ref) -> None:
+        self._forget(key, block)
 
     def _forget(self, key: int, block: Block) -> None:
         if self._watches.pop(key, None) is not None:

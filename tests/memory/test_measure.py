@@ -1,0 +1,113 @@
+"""The measured ledger of real Trainer runs on the CPU, where every byte can be derived."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny_models import rows, tiny_model
+from transformers import Trainer, TrainingArguments
+
+from toolkit.memory.ledger import CATEGORIES
+from toolkit.memory.measure import MemoryCallback
+
+
+def train(model, tmp_path, name="llama", steps=3, measure=None, **arguments):
+    measure = measure or MemoryCallback()
+    arguments = {"per_device_train_batch_size": 2, "max_steps": steps, "optim": "adamw_torch"} | arguments
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, **arguments)
+    Trainer(model, args, train_dataset=rows(name, 64), callbacks=[measure]).train()
+    return measure
+
+
+def at_step(measure):
+    """Categories at the steady optimizer step's peak."""
+    return measure.ledger.phases["optimizer_step"].categories
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "gpt2", "qwen2"])
+def test_full_finetuning_keeps_four_copies_of_the_weights(name, tmp_path):
+    model = tiny_model(name)
+    nbytes = 4 * sum(p.numel() for p in model.parameters())
+    tensors = len(list(model.parameters()))
+    found = at_step(train(model, tmp_path, name))
+    assert found["parameters_trainable"] == found["gradients"] == nbytes
+    assert found["parameters_frozen"] == 0
+    assert found["optimizer_state"] == 2 * nbytes + 4 * tensors  # exp_avg, exp_avg_sq and a float32 step each
+
+
+def test_lora_keeps_gradients_and_states_of_its_adapters_alone(tmp_path):
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    nbytes = 4 * sum(p.numel() for p in trainable)
+    assert nbytes == 4 * 2 * (4 * (64 + 64) + 4 * (64 + 32))  # 2 layers, rank 4, q: 64 -> 64, v: 64 -> 32
+    measure = train(model, tmp_path)
+    found = at_step(measure)
+    assert found["parameters_frozen"] == frozen
+    assert found["parameters_trainable"] == found["gradients"] == nbytes
+    assert found["optimizer_state"] == 2 * nbytes + 4 * len(trainable)
+    assert measure.ledger.parameters == {"trainable": nbytes // 4, "all": (nbytes + frozen) // 4}
+
+
+def test_the_first_forward_has_no_optimizer_state_and_the_steady_one_has(tmp_path):
+    ledger = train(tiny_model("llama"), tmp_path).ledger
+    assert ledger.first_step["forward"].categories["optimizer_state"] == 0
+    assert ledger.phases["forward"].categories["optimizer_state"] > 0
+    assert ledger.first_step["forward"].categories["gradients"] == 0
+
+
+def test_checkpointing_trades_activations_for_nothing_else(tmp_path):
+    plain = train(tiny_model("llama"), tmp_path).ledger.phases["forward"].categories
+    few = (
+        train(
+            tiny_model("llama"),
+            tmp_path,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        .ledger.phases["forward"]
+        .categories
+    )
+    assert few["activations_saved"] < plain["activations_saved"] / 2
+    states = ("parameters_trainable", "buffers", "gradients", "optimizer_state", "activations_logits_loss", "inputs")
+    assert {c: few[c] for c in states} == {c: plain[c] for c in states}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_activations_are_activations_in_the_backward_pass(reentrant, tmp_path):
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    ledger = train(tiny_model("llama"), tmp_path, **arguments).ledger
+    kept = ledger.phases["forward"].cells["activations_saved"]
+    recomputed = ledger.phases["backward"].cells["activations_saved"]
+    assert not any("mlp" in module for module in kept)
+    assert any("mlp" in module for module in recomputed)
+
+
+def test_accumulation_keeps_the_gradients_through_the_next_forward(tmp_path):
+    ledger = train(tiny_model("llama"), tmp_path, gradient_accumulation_steps=2).ledger
+    assert (
+        ledger.phases["forward"].categories["gradients"] == ledger.phases["forward"].categories["parameters_trainable"]
+    )
+
+
+def test_logits_and_loss_are_told_apart(tmp_path):
+    ledger = train(tiny_model("llama"), tmp_path).ledger
+    # 2 rows x 32 tokens x 256 ids: float32 log-probabilities at least
+    assert ledger.phases["forward"].categories["activations_logits_loss"] >= 4 * 2 * 32 * 256
+
+
+def test_the_parts_add_up_and_the_modules_have_names(tmp_path):
+    ledger = train(tiny_model("llama"), tmp_path).ledger
+    assert sum(ledger.categories_at_peak.values()) == ledger.reserved_bytes
+    assert set(ledger.categories_at_peak) == set(CATEGORIES)
+    modules = ledger.phases["forward"].cells["activations_saved"]
+    assert "model.layers.*.mlp" in modules
+    assert sum(modules.values()) > 10 * modules.get("", 0)
+
+
+def test_other_steps_are_not_traced(tmp_path):
+    ledger = train(tiny_model("llama"), tmp_path, steps=4, measure=MemoryCallback(steps=(2,))).ledger
+    assert {step for _, step, _, _ in ledger.timeline} == {0, 2}
+
+
+def test_a_run_of_one_step_has_a_ledger_too(tmp_path):
+    ledger = train(tiny_model("llama"), tmp_path, steps=1).ledger
+    assert ledger.phases == {"load": ledger.phases["load"]} | ledger.first_step

@@ -1,0 +1,108 @@
+"""The trace sees each storage once, at its birth and at its death, on real and on fake tensors alike."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from toolkit.memory.recording import Counter, Recording
+from toolkit.memory.trace import Trace
+
+KINDS = ["real", "fake"]
+
+
+def tensor(kind, *shape, requires_grad=False):
+    if kind == "real":
+        return torch.zeros(shape, requires_grad=requires_grad)
+    fake = FakeTensor(
+        FakeTensorMode(allow_non_fake_inputs=True), torch.zeros(shape, device="meta"), torch.device("cpu")
+    )
+    return fake.requires_grad_(requires_grad)
+
+
+def traced():
+    meter = Counter()
+    recording = Recording(meter)
+    return Trace(meter, recording), meter, recording
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_and_in_place_operators_make_no_new_storage(kind):
+    trace, meter, recording = traced()
+    with trace:
+        x = tensor(kind, 4, 8) + 1  # the operand is seen as an input from outside, then freed
+        y = x.view(32)[3:]
+        y.add_(1)
+    assert meter.allocated == 4 * 32
+    del x
+    assert meter.allocated == 4 * 32  # the view keeps the storage
+    del y
+    assert meter.allocated == 0
+    assert sum(event.sign for event in recording.events) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_is_found_without_being_announced(kind):
+    trace, _, recording = traced()
+    x = tensor(kind, 16, requires_grad=True)
+    trace.adopt(x, "parameters_trainable")
+    trace.enter_phase("forward")
+    with trace:
+        loss = (x * 2).exp().sum()
+        loss.backward()
+        x.grad.mul_(0.5)
+    assert [window.phase for window in recording.windows] == ["load", "forward", "backward", "optimizer_step"]
+    saved = [e.block for e in recording.events if e.sign > 0 and e.block.op == "aten::exp"]
+    assert [b.phase for b in saved] == ["forward"]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_counts_as_building_the_graph(use_reentrant):
+    trace, _, recording = traced()
+    x = tensor("real", 16, requires_grad=True)
+    trace.enter_phase("forward")
+    with trace:
+        checkpoint(lambda t: t.exp().sin(), x, use_reentrant=use_reentrant).sum().backward()
+    births = [
+        (e.block.phase, e.block.builds_graph) for e in recording.events if e.sign > 0 and e.block.op == "aten::exp"
+    ]
+    assert births == [("forward", True), ("backward", True)]
+
+
+def test_blocks_carry_the_module_they_are_born_in_both_ways():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sequential(torch.nn.GELU(), torch.nn.Linear(8, 2)))
+    trace, _, recording = traced()
+    trace.enter_phase("forward")
+    with trace, trace.modules_of(model):
+        model(torch.zeros(3, 4)).sum().backward()
+    where = {(e.block.phase, e.block.op): e.block.module for e in recording.events if e.sign > 0}
+    assert where["forward", "aten::gelu"] == where["backward", "aten::gelu_backward"] == "1.0"
+    addmm = [e.block.module for e in recording.events if e.block.op == "aten::addmm" and e.sign > 0]
+    assert addmm == ["0", "1.1"]
+    mm = [e.block.module for e in recording.events if e.block.op == "aten::mm" and e.sign > 0]
+    assert mm == ["1.1", "1.1", "0"]  # gradients of weight and input; the first layer's input needs none
+
+
+def test_a_storage_that_is_resized_is_counted_anew():
+    trace, meter, _ = traced()
+    with trace:
+        x = torch.empty(4)
+        x.resize_(100)
+    assert meter.allocated == 400
+
+
+def test_hidden_buffers_raise_the_peak_and_leave_nothing():
+    trace, meter, _ = traced()
+    trace.passing(1000)
+    workspace = trace.hold(10)
+    assert (meter.allocated, meter.take_peak()) == (10, 1000)
+    trace.release(workspace)
+    assert meter.allocated == 0
+
+
+def test_a_trace_limited_to_one_device_ignores_the_others():
+    meter = Counter()
+    with Trace(meter, device_type="cuda"):
+        kept = torch.zeros(4)
+    assert meter.allocated == 0
+    assert kept.numel() == 4

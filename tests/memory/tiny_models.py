@@ -1,0 +1,55 @@
+"""Tiny models of the four architectures that the memory tests run on; real classes of transformers, random weights."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+CONFIGS = {
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 256},
+    "llama": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 256,
+    },
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 256},
+    "qwen2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 256,
+        "tie_word_embeddings": True,
+    },
+}
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
+
+
+def tiny_config(name: str):
+    return AutoConfig.for_model(name, **CONFIGS[name], **SPECIAL)
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, **kwargs):
+    torch.manual_seed(0)
+    family = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    return family.from_config(tiny_config(name), dtype=dtype, **kwargs)
+
+
+def rows(name: str, number: int, length: int = 32, target_length: int = 16) -> list[dict]:
+    """`number` rows of real ids, all of the same length; encoder-decoder models have shorter labels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> torch.Tensor:
+        return torch.randint(3, 256, (n,), generator=generator)
+
+    return [
+        {
+            "input_ids": (row := ids(length)),
+            "attention_mask": torch.ones(length, dtype=torch.long),
+            "labels": ids(target_length) if name == "t5" else row,
+        }
+        for _ in range(number)
+    ]

@@ -1,0 +1,109 @@
+"""The census: which storages are parameters, quantization state, buffers, gradients and optimizer state.
+
+Called at the moments when they can be told (after loading, before and after the optimizer's step) by the measurement
+and by the shadow step alike, so that both mean the same by each category.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.memory.trace import Trace
+
+
+def label_model(trace: Trace, model: nn.Module) -> None:
+    """Parameters (frozen, trainable), what quantization keeps beside them, and buffers, each with its module's path."""
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            kind = "parameters_trainable" if parameter.requires_grad else "parameters_frozen"
+            trace.adopt(parameter.detach(), kind, path)
+        for tensor in quantization_tensors(module):
+            block = trace.block_of(tensor)
+            if block is None or not (block.category or "").startswith("parameters_"):
+                trace.adopt(tensor, "parameters_quantization_state", path)
+        for tensor in [*module._buffers.values(), *plain_tensors(module)]:
+            if tensor is not None and trace.block_of(tensor) is None:
+                trace.adopt(tensor, "buffers", path)
+
+
+def label_gradients(trace: Trace, model: nn.Module) -> None:
+    """Gradients as they are now; those of DDP's buckets are the buckets' storages."""
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.grad is not None:
+                trace.adopt(parameter.grad, "gradients", path)
+
+
+def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
+    """Every tensor that the optimizer keeps between steps, whatever it calls it."""
+    for value in optimizer.state.values():
+        for tensor in nested_tensors(value):
+            trace.adopt(tensor, "optimizer_state")
+
+
+def quantization_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """bitsandbytes' scales and tables: a 4-bit weight's `QuantState` (nested for double quantization), int8's `SCB`."""
+    seen = {id(module._parameters.get("weight"))}
+    holders = [getattr(module._parameters.get("weight"), name, None) for name in ("quant_state", "CB", "SCB")]
+    holders += [getattr(module, "quant_state", None)]
+    holders += [getattr(getattr(module, "state", None), name, None) for name in ("CB", "SCB")]
+    for holder in holders:
+        for tensor in _quant_state_tensors(holder):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def _quant_state_tensors(holder: Any) -> Iterator[torch.Tensor]:
+    if isinstance(holder, torch.Tensor):
+        yield holder
+    elif holder is not None:
+        for name in ("absmax", "code", "offset", "state2"):
+            yield from _quant_state_tensors(getattr(holder, name, None))
+
+
+def plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors that a module keeps as plain attributes: rotary tables, soft prompts' token ids."""
+    for value in vars(module).values():
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            yield value
+        elif isinstance(value, dict) and value is not module._parameters and value is not module._buffers:
+            yield from (v for v in value.values() if isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter))
+
+
+def nested_tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from nested_tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from nested_tensors(value)
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The output embedding, behind which logits and loss arise; None for models without one (classifiers)."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """`{"trainable", "all"}`: numbers of weights, tied ones once, 4-bit ones by their unpacked shape."""
+    counts = {"trainable": 0, "all": 0}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        number = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+        counts["all"] += number
+        counts["trainable"] += number if parameter.requires_grad else 0
+    return counts

@@ -1,0 +1,52 @@
+"""The meter of a real NVIDIA GPU: PyTorch's own counters, beside which a trace's events are held."""
+
+import torch
+
+from toolkit.memory.trace import Block
+
+
+class CudaMeter:
+    """Reads the caching allocator's statistics of one device; it counts nothing itself.
+
+    It also counts what no trace sees: cuBLAS workspaces, buffers inside kernels, other libraries' tensors. Its first
+    peak reaches back to the last `torch.cuda.reset_peak_memory_stats`, or to the start of the process: loading.
+    """
+
+    sees_all = False
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def _current(self, name: str) -> int:
+        return torch.cuda.memory.memory_stats_as_nested_dict(self.device)[name]["all"]["current"]
+
+    @property
+    def requested(self) -> int:
+        return self._current("requested_bytes")
+
+    @property
+    def allocated(self) -> int:
+        return self._current("allocated_bytes")
+
+    @property
+    def reserved(self) -> int:
+        return self._current("reserved_bytes")
+
+    def born(self, block: Block) -> None:
+        pass
+
+    def died(self, block: Block) -> None:
+        pass
+
+    def entered(self, phase: str, step: int) -> None:
+        pass
+
+    def take_peak(self) -> int:
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def context_bytes(self) -> int:
+        """What the device has in use beyond PyTorch's reserve: the CUDA context, and any other process's memory."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(0, total - free - self.reserved)

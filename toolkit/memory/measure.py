@@ -1,0 +1,161 @@
+"""The measured ledger: a Trainer callback that traces a few steps of a real run, on CPU or CUDA.
+
+    measure = MemoryCallback()
+    Trainer(..., callbacks=[measure]).train()
+    measure.ledger.save("ledger.json")
+
+On a CPU the total is the bytes of the tensors alive, counted as they come and go. On CUDA it is the caching
+allocator's own (`memory_stats`), and what it holds beyond the tensors seen is shown as workspaces and slack.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from transformers import TrainerCallback
+
+from toolkit.memory import census
+from toolkit.memory.cuda_meter import CudaMeter
+from toolkit.memory.environment import device_name, stack_versions
+from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
+from toolkit.memory.recording import Counter, Recording
+from toolkit.memory.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+
+class MemoryCallback(TrainerCallback):
+    """Traces the optimizer steps numbered in `steps` (from 1, counted from where training starts or resumes).
+
+    The default traces the first step, in which the optimizer's state appears, and the second, which is like all that
+    follow. `config` is copied into the ledger. `snapshot` (CUDA only) is a file for PyTorch's memory viewer.
+
+    `ledger` is None until the last of the steps is over (or training ends), and stays None where the parts did not add
+    up to the device's total: a run is not stopped for that, but `problem` says so and a warning is logged.
+    """
+
+    def __init__(
+        self,
+        steps: tuple[int, ...] = (1, 2),
+        config: Mapping[str, Any] | None = None,
+        snapshot: str | Path | None = None,
+    ):
+        self.steps = frozenset(steps)
+        self.config = dict(config or {})
+        self.snapshot = snapshot
+        self.ledger: Ledger | None = None
+        self.problem: str | None = None
+        self._trace: Trace | None = None  # from training's begin until the ledger is made
+        self._active: Trace | None = None  # the same, while one of the steps is traced
+        self._open = ExitStack()
+
+    # ---- the Trainer's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.abort()  # of an earlier attempt, such as a batch size that did not fit
+        self.ledger, self.problem = None, None
+        self._first_step = state.global_step
+        self._seconds = 0.0
+        self._device = next(model.parameters()).device
+        on_cuda = self._device.type == "cuda"
+        if self.snapshot is not None and on_cuda:
+            torch.cuda.memory._record_memory_history()
+        self._meter: CudaMeter | Counter = CudaMeter(self._device) if on_cuda else Counter()
+        self._recording = Recording(self._meter)
+        self._trace = Trace(self._meter, self._recording, device_type=self._device.type)
+        census.label_model(self._trace, model)
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        number = state.global_step - self._first_step + 1
+        if self._trace is None or number not in self.steps:
+            return
+        self._began = time.perf_counter()
+        census.label_model(self._trace, model)
+        census.label_optimizer_state(self._trace, optimizer)
+        self._trace.step = number
+        self._trace.enter_phase("forward")
+        self._open.enter_context(self._trace.modules_of(model, census.head_of(model)))
+        hook = model.register_forward_pre_hook(self._on_forward)
+        self._open.callback(hook.remove)
+        self._open.enter_context(self._trace)
+        self._active = self._trace
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._active is not None:
+            census.label_gradients(self._active, model)
+            if self._active.phase != "optimizer_step":
+                self._active.enter_phase("optimizer_step")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self._active is not None:
+            census.label_optimizer_state(self._active, optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._active is None:
+            return
+        self._close()
+        self._seconds += time.perf_counter() - self._began
+        if state.global_step - self._first_step >= max(self.steps):
+            self._finish(model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._trace is not None:
+            self._close()
+            self._finish(model)
+
+    # ---- our own
+
+    @property
+    def _tracing(self) -> bool:
+        return (
+            self._trace is not None and self._trace in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        )
+
+    def _on_forward(self, module: Any, args: Any) -> None:
+        """The model's forward begins; with accumulation, several times a step, and clipping follows only the last."""
+        assert self._trace is not None
+        if self._trace.phase != "forward":
+            self._trace.enter_phase("forward")
+        self._trace.after_backward = "optimizer_step" if GradientState().sync_gradients else "backward"
+
+    def abort(self) -> None:
+        """Ends tracing at once and without a ledger: for whoever catches an exception out of `Trainer.train`."""
+        self._close()
+        if self._trace is not None:
+            self._trace.close()
+            self._trace = None
+
+    def _close(self) -> None:
+        self._open.close()
+        self._active = None
+
+    def _finish(self, model: Any) -> None:
+        assert self._trace is not None
+        context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else None
+        try:
+            self.ledger = ledger_of(
+                self._recording,
+                source="measured",
+                device=device_name(self._device),
+                stack=stack_versions(),
+                config=self.config,
+                parameters=census.count_parameters(model),
+                context_bytes=context,
+                seconds=self._seconds,
+            )
+        except LedgerError as error:
+            self.problem = str(error)
+            logger.warning("no measured ledger: %s", error)
+        if self.snapshot is not None and isinstance(self._meter, CudaMeter):
+            torch.cuda.memory._dump_snapshot(str(self.snapshot))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self.abort()

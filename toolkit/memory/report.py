@@ -1,0 +1,187 @@
+"""Ledgers in the terminal: one as a table and a bar, predicted beside measured, and several side by side.
+
+Rendering only: every figure is the ledger's. Sizes are in GiB, MiB, KiB by `units.format_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from toolkit.memory.ledger import CATEGORIES, Ledger, PhaseUse
+from toolkit.memory.trace import PHASES
+from toolkit.memory.units import format_bytes
+
+# What a reader asks about first, as groups of categories; each has its colour in every bar.
+GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "weights": ("blue", ("parameters_frozen", "parameters_trainable", "parameters_quantization_state", "buffers")),
+    "gradients": ("magenta", ("gradients",)),
+    "optimizer state": ("red", ("optimizer_state",)),
+    "activations": ("green", ("activations_saved", "activations_logits_loss", "inputs")),
+    "temporaries": ("yellow", ("temporaries", "workspaces")),
+    "slack and cache": ("bright_black", ("allocator_slack", "cached_unused")),
+}
+
+
+def grouped(categories: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by group, in the order of `GROUPS`."""
+    return {name: sum(categories[one] for one in parts) for name, (_, parts) in GROUPS.items()}
+
+
+def bar(groups: Mapping[str, int], total: int, width: int = 60) -> Text:
+    """A stacked bar, `width` cells for `total` bytes; a group of under half a cell is not seen."""
+    text, done, cells = Text(), 0, 0
+    for name, nbytes in groups.items():
+        done += nbytes
+        upto = round(width * done / max(1, total))
+        text.append("█" * (upto - cells), style=GROUPS[name][0])
+        cells = upto
+    return text
+
+
+def legend(groups: Mapping[str, int]) -> Text:
+    """`■ weights 1.2 GiB  ■ gradients ...`, without the groups that are empty."""
+    text = Text()
+    for name, nbytes in groups.items():
+        if nbytes:
+            text.append("■ ", style=GROUPS[name][0])
+            text.append(f"{name} {format_bytes(nbytes)}   ")
+    return text
+
+
+def print_ledger(console: Console, ledger: Ledger) -> None:
+    """The peak as a bar, and a table of category x phase at each phase's own peak."""
+    console.print(_headline(ledger))
+    groups = grouped(ledger.categories_at_peak)
+    console.print(bar(groups, ledger.reserved_bytes, width=min(60, console.width)), legend(groups), sep="\n")
+    table = Table(title=f"Memory by phase ({ledger.source}, {ledger.device})", title_justify="left")
+    table.add_column("at each phase's peak")
+    columns: list[tuple[str, PhaseUse]] = [(name, ledger.phases[name]) for name in PHASES if name in ledger.phases]
+    for name, _ in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for category, meaning in CATEGORIES.items():
+        sizes = [use.categories[category] for _, use in columns]
+        if any(sizes):
+            table.add_row(_label(category, meaning), *[format_bytes(size) if size else "" for size in sizes])
+    table.add_section()
+    table.add_row("allocated, peak", *[format_bytes(use.allocated_peak_bytes) for _, use in columns], style="bold")
+    table.add_row("allocated, at the end", *[format_bytes(use.allocated_end_bytes) for _, use in columns])
+    console.print(table)
+    for note in ledger.notes:
+        console.print(f"note: {note}")
+
+
+def print_comparison(console: Console, predicted: Ledger, measured: Ledger) -> None:
+    """Predicted beside measured, with the error in percent of the measured."""
+    table = Table(title=f"Memory, predicted and measured ({measured.device})", title_justify="left")
+    for name in ("", "predicted", "measured", "error"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, before, after in comparison_rows(predicted, measured):
+        table.add_row(name, format_bytes(before), format_bytes(after), format_error(before, after))
+    console.print(table)
+
+
+def comparison_rows(predicted: Ledger, measured: Ledger) -> list[tuple[str, int, int]]:
+    """(name, predicted bytes, measured bytes): peaks, then phases, then the categories at the peak."""
+    rows = [("allocated, peak", predicted.allocated_bytes, measured.allocated_bytes)]
+    if measured.reserved_bytes != measured.allocated_bytes:
+        rows.append(("reserved, peak", predicted.reserved_bytes, measured.reserved_bytes))
+    if predicted.process_bytes is not None and measured.process_bytes is not None:
+        rows.append(("process", predicted.process_bytes, measured.process_bytes))
+    for phase in PHASES:
+        if phase in predicted.phases and phase in measured.phases:
+            before, after = predicted.phases[phase], measured.phases[phase]
+            rows.append((phase.replace("_", " "), before.allocated_peak_bytes, after.allocated_peak_bytes))
+    both = predicted.categories_at_peak, measured.categories_at_peak
+    rows += [(_label(name), both[0][name], both[1][name]) for name in CATEGORIES if both[0][name] or both[1][name]]
+    return rows
+
+
+def format_error(predicted: int, measured: int) -> str:
+    """`"+0.12 %"`: how far the prediction is off, in percent of the measured; exact where nothing is off."""
+    if predicted == measured:
+        return "exact"
+    return f"{100 * (predicted / measured - 1):+.2f} %" if measured else "not measured"
+
+
+def print_side_by_side(console: Console, ledgers: Sequence[tuple[str, Ledger]]) -> None:
+    """Several ledgers as stacked bars on one scale and a table, each difference to the first in a sentence."""
+    top = max(ledger.reserved_bytes for _, ledger in ledgers)
+    width = max(len(name) for name, _ in ledgers)
+    for name, ledger in ledgers:
+        line = Text(f"{name:{width}}  ")
+        line.append_text(
+            bar(grouped(ledger.categories_at_peak), top, width=max(10, min(60, console.width - width - 16)))
+        )
+        line.append(f"  {format_bytes(ledger.reserved_bytes)}")
+        console.print(line)
+    table = Table()
+    table.add_column("at the peak")
+    for name, _ in ledgers:
+        table.add_column(name, justify="right")
+    for group in GROUPS:
+        sizes = [grouped(ledger.categories_at_peak)[group] for _, ledger in ledgers]
+        if any(sizes):
+            table.add_row(group, *[format_bytes(size) for size in sizes])
+    table.add_section()
+    table.add_row("allocated", *[format_bytes(ledger.allocated_bytes) for _, ledger in ledgers], style="bold")
+    table.add_row("reserved", *[format_bytes(ledger.reserved_bytes) for _, ledger in ledgers])
+    if any(ledger.process_bytes for _, ledger in ledgers):
+        sizes_or_none = [ledger.process_bytes for _, ledger in ledgers]
+        table.add_row("process", *["?" if size is None else format_bytes(size) for size in sizes_or_none])
+    trained = [f"{ledger.parameters['trainable']:,}" for _, ledger in ledgers]
+    table.add_row("trainable parameters", *trained)
+    table.add_row("source", *[f"{ledger.source}, {ledger.device}" for _, ledger in ledgers])
+    console.print(table)
+    for sentence in differences(ledgers):
+        console.print(sentence)
+
+
+def differences(ledgers: Sequence[tuple[str, Ledger]]) -> list[str]:
+    """For each ledger after the first, a sentence on where its peak differs from the first one's, greatest first."""
+    base_name, base = ledgers[0]
+    before = grouped(base.categories_at_peak)
+    sentences = []
+    for name, ledger in ledgers[1:]:
+        after = grouped(ledger.categories_at_peak)
+        changes = sorted(((after[g] - before[g], g) for g in GROUPS if after[g] != before[g]), key=lambda c: -abs(c[0]))
+        total = ledger.reserved_bytes - base.reserved_bytes
+        parts = "; ".join(f"{group} {format_bytes(change, signed=True)}" for change, group in changes)
+        sentences.append(
+            f"{name} against {base_name}: {format_bytes(total, signed=True)}" + (f" ({parts})" if parts else "")
+        )
+    return sentences
+
+
+def _headline(ledger: Ledger) -> str:
+    parts = [
+        f"peak {format_bytes(ledger.allocated_bytes)} allocated, in the {ledger.peak_phase_name.replace('_', ' ')}"
+    ]
+    if ledger.reserved_bytes != ledger.allocated_bytes:
+        parts.append(f"{format_bytes(ledger.reserved_bytes)} reserved")
+    if ledger.process_bytes is not None:
+        parts.append(f"{format_bytes(ledger.process_bytes)} with the CUDA context")
+    if ledger.budget_bytes is not None:
+        parts.append(f"{'fits' if ledger.fits else 'does not fit'} {format_bytes(ledger.budget_bytes)}")
+    return f"{ledger.source}: " + ", ".join(parts)
+
+
+def _label(category: str, meaning: str = "") -> str:
+    """`parameters_frozen` -> `parameters: frozen`."""
+    group, _, rest = category.partition("_")
+    if group in ("parameters", "activations"):
+        return f"{group}: {rest.replace('_', ' ')}"
+    return category.replace("_", " ")
+
+
+def load_all(paths: Iterable[str]) -> list[tuple[str, Ledger]]:
+    """`(name, ledger)` for each path: a ledger file, or a run directory that holds `ledger.json`."""
+    found = []
+    for path in map(Path, paths):
+        file = path / "ledger.json" if path.is_dir() else path
+        found.append((path.stem if path.suffix else path.name, Ledger.load(file)))
+    return found
