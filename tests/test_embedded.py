@@ -1,5 +1,6 @@
 """The embedded default: the dialogues are reproducible and hard to guess, and the model is small, loads, and cannot summarize yet."""
 
+import random
 import re
 import subprocess
 import sys
