@@ -1,0 +1,32 @@
+# make demo    train, score and account for the embedded default; no GPU, no hub, no questions
+# make test    every test, style and types; what CI runs
+# make quick   the fast tests only
+# make setup   the environment alone, in .venv
+.PHONY: setup demo test quick check results
+PYTHON ?= python3
+BIN := .venv/bin
+
+setup: .venv/.footprint
+demo: setup
+	$(BIN)/accelerate launch --config_file launch/single.yaml recipes/lora.py
+
+test: .venv/.footprint-test check
+	$(BIN)/python -m pytest -q
+quick: .venv/.footprint-test
+	$(BIN)/python -m pytest -q -m "not slow"
+check: .venv/.footprint-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+results: setup
+	$(BIN)/python benchmarks/embedded.py
+	$(BIN)/python benchmarks/readme.py
+
+# Each stamp is as new as the environment: nothing is installed while the constraints and the metadata are unchanged.
+.venv/.footprint: constraints.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "error: $$($(PYTHON) --version) is too old; footprint needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+.venv/.footprint-test: .venv/.footprint
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $@

@@ -1,0 +1,42 @@
+"""LoRA: train two thin matrices beside each chosen weight (Hu et al. 2021, arXiv:2106.09685).
+
+    accelerate launch recipes/lora.py
+    accelerate launch recipes/lora.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
+
+Choose it first: it comes close to full fine-tuning on most tasks, needs almost no memory for gradients and optimizer
+state, and leaves an adapter of a few MiB. What it does not save is activations: see the memory table after the run.
+"""
+
+from toolkit.config import parse_config
+from toolkit.evaluation import evaluate_by_generation
+from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.lora import Lora
+from toolkit.models import load_model
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+from toolkit.training import FineTuner, train
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(Lora)  # flags and YAML
+    ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
+    run = RunFolder.create(config, ready)
+
+    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    base = evaluate_by_generation(model, ready.data, config, title="base model")
+
+    model = config.method.attach(model)
+    memory = MemoryCallback()
+    trainer = FineTuner(model, config.training, ready.data, run, callbacks=[memory])
+    train(trainer)
+
+    tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
+    run.finish(config, ready, base, tuned, memory.ledger)
+    if config.training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

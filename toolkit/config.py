@@ -1,0 +1,308 @@
+"""Flags and YAML become one checked `Config`, before anything is loaded.
+
+A recipe is described by four flat dataclasses: its method's own, `ModelArguments`, `DataArguments` and `TrainArguments`
+(all of Hugging Face's `TrainingArguments`, by its own flag names). Each field is a flag and a YAML key of the same name.
+`--config FILE` reads YAML whose keys are flags; flags on the command line win.
+"""
+
+import dataclasses
+import json
+import sys
+from argparse import SUPPRESS, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from toolkit import methods
+from toolkit.errors import UserError, did_you_mean
+from toolkit.models import ModelArguments
+from toolkit.ranks import decided_by_main
+from toolkit.tasks.summarization import DataArguments
+
+# TrainingArguments that have no effect here, because this project or accelerate decides them. Giving one is an error.
+OVERRIDDEN = {
+    "accelerator_config": "accelerate's settings come from its own configuration file: `accelerate launch --config_file FILE`",
+    "auto_find_batch_size": "the batch size that runs must be the one that was asked for and accounted for",
+    "average_tokens_across_devices": "the loss is always averaged over the tokens of all processes",
+    "batch_eval_metrics": "metrics are computed from generated text, once, at the end",
+    "disable_tqdm": "progress is a live line in a terminal and plain lines elsewhere",
+    "do_eval": "use --eval_strategy to evaluate on the validation split while training",
+    "do_predict": "the test split is always scored once, at the end",
+    "do_train": "a recipe trains",
+    "eval_accumulation_steps": "evaluation keeps no logits, so there is nothing to accumulate",
+    "eval_do_concat_batches": "evaluation keeps no logits, so there is nothing to concatenate",
+    "eval_use_gather_object": "evaluation keeps no logits, so there is nothing to gather",
+    "include_for_metrics": "metrics are computed from generated text, once, at the end",
+    "include_num_input_tokens_seen": "real (unpadded) tokens are always counted",
+    "label_names": "the label of every task here is `labels`",
+    "length_column_name": "lengths are taken from the tokenized rows",
+    "liger_kernel_config": "it cannot be written as a flag; --use_liger_kernel takes the defaults",
+    "local_rank": "accelerate launch tells each process its rank",
+    "log_on_each_node": "rank 0 alone logs",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "parallelism_config": "it comes from accelerate's own configuration file: `accelerate launch --config_file FILE`",
+    "prediction_loss_only": "evaluation never keeps logits",
+    "remove_unused_columns": "the tokenized rows have no unused columns",
+    "save_on_each_node": "rank 0 alone writes the run folder",
+    "skip_memory_metrics": "memory is accounted for by the project itself: see memory.json in the run folder",
+}
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """Hugging Face's `TrainingArguments` with defaults for one consumer GPU, and early stopping by flags."""
+
+    _argument_group_name = "training (all of transformers.TrainingArguments)"
+
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every N optimizer steps (below 1: a share of all)."}
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep the newest N checkpoints, and the best."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after N evaluations without a better --metric_for_best_model on the validation split."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much that metric must improve to count as better."}
+    )
+
+
+@dataclass
+class Config:
+    """What one run is: its method, model, data and training, and why it computes in the precision that it does."""
+
+    method: methods.Method
+    model: ModelArguments
+    data: DataArguments
+    training: TrainArguments
+    precision_reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting as flag name to plain value: what `config.yaml` in the run folder holds, and `--config` reads.
+
+        Left out are the folder that the run is in, secrets, and whatever is unset.
+        """
+        flat: dict[str, Any] = {}
+        for part in (self.method, self.model, self.data):
+            flat |= dataclasses.asdict(part)
+        hidden = {*OVERRIDDEN, "output_dir", "resume_from_checkpoint", "hub_token"}
+        flat |= {name: value for name, value in self.training.to_dict().items() if name not in hidden}
+        return {name: value for name, value in flat.items() if value not in (None, "", [], {})}
+
+
+class Parser(HfArgumentParser):
+    """Hugging Face's parser, with one clear line instead of a usage page, and no guessing of abbreviated flags."""
+
+    def __init__(self, method: type[methods.Method], **kwargs: Any) -> None:
+        super().__init__([method, ModelArguments, DataArguments, TrainArguments], allow_abbrev=False, **kwargs)
+        self.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; flags here win.")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+    def given(self, argv: Sequence[str], where: str = "") -> dict[str, Any]:
+        """The settings that `argv` names, as field name to typed value, without defaults.
+
+        Raises: UserError for an unknown flag (with the nearest valid one), a missing or a mistyped value.
+        """
+        marker = object()
+        names = {action.dest for action in self._actions if action.dest is not SUPPRESS}
+        try:
+            space, rest = self.parse_known_args(list(argv), Namespace(**dict.fromkeys(names, marker)))
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
+        if rest:
+            self._refuse_unknown(rest[0], where)
+        return {name: value for name, value in vars(space).items() if value is not marker}
+
+    def flags(self) -> dict[str, Any]:
+        """Flag name (without dashes) to its argparse action."""
+        return {
+            option.lstrip("-"): action
+            for action in self._actions
+            for option in action.option_strings
+            if "_" in option or "-" not in option[2:]
+        }
+
+    def _refuse_unknown(self, got: str, where: str) -> NoReturn:
+        name = got.lstrip("-").split("=")[0].replace("-", "_")
+        if not got.startswith("-"):
+            raise UserError(f"{where}unexpected value {got!r}: every setting is a flag, --name value")
+        owners = [m for m, cls in methods.METHODS.items() if name in {f.name for f in dataclasses.fields(cls)}]
+        hint = f" (it belongs to the method {owners[0]})" if owners else did_you_mean(name, self.flags())
+        shown = name if where else f"--{name}"
+        raise UserError(f"{where}unknown {'key' if where else 'flag'} {shown}{hint}; --help lists them all")
+
+
+def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None) -> Config:
+    """Reads the command line (and `--config FILE`) of the recipe for `method` into a checked `Config`.
+
+    Raises: UserError for anything that cannot be right, before data or model are touched.
+    """
+    parser = Parser(method, description=sys.modules[method.__module__].__doc__)
+    given = parser.given(sys.argv[1:] if argv is None else argv)
+    settings = dict(method.training_defaults)
+    if (path := given.pop("config", None)) is not None:
+        from_file = _from_yaml(parser, Path(path))
+        settings |= from_file | given
+        # A key at its default says nothing: a run's own config.yaml, which names every setting, can be run again.
+        given |= {k: v for k, v in from_file.items() if k not in given and v != parser.get_default(k)}
+    if given.get("model_name_or_path") is None:
+        settings |= method.embedded_defaults
+    settings |= given
+    for name in given:
+        if name in OVERRIDDEN:
+            raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")
+    _check_training(settings, given)
+    model, data, own = (_build(part, settings) for part in (ModelArguments, DataArguments, method))
+    for part in (model, data, own):
+        part.check(given)
+    settings["bf16"], settings["fp16"], reason = choose_precision(settings)
+    return Config(own, model, data, _build_training(settings, own, model), reason)
+
+
+def choose_precision(settings: dict[str, Any]) -> tuple[bool, bool, str]:
+    """Whether to compute in bf16 or fp16 (neither: fp32), and why: bf16 wherever the card has it, unless flags say else.
+
+    Raises: UserError for flags that exclude each other, and for fp16 without a GPU.
+    """
+    bf16, fp16 = settings.get("bf16"), settings.get("fp16")
+    if bf16 and fp16:
+        raise UserError("--bf16 and --fp16 exclude each other; give one of them")
+    on_gpu = torch.cuda.is_available() and not settings.get("use_cpu")
+    if fp16 and not on_gpu:
+        raise UserError("--fp16 needs a GPU, and there is none here (or --use_cpu was given); use --bf16 or fp32")
+    if bf16 is not None or fp16 is not None:
+        name = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+        return bool(bf16), bool(fp16), f"{name}: as asked for"
+    if not on_gpu:
+        return False, False, "fp32: " + ("--use_cpu" if settings.get("use_cpu") else "no GPU")
+    major, minor = torch.cuda.get_device_capability()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return has_bf16, False, f"{'bf16' if has_bf16 else 'fp32'}: compute capability {major}.{minor}"
+
+
+def _build(cls: type, settings: dict[str, Any]) -> Any:
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    return cls(**{name: value for name, value in settings.items() if name in names})
+
+
+def _build_training(settings: dict[str, Any], method: methods.Method, model: ModelArguments) -> TrainArguments:
+    ours = {
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,
+        "prediction_loss_only": True,
+    }
+    if settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"):
+        ours["gradient_checkpointing_kwargs"] = settings.get("gradient_checkpointing_kwargs") or {
+            "use_reentrant": False
+        }
+    settings = {"dataloader_pin_memory": torch.cuda.is_available()} | settings | ours
+    resume = settings.get("resume_from_checkpoint")
+    if not settings.get("output_dir"):
+        settings["output_dir"] = str(Path(resume).parent) if _is_checkpoint(resume) else _new_output_dir(method, model)
+    try:
+        training = _build(TrainArguments, settings)
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    training.output_dir = decided_by_main(lambda: training.output_dir)  # its time stamp must be one for all ranks
+    training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; torch's DataParallel is never what runs
+    return training
+
+
+def _is_checkpoint(resume: str | None) -> TypeGuard[str]:
+    return resume is not None and resume.lower() not in ("true", "false", "1", "0")
+
+
+def _new_output_dir(method: methods.Method, model: ModelArguments) -> str:
+    """`runs/<method>-<model>-<time>`: a folder that no earlier run has used."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs") / f"{method.name}-{model.short_name}-{stamp}"
+    names = [folder] + [folder.with_name(f"{folder.name}-{n}") for n in range(2, 100)]
+    return str(next(name for name in names if not name.exists()))
+
+
+def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses numbers that no run can have. `settings` holds what was given and the recipe's defaults."""
+    for name, least in (
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("early_stopping_patience", 1),
+    ):
+        value = settings.get(name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} is not possible; give a whole number of at least {least}")
+    steps = settings.get("max_steps", -1)
+    if steps == 0 or steps < -1:
+        raise UserError(f"--max_steps {steps} trains nothing; give at least 1, or leave it out to train by epochs")
+    epochs = settings.get("num_train_epochs", 3.0)
+    if epochs <= 0:
+        raise UserError(f"--num_train_epochs {epochs:g} trains nothing; give a number above 0")
+    rate = settings.get("learning_rate", 1.0)
+    if not 0 < rate < float("inf"):
+        raise UserError(f"--learning_rate {rate:g} is not possible; give a number above 0, for instance 1e-4")
+    if settings.get("early_stopping_patience") is not None:
+        if not settings.get("load_best_model_at_end") or str(settings.get("eval_strategy", "no")) == "no":
+            raise UserError(
+                "--early_stopping_patience needs something to watch: add --eval_strategy epoch --load_best_model_at_end"
+            )
+    elif "early_stopping_threshold" in given:
+        raise UserError(
+            "--early_stopping_threshold has no effect without --early_stopping_patience; add it or leave it out"
+        )
+    if "metric_for_best_model" in given and not settings.get("load_best_model_at_end"):
+        raise UserError(
+            "--metric_for_best_model has no effect without --load_best_model_at_end; add it or leave it out"
+        )
+
+
+def _from_yaml(parser: Parser, path: Path) -> dict[str, Any]:
+    """The settings of a YAML file. Each goes through the flag of its name, so types are checked by the same rules."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path}: not valid YAML ({reason})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: got a {type(content).__name__}; the file must hold `flag_name: value` lines")
+    given: dict[str, Any] = {}
+    flags = parser.flags()
+    where = f"{path}: "
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in flags or name in ("config", "help", "h"):
+            parser._refuse_unknown(f"--{name}", where)
+        if value is None:
+            continue  # as if the key were not there
+        given |= parser.given(_as_argv(name, value, flags[name], where), where)
+    return given
+
+
+def _as_argv(name: str, value: Any, action: Any, where: str) -> list[str]:
+    takes_list = action.nargs == "+"
+    if isinstance(value, list):
+        if not takes_list:
+            raise UserError(f"{where}{name} takes one value, got a list of {len(value)}")
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, dict):
+        if name not in TrainingArguments._VALID_DICT_FIELDS:
+            raise UserError(
+                f"{where}{name} takes one value, got a mapping with {', '.join(map(str, value)) or 'no keys'}"
+            )
+        return [f"--{name}", json.dumps(value)]
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]

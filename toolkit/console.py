@@ -1,0 +1,24 @@
+"""The terminal: one console for the whole project, silent on every rank but the first."""
+
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+is_main = os.environ.get("RANK", "0") == "0"
+console = Console(quiet=not is_main, highlight=False, width=None if os.isatty(1) else 110)
+
+
+def say(label: str, text: str) -> None:
+    """One aligned line: what it is about, and what there is to know."""
+    console.print(f"[bold]{label:>11}[/bold]  {text}", soft_wrap=True)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table whose first column is text and whose others are numbers."""
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)

@@ -1,0 +1,17 @@
+"""How a model is fine-tuned. One file a family; `METHODS` finds them, so a new method is one file here and one recipe."""
+
+import importlib
+import pkgutil
+
+from toolkit.methods.base import Method
+
+__all__ = ["METHODS", "Method"]
+
+
+def _find() -> dict[str, type[Method]]:
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    return {cls.name: cls for cls in classes if issubclass(cls, Method) and cls is not Method}
+
+
+METHODS = _find()

@@ -1,0 +1,267 @@
+"""Tokenizer and model: a hub id, a local folder, or the embedded default; in the precision that the machine allows."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from toolkit.embedded import MODEL_DIR
+from toolkit.errors import UserError
+
+# Architectures whose activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
+FP16_OVERFLOWS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and in what form its weights are held."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder. Default: the tiny T5 that comes with footprint."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub model."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the tokenizer, where it is not the model's own."}
+    )
+    random_weights: bool = field(
+        default=False, metadata={"help": "Make the model from its config alone, with random weights drawn from --seed."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Type of the weights. auto: bf16 for a frozen base on a card that has it, else fp32."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager, flash_attention_2 ...; eager keeps every attention map in memory."},
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 4 bits (QLoRA)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 8 bits (LLM.int8())."})
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "The 4-bit number format."})
+    bnb_4bit_use_double_quant: bool = field(
+        default=True, metadata={"help": "Quantize the quantization constants too: about 0.4 bits a weight less."}
+    )
+
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for flags that exclude each other or would have no effect."""
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("--load_in_4bit and --load_in_8bit exclude each other; give one of them")
+        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if name in given and not self.load_in_4bit:
+                raise UserError(f"--{name} has no effect without --load_in_4bit; add it or leave --{name} out")
+        if self.load_in_4bit or self.load_in_8bit:
+            if importlib.util.find_spec("bitsandbytes") is None:
+                raise UserError(
+                    "quantized loading needs bitsandbytes, which is not installed: pip install bitsandbytes"
+                )
+            if "dtype" in given:
+                raise UserError(
+                    "--dtype has no effect with quantized loading, whose weights are integers; leave it out"
+                )
+            if self.random_weights:
+                raise UserError(
+                    "--random_weights cannot be quantized while loading; leave out --load_in_4bit / --load_in_8bit"
+                )
+        if "model_revision" in given and self.is_local:
+            raise UserError("--model_revision has no effect on a local model; leave it out")
+
+    @property
+    def source(self) -> str:
+        """The hub id or folder that is loaded."""
+        return self.model_name_or_path or str(MODEL_DIR)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is a folder, or is meant to be one."""
+        return looks_like_path(self.source)
+
+    @property
+    def short_name(self) -> str:
+        """The last part of its name, for folders and titles."""
+        return Path(self.source).resolve().name if self.model_name_or_path else "embedded"
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether `name` is a path rather than a hub id (`user/name`)."""
+    return name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") > 1
+
+
+def load_model_config(args: ModelArguments, fp16: bool = False) -> PreTrainedConfig:
+    """Reads the model's config: the only thing that is fetched before the flags are known to be right.
+
+    Raises: UserError for a missing or gated model, a folder without config, an architecture that transformers does not
+    know or that does not generate text, T5 in fp16, or quantization of a model that is already quantized.
+    """
+    source = args.source
+    if args.is_local:
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"--model_name_or_path {source}: no such folder; give an existing one or a hub id (user/name)"
+            )
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--model_name_or_path {source}: the folder has no config.json, so it holds no model")
+        if not args.random_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
+    try:
+        config = AutoConfig.from_pretrained(source, revision=args.model_revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_why_not(source, error)) from None
+    seq2seq = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder
+    if not seq2seq and (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder):
+        raise UserError(
+            f"{source} is a {config.model_type} model, which does not generate text; "
+            "give a T5-like (encoder-decoder) or GPT-like (decoder) model"
+        )
+    if fp16 and config.model_type in FP16_OVERFLOWS:
+        raise UserError(
+            f"--fp16 with {config.model_type}: T5's activations exceed fp16's largest number (65,504) and turn to NaN; "
+            "use --bf16 on a card that has it, or fp32"
+        )
+    if args.dtype == "float16" and config.model_type in FP16_OVERFLOWS:
+        raise UserError(f"--dtype float16 with {config.model_type} overflows; use bfloat16 or float32")
+    if (args.load_in_4bit or args.load_in_8bit) and getattr(config, "quantization_config", None) is not None:
+        flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
+        method = config.quantization_config.get("quant_method", "some method")
+        raise UserError(f"{flag}: {source} is already quantized (by {method}); leave the flag out")
+    return config
+
+
+def _why_not(source: str, error: Exception) -> str:
+    """One line for a config that could not be read."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    if any(isinstance(c, GatedRepoError) for c in causes):
+        return (
+            f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`, "
+            "or give a model that is open"
+        )
+    if any(isinstance(c, RepositoryNotFoundError) for c in causes):
+        return f"{source} is not on the hub (or is private: `hf auth login`); check the spelling of user/name"
+    if any(isinstance(c, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for c in causes):
+        return (
+            f"{source} is not in the local cache and the hub cannot be reached; go online once, or give a local folder"
+        )
+    if "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
+        import transformers
+
+        model_type = str(error).split("`")[1] if "`" in str(error) else "unknown"
+        return (
+            f"{source}: transformers {transformers.__version__} does not know the architecture {model_type!r}; "
+            "check model_type in its config.json, or upgrade transformers"
+        )
+    return f"{source}: its config cannot be read ({' '.join(str(error).split())[:200]})"
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (the end-of-text token where the model has none of its own).
+
+    Raises: UserError where there is none.
+    """
+    source = args.tokenizer_name or args.source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=None if args.tokenizer_name else args.model_revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{source}: no tokenizer can be loaded ({reason}); name one with --tokenizer_name") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most tokens that the model can take in one sequence, or None where neither it nor its tokenizer has a limit.
+
+    Absolute position embeddings (GPT-2, BART) and rotary ones (Llama) end at `max_position_embeddings`; T5's relative
+    positions have no end, and its tokenizer says what it was made for.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if tokenizer.model_max_length < 10**9:
+        limit = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
+    return limit
+
+
+def weights_dtype(args: ModelArguments, frozen: bool, bf16: bool, fp16: bool) -> tuple[torch.dtype, str]:
+    """The type in which the weights are held, and the reason.
+
+    Trained weights stay in fp32 (mixed precision computes in a shorter type, but small updates would be rounded away);
+    a frozen base loses nothing in the type that it is computed in.
+    """
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype), "--dtype"
+    if frozen and (bf16 or fp16):
+        return (torch.bfloat16 if bf16 else torch.float16), "a frozen base is held in the type that it is computed in"
+    return torch.float32, "trained weights are held in fp32" if not frozen else "no mixed precision"
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """`AutoModelForSeq2SeqLM` for T5-like models, `AutoModelForCausalLM` for GPT-like ones."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def build_on_meta(args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights: shapes and names only, in about a second for any size."""
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_model(
+    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, training: TrainingArguments
+) -> PreTrainedModel:
+    """The model with its weights, on the device that trains it.
+
+    Raises: UserError where the weights are missing.
+    """
+    if args.random_weights:
+        set_seed(training.seed)
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+        set_seed(training.seed)
+        return model.to(training.device)
+    options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if args.load_in_4bit or args.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit,
+            load_in_8bit=args.load_in_8bit,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": training.device}
+    try:
+        model = auto_class(config).from_pretrained(args.source, **options)
+    except OSError as error:
+        raise UserError(_why_not(args.source, error)) from None
+    set_seed(training.seed)  # for the weights that a method adds
+    return model if args.load_in_4bit or args.load_in_8bit else model.to(training.device)

@@ -1,0 +1,97 @@
+"""Everything that can be known, and refused, before a model is loaded: engine, config, tokenizer, data, method."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from toolkit.config import Config
+from toolkit.console import say
+from toolkit.errors import UserError
+from toolkit.models import build_on_meta, load_model_config, load_tokenizer, weights_dtype
+from toolkit.tasks.summarization import SummarizationData, load_data
+
+
+@dataclass
+class Preparation:
+    """A run that is known to be possible, and what it will be."""
+
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: SummarizationData
+    dtype: torch.dtype  # of the weights as loaded
+    trainable_parameters: int
+    all_parameters: int
+
+
+def prepare(config: Config) -> Preparation:
+    """Reads config, tokenizer and data, tries the method on a model without weights, and says what will be done.
+
+    Raises: UserError for every mistake that can be found without loading a model.
+    """
+    _check_engine()
+    training = config.training
+    model_config = load_model_config(config.model, fp16=training.fp16)
+    tokenizer = load_tokenizer(config.model)
+    with training.main_process_first(desc="reading the data"):
+        data = load_data(config.data, model_config, tokenizer, training.seed)
+    dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
+    model = config.method.attach(build_on_meta(config.model, model_config, dtype))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    preparation = Preparation(model_config, tokenizer, data, dtype, trainable, total)
+    _say_what_will_be_done(config, preparation, why)
+    return preparation
+
+
+def _check_engine() -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
+            "or launch with launch/single.yaml"
+        )
+
+
+def _say_what_will_be_done(config: Config, ready: Preparation, why: str) -> None:
+    training, data = config.training, ready.data
+    name = config.model.model_name_or_path or "the embedded tiny T5"
+    weights = "random weights" if config.model.random_weights else str(ready.dtype).removeprefix("torch.")
+    if config.model.load_in_4bit or config.model.load_in_8bit:
+        weights = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "8-bit"
+    else:
+        weights += f": {why}"
+    say("model", f"{name} ({ready.model_config.model_type}, weights {weights})")
+    share = ready.trainable_parameters / ready.all_parameters
+    say(
+        "method",
+        f"{config.method.name}: {ready.trainable_parameters:,} of {ready.all_parameters:,} parameters are trained ({share:.2%})",
+    )
+    say("precision", config.precision_reason)
+    rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"
+    say(
+        "data",
+        f"{config.data.dataset_name or 'the embedded dialogues'}: {rows}; {data.supervised_tokens:,} label tokens",
+    )
+    for remark in data.remarks:
+        say("data", remark)
+    for split, lost in data.truncation.items():
+        if lost.rows:
+            say(
+                "truncated",
+                f"{lost.rows:,} rows of {split} lost {lost.text_tokens:,} tokens of text and {lost.target_tokens:,} of "
+                f"summary (--max_length {data.encoder.max_length}, --max_target_length {data.encoder.max_target_length})",
+            )
+    split = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    say(
+        "batch",
+        f"{split} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
+        f"accumulated x {training.world_size} processes",
+    )
+    if training.load_best_model_at_end:
+        patience = training.early_stopping_patience
+        stop = f", stopping after {patience} evaluations without a better one" if patience else ""
+        say("validation", f"chooses the checkpoint with the best {training.metric_for_best_model}{stop}")
+    else:
+        say("validation", "chooses nothing: the last weights are kept (--load_best_model_at_end changes that)")

@@ -1,0 +1,142 @@
+"""A run folder that explains itself: config, versions, data, metrics, memory, completions, model card and weights.
+
+config.yaml       every setting by its flag name; `--config` reads it
+run.json          method, command, seed, versions, fingerprint of the data, parameters, scores, time
+metrics.jsonl     a line for each logged step
+memory.json       the memory account
+completions.csv   dialogue, reference, base and tuned text of the test split
+README.md         the model card
+adapter_model.safetensors or model.safetensors, the tokenizer, and checkpoint-N folders
+"""
+
+import csv
+import io
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolkit import __version__
+from toolkit.config import Config
+from toolkit.console import console, is_main, say, table
+from toolkit.errors import UserError
+from toolkit.evaluation import Completions
+from toolkit.memory.environment import stack_versions
+from toolkit.memory.ledger import Ledger
+from toolkit.memory.report import print_ledger
+from toolkit.model_card import model_card
+from toolkit.preparation import Preparation
+from toolkit.ranks import decided_by_main
+
+
+class RunFolder:
+    """The folder of one run. Rank 0 alone writes, and each file is written aside and renamed."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.record = record
+        self.began = time.monotonic()
+
+    @classmethod
+    def create(cls, config: Config, ready: Preparation) -> "RunFolder":
+        """Makes the folder of `config`, with its config.yaml and run.json.
+
+        Raises: UserError where the folder cannot be written, or is not empty and not resumed.
+        """
+        path = Path(config.training.output_dir)
+        decided_by_main(lambda: _claim(path, resumed=config.training.resume_from_checkpoint is not None))
+        run = cls(path, _record(config, ready))
+        run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
+        run.write("run.json", json.dumps(run.record, indent=2))
+        say("folder", str(path))
+        return run
+
+    def write(self, name: str, text: str) -> None:
+        """Writes one file of the folder, from rank 0."""
+        if is_main:
+            self.write_aside(self.path / name, text)
+
+    @staticmethod
+    def write_aside(path: Path, text: str) -> None:
+        """Writes `text` to a file beside `path` and renames it there, so that a reader never sees half of it."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+
+    def finish(
+        self, config: Config, ready: Preparation, base: Completions, tuned: Completions, ledger: Ledger | None
+    ) -> None:
+        """Writes scores, completions, memory account and model card, and shows scores and memory."""
+        self.record |= {"scores": {"base": base.scores, "tuned": tuned.scores}, "finished": True}
+        self.record["seconds"] = round(time.monotonic() - self.began, 1)
+        self.write("run.json", json.dumps(self.record, indent=2))
+        self.write("completions.csv", _completions(ready, base, tuned))
+        if ledger is not None and is_main:
+            ledger.save(self.path / "memory.json")
+        self.write("README.md", model_card(config, self.record, ledger))
+        if not is_main:
+            return
+        kinds = list(base.scores)
+        rows = [[who, *(f"{scores[k]:.4f}" for k in kinds)] for who, scores in self.record["scores"].items()]
+        title = f"Scores on the test split ({len(ready.data.test):,} rows)"
+        table(title, ["model", *(k.replace("rouge", "ROUGE-") for k in kinds)], rows)
+        if ledger is not None:
+            print_ledger(console, ledger)
+        say("folder", str(self.path))
+        example = "#Person1#: ..." if config.data.dataset_name is None else "a text"
+        say("next", f'footprint generate {self.path} "{example}"')
+
+
+def _claim(path: Path, resumed: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
+    if not resumed and path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
+        )
+    probe = path / f".probe.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be written ({error.strerror}); give a folder that can") from None
+
+
+def _record(config: Config, ready: Preparation) -> dict[str, Any]:
+    data, training = ready.data, config.training
+    return {
+        "footprint": __version__,
+        "method": config.method.name,
+        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "seed": training.seed,
+        "processes": training.world_size,
+        "versions": stack_versions(),
+        "precision": config.precision_reason,
+        "weights": str(ready.dtype).removeprefix("torch."),
+        "parameters": {"trainable": ready.trainable_parameters, "all": ready.all_parameters},
+        "data": {
+            "name": config.data.dataset_name or "embedded",
+            "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+            "sha256": data.fingerprint,
+            "truncated": {split: vars(lost) for split, lost in data.truncation.items()},
+        },
+        "max_length": data.encoder.max_length,
+        "max_target_length": data.encoder.max_target_length,
+        "finished": False,
+    }
+
+
+def _completions(ready: Preparation, base: Completions, tuned: Completions) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["dialogue", "reference", "base", "tuned"])
+    data = ready.data
+    columns = (data.test[data.text_column], data.test[data.summary_column], base.texts, tuned.texts)
+    writer.writerows(zip(*columns, strict=True))
+    return text.getvalue()

@@ -1,0 +1,148 @@
+"""Reads the rows of a data set: the embedded dialogues, a folder of csv / jsonl / parquet, or a hub id.
+
+Whatever the source, the result is three splits of plain columns, and every mistake in a file is found here.
+"""
+
+import codecs
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError
+
+from toolkit.embedded import make_dialogues
+from toolkit.embedded.templates import Split
+from toolkit.errors import UserError, did_you_mean
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
+SPLIT_NAMES |= {"val": "validation", "dev": "validation", "test": "test", "testing": "test"}
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+HELD_OUT_SHARE = 0.05  # of the train split, where a data set brings no validation or test split of its own
+HELD_OUT_MOST = 500
+
+
+def load_rows(
+    name: str | None, config_name: str | None, columns: list[str], seed: int
+) -> tuple[DatasetDict, list[str]]:
+    """The splits train, validation and test with at least `columns`, and remarks for the user about how they came to be.
+
+    Raises: UserError for a missing, empty or unreadable file, a missing column, or rows that are all empty.
+    """
+    if name is None:
+        splits = DatasetDict({split: Dataset.from_list(make_dialogues(split)) for split in SPLITS})
+    elif Path(name).expanduser().exists():
+        splits = _load_local(Path(name).expanduser())
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--dataset_name {name}: no such folder or file; give an existing one or a hub id (user/name)")
+    else:
+        splits = _load_hub(name, config_name)
+    if "train" not in splits:
+        raise UserError(
+            f"--dataset_name {name}: it has no train split (found: {', '.join(splits) or 'no files'}); "
+            "name the files train.csv, validation.csv and test.csv (or .jsonl, .parquet)"
+        )
+    remarks = []
+    for split in splits:
+        splits[split], dropped = _check_rows(splits[split], columns, f"{name or 'embedded'} ({split})")
+        if dropped:
+            remarks.append(f"{dropped:,} rows of {split} left out: empty {' or '.join(columns)}")
+    for split in ("validation", "test"):
+        if split not in splits:
+            size = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(splits["train"]))))
+            if len(splits["train"]) < 3:
+                raise UserError(
+                    f"--dataset_name {name}: {len(splits['train'])} rows cannot be split; give a {split} file"
+                )
+            parts = splits["train"].train_test_split(test_size=size, seed=seed)
+            splits["train"], splits[split] = parts["train"], parts["test"]
+            remarks.append(f"no {split} split: {size:,} rows of train held out for it (seed {seed})")
+    return DatasetDict({split: splits[split] for split in SPLITS}), remarks
+
+
+def _load_local(path: Path) -> DatasetDict:
+    files: dict[str, list[str]] = {}
+    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in READERS)
+    if not found:
+        raise UserError(f"--dataset_name {path}: no data file there; valid are {', '.join(READERS)}")
+    for file in found:
+        split = "train" if path.is_file() else SPLIT_NAMES.get(file.stem.split("-")[0].split("_")[0].lower())
+        if split:
+            _check_file(file)
+            files.setdefault(split, []).append(str(file))
+    if not files:
+        names = ", ".join(file.name for file in found)
+        raise UserError(
+            f"--dataset_name {path}: no file there is named after a split (found {names}); name one train.csv"
+        )
+    kinds = {Path(file).suffix for group in files.values() for file in group}
+    if len(kinds) > 1:
+        raise UserError(f"--dataset_name {path}: files of several kinds ({', '.join(sorted(kinds))}); use one kind")
+    (kind,) = kinds
+    options: dict[str, Any] = {"sep": "\t"} if kind == ".tsv" else {}
+    if READERS[kind] == "csv":
+        options |= {"keep_default_na": False}  # a summary that reads "None" or "NA" is text
+    disable_progress_bars()
+    try:
+        return load_dataset(READERS[kind], data_files=files, **options)
+    except Exception as error:  # the readers raise their own kinds: pandas', pyarrow's, datasets'
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200]
+        raise UserError(f"--dataset_name {path}: a {kind} file cannot be read ({reason})") from None
+    finally:
+        enable_progress_bars()
+
+
+def _check_file(file: Path) -> None:
+    """Raises UserError for an empty file, and for text that is not UTF-8 (which readers report without a place)."""
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: the file is empty; give one with a header line and rows")
+    if file.suffix == ".parquet":
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                line += chunk[: max(0, error.start)].count(b"\n")
+                raise UserError(
+                    f"{file}: not UTF-8 (line {line}, byte 0x{error.object[error.start]:02x}); "
+                    f"convert it first: iconv -f latin1 -t utf-8 {file.name}"
+                ) from None
+            line += chunk.count(b"\n")
+
+
+def _load_hub(name: str, config_name: str | None) -> DatasetDict:
+    try:
+        loaded = load_dataset(name, config_name)
+    except (DatasetNotFoundError, GatedRepoError, ConnectionError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--dataset_name {name}: no such folder, and it cannot be had from the hub ({reason}); check the spelling "
+            "of user/name, log in with `hf auth login` if it is gated, or give a local folder"
+        ) from None
+    return DatasetDict({SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES})
+
+
+def _check_rows(rows: Dataset, columns: list[str], where: str) -> tuple[Dataset, int]:
+    """The rows in which every one of `columns` holds text, and how many were left out."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise UserError(
+                f"{where}: no column {column!r}{did_you_mean(column, rows.column_names)}; it has "
+                f"{', '.join(rows.column_names)}; name yours with --text_column and --summary_column"
+            )
+    if len(rows) == 0:
+        raise UserError(f"{where}: there is a header but no row")
+    full = [
+        all(str(value if value is not None else "").strip() for value in row)
+        for row in zip(*(rows[c] for c in columns), strict=True)
+    ]
+    if not any(full):
+        raise UserError(f"{where}: in each of its {len(rows):,} rows {' or '.join(columns)} is empty; fill them in")
+    if all(full):
+        return rows, 0
+    return rows.select([i for i, ok in enumerate(full) if ok]), full.count(False)

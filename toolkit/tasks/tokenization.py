@@ -1,0 +1,100 @@
+"""Prompt and target become token ids and labels, for T5-like and GPT-like models; what is cut off is counted.
+
+Only the text inside the prompt is ever shortened: the instruction around it always reaches the model whole.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.errors import UserError
+
+MASKED = -100  # the label that the loss passes over
+
+
+@dataclass
+class Truncation:
+    """How much of a split did not fit."""
+
+    rows: int = 0
+    text_tokens: int = 0
+    target_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes rows for one tokenizer and kind of model.
+
+    `max_length` is the length in tokens of the encoder's input (T5-like) or of prompt and target together (GPT-like);
+    `max_target_length` that of the target with its end-of-text token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    is_encoder_decoder: bool
+    max_length: int
+    max_target_length: int
+
+    def prompt(self, text: str, room: int | None = None) -> tuple[list[int], int]:
+        """The ids of the prompt around `text`, at most `room` of them, and how many tokens of the text were cut off.
+
+        `room` defaults to what generation leaves: all of `max_length` (T5-like), or that less the target's (GPT-like).
+
+        Raises: UserError where not even an empty text fits.
+        """
+        if room is None:
+            room = self.max_length if self.is_encoder_decoder else self.max_length - self.max_target_length
+        ids = self._prompt_ids(text)
+        whole = len(ids)
+        if whole <= room:
+            return ids, 0
+        inside = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [end for _, end in inside["offset_mapping"]]
+        keep = len(ends) - (whole - room)
+        while keep > 0:
+            ids = self._prompt_ids(text[: ends[keep - 1]])
+            if len(ids) <= room:
+                return ids, whole - len(ids)
+            keep -= len(ids) - room
+        ids = self._prompt_ids("")
+        if len(ids) > room:
+            raise UserError(
+                f"--max_length {self.max_length} leaves {room} tokens for a prompt whose own words take {len(ids)}; "
+                "raise it, or shorten --prompt_template or --max_target_length"
+            )
+        return ids, whole - len(ids)
+
+    def row(self, text: str, target: str, lost: Truncation) -> dict[str, list[int]]:
+        """One training row: `input_ids`, `attention_mask` and `labels`; adds what was cut off to `lost`.
+
+        T5-like: labels (target,) are the target's ids. GPT-like: ids are prompt then target, and labels
+        (prompt + target,) are masked over the prompt, so that the loss is on the target alone.
+        """
+        labels = self.target_ids(target)
+        cut_target = max(0, len(labels) - self.max_target_length)
+        if cut_target:
+            labels = [*labels[: self.max_target_length - 1], labels[-1]]  # keeps the end-of-text token
+        room = self.max_length if self.is_encoder_decoder else self.max_length - len(labels)
+        ids, cut_text = self.prompt(text, room)
+        lost.rows += bool(cut_text or cut_target)
+        lost.text_tokens += cut_text
+        lost.target_tokens += cut_target
+        if not self.is_encoder_decoder:
+            ids, labels = ids + labels, [MASKED] * len(ids) + labels
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    def target_ids(self, target: str) -> list[int]:
+        """The target's ids with the end-of-text token, uncut."""
+        if self.is_encoder_decoder:
+            return self.tokenizer(text_target=target, verbose=False).input_ids
+        # A target follows the prompt's last word, so it starts with a space; SentencePiece puts one there by itself.
+        first = self.tokenizer.tokenize("a")[0]
+        text = target if first.startswith("\u2581") else f" {target}"
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer(self.template.replace("{text}", text), verbose=False).input_ids
+        if not self.is_encoder_decoder and ids[-1:] == [self.tokenizer.eos_token_id]:
+            ids = ids[:-1]  # a tokenizer that closes each text must not close the prompt
+        return ids

@@ -1,0 +1,180 @@
+"""Training: transformers' Trainer, with a loss that does not depend on how a batch is split, and guards."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from toolkit.config import TrainArguments
+from toolkit.console import say
+from toolkit.errors import UserError
+from toolkit.memory.measure import MemoryCallback
+from toolkit.progress import ProgressCallback
+from toolkit.run_folder import RunFolder
+from toolkit.tasks.summarization import SummarizationData
+from toolkit.tasks.tokenization import MASKED
+
+
+class FineTuner(Trainer):
+    """`transformers.Trainer` whose gradients are the mean over all label tokens of an optimizer step.
+
+    The same rows give the same gradients as one batch, as accumulated batches, or spread over processes. Trainer passes
+    `num_items_in_batch` to the model and trusts it to divide by it; T5, mT5 and BART accept the argument and ignore it,
+    so their loss grows with the accumulation steps (seen in transformers 5.17 to 5.23).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainArguments,
+        data: SummarizationData,
+        run: RunFolder,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        callbacks = [ProgressCallback(), MetricsFile(run.path / "metrics.jsonl"), *(callbacks or [])]
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        tokenizer = data.encoder.tokenizer
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DataCollatorForSeq2Seq(
+                tokenizer, model=model if model.config.is_encoder_decoder else None, label_pad_token_id=MASKED
+            ),
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.run = run
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss over this batch's label tokens, weighted by their share in the whole optimizer step.
+
+        With n the label tokens here and N those of all batches and processes of the step, the sum over batches of
+        mean x n / N is the mean over all N tokens. DDP averages over processes, hence the factor `num_processes`.
+        """
+        local = _label_tokens(inputs["labels"], shifted=not self.model.config.is_encoder_decoder)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+        if num_items_in_batch is None:  # evaluation: the mean of the batch
+            return result
+        scale = local / num_items_in_batch * self.accelerator.num_processes
+        return (result[0] * scale, result[1]) if return_outputs else result * scale
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass; stops the run at a loss that is not finite.
+
+        Raises: UserError with the step and the last checkpoint, before the optimizer takes the bad gradients.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            good = get_last_checkpoint(self.args.output_dir)
+            kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
+            raise UserError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}; {kept}. "
+                "Lower --learning_rate, or compute in fp32 or --bf16"
+            )
+        return loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves the run's own model card in place; Trainer would write its own over it when pushing to the hub."""
+
+
+def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """How many of `labels` (batch, length) the loss sees: a GPT-like model never predicts the first position."""
+    return (labels[..., 1:] if shifted else labels).ne(MASKED).sum()
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each logged step as a line of `metrics.jsonl`; on resuming, lines after the checkpoint are taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            RunFolder.write_aside(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        line = {"step": state.global_step, "tokens": state.num_input_tokens_seen}
+        line |= {name: value for name, value in logs.items() if name != "num_input_tokens_seen"}
+        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in line.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(finite) + "\n")
+
+
+def train(trainer: FineTuner) -> None:
+    """Trains (or resumes), saves the result into the run folder, and says which checkpoint was chosen by what."""
+    args = trainer.args
+    checkpoint = resume_point(args.resume_from_checkpoint, Path(args.output_dir))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback | MemoryCallback):
+                callback.abort()
+        raise
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        say(
+            "chosen",
+            f"{Path(trainer.state.best_model_checkpoint).name}: best {args.metric_for_best_model} on the validation split"
+            f" ({trainer.state.best_metric:.4f})",
+        )
+    trainer.save_model(args.output_dir, _internal_call=True)
+
+
+def resume_point(asked: str | None, output_dir: Path) -> str | None:
+    """The checkpoint folder to resume from, or None: `--resume_from_checkpoint true` takes the newest.
+
+    Raises: UserError where there is none.
+    """
+    if asked is None or asked.lower() in ("false", "0"):
+        return None
+    if asked.lower() in ("true", "1"):
+        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if found is None:
+            raise UserError(
+                f"--resume_from_checkpoint: no checkpoint in {output_dir}; give --output_dir of the run to resume, "
+                "or the path of one of its checkpoint-N folders"
+            )
+        return found
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there; give the path of a checkpoint-N folder"
+        )
+    return asked
