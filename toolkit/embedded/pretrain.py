@@ -8,20 +8,22 @@ machine the same command gives the same weights.
 
 import argparse
 import copy
+import itertools
 import math
 import random
 import re
 import string
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration, T5Tokenizer
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from toolkit.embedded.dialogues import make_sample, make_samples
-from toolkit.embedded.tasks import INSTRUCTIONS, example, made_up_word
+from toolkit.embedded.tasks import INSTRUCTIONS, echo, example, made_up_word
 from toolkit.embedded.templates import load
 
 SENTINELS = 20
@@ -84,43 +86,61 @@ def make_model(tokenizer: T5Tokenizer) -> T5ForConditionalGeneration:
 
 @torch.no_grad()
 def start_as_copier(model: T5ForConditionalGeneration) -> None:
-    """Starts each attention near "look for the same token, and hand on what stands there".
+    """Starts attention as a copier, which a random start needs most of a short training to find.
 
-    Per attention, with (128, 128) orthogonal V: v = V, o = V^T / 2, and q = k, so that o·v is close to the identity and q·k measures
-    likeness; half of the heads of self-attention begin by looking at a neighbour. A random start has to find all this first, which
-    takes most of a short training (after Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers").
+    Each value is handed on nearly as it is (v orthogonal (128, 128), o its transpose), and likes attend to likes (q = k), after
+    Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers". On top of that, the encoder's first head looks one
+    token back and writes what it sees into a subspace of its own; half of the decoder's heads over the source look there for the
+    token that was just written, so they find the one that follows it.
     """
+    width = model.config.d_kv
     for name, module in model.named_modules():
         if isinstance(module, T5Attention):
             torch.nn.init.orthogonal_(module.v.weight)
-            module.o.weight.copy_(module.v.weight.T / 2)
+            module.o.weight.copy_(module.v.weight.T * (1.5 if "EncDec" in name else 0.5))
             torch.nn.init.orthogonal_(module.q.weight, gain=0.3 if "EncDec" in name else 0.15)
             module.k.weight.copy_(module.q.weight)
             if module.has_relative_attention_bias:
-                # Buckets of T5: n is n tokens back; in the encoder 16 + n is n tokens ahead.
-                module.relative_attention_bias.weight[1, 0] += 4.0
-                module.relative_attention_bias.weight[1 if module.is_decoder else 17, 1] += 4.0
+                # T5's buckets: n is n tokens back; in the encoder 16 + n is n tokens ahead.
+                module.relative_attention_bias.weight[1, 0] += 6.0
+                module.relative_attention_bias.weight[1 if module.is_decoder else 17, 1] += 6.0
+    first = model.encoder.block[0].layer[0].SelfAttention
+    before = torch.nn.init.orthogonal_(torch.empty(width, model.config.d_model))
+    first.o.weight[:, :width] = before.T
+    for block in model.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        for head in range(2):
+            rows = slice(head * width, (head + 1) * width)
+            attention.q.weight[rows] = 0.5 * first.v.weight[:width]
+            attention.k.weight[rows] = 0.5 * before
 
 
-def batches(tokenizer: T5Tokenizer, batch_size: int, seed: int, pool: int = 8):
-    """Endless batches of padded (batch, tokens) tensors, each of rows of about the same length."""
+def batches(tokenizer: T5Tokenizer, batch_size: int, seed: int, echoes: int, pool: int = 8) -> Iterator[BatchEncoding]:
+    """Endless batches of padded (batch, tokens) tensors, each of rows of about the same length; `echoes` batches of copying come first."""
     rng = random.Random(f"pretraining-{seed}")
     material = load("train")
-    while True:
-        rows = [example(make_sample(material, rng), rng) for _ in range(pool * batch_size)]
+    for batch in itertools.count(0, pool):
+        task = echo if batch < echoes else example
+        rows = [task(make_sample(material, rng), rng) for _ in range(pool * batch_size)]
         rows.sort(key=lambda row: len(row[0]))
         chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         rng.shuffle(chunks)
         for chunk in chunks:
             sources, targets = zip(*chunk, strict=True)
-            batch = tokenizer(list(sources), padding=True, return_tensors="pt")
+            inputs = tokenizer(list(sources), padding=True, return_tensors="pt")
             labels = tokenizer(list(targets), padding=True, return_tensors="pt")
-            batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
-            yield batch
+            inputs["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+            yield inputs
 
 
-def train(model: T5ForConditionalGeneration, stream, steps: int, learning_rate: float, keep=None) -> None:
-    """AdamW with a short warmup and linear decay; prints the mean loss every 20 steps."""
+def train(
+    model: T5ForConditionalGeneration,
+    stream: Iterator[BatchEncoding],
+    steps: int,
+    learning_rate: float,
+    keep: Callable[[], None],
+) -> None:
+    """Muon for matrices and AdamW for the rest, constant and then linearly to zero; saves every 200 steps, prints the mean loss every 20 steps."""
     matrices = [
         p for name, p in model.named_parameters() if p.ndim == 2 and "shared" not in name and "bias" not in name
     ]
@@ -148,7 +168,7 @@ def train(model: T5ForConditionalGeneration, stream, steps: int, learning_rate: 
             schedule.step()
             optimizer.zero_grad()
         total += loss.item()
-        if keep and step % 200 == 0:
+        if step % 200 == 0:
             keep()
         if step % 20 == 0:
             print(f"step {step}/{steps}: loss {total / 20:.3f}, {time.monotonic() - start:.0f} s", flush=True)
@@ -168,7 +188,8 @@ def save(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="where tokenizer and weights are written")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
+    parser.add_argument("--echoes", type=int, default=80, help="first steps that only copy lines")
     parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
     parser.add_argument("--learning_rate", type=float, default=6e-3, help="peak of the schedule")
     parser.add_argument("--vocab_size", type=int, default=1500, help="pieces that the tokenizer learns")
@@ -184,7 +205,7 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     train(
         model,
-        batches(tokenizer, args.batch_size, args.seed),
+        batches(tokenizer, args.batch_size, args.seed, args.echoes),
         args.steps,
         args.learning_rate,
         lambda: save(model, tokenizer, args.output_dir),

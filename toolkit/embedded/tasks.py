@@ -40,11 +40,17 @@ def made_up_word(rng: random.Random) -> str:
 
 def example(sample: Sample, rng: random.Random) -> tuple[str, str]:
     """(source, target) of a task drawn at random."""
-    tasks = (span_corruption, facts, question, speaker, repeat, third_person)
-    task = rng.choices(tasks, weights=(1, 3, 2, 1, 4, 4))[0]
+    tasks = (echo, span_corruption, facts, question, speaker, repeat, third_person)
+    task = rng.choices(tasks, weights=(3, 1, 3, 2, 1, 4, 4))[0]
     if rng.random() < 0.85:
         sample = window(sample, rng)
     return task(disguise(sample, rng) if rng.random() < 0.5 else sample, rng)
+
+
+def echo(sample: Sample, rng: random.Random) -> tuple[str, str]:
+    """A line, once more: with most words made up, the shortest way to learn copying."""
+    line = rng.choice(disguise(disguise(sample, rng), rng).turns)[1]
+    return f"Repeat: {line}", line
 
 
 def span_corruption(sample: Sample, rng: random.Random) -> tuple[str, str]:
