@@ -29,7 +29,7 @@ def main() -> None:
 
     model = config.method.attach(model)
     memory = MemoryCallback()
-    trainer = FineTuner(model, config.training, ready.data, run, callbacks=[memory])
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
     train(trainer)
 
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")

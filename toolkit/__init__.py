@@ -19,3 +19,4 @@ def _is_news(record: logging.LogRecord) -> bool:
 for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).addFilter(_is_news)
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 on transformers 5.23
+warnings.filterwarnings("ignore", message="`gradient_checkpointing")  # its newer name does not exist in 5.17

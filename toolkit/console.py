@@ -4,9 +4,13 @@ import os
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 is_main = os.environ.get("RANK", "0") == "0"
 console = Console(quiet=not is_main, highlight=False, width=None if os.isatty(1) else 110)
+
+if not console.is_terminal:
+    logging.disable_progress_bar()  # of weights being loaded
 
 
 def say(label: str, text: str) -> None:

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer_utils import get_last_checkpoint
 
 from toolkit import __version__
 from toolkit.config import Config
 from toolkit.console import console, is_main, say, table
 from toolkit.errors import UserError
 from toolkit.evaluation import Completions
+from toolkit.files import write_aside
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.report import print_ledger
@@ -49,7 +51,7 @@ class RunFolder:
         Raises: UserError where the folder cannot be written, or is not empty and not resumed.
         """
         path = Path(config.training.output_dir)
-        decided_by_main(lambda: _claim(path, resumed=config.training.resume_from_checkpoint is not None))
+        decided_by_main(lambda: _claim(path, config.training.resume_from_checkpoint))
         run = cls(path, _record(config, ready))
         run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
         run.write("run.json", json.dumps(run.record, indent=2))
@@ -59,14 +61,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Writes one file of the folder, from rank 0."""
         if is_main:
-            self.write_aside(self.path / name, text)
-
-    @staticmethod
-    def write_aside(path: Path, text: str) -> None:
-        """Writes `text` to a file beside `path` and renames it there, so that a reader never sees half of it."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+            write_aside(self.path / name, text)
 
     def finish(
         self, config: Config, ready: Preparation, base: Completions, tuned: Completions, ledger: Ledger | None
@@ -92,9 +87,10 @@ class RunFolder:
         say("next", f'footprint generate {self.path} "{example}"')
 
 
-def _claim(path: Path, resumed: bool) -> None:
+def _claim(path: Path, resume: str | None) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
+    resumed = resume_point(resume, path) is not None
     if not resumed and path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
@@ -140,3 +136,25 @@ def _completions(ready: Preparation, base: Completions, tuned: Completions) -> s
     columns = (data.test[data.text_column], data.test[data.summary_column], base.texts, tuned.texts)
     writer.writerows(zip(*columns, strict=True))
     return text.getvalue()
+
+
+def resume_point(asked: str | None, output_dir: Path) -> str | None:
+    """The checkpoint folder to resume from, or None: `--resume_from_checkpoint true` takes the newest.
+
+    Raises: UserError where there is none.
+    """
+    if asked is None or asked.lower() in ("false", "0"):
+        return None
+    if asked.lower() in ("true", "1"):
+        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if found is None:
+            raise UserError(
+                f"--resume_from_checkpoint: no checkpoint in {output_dir}; give --output_dir of the run to resume, "
+                "or the path of one of its checkpoint-N folders"
+            )
+        return found
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: no checkpoint there; give the path of a checkpoint-N folder"
+        )
+    return asked

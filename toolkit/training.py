@@ -23,9 +23,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from toolkit.config import TrainArguments
 from toolkit.console import say
 from toolkit.errors import UserError
+from toolkit.files import write_aside
 from toolkit.memory.measure import MemoryCallback
 from toolkit.progress import ProgressCallback
-from toolkit.run_folder import RunFolder
+from toolkit.run_folder import resume_point
 from toolkit.tasks.summarization import SummarizationData
 from toolkit.tasks.tokenization import MASKED
 
@@ -43,13 +44,14 @@ class FineTuner(Trainer):
         model: PreTrainedModel,
         args: TrainArguments,
         data: SummarizationData,
-        run: RunFolder,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        callbacks = [ProgressCallback(), MetricsFile(run.path / "metrics.jsonl"), *(callbacks or [])]
+        callbacks = [ProgressCallback(), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *(callbacks or [])]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         tokenizer = data.encoder.tokenizer
+        for settings in (model.config, model.generation_config):  # Trainer would do the same, with a warning
+            settings.pad_token_id = tokenizer.pad_token_id
         super().__init__(
             model=model,
             args=args,
@@ -62,7 +64,6 @@ class FineTuner(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        self.run = run
 
     def compute_loss(
         self,
@@ -119,7 +120,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            RunFolder.write_aside(self.path, "".join(f"{line}\n" for line in kept))
+            write_aside(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(
         self,
@@ -156,25 +157,3 @@ def train(trainer: FineTuner) -> None:
             f" ({trainer.state.best_metric:.4f})",
         )
     trainer.save_model(args.output_dir, _internal_call=True)
-
-
-def resume_point(asked: str | None, output_dir: Path) -> str | None:
-    """The checkpoint folder to resume from, or None: `--resume_from_checkpoint true` takes the newest.
-
-    Raises: UserError where there is none.
-    """
-    if asked is None or asked.lower() in ("false", "0"):
-        return None
-    if asked.lower() in ("true", "1"):
-        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if found is None:
-            raise UserError(
-                f"--resume_from_checkpoint: no checkpoint in {output_dir}; give --output_dir of the run to resume, "
-                "or the path of one of its checkpoint-N folders"
-            )
-        return found
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {asked}: no checkpoint there; give the path of a checkpoint-N folder"
-        )
-    return asked

@@ -4,6 +4,7 @@ Whatever the source, the result is three splits of plain columns, and every mist
 """
 
 import codecs
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def _check_file(file: Path) -> None:
         raise UserError(f"{file}: the file is empty; give one with a header line and rows")
     if file.suffix == ".parquet":
         return
+    with file.open("rb") as stream:
+        if file.suffix in (".csv", ".tsv") and not any(line.strip() for line in itertools.islice(stream, 1, None)):
+            raise UserError(f"{file}: there is a header but no row; give a file with rows")
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with file.open("rb") as stream:

@@ -1,0 +1,73 @@
+"""Writes the generated parts of README.md anew from committed results; `--check` only compares.
+
+    python benchmarks/readme.py
+
+A part stands between `<!-- NAME -->` and `<!-- end NAME -->`.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def embedded_scores() -> str:
+    """Base, LoRA and full fine-tuning on the embedded test split: mean over seeds, and the range of ROUGE-L."""
+    result = json.loads((RESULTS / "embedded.json").read_text(encoding="utf-8"))
+    runs = result["runs"]
+    lines = [
+        "| | trained parameters | saved | ROUGE-1 | ROUGE-2 | ROUGE-L (least to most) | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    base = runs[0]["scores"]["base"]
+    scores = " | ".join(f"{base[kind]:.3f}" for kind in ("rouge1", "rouge2", "rougeL"))
+    lines.append(f"| base model | | | {scores} | |")
+    for method in ("lora", "full"):
+        own = [run for run in runs if run["method"] == method]
+        tuned = [run["scores"]["tuned"] for run in own]
+        ls = [t["rougeL"] for t in tuned]
+        lines.append(
+            f"| `recipes/{method}.py` | {own[0]['parameters']['trainable']:,} | {own[0]['saved_bytes'] / 2**20:.2f} MiB "
+            f"| {mean(t['rouge1'] for t in tuned):.3f} | {mean(t['rouge2'] for t in tuned):.3f} "
+            f"| {mean(ls):.3f} ({min(ls):.3f} to {max(ls):.3f}) | {mean(run['seconds'] for run in own):.0f} |"
+        )
+    seeds = len({run["seed"] for run in runs})
+    lines += [
+        "",
+        f"Test split of {result['rows']['test']} rows, {seeds} seeds, {result['date']}, {result['cores']} CPU cores, "
+        f"torch {result['versions']['torch']}, transformers {result['versions']['transformers']}, "
+        f"peft {result['versions']['peft']}; made by `python benchmarks/embedded.py`.",
+    ]
+    return "\n".join(lines)
+
+
+PARTS = {"embedded scores": embedded_scores}
+
+
+def rewritten(text: str) -> str:
+    """README with every generated part made anew."""
+    for name, make in PARTS.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no part between <!-- {name} --> and <!-- end {name} -->")
+        text = pattern.sub(lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text)
+    return text
+
+
+def main() -> int:
+    """Writes README.md, or with `--check` exits 1 where it is not what the results say."""
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = rewritten(old)
+    if "--check" in sys.argv:
+        return int(new != old)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

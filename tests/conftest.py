@@ -1,0 +1,69 @@
+"""What the tests share: the data folder beside the project, tiny models with a real tokenizer, and recipe processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is a mistake
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder with real data sets and tokenizers, whose licences keep them out of the project."""
+    if not DATA.is_dir():
+        pytest.skip(f"no test data in {DATA}; name its folder with FOOTPRINT_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config of a tiny T5 and the real t5-small tokenizer, without weights."""
+    from transformers import AutoTokenizer, T5Config
+
+    folder = tmp_path_factory.mktemp("tiny_t5")
+    AutoTokenizer.from_pretrained(data / "tokenizers" / "t5-small").save_pretrained(folder)
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=32128, decoder_start_token_id=0
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def write_csv(folder: Path, **splits: list[tuple[str, str]]) -> Path:
+    """A data set folder with one csv a split; rows are (dialogue, summary)."""
+    import csv
+
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("dialogue", "summary"), *rows])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of a few short rows in each split."""
+    rows = [(f"#Person1#: I saw {n} cats.\n#Person2#: Really, {n}?", f"Person1 saw {n} cats.") for n in range(2, 26)]
+    return write_csv(tmp_path_factory.mktemp("small") / "csv", train=rows[:16], validation=rows[16:20], test=rows[20:])
+
+
+def run(*command: str | Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of the project's environment from the repository root; the caller looks at the exit code."""
+    program, *rest = map(str, command)
+    return subprocess.run(
+        [str(BIN / program), *rest],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,161 @@
+"""A user's mistake ends the recipe's own process with 2 and one line, before any model is loaded."""
+
+import json
+import runpy
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, run, write_csv
+
+ROWS = [("#Person1#: Hi.", "They greet.")] * 8
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs a recipe in this process and returns its one line; a model that is loaded fails the test."""
+
+    def recipe(*argv, name: str = "lora") -> str:
+        def load_model(*args, **kwargs):
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr("toolkit.models.load_model", load_model)
+        monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, argv)])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+        assert caught.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if not line.startswith("[transformers]")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return recipe
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_csv(tmp_path / "rows", train=ROWS, validation=ROWS, test=ROWS)
+
+
+def test_an_unknown_flag(refused):
+    assert "did you mean lora_r?" in refused("--lora_rr", "8")
+
+
+def test_a_data_folder_that_does_not_exist(refused, tmp_path):
+    assert "no such folder or file" in refused("--dataset_name", tmp_path / "nowhere")
+
+
+def test_a_missing_column(refused, rows):
+    assert "no column 'dialog' (did you mean dialogue?)" in refused("--dataset_name", rows, "--text_column", "dialog")
+
+
+def test_a_model_folder_that_does_not_exist(refused):
+    assert "no such folder" in refused("--model_name_or_path", "./nowhere")
+
+
+def test_a_model_folder_without_config(refused, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "the folder has no config.json" in refused("--model_name_or_path", tmp_path / "model")
+
+
+def test_a_model_folder_without_weights(refused, tiny_t5):
+    assert "no weights; add --random_weights" in refused("--model_name_or_path", tiny_t5)
+
+
+def test_a_hub_model_that_cannot_be_had(refused):
+    message = refused("--model_name_or_path", "nobody/nothing")
+    assert "nobody/nothing" in message and ("hub cannot be reached" in message or "not on the hub" in message)
+
+
+def test_an_unknown_architecture(refused, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "zebra"}))
+    message = refused("--model_name_or_path", tmp_path, "--random_weights")
+    assert "does not know the architecture 'zebra'" in message
+
+
+def test_a_model_that_does_not_generate_text(refused, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert "does not generate text" in refused("--model_name_or_path", tmp_path, "--random_weights")
+
+
+def test_t5_in_fp16(refused, tiny_t5, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *a: (7, 5))
+    from toolkit.errors import UserError
+    from toolkit.models import ModelArguments, load_model_config
+
+    with pytest.raises(UserError, match="activations exceed fp16's largest number"):
+        load_model_config(ModelArguments(str(tiny_t5), random_weights=True), fp16=True)
+    monkeypatch.undo()
+
+
+def test_t5_with_weights_in_fp16(refused, tiny_t5):
+    message = refused("--model_name_or_path", tiny_t5, "--random_weights", "--dtype", "float16")
+    assert "overflows; use bfloat16 or float32" in message
+
+
+def test_4_bit_on_a_model_that_is_already_quantized(refused, data, tmp_path):
+    folder = tmp_path / "quantized"
+    shutil.copytree(data / "models" / "stories260k", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused("--model_name_or_path", folder, "--load_in_4bit")
+    assert "already quantized (by bitsandbytes)" in message
+
+
+def test_a_lora_target_that_matches_no_module_lists_those_that_exist(refused, data, rows):
+    model = data / "models" / "stories260k"
+    message = refused("--model_name_or_path", model, "--dataset_name", rows, "--lora_target_modules", "q_project")
+    assert "q_project matches no module (did you mean q_proj?)" in message
+    assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj" in message
+
+
+def test_a_label_longer_than_the_model_can_take(refused, data, tmp_path):
+    folder = write_csv(tmp_path / "long", train=[("a", "word " * 600)], validation=ROWS, test=ROWS)
+    message = refused("--model_name_or_path", data / "models" / "stories260k", "--dataset_name", folder)
+    assert "more than the 512 that the model can take" in message
+
+
+def test_an_output_folder_that_is_not_empty(refused, rows, data, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
+    common = ("--model_name_or_path", data / "models" / "stories260k", "--dataset_name", rows)
+    assert "is not empty" in refused(*common, "--output_dir", tmp_path / "old")
+
+
+def test_an_output_folder_that_cannot_be_written(refused, rows, data, tmp_path):
+    (tmp_path / "file").touch()
+    common = ("--model_name_or_path", data / "models" / "stories260k", "--dataset_name", rows)
+    assert "cannot be written (Not a directory)" in refused(*common, "--output_dir", tmp_path / "file" / "run")
+    assert "is a file" in refused(*common, "--output_dir", tmp_path / "file")
+    assert "cannot be written" in refused(*common, "--output_dir", "/proc/run")
+
+
+def test_resuming_where_there_is_no_checkpoint(refused, rows, data, tmp_path):
+    common = ("--model_name_or_path", data / "models" / "stories260k", "--dataset_name", rows)
+    message = refused(*common, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", "true")
+    assert "no checkpoint in" in message and not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_the_process_of_a_recipe_exits_with_2_and_one_line():
+    done = run("python", "recipes/full.py", "--max_steps", "0")
+    assert done.returncode == 2
+    assert done.stderr == "error: --max_steps 0 trains nothing; give at least 1, or leave it out to train by epochs\n"
+
+
+@pytest.mark.slow
+def test_only_the_first_rank_speaks():
+    launch = ("accelerate", "launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2")
+    done = run(*launch, "recipes/lora.py", "--use_cpu", "--lora_r", "0")
+    assert done.returncode == 1  # accelerate's own
+    assert done.stderr.count("error: --lora_r 0 is not possible") == 1
+
+
+@pytest.mark.slow
+def test_the_footprint_command_exits_with_2_and_one_line(tmp_path):
+    done = run("footprint", "generate", tmp_path, "text")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path} is not a run folder") and done.stderr.count("\n") == 1

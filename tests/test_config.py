@@ -1,0 +1,155 @@
+"""Flags and YAML: what wins, and what is refused in one line."""
+
+import dataclasses
+import sys
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from toolkit.config import OVERRIDDEN, Parser, parse_config
+from toolkit.errors import UserError
+from toolkit.methods import METHODS
+from toolkit.methods.full import Full
+from toolkit.methods.lora import Lora
+
+
+def refusal(*argv: str, method=Lora) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_config(method, argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_every_training_argument_is_a_flag_by_its_own_name():
+    flags = Parser(Lora).flags()
+    names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    assert len(names) > 90
+    assert names <= set(flags)
+
+
+def test_every_overridden_flag_exists_and_is_refused_with_its_reason():
+    parser = Parser(Full)
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert set(OVERRIDDEN) <= known
+    for name, reason in OVERRIDDEN.items():
+        action = parser.flags()[name]
+        value = str(action.choices[0]) if action.choices else "1"
+        if "dict" not in str(action.type) and "parallelism" not in name:
+            assert reason in refusal(f"--{name}={value}")
+
+
+def test_flags_win_over_yaml_and_yaml_over_the_recipe(yaml_file):
+    path = yaml_file("learning_rate: 1e-4\nlora_r: 4\nlora_target_modules: [q, v]\n")
+    config = parse_config(Lora, ["--config", path, "--lora_r", "8"])
+    assert (config.training.learning_rate, config.method.lora_r) == (1e-4, 8)
+    assert config.method.lora_target_modules == ["q", "v"]
+    assert parse_config(Lora, ["--lora_r", "8"]).training.learning_rate != 1e-4
+
+
+def test_the_config_that_a_run_leaves_can_be_run_again(yaml_file):
+    config = parse_config(Lora, ["--lora_r", "4", "--max_length", "64", "--warmup_steps", "3"])
+    again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
+    assert again.as_dict() == config.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--lora_rr", "8"], "unknown flag --lora_rr (did you mean lora_r?)"),
+        (["--lerning_rate", "1"], "did you mean learning_rate?"),
+        (["oops"], "unexpected value 'oops'"),
+        (["--per_device_train_batch_size", "eight"], "invalid int value: 'eight'"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0 is not possible"),
+        (["--per_device_train_batch_size", "-1"], "--per_device_train_batch_size -1 is not possible"),
+        (["--per_device_eval_batch_size", "-4"], "--per_device_eval_batch_size -4 is not possible"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0 is not possible"),
+        (["--max_steps", "0"], "--max_steps 0 trains nothing"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0 trains nothing"),
+        (["--learning_rate", "-1"], "--learning_rate -1 is not possible"),
+        (["--lora_r", "0"], "--lora_r 0 is not possible"),
+        (["--lora_dropout", "1"], "--lora_dropout 1 is not possible"),
+        (["--max_length", "0"], "--max_length 0 is not possible"),
+        (["--max_train_samples", "-1"], "--max_train_samples -1 is not possible"),
+        (["--prompt_template", "Hi"], "has no {text}"),
+        (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
+        (["--fp16"], "--fp16 needs a GPU"),
+        (["--load_in_4bit", "--load_in_8bit"], "exclude each other"),
+        (["--bnb_4bit_quant_type", "nf4"], "has no effect without --load_in_4bit"),
+        (["--text_column", "x"], "--text_column has no effect without --dataset_name"),
+        (["--model_revision", "main"], "--model_revision has no effect on a local model"),
+        (["--early_stopping_patience", "2"], "add --eval_strategy epoch --load_best_model_at_end"),
+        (["--early_stopping_threshold", "0.1"], "no effect without --early_stopping_patience"),
+        (["--metric_for_best_model", "eval_loss"], "no effect without --load_best_model_at_end"),
+        (["--load_best_model_at_end"], "load_best_model_at_end"),
+        (["--optim", "adam_best"], "adam_best"),
+        (["--gradient_checkpointing_kwargs", "{broken"], "JSON"),
+    ],
+)
+def test_a_flag_that_cannot_be_right_is_one_clear_line(argv, expected):
+    if argv == ["--gradient_checkpointing_kwargs", "{broken"]:
+        expected = "Expecting property name"
+    assert expected in refusal(*argv)
+
+
+def test_a_flag_of_another_method_names_its_owner():
+    assert "it belongs to the method lora" in refusal("--lora_r", "8", method=Full)
+
+
+def test_full_fine_tuning_of_a_quantized_base_is_refused():
+    assert "quantized weights cannot be trained" in refusal("--load_in_4bit", method=Full)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lora_rr: 8", "unknown key lora_rr (did you mean lora_r?)"),
+        ("lora_r: eight", "invalid int value: 'eight'"),
+        ("lora_r: [1, 2]", "lora_r takes one value, got a list of 2"),
+        ("lora_r: {a: 1}", "lora_r takes one value, got a mapping with a"),
+        ("max_steps: true", "invalid int value: 'true'"),
+        ("gradient_checkpointing: perhaps", "perhaps"),
+        ("- lora_r", "got a list"),
+        ("lora_r: [", "not valid YAML"),
+        ("max_steps: 0", "--max_steps 0 trains nothing"),
+        ("remove_unused_columns: false", "--remove_unused_columns has no effect here"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_right_is_one_clear_line(text, expected, yaml_file):
+    message = refusal("--config", yaml_file(text))
+    assert expected in message
+
+
+def test_a_missing_yaml_file_is_named():
+    assert "nowhere.yaml: cannot be read" in refusal("--config", "nowhere.yaml")
+
+
+def test_a_dict_in_yaml_reaches_trainer(yaml_file):
+    path = yaml_file("gradient_checkpointing: true\ngradient_checkpointing_kwargs: {use_reentrant: true}\n")
+    assert parse_config(Lora, ["--config", path]).training.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
+def test_the_default_output_folder_is_new_for_each_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = parse_config(Lora, []).training.output_dir
+    (tmp_path / first).mkdir(parents=True)
+    assert parse_config(Lora, []).training.output_dir != first
+
+
+def test_each_method_says_what_it_is():
+    assert set(METHODS) >= {"full", "lora"}
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.__doc__
+        assert sys.modules[method.__module__].__doc__

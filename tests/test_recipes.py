@@ -1,0 +1,174 @@
+"""Each recipe really runs: from the command line, on T5-like and GPT-like models, and leaves a folder that explains itself."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+
+from toolkit.memory.ledger import Ledger
+from toolkit.methods import METHODS
+
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+SHORT = ("--max_eval_samples", "4", "--max_target_length", "8", "--logging_steps", "1")
+
+
+def weights(folder):
+    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
+    return load_file(folder / name)
+
+
+def test_there_is_a_recipe_for_each_method_and_none_shadows_a_library():
+    assert [path.stem for path in RECIPES] == sorted(METHODS)
+    assert len(RECIPES) == 2
+    assert not {"profile", "datasets", "peft", "types", "evaluate"} & {path.stem for path in RECIPES}
+
+
+def test_recipes_differ_in_their_method_alone():
+    """The story is spelled out in each recipe for whoever reads it; this keeps the copies the same."""
+
+    def story(path):
+        text = path.read_text(encoding="utf-8")
+        code = text[text.index("from toolkit") :]
+        return re.sub(r"toolkit\.methods\.\w+ import \w+|parse_config\(\w+\)", "METHOD", code)
+
+    stories = {story(path) for path in RECIPES}
+    assert len(stories) == 1
+    assert len(stories.pop().splitlines()) < 50
+
+
+def test_each_recipe_starts_with_its_command_and_says_when_to_choose_it():
+    for path in RECIPES:
+        text = path.read_text(encoding="utf-8")
+        assert f"    accelerate launch recipes/{path.name}\n" in text
+        assert "Choose it" in text
+        paper = METHODS[path.stem].paper
+        assert paper in text
+
+
+@pytest.fixture(scope="module")
+def llama_run(data, tmp_path_factory):
+    """LoRA on a real pretrained Llama and real text; a checkpoint after 2 of 4 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "llama"
+    arguments = llama_arguments(data, folder)
+    done = run("accelerate", "launch", "--config_file", "launch/single.yaml", "recipes/lora.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def llama_arguments(data, folder):
+    model, rows = data / "models" / "stories260k", data / "dialogsum"
+    steps = ("--max_train_samples", "16", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2")
+    lengths = ("--max_length", "128", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2")
+    return ["--model_name_or_path", model, "--dataset_name", rows, *steps, *lengths, *SHORT, "--output_dir", folder]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_folder_that_explains_itself(llama_run):
+    folder, done = llama_run
+    names = {path.name for path in folder.iterdir()}
+    expected = {"config.yaml", "run.json", "metrics.jsonl", "memory.json", "completions.csv", "README.md"}
+    assert expected | {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "checkpoint-4"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+    record = json.loads((folder / "run.json").read_text())
+    assert record["finished"] and record["method"] == "lora" and record["seed"] == 42
+    assert record["versions"]["torch"] == torch.__version__
+    assert set(record["data"]["sha256"]) == {"train", "validation", "test"}
+    assert record["data"]["truncated"]["train"]["rows"] > 0 and "truncated" in done.stdout
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["learning_rate"] >= 0 for line in lines)
+    assert lines[0]["tokens"] < lines[-1]["tokens"] <= 4 * 4 * 128
+
+    with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 4 and list(rows[0]) == ["dialogue", "reference", "base", "tuned"]
+    assert all(row["dialogue"].startswith("#Person1#") for row in rows)
+
+    card = (folder / "README.md").read_text()
+    assert "stories260k" in card and "ROUGE-L" in card and "Memory at the peak" in card
+
+
+@pytest.mark.slow
+def test_the_terminal_shows_what_is_trained_scores_and_memory_in_plain_lines(llama_run):
+    _, done = llama_run
+    for expected in ("17,920 of 277,952 parameters", "16 to train", "fp32: no GPU", "4/4  loss", "tokens/s", "│ tuned"):
+        assert expected in done.stdout, expected
+    assert "optimizer state" in done.stdout and "\x1b[" not in done.stdout
+    assert "Warning" not in done.stderr and "Loading weights" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_the_memory_account_counts_the_states_exactly(llama_run):
+    folder, _ = llama_run
+    ledger = Ledger.load(folder / "memory.json")
+    trainable = sum(tensor.numel() for tensor in weights(folder).values())
+    assert ledger.parameters == {"trainable": trainable, "all": 277_952}
+    step = ledger.phases["optimizer_step"].categories
+    assert step["parameters_trainable"] == 4 * trainable
+    assert step["gradients"] == 4 * trainable
+    # AdamW keeps two moments for each element, and a step count for each tensor
+    assert step["optimizer_state"] == 8 * trainable + 4 * len(weights(folder))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_weights(llama_run, data, tmp_path):
+    folder, _ = llama_run
+    resumed = tmp_path / "resumed"  # as the run was when it had just written its first checkpoint and one more line
+    shutil.copytree(folder / "checkpoint-2", resumed / "checkpoint-2")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[:3]))
+    done = run("python", "recipes/lora.py", *llama_arguments(data, resumed), "--resume_from_checkpoint", "true")
+    assert done.returncode == 0, done.stderr
+    for name, tensor in weights(folder).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+    lines = (resumed / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_generate_loads_a_run_from_its_folder_alone(llama_run):
+    folder, _ = llama_run
+    with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
+        row = next(csv.DictReader(stream))
+    done = run("footprint", "generate", folder, row["dialogue"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == row["tuned"].strip()
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_of_a_t5_with_random_weights(data, tiny_t5, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ["--model_name_or_path", tiny_t5, "--random_weights", "--dataset_name", data / "dialogsum"]
+    chosen = ("--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1")
+    best = ("--load_best_model_at_end", "--early_stopping_patience", "3", "--metric_for_best_model", "eval_loss")
+    steps = ("--max_train_samples", "8", "--max_steps", "3", "--per_device_train_batch_size", "4", "--max_length", "64")
+    done = run("python", "recipes/full.py", *arguments, *steps, *chosen, *best, *SHORT, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert "best eval_loss on the validation split" in done.stdout
+    record = json.loads((folder / "run.json").read_text())
+    assert (
+        record["parameters"]["trainable"]
+        == record["parameters"]["all"]
+        == sum(t.numel() for t in weights(folder).values())
+    )
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, small_csv, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ["--model_name_or_path", data / "models" / "stories260k", "--dataset_name", small_csv]
+    steps = ("--max_steps", "20", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1")
+    wild = ("--learning_rate", "1e30", "--max_grad_norm", "0", "--optim", "sgd", "--lr_scheduler_type", "constant")
+    done = run("python", "recipes/full.py", *arguments, *steps, *wild, *SHORT, "--output_dir", folder)
+    assert done.returncode == 2
+    assert re.search(
+        r"error: the loss became (nan|inf) at step \d+; the last good checkpoint is .*checkpoint-\d+", done.stderr
+    )
+    assert list(folder.glob("checkpoint-*/model.safetensors"))

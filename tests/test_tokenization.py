@@ -1,0 +1,106 @@
+"""Token ids and labels: what carries the loss, and what is cut off."""
+
+import pytest
+from conftest import write_csv
+from transformers import AutoConfig, AutoTokenizer
+
+from toolkit.errors import UserError
+from toolkit.tasks.summarization import PROMPT, DataArguments, check_supervision, load_data
+from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
+
+TEXT = "#Person1#: I saw nine cats. " * 30
+TARGET = "Person1 saw cats."
+
+
+def encoder(data, kind: str, max_length: int = 256, max_target_length: int = 32) -> Encoder:
+    folder = {"t5": "tokenizers/t5-small", "gpt2": "tokenizers/gpt2", "llama": "models/stories260k"}[kind]
+    tokenizer = AutoTokenizer.from_pretrained(data / folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Encoder(tokenizer, PROMPT, kind == "t5", max_length, max_target_length)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_gpt_like_model_learns_the_target_alone(data, kind):
+    enc = encoder(data, kind)
+    row = enc.row("Hello there.", TARGET, Truncation())
+    first = next(i for i, label in enumerate(row["labels"]) if label != MASKED)
+    assert row["labels"][first:] == row["input_ids"][first:]
+    assert enc.tokenizer.decode(row["labels"][first:], skip_special_tokens=True).strip() == TARGET
+    assert row["labels"][-1] == enc.tokenizer.eos_token_id
+    assert row["input_ids"][:first] == enc.prompt("Hello there.")[0]
+    whole = enc.tokenizer(PROMPT.replace("{text}", "Hello there.") + f" {TARGET}").input_ids
+    assert row["input_ids"][: len(whole)] == whole  # the very ids that the text as a whole would have
+
+
+def test_a_t5_like_model_learns_the_target_and_its_end(data):
+    enc = encoder(data, "t5")
+    row = enc.row("Hello there.", TARGET, Truncation())
+    assert enc.tokenizer.decode(row["labels"]) == f"{TARGET}</s>"
+    assert enc.tokenizer.decode(row["input_ids"]).startswith("Summarize the following conversation.")
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+def test_truncation_shortens_the_text_and_never_the_instruction(data, kind):
+    enc = encoder(data, kind, max_length=128, max_target_length=24)
+    lost = Truncation()
+    row = enc.row(TEXT, TARGET, lost)
+    assert len(row["input_ids"]) <= 128
+    text = enc.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+    assert text.startswith("Summarize the following conversation.") and "Summary:" in text
+    whole = encoder(data, kind, max_length=10_000, max_target_length=24).row(TEXT, TARGET, Truncation())
+    assert lost == Truncation(1, len(whole["input_ids"]) - len(row["input_ids"]), 0)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_cut_target_keeps_its_end_and_is_counted(data, kind):
+    enc = encoder(data, kind, max_target_length=4)
+    lost = Truncation()
+    labels = [x for x in enc.row("Hi.", "one two three four five six", lost)["labels"] if x != MASKED]
+    assert len(labels) == 4 and labels[-1] == enc.tokenizer.eos_token_id
+    assert lost.rows == 1 and lost.target_tokens == len(enc.target_ids("one two three four five six")) - 4
+
+
+def test_a_length_without_room_for_the_prompt_is_refused(data):
+    with pytest.raises(UserError, match="leaves 8 tokens for a prompt whose own words take"):
+        encoder(data, "t5", max_length=8).row(TEXT, TARGET, Truncation())
+
+
+def load(data, kind: str, folder, **kwargs):
+    source = data / ("tokenizers/t5-small" if kind == "t5" else "models/stories260k")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    config = AutoConfig.for_model("t5") if kind == "t5" else AutoConfig.from_pretrained(source)
+    return load_data(DataArguments(dataset_name=str(folder), **kwargs), config, tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_label_longer_than_the_model_can_take_is_refused_unless_cut_on_purpose(data, kind, tmp_path):
+    folder = write_csv(
+        tmp_path / "d", train=[("a", "b"), ("c", "word " * 600)], validation=[("a", "b")], test=[("a", "b")]
+    )
+    with pytest.raises(UserError, match=r"row 2 of train: its summary has \d+ tokens, more than the 512"):
+        load(data, kind, folder)
+    assert load(data, kind, folder, max_target_length=64).truncation["train"].target_tokens > 500
+
+
+def test_lengths_beyond_the_model_are_refused(data, small_csv):
+    with pytest.raises(UserError, match="--max_length 1024 is longer than the model can take; give at most 512"):
+        load(data, "llama", small_csv, max_length=1024)
+    with pytest.raises(UserError, match="leaves no room for a prompt"):
+        load(data, "llama", small_csv, max_length=100, max_target_length=100)
+
+
+def test_a_data_set_whose_every_label_is_masked_is_refused(data, small_csv):
+    loaded = load(data, "llama", small_csv)
+    assert loaded.supervised_tokens > 0
+    rows = loaded.train.map(lambda row: {"labels": [MASKED] * len(row["labels"])})
+    loaded.train = rows
+    with pytest.raises(UserError, match="every label of the train split is masked"):
+        check_supervision(loaded.supervised_tokens)
+
+
+def test_the_fingerprint_changes_with_the_data(data, small_csv, tmp_path):
+    whole, part = load(data, "t5", small_csv), load(data, "t5", small_csv, max_train_samples=3)
+    assert whole.fingerprint["train"] != part.fingerprint["train"]
+    assert whole.fingerprint["test"] == part.fingerprint["test"] == load(data, "t5", small_csv).fingerprint["test"]
+    assert len(part.train) == 3
