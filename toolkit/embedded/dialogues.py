@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from toolkit.embedded.templates import Exchange, Material, Split, Template, load
 
-DEFAULT_SIZES: dict[str, int] = {"train": 2000, "validation": 100, "test": 200}
+DEFAULT_SIZES: dict[str, int] = {"train": 800, "validation": 100, "test": 200}
 MAX_TURNS = 8
 
 POOLS: dict[str, list[str]] = {

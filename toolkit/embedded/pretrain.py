@@ -86,7 +86,7 @@ def make_model(tokenizer: T5Tokenizer) -> T5ForConditionalGeneration:
 
 @torch.no_grad()
 def start_as_copier(model: T5ForConditionalGeneration) -> None:
-    """Starts attention as a copier, which a random start needs most of a short training to find.
+    """Starts attention as a copier, since the pretraining is too short to leave finding that to chance.
 
     Each value is handed on nearly as it is (v orthogonal (128, 128), o its transpose), and likes attend to likes (q = k), after
     Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers". On top of that, the encoder's first head looks one
