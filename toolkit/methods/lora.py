@@ -25,7 +25,7 @@ class Lora(Method):
     freezes_base: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-4}
     embedded_defaults: ClassVar[dict[str, Any]] = {
-        "learning_rate": 1e-2,
+        "learning_rate": 5e-3,
         "num_train_epochs": 2.0,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 50,
