@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from toolkit.memory import census
 from toolkit.memory.cuda_meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
-from toolkit.memory.recording import Counter, Recording
+from toolkit.memory.recording import Counter, Meter, Recording
 from toolkit.memory.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ class MemoryCallback(TrainerCallback):
         self.snapshot = snapshot
         self.ledger: Ledger | None = None
         self.problem: str | None = None
+        self.source = "measured"
+        self.device_name: str | None = None  # None: the name of the device that the model is on
+        self.context_bytes: int | None = None
         self._trace: Trace | None = None  # from training's begin until the ledger is made
         self._active: Trace | None = None  # the same, while one of the steps is traced
         self._open = ExitStack()
@@ -64,13 +68,12 @@ class MemoryCallback(TrainerCallback):
         self._first_step = state.global_step
         self._seconds = 0.0
         self._device = next(model.parameters()).device
-        on_cuda = self._device.type == "cuda"
-        if self.snapshot is not None and on_cuda:
+        if self.snapshot is not None and self._device.type == "cuda":
             torch.cuda.memory._record_memory_history()
-        self._meter: CudaMeter | Counter = CudaMeter(self._device) if on_cuda else Counter()
+        self._meter, new_trace = self.new_trace(model)
         self._recording = Recording(self._meter)
-        self._trace = Trace(self._meter, self._recording, device_type=self._device.type)
-        census.label_model(self._trace, model)
+        self._trace = new_trace(self._meter, self._recording)
+        self.load(self._trace, model)
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -112,6 +115,22 @@ class MemoryCallback(TrainerCallback):
             self._close()
             self._finish(model)
 
+    # ---- what a shadow step does differently
+
+    def new_trace(self, model: Any) -> tuple[Meter, Callable[..., Trace]]:
+        """A meter for the model's device, and what makes a trace of its sinks."""
+        meter: Meter = CudaMeter(self._device) if self._device.type == "cuda" else Counter()
+        return meter, partial(Trace, device_type=self._device.type)
+
+    def load(self, trace: Trace, model: Any) -> None:
+        """Tells `trace` what loading left behind."""
+        census.label_model(trace, model)
+
+    def refused(self, error: LedgerError) -> None:
+        """The parts do not add up."""
+        self.problem = str(error)
+        logger.warning("no measured ledger: %s", error)
+
     # ---- our own
 
     @property
@@ -140,12 +159,12 @@ class MemoryCallback(TrainerCallback):
 
     def _finish(self, model: Any) -> None:
         assert self._trace is not None
-        context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else None
+        context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
         try:
             self.ledger = ledger_of(
                 self._recording,
-                source="measured",
-                device=device_name(self._device),
+                source=self.source,
+                device=self.device_name or device_name(self._device),
                 stack=stack_versions(),
                 config=self.config,
                 parameters=census.count_parameters(model),
@@ -153,8 +172,7 @@ class MemoryCallback(TrainerCallback):
                 seconds=self._seconds,
             )
         except LedgerError as error:
-            self.problem = str(error)
-            logger.warning("no measured ledger: %s", error)
+            self.refused(error)
         if self.snapshot is not None and isinstance(self._meter, CudaMeter):
             torch.cuda.memory._dump_snapshot(str(self.snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
