@@ -36,7 +36,7 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = _fake_or_small(mode, buffer)
         _replace_plain(mode, module)
-    model._apply = lambda fn, recurse=True: model  # type: ignore[method-assign]  # `.to(device)`: it stays where it is
+    model._apply = lambda fn, recurse=True: model  # `.to(device)`: it stays where it is
     return mode
 
 
@@ -50,7 +50,7 @@ def _fake_parameter(mode: FakeTensorMode, module: nn.Module, name: str, paramete
     kind = type(parameter).__name__
     if kind == "Params4bit" and name == "weight":
         return _quantized_4bit(module, parameter, fake)
-    if kind == "Int8Params" and name == "weight" and not parameter.has_fp16_weights:  # type: ignore[attr-defined]
+    if kind == "Int8Params" and name == "weight" and not parameter.has_fp16_weights:
         return _quantized_8bit(fake)
     return nn.Parameter(fake, requires_grad=parameter.requires_grad)
 

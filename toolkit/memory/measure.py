@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.state import GradientState
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import TrainerCallback
 
 from toolkit.memory import census
@@ -39,7 +40,8 @@ class MemoryCallback(TrainerCallback):
     follow. `config` is copied into the ledger. `snapshot` (CUDA only) is a file for PyTorch's memory viewer.
 
     `ledger` is None until the last of the steps is over (or training ends), and stays None where the parts did not add
-    up to the device's total: a run is not stopped for that, but `problem` says so and a warning is logged.
+    up to the device's total: a run is not stopped for that, but `problem` says so and a warning is logged. `batches`
+    are the arguments of each forward pass that was traced, for a prediction of the very same steps.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class MemoryCallback(TrainerCallback):
         self.snapshot = snapshot
         self.ledger: Ledger | None = None
         self.problem: str | None = None
+        self.batches: list[dict[str, torch.Tensor]] = []
         self.source = "measured"
         self.device_name: str | None = None  # None: the name of the device that the model is on
         self.context_bytes: int | None = None
@@ -64,7 +67,7 @@ class MemoryCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.abort()  # of an earlier attempt, such as a batch size that did not fit
-        self.ledger, self.problem = None, None
+        self.ledger, self.problem, self.batches = None, None, []
         self._first_step = state.global_step
         self._seconds = 0.0
         self._device = next(model.parameters()).device
@@ -87,7 +90,7 @@ class MemoryCallback(TrainerCallback):
         self._trace.step = number
         self._trace.enter_phase("forward")
         self._open.enter_context(self._trace.modules_of(model, census.head_of(model)))
-        hook = model.register_forward_pre_hook(self._on_forward)
+        hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
         self._open.callback(hook.remove)
         self._open.enter_context(self._trace)
         self._active = self._trace
@@ -139,9 +142,12 @@ class MemoryCallback(TrainerCallback):
             self._trace is not None and self._trace in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
         )
 
-    def _on_forward(self, module: Any, args: Any) -> None:
+    def _on_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """The model's forward begins; with accumulation, several times a step, and clipping follows only the last."""
         assert self._trace is not None
+        with _disable_current_modes():  # copies, so that they live outside the account
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            self.batches.append({name: value.detach().to("cpu", copy=True) for name, value in tensors.items()})
         if self._trace.phase != "forward":
             self._trace.enter_phase("forward")
         self._trace.after_backward = "optimizer_step" if GradientState().sync_gradients else "backward"

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import accelerator as accelerate_accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -122,7 +122,7 @@ def predict(
 
     `build` is called once; it must make its model on the meta device. `trainer` must put `arguments` (a copy, limited
     to two steps on one CPU process) and the callback into the Trainer that training uses; its data set gives at least
-    `rows_needed(arguments)` rows, each as long as the longest of training.
+    `rows_needed(arguments)` rows, each as long as the longest of training, in their order.
 
     Raises:
         UserError: for options and models that the shadow step does not support, saying which.
@@ -136,10 +136,10 @@ def predict(
         model.train()
         make_fake(model)
         callback = ShadowCallback(device, config)
+        if arguments.fp16:
+            stack.enter_context(_fp16_autocast())
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
         _only(shadow, callback)
-        if arguments.fp16:
-            AcceleratorState._shared_state["_mixed_precision"] = "fp16"
         device.prepare(shadow)
         stack.enter_context(_real_losses())
         stack.enter_context(device.running())
@@ -203,6 +203,20 @@ def _only(trainer: Trainer, callback: MemoryCallback) -> None:
 
 
 @contextmanager
+def _fp16_autocast() -> Iterator[None]:
+    """accelerate runs fp16 on GPUs alone; here the shadow asks it for bf16 and autocast computes in fp16.
+
+    What is left out is the gradient scaler: it scales in place, and its own tensors are a few numbers.
+    """
+    before = accelerate_accelerator.get_mixed_precision_context_manager
+    accelerate_accelerator.get_mixed_precision_context_manager = lambda *_: torch.autocast("cpu", torch.float16)
+    try:
+        yield
+    finally:
+        accelerate_accelerator.get_mixed_precision_context_manager = before
+
+
+@contextmanager
 def _real_losses() -> Iterator[None]:
     """Trainer sees a real loss of 0 where a step gives a fake one, so that checks for NaN have something to look at."""
     step = Trainer.training_step
@@ -211,11 +225,11 @@ def _real_losses() -> Iterator[None]:
         loss = step(self, *args, **kwargs)
         return torch.zeros((), dtype=loss.dtype)
 
-    Trainer.training_step = training_step  # type: ignore[method-assign]
+    Trainer.training_step = training_step
     try:
         yield
     finally:
-        Trainer.training_step = step  # type: ignore[method-assign]
+        Trainer.training_step = step
 
 
 @contextmanager
