@@ -31,7 +31,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from toolkit.errors import UserError
-from toolkit.memory import census
+from toolkit.memory import census, meta_ops
 from toolkit.memory.fake import make_fake
 from toolkit.memory.isolation import isolated
 from toolkit.memory.ledger import Ledger
@@ -48,13 +48,16 @@ class Device(Protocol):
     name: str
     context_bytes: int | None
     budget_bytes: int | None
-    notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the device's figures is uncertain, one sentence each."""
 
     def meter(self) -> Meter:
         """Counts allocations as the device's allocator would."""
 
     def overlay(self) -> Overlay | None:
-        """Runs operators as the device would; None where that is as the CPU does."""
+        """Runs operators as the device would."""
 
     def running(self) -> AbstractContextManager:
         """Open while the shadow step runs: functions that the device's libraries replace."""
@@ -64,6 +67,13 @@ class Device(Protocol):
 
     def prepare(self, trainer: Trainer) -> None:
         """What the device makes a Trainer do differently, such as optimizers' foreach implementations."""
+
+
+class _Straight:
+    """Every operator as it is, by the short way."""
+
+    def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
+        return meta_ops.run(op, args, kwargs)
 
 
 class Cpu:
@@ -78,7 +88,7 @@ class Cpu:
         return Counter()
 
     def overlay(self) -> Overlay | None:
-        return None
+        return _Straight()
 
     def running(self) -> AbstractContextManager:
         return nullcontext()
