@@ -2,7 +2,8 @@
 
 `FakeTensorMode` does the same after some hundred microseconds of questions that a shadow step has no use for (symbolic
 shapes, caches, constants, devices). Only operators that write to none of their arguments and have a meta kernel go this
-way; whatever a meta kernel refuses goes the long way from then on.
+way; whatever a meta kernel refuses goes the long way from then on. Layers repeat, and so do operators on tensors of the
+same shapes: what an operator returned once is remembered by its shapes, unless it shares storage with an argument.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _refused: set[Any] = set()  # operators whose meta kernel raised once
+_remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (shape, stride, dtype) of its results
 
 
 @cache
@@ -30,11 +32,53 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
     """`op(*args, **kwargs)`, with every tensor of the result fake if one of the arguments' is."""
     if op in _refused or not _has_meta_kernel(op):
         return op(*args, **kwargs)
+    fakes: list[FakeTensor] = []
+    signature = (op, _signature(args, fakes), *((name, _signature(value, fakes)) for name, value in kwargs.items()))
+    if not fakes:
+        return op(*args, **kwargs)
+    known = _remembered.get(signature)
+    if known is not None:
+        return _made(known, fakes[0].fake_mode)
+    result = _run_meta(op, args, kwargs)
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    tensors = [item for item in results if isinstance(item, torch.Tensor)]
+    taken = {tensor.untyped_storage()._cdata for tensor in fakes}
+    fresh = not any(isinstance(tensor, FakeTensor) and tensor.untyped_storage()._cdata in taken for tensor in tensors)
+    if fresh and tensors and all(item is None or isinstance(item, FakeTensor) for item in results):
+        _remembered[signature] = _description(result)
+    return result
+
+
+def _signature(value: Any, fakes: list[FakeTensor]) -> Any:
+    """What of an argument decides the shapes of the results; numbers with their types, for 1, 1.0 and True differ."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(value, FakeTensor):
+            fakes.append(value)
+        return (value.dtype, value.shape, value.stride())
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(item, fakes) for item in value)
+    return (type(value), value)
+
+
+def _description(result: Any) -> Any:
+    if isinstance(result, (list, tuple)):
+        return [type(result), *(_description(item) for item in result)]
+    return None if result is None else (tuple(result.shape), result.stride(), result.dtype)
+
+
+def _made(known: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(known, list):
+        return known[0](_made(item, mode) for item in known[1:])
+    if known is None:
+        return None
+    shape, stride, dtype = known
+    return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device=_META), _CPU)
+
+
+def _run_meta(op: Any, args: tuple, kwargs: dict) -> Any:
     modes: list[FakeTensorMode] = []
     meta_args = [_as_meta(arg, modes) for arg in args]
     meta_kwargs = {name: _as_meta(value, modes) for name, value in kwargs.items()}
-    if not modes:
-        return op(*args, **kwargs)
     if meta_kwargs.get("device") is not None:
         meta_kwargs["device"] = _META
     mode = modes[0]
