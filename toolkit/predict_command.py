@@ -50,11 +50,10 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
             card = find_card(args.gpu) if args.gpu else generic_card(args.gpu_memory)
             device = Cuda(card)
         ledger = predict_run(parse_config(METHODS[method], rest, card), device)
-    if args.json:
-        print(json.dumps(ledger.to_json()), file=out)
-    else:
-        print_ledger(Console(file=out), ledger)
-    out.flush()
+        if args.json:
+            print(json.dumps(ledger.to_json()), file=out)
+        else:
+            print_ledger(Console(file=out), ledger)
     return 0 if ledger.fits else 1
 
 
@@ -67,7 +66,8 @@ def _stdout_kept_clean() -> Iterator:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     try:
-        yield os.fdopen(os.dup(kept), "w", encoding="utf-8")
+        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as out:
+            yield out
     finally:
         sys.stdout = stdout
         os.dup2(kept, 1)

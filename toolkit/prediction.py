@@ -10,8 +10,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from toolkit.config import Config
-from toolkit.console import console, say
+from toolkit.console import console, is_main, say
 from toolkit.errors import UserError
+from toolkit.memory.cards import card_of_device
+from toolkit.memory.cuda import Cuda
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.meta import model_on_meta
@@ -97,27 +99,48 @@ def _only_one(rows: list[Any]) -> Any:
     return {name: tensor.clone() for name, tensor in rows[0].items()}
 
 
-def show_prediction(config: Config, device: Device = CPU) -> None:
-    """What `--predict` prints: the predicted ledger of the worst batch, instead of training."""
-    print_ledger(console, predict_run(config, device))
+def this_device(config: Config) -> Device:
+    """The device that training would run on here: a GPU of this machine as a card, or the CPU."""
+    if config.training.device.type != "cuda":
+        return CPU
+    gpu = torch.cuda.get_device_properties(config.training.device)
+    return Cuda(card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, gpu.total_memory))
+
+
+def show_prediction(config: Config) -> None:
+    """What `--predict` prints: the predicted ledger of the worst batch, instead of training.
+
+    Raises: UserError where it cannot be predicted.
+    """
+    _refuse_several_processes(config)
+    print_ledger(console, predict_run(config, this_device(config)))
+
+
+def _refuse_several_processes(config: Config) -> None:
+    if config.training.world_size > 1:
+        raise UserError("memory of several processes, which may share the model's states, is not predicted yet")
 
 
 def say_prediction(config: Config) -> None:
     """One line before a run: what the worst batch will need, or why that cannot be known. Never stops a run."""
+    if not is_main:
+        return
     try:
-        ledger = predict_run(config)
+        _refuse_several_processes(config)
+        ledger = predict_run(config, this_device(config))
     except UserError as error:
         say("memory", f"not predicted: {error}")
         return
     worst = f"{ledger.peak_phase_name.replace('_', ' ')} of the longest batch"
-    say("memory", f"{format_bytes(ledger.allocated_bytes)} at the peak, predicted for the {worst} on this CPU")
+    say("memory", f"{format_bytes(ledger.reserved_bytes)} at the peak, predicted for the {worst} ({ledger.device})")
 
 
 def show_comparison(config: Config, memory: MemoryCallback) -> None:
     """After a run: the measured steps' ledger beside the one that is predicted for the very same batches."""
-    if memory.ledger is None or memory.ledger.device != "cpu" or "labels" not in memory.batches[0]:
+    if not is_main or memory.ledger is None or "labels" not in memory.batches[0]:
         return
     try:
-        print_comparison(console, predict_run(config, batches=memory.batches), memory.ledger)
+        _refuse_several_processes(config)
+        print_comparison(console, predict_run(config, this_device(config), memory.batches), memory.ledger)
     except UserError as error:
         say("memory", f"not predicted: {error}")

@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny_models import rows, tiny_config
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +18,7 @@ from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.meta import model_on_meta
 from toolkit.memory.shadow import predict
+from toolkit.methods import METHODS
 
 MODELS = ["t5", "llama", "gpt2", "qwen2"]
 QUANTIZED = {
@@ -46,10 +46,7 @@ def auto_class(name):
 
 
 def attach(model, method):
-    if method == "full":
-        return model
-    kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    return get_peft_model(model, LoraConfig(r=4, lora_dropout=0.1, task_type=kind))
+    return METHODS[method]().attach(model)
 
 
 def real_model(name, quantization, folder):
@@ -112,13 +109,8 @@ def assert_same(predicted, measured):
 CASES = [
     (name, method, quantization)
     for name in MODELS
-    for method, quantization in [
-        ("full", None),
-        ("lora", None),
-        ("lora", "nf4"),
-        ("lora", "nf4-double"),
-        ("lora", "int8"),
-    ]
+    for method in sorted(METHODS)  # each new method joins by being registered
+    for quantization in (None, *(QUANTIZED if METHODS[method].freezes_base else ()))
 ]
 
 
