@@ -12,6 +12,7 @@ Sources are files of PyTorch 2.14 under aten/src/ATen unless another is named. A
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,11 +121,13 @@ def _sums_gradients(args: tuple) -> bool:
 
     torch/csrc/autograd/input_buffer.cpp, `accumulate`: it adds in place where it holds the only reference to the first
     gradient. It never does so for tensor subclasses, which fake tensors are, so the shadow sees an addition out of place.
-    Between two nodes of the backward pass no node is current, which tells the engine's additions from a node's own.
+    The engine adds from C++, so the nearest Python frame outside the trace is its caller's; a node written in Python, or
+    checkpointing's recomputation, would stand in between.
     """
-    if torch._C._current_graph_task_id() == -1 or torch._C._current_autograd_node() is not None:
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
         return False
-    if torch.is_grad_enabled() or len(args) < 2:
+    frame: Any = sys._getframe(3)  # this function, the overlay's run, the trace's dispatch, and who called the operator
+    if frame is None or frame.f_code.co_name != "_engine_run_backward":
         return False
     first, second = args[:2]
     alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape

@@ -45,7 +45,7 @@ def fused_rule() -> Callable[..., bool] | None:
     wanted[0].decorator_list = []
     scope = {"torch": torch, "_GEMM_4BIT_CUSTOM_FLOOR_M": 4, "_gpu_dispatch_props": lambda device: device}
     exec(compile(ast.Module(body=[*wanted], type_ignores=[]), str(path), "exec"), scope)
-    return scope["_gemm_4bit_use_custom_cuda"]  # type: ignore[return-value]
+    return scope["_gemm_4bit_use_custom_cuda"]
 
 
 def gemm_4bit(card: Card, trace: Trace, args: tuple, kwargs: dict) -> torch.Tensor:
