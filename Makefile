@@ -4,6 +4,9 @@
 # make setup   the environment alone, in .venv
 .PHONY: setup demo test quick check results
 PYTHON ?= python3
+# Also for what a package needs to be built: DeepSpeed is built on the spot, against the same torch.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 BIN := .venv/bin
 
 setup: .venv/.footprint
@@ -25,8 +28,8 @@ results: setup
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	  { echo "error: $$($(PYTHON) --version) is too old; footprint needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 .venv/.footprint-test: .venv/.footprint
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	@touch $@

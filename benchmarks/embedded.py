@@ -24,10 +24,13 @@ def run(method: str, seed: int, folder: Path) -> dict:
     """One recipe on its defaults; its run.json, with the size in bytes of what it saved."""
     launch = [Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / "launch" / "single.yaml"]
     recipe = [ROOT / "recipes" / f"{method}.py", "--seed", str(seed), "--output_dir", folder]
-    subprocess.run([str(part) for part in (*launch, *recipe)], cwd=ROOT, check=True)
+    command = [str(part) for part in (*launch, *recipe)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
     weights = next(folder.glob("*model.safetensors"))
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return record | {"saved_bytes": weights.stat().st_size}
+    shown = done.stdout[done.stdout.index("Scores on the test split") : done.stdout.rindex("     folder")]
+    return record | {"saved_bytes": weights.stat().st_size, "shown": [line.rstrip() for line in shown.splitlines()]}
 
 
 def main() -> None:
@@ -44,6 +47,7 @@ def main() -> None:
                 record = run(method, seed, Path(folder) / f"{method}-{seed}")
                 kept = ("method", "seed", "scores", "seconds", "parameters", "saved_bytes")
                 result["runs"].append({name: record[name] for name in kept})
+                result.setdefault("demo", record["shown"])  # of LoRA's first seed: how `make demo` ends
                 result |= {"versions": record["versions"], "rows": record["data"]["rows"]}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -45,7 +45,13 @@ def embedded_scores() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"embedded scores": embedded_scores}
+def demo_output() -> str:
+    """How a run of `recipes/lora.py` on the embedded default ends in the terminal."""
+    result = json.loads((RESULTS / "embedded.json").read_text(encoding="utf-8"))
+    return "\n".join(["```", *result["demo"], "```"])
+
+
+PARTS = {"demo output": demo_output, "embedded scores": embedded_scores}
 
 
 def rewritten(text: str) -> str:

@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run, write_csv
@@ -137,6 +138,44 @@ def test_resuming_where_there_is_no_checkpoint(refused, rows, data, tmp_path):
     common = ("--model_name_or_path", data / "models" / "stories260k", "--dataset_name", rows)
     message = refused(*common, "--output_dir", tmp_path / "new", "--resume_from_checkpoint", "true")
     assert "no checkpoint in" in message and not (tmp_path / "new").exists()
+
+
+def test_a_gated_and_a_missing_hub_model_say_which_they_are_and_what_to_do(monkeypatch):
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    from toolkit.errors import UserError
+    from toolkit.models import ModelArguments, load_model_config
+
+    for kind, expected in (
+        (GatedRepoError, "is gated: accept its licence"),
+        (RepositoryNotFoundError, "is not on the hub"),
+    ):
+
+        def fail(*args, kind=kind, **kwargs):
+            raise OSError("as transformers wraps it") from kind.__new__(kind)
+
+        monkeypatch.setattr("toolkit.models.AutoConfig.from_pretrained", fail)
+        with pytest.raises(UserError, match=f"user/name {expected}"):
+            load_model_config(ModelArguments("user/name"))
+
+
+def test_pushing_to_a_hub_without_a_login(refused):
+    assert "--push_to_hub: not logged in to the hub" in refused("--push_to_hub", "--hub_token", "none")
+
+
+def test_an_engine_that_is_not_installed(refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "DeepSpeed, which is not installed" in refused()
+
+
+def test_a_compiler_that_is_not_installed(monkeypatch):
+    from toolkit.errors import UserError
+    from toolkit.preparation import check_engine
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="--torch_compile compiles C\\+\\+ code, and there is no compiler"):
+        check_engine(SimpleNamespace(torch_compile=True, push_to_hub=False))
 
 
 @pytest.mark.slow

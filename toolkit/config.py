@@ -7,6 +7,7 @@ A recipe is described by four flat dataclasses: its method's own, `ModelArgument
 
 import dataclasses
 import json
+import os
 import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
@@ -187,6 +188,9 @@ def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tupl
     if bf16 and fp16:
         raise UserError("--bf16 and --fp16 exclude each other; give one of them")
     on_gpu = card is not None or (torch.cuda.is_available() and not settings.get("use_cpu"))
+    launched = "no" if card is not None else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if bf16 is None and fp16 is None and launched in ("bf16", "fp16"):
+        return launched == "bf16", launched == "fp16", f"{launched}: the launch configuration"
     if fp16 and not on_gpu:
         raise UserError("--fp16 needs a GPU, and there is none here (or --use_cpu was given); use --bf16 or fp32")
     if bf16 is not None or fp16 is not None:

@@ -1,5 +1,6 @@
 """Scoring by generation: prompts are answered in batches by all ranks, and only the text is kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,20 +27,19 @@ def evaluate_by_generation(model: PreTrainedModel, data: SummarizationData, conf
 
     Rows with the same text (DialogSum's test split has three references a dialogue) are generated once.
     """
-    texts = [str(text) for text in data.test[data.text_column]]
-    unique = list(dict.fromkeys(texts))
-    prompts = [data.encoder.prompt(text)[0] for text in unique]
+    prompts = [tuple(ids) for ids in data.test_prompts]
+    unique = list(dict.fromkeys(prompts))
     written = generate(
         model,
         data.encoder.tokenizer,
-        prompts,
+        unique,
         batch_size=config.training.per_device_eval_batch_size,
         max_new_tokens=data.encoder.max_target_length,
         num_beams=config.data.num_beams,
         title=title,
     )
     answer = dict(zip(unique, written, strict=True))
-    answers = [answer[text] for text in texts]
+    answers = [answer[prompt] for prompt in prompts]
     references = [str(summary) for summary in data.test[data.summary_column]]
     if not is_main:
         return Completions(answers, {})
@@ -52,7 +52,7 @@ def evaluate_by_generation(model: PreTrainedModel, data: SummarizationData, conf
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     batch_size: int,
     max_new_tokens: int,
     num_beams: int = 1,
@@ -90,13 +90,15 @@ def generate(
 def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     num_beams: int,
 ) -> list[str]:
     is_encoder_decoder = model.config.is_encoder_decoder
     side = "right" if is_encoder_decoder else "left"  # a decoder continues from the last position
-    inputs = tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt").to(model.device)
+    inputs = tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, padding_side=side, return_tensors="pt").to(
+        model.device
+    )
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

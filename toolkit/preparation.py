@@ -2,15 +2,19 @@
 
 import importlib.util
 import os
+import shutil
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub import whoami
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from toolkit.config import Config
+from toolkit.config import Config, TrainArguments
 from toolkit.console import say
 from toolkit.errors import UserError
 from toolkit.models import build_on_meta, load_model_config, load_tokenizer, weights_dtype
+from toolkit.ranks import decided_by_main
 from toolkit.tasks.summarization import SummarizationData, load_data
 
 
@@ -31,8 +35,8 @@ def prepare(config: Config) -> Preparation:
 
     Raises: UserError for every mistake that can be found without loading a model.
     """
-    _check_engine()
     training = config.training
+    check_engine(training)
     model_config = load_model_config(config.model, fp16=training.fp16)
     tokenizer = load_tokenizer(config.model)
     with training.main_process_first(desc="reading the data"):
@@ -46,12 +50,31 @@ def prepare(config: Config) -> Preparation:
     return preparation
 
 
-def _check_engine() -> None:
+def check_engine(training: TrainArguments) -> None:
+    """Raises UserError where the launch or a flag needs something that this machine lacks: an engine, a compiler, a login."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
             "or launch with launch/single.yaml"
         )
+    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") in ("cpu", "nvme")
+    if (offload or training.torch_compile) and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        what = "offloading the optimizer" if offload else "--torch_compile"
+        raise UserError(
+            f"{what} compiles C++ code, and there is no compiler: install one (Debian, Ubuntu: apt install g++)"
+        )
+    if training.push_to_hub:
+        decided_by_main(lambda: _check_login(training.hub_token))
+
+
+def _check_login(token: str | None) -> None:
+    try:
+        whoami(token)
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"--push_to_hub: not logged in to the hub ({reason}); run `hf auth login` or leave it out"
+        ) from None
 
 
 def _say_what_will_be_done(config: Config, ready: Preparation, why: str) -> None:

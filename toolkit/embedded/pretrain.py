@@ -1,4 +1,4 @@
-"""Makes the embedded model: a tokenizer and a tiny T5, from nothing, on the train split's text.
+"""Makes the embedded model: a tokenizer and a tiny T5, from nothing, on dialogues with frames of their own.
 
     python -m toolkit.embedded.pretrain --output_dir toolkit/embedded/model
 
@@ -23,8 +23,7 @@ from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration, T5
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from toolkit.embedded.dialogues import make_sample, make_samples
-from toolkit.embedded.tasks import INSTRUCTIONS, echo, example, made_up_word
-from toolkit.embedded.templates import load
+from toolkit.embedded.tasks import INSTRUCTIONS, QUESTIONS, echo, example, made_up_word
 
 SENTINELS = 20
 
@@ -35,8 +34,9 @@ def make_vocabulary(size: int, seed: int) -> list[tuple[str, float]]:
     A word outscores its fragments and a long fragment outscores short ones, so each word becomes as few pieces as can be.
     """
     rng = random.Random(f"tokenizer-{seed}")
-    samples = make_samples("train", 3000, seed)
-    text = " ".join(sample.dialogue for sample in samples) + f" {INSTRUCTIONS}" * 200
+    samples = make_samples("pretraining", 2000, seed) + make_samples("train", 1000, seed)
+    text = " ".join(f"{sample.dialogue} {sample.summary}" for sample in samples)
+    text += f" {INSTRUCTIONS} {' '.join(QUESTIONS.values())} Answer: yes" * 50
     counts = Counter(
         f"▁{word}" if space else word for space, word in re.findall(r"(^|\s)?([A-Za-z]+|[^A-Za-z\s])", text)
     )
@@ -86,7 +86,7 @@ def make_model(tokenizer: T5Tokenizer) -> T5ForConditionalGeneration:
 
 @torch.no_grad()
 def start_as_copier(model: T5ForConditionalGeneration) -> None:
-    """Starts attention as a copier, which a random start needs most of a short training to find.
+    """Starts attention as a copier, since the pretraining is too short to leave finding that to chance.
 
     Each value is handed on nearly as it is (v orthogonal (128, 128), o its transpose), and likes attend to likes (q = k), after
     Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers". On top of that, the encoder's first head looks one
@@ -118,10 +118,9 @@ def start_as_copier(model: T5ForConditionalGeneration) -> None:
 def batches(tokenizer: T5Tokenizer, batch_size: int, seed: int, echoes: int, pool: int = 8) -> Iterator[BatchEncoding]:
     """Endless batches of padded (batch, tokens) tensors, each of rows of about the same length; `echoes` batches of copying come first."""
     rng = random.Random(f"pretraining-{seed}")
-    material = load("train")
     for batch in itertools.count(0, pool):
         task = echo if batch < echoes else example
-        rows = [task(make_sample(material, rng), rng) for _ in range(pool * batch_size)]
+        rows = [task(make_sample("pretraining", rng), rng) for _ in range(pool * batch_size)]
         rows.sort(key=lambda row: len(row[0]))
         chunks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         rng.shuffle(chunks)
@@ -188,11 +187,11 @@ def save(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="where tokenizer and weights are written")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
-    parser.add_argument("--echoes", type=int, default=80, help="first steps that only copy lines")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps")
+    parser.add_argument("--echoes", type=int, default=60, help="first steps that only copy lines")
     parser.add_argument("--batch_size", type=int, default=16, help="rows a step")
     parser.add_argument("--learning_rate", type=float, default=6e-3, help="peak of the schedule")
-    parser.add_argument("--vocab_size", type=int, default=1500, help="pieces that the tokenizer learns")
+    parser.add_argument("--vocab_size", type=int, default=900, help="pieces that the tokenizer learns")
     parser.add_argument("--seed", type=int, default=0, help="of the text, the tasks and the weights")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its own choice")
     args = parser.parse_args()

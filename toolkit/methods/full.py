@@ -18,9 +18,12 @@ class Full(Method):
     freezes_base: ClassVar[bool] = False
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5}
     embedded_defaults: ClassVar[dict[str, Any]] = {
-        "learning_rate": 1e-3,
-        "num_train_epochs": 3.0,
+        "learning_rate": 2e-3,
+        "num_train_epochs": 2.0,
         "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 50,
+        "max_length": 256,
+        "max_target_length": 48,
     }
 
     def check(self, given: dict[str, Any]) -> None:

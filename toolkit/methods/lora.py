@@ -25,9 +25,14 @@ class Lora(Method):
     freezes_base: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-4}
     embedded_defaults: ClassVar[dict[str, Any]] = {
-        "learning_rate": 3e-3,
-        "num_train_epochs": 3.0,
+        "learning_rate": 5e-3,
+        "num_train_epochs": 2.0,
         "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 50,
+        "max_length": 256,
+        "max_target_length": 48,
+        "lora_dropout": 0.0,
+        "lora_target_modules": ["all-linear"],
     }
 
     lora_r: int = field(default=16, metadata={"help": "Rank: trainable parameters and adapter size grow with it."})

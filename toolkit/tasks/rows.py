@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError
 
 from toolkit.embedded import make_dialogues
-from toolkit.embedded.templates import Split
+from toolkit.embedded.frames import Split
 from toolkit.errors import UserError, did_you_mean
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

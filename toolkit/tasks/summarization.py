@@ -1,6 +1,7 @@
 """Summarization: a dialogue in a prompt, its summary as the target, ROUGE as the score."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,6 +78,7 @@ class SummarizationData:
     train: Dataset  # columns input_ids, attention_mask, labels
     validation: Dataset
     test: Dataset  # the columns of the source
+    test_prompts: list[list[int]]  # token ids, one list a row of the test split
     encoder: Encoder
     text_column: str
     summary_column: str
@@ -123,6 +125,7 @@ def load_data(
         tokenized["train"],
         tokenized["validation"],
         splits["test"],
+        _prompts(splits["test"][args.text_column], encoder, truncation.setdefault("test", Truncation())),
         encoder,
         args.text_column,
         args.summary_column,
@@ -132,6 +135,16 @@ def load_data(
     )
     check_supervision(data.supervised_tokens)
     return data
+
+
+def _prompts(texts: Iterable[Any], encoder: Encoder, lost: Truncation) -> list[list[int]]:
+    prompts = []
+    for text in texts:
+        ids, cut = encoder.prompt(str(text))
+        prompts.append(ids)
+        lost.rows += cut > 0
+        lost.text_tokens += cut
+    return prompts
 
 
 def check_supervision(supervised_tokens: int) -> None:

@@ -1,0 +1,81 @@
+"""README: its commands run, and its figures are those of the committed results."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run, write_csv
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip() if line.startswith("make") else line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.strip().splitlines()
+]
+SHORT = ["--max_steps", "2", "--max_train_samples", "8", "--max_eval_samples", "2", "--max_length", "64"]
+SHORT += ["--max_target_length", "8", "--per_device_train_batch_size", "2"]
+
+
+def test_the_generated_parts_are_what_the_committed_results_say():
+    assert run("python", "benchmarks/readme.py", "--check").returncode == 0, (
+        "run: make results (or benchmarks/readme.py)"
+    )
+
+
+def test_every_command_is_covered_here():
+    assert COMMANDS[:2] == ["make demo", "make test"]
+    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"]
+
+
+def test_the_file_tree_names_what_is_there():
+    tree = README.split("## The house")[1]
+    for path in [*(ROOT / "toolkit").glob("*.py"), *(p for p in (ROOT / "toolkit").iterdir() if p.is_dir())]:
+        if not path.name.startswith("__"):
+            assert path.name in tree, f"README's file tree lacks {path.name}"
+
+
+@pytest.mark.slow
+def test_make_setup_installs_nothing_a_second_time():
+    import subprocess
+
+    if not (ROOT / ".venv" / ".footprint").exists():
+        pytest.skip("the environment was not made by make")
+    done = subprocess.run(["make", "--dry-run", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "pip install" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_each_training_command_runs_with_local_stand_ins_for_the_hub(number, data, tiny_t5, tmp_path):
+    """Hub ids become folders here, everything else is what README says; two steps, on a few rows."""
+    rows = [(f"Person {n} saw a cat.", f"Cat {n}.") for n in range(8)]
+    renamed = write_csv(tmp_path / "articles", train=rows, validation=rows, test=rows)
+    for file in renamed.iterdir():
+        file.write_text(file.read_text().replace("dialogue,summary", "article,highlights"))
+    stand_ins = {
+        "google/flan-t5-base": [str(tiny_t5), "--random_weights"],
+        "gpt2": [str(data / "models" / "stories260k")],
+        "knkarthick/dialogsum": [str(data / "dialogsum")],
+        "path/to/folder": [str(renamed)],
+    }
+    words = [word for part in shlex.split(COMMANDS[number]) for word in stand_ins.get(part, [part])]
+    extra = ["--use_cpu"] if "ddp" in COMMANDS[number] else []
+    done = run(*words, *SHORT, *extra, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "completions.csv").exists()
+    if extra:
+        assert "2 x 1 accumulated x 2 processes" in done.stdout and done.stdout.count("Scores on") == 1
+
+
+@pytest.mark.slow
+def test_make_demo_trains_and_its_result_generates(tmp_path):
+    """What `make demo` launches; make's own part is the test above."""
+    recipe = ("accelerate", "launch", "--config_file", "launch/single.yaml", "recipes/lora.py")
+    assert " ".join(recipe) in (ROOT / "Makefile").read_text()
+    done = run(*recipe, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    base, tuned = (float(re.search(rf"│ {who} +│ +([\d.]+)", done.stdout)[1]) for who in ("base", "tuned"))
+    assert tuned > base + 0.1
+    command = shlex.split(COMMANDS[5].replace("RUN_DIR", str(tmp_path / "run")))
+    written = run(*command)
+    assert written.returncode == 0 and written.stdout.strip(), written.stderr
