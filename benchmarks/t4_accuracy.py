@@ -277,6 +277,7 @@ def write(entries: Iterable[dict[str, Any]], path: Path) -> None:
         "what": "predicted against measured on a Tesla T4; the runs are those of fitcheck-llm 0.3.1",
         "date": datetime.date.today().isoformat(),
         "predicted_with": stack,
+        "runs": f"{len(ordered)} of the 36",
         "summary_percent": summary(ordered),
         "rows": ordered,
     }
@@ -286,7 +287,7 @@ def write(entries: Iterable[dict[str, Any]], path: Path) -> None:
 def show(path: Path) -> None:
     """Prints rows and summary of a results file."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    print(f"errors in percent, {content['date']}, predicted with {content['predicted_with']}\n")
+    print(f"errors in percent, {content['runs']} runs, {content['date']}, predicted with {content['predicted_with']}\n")
     print(f"{'run':<52}{'load':>8}{'forward':>9}{'backward':>9}{'step':>8}{'alloc.':>8}{'reserved':>9}{'fitcheck':>10}")
     for e in content["rows"]:
         name = f"{e['model'].split('/')[1][:22]} {e['quantization']} {e['attention']} {e['batch_size']}x{e['seq_len']}"
