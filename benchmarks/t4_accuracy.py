@@ -306,7 +306,9 @@ def show(path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path, help="CSV of measured runs")
-    parser.add_argument("--rows", type=int, nargs="*", help="only these, counted from 0")
+    parser.add_argument(
+        "--rows", type=int, nargs="*", help="only these, counted from 0; the results of the others stay"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="print the results file and do nothing else")
@@ -319,6 +321,9 @@ def main() -> int:
         rows = list(csv.DictReader(args.data.open(encoding="utf-8")))
         wanted = range(len(rows)) if args.rows is None else args.rows
         entries = []
+        if args.rows is not None and args.out.is_file():  # the other rows stay
+            known = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+            entries = [entry for entry in known if entry["index"] not in args.rows]
         with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
             for future in as_completed([pool.submit(run_one, i, rows[i]) for i in wanted]):
                 entries.append(future.result())
