@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
+from toolkit.memory import catalogue
 
 # Architectures whose activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
 FP16_OVERFLOWS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
@@ -114,7 +115,7 @@ def looks_like_path(name: str) -> bool:
 def load_model_config(args: ModelArguments, fp16: bool = False, needs_weights: bool = True) -> PreTrainedConfig:
     """Reads the model's config: the only thing that is fetched before the flags are known to be right.
 
-    A folder with a config alone will do where `needs_weights` is false.
+    Where `needs_weights` is false a folder with a config alone will do, and models of the catalogue need no hub.
 
     Raises: UserError for a missing or gated model, a folder without config, an architecture that transformers does not
     know or that does not generate text, T5 in fp16, or quantization of a model that is already quantized.
@@ -132,7 +133,8 @@ def load_model_config(args: ModelArguments, fp16: bool = False, needs_weights: b
         if not has_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
             raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
     try:
-        config = AutoConfig.from_pretrained(source, revision=args.model_revision)
+        known = None if needs_weights or args.is_local else catalogue.config_of(source)
+        config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_why_not(source, error)) from None
     seq2seq = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from toolkit.config import Config
 from toolkit.console import console, is_main, say
 from toolkit.errors import UserError
+from toolkit.memory import catalogue
 from toolkit.memory.cards import card_of_device
 from toolkit.memory.cuda import Cuda
 from toolkit.memory.ledger import Ledger
@@ -46,6 +47,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
             config.model.attn_implementation,
             quantization_config(config.model, dtype),
         )
+        catalogue.separate_head(model, config.model.source)
         with torch.device("meta"):
             return config.method.attach(model)
 
