@@ -12,6 +12,7 @@ from toolkit.evaluation import evaluate_by_generation
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.full import Full
 from toolkit.models import load_model
+from toolkit.prediction import say_prediction, show_comparison, show_prediction
 from toolkit.preparation import prepare
 from toolkit.ranks import exits_cleanly
 from toolkit.run_folder import RunFolder
@@ -21,8 +22,12 @@ from toolkit.training import FineTuner, train
 @exits_cleanly
 def main() -> None:
     config = parse_config(Full)  # flags and YAML
+    if config.predict:
+        show_prediction(config)
+        return
     ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
     run = RunFolder.create(config, ready)
+    say_prediction(config)  # what the worst batch will need
 
     model = load_model(config.model, ready.model_config, ready.dtype, config.training)
     base = evaluate_by_generation(model, ready.data, config, title="base model")
@@ -34,6 +39,7 @@ def main() -> None:
 
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
     run.finish(config, ready, base, tuned, memory.ledger)
+    show_comparison(config, memory)
     if config.training.push_to_hub:
         trainer.push_to_hub()
 

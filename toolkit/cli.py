@@ -26,6 +26,25 @@ def generate(args: argparse.Namespace) -> None:
         print(text)
 
 
+def predict(args: argparse.Namespace) -> int:
+    """Shows the memory that a recipe's flags will need; 1 where it is more than the card has."""
+    from toolkit.predict_command import predict_command
+
+    return predict_command(args.method, args.flags)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Puts ledgers side by side."""
+    from toolkit.console import console
+    from toolkit.memory.report import load_all, print_ledger, print_side_by_side
+
+    ledgers = load_all(args.ledger)
+    if len(ledgers) == 1:
+        print_ledger(console, ledgers[0][1])
+    else:
+        print_side_by_side(console, ledgers)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; each subcommand imports what it needs when it runs, so that `--help` answers at once."""
     top = Parser(prog="footprint", description="Fine-tune language models, and know where the memory goes.")
@@ -37,11 +56,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("text", nargs="+", metavar="TEXT", help="what goes into the run's prompt")
     command.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy (default: %(default)s)")
     command.set_defaults(run=generate)
+
+    command = commands.add_parser(
+        "predict",
+        help="show what memory a run will need, on this machine or on a GPU that is not in it",
+        usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB] [--json]",
+    )
+    command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora")
+    command.add_argument("flags", nargs=argparse.REMAINDER, help="the recipe's flags, and --gpu, --gpu_memory, --json")
+    command.set_defaults(run=predict)
+
+    command = commands.add_parser("report", help="show where the memory of one run went, or of several side by side")
+    command.add_argument("ledger", nargs="+", metavar="LEDGER", help="a run's folder, or its memory.json")
+    command.set_defaults(run=report)
     return top
 
 
 @exits_cleanly
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     """The entry point of the `footprint` command."""
     args = parser().parse_args(argv)
-    args.run(args)
+    return args.run(args)

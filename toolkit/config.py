@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from toolkit import methods
 from toolkit.errors import UserError, did_you_mean
+from toolkit.memory.cards import Card
 from toolkit.models import ModelArguments
 from toolkit.ranks import decided_by_main
 from toolkit.tasks.summarization import DataArguments
@@ -86,6 +87,7 @@ class Config:
     data: DataArguments
     training: TrainArguments
     precision_reason: str
+    predict: bool = False  # show the predicted memory instead of training
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting as flag name to plain value: what `config.yaml` in the run folder holds, and `--config` reads.
@@ -106,6 +108,7 @@ class Parser(HfArgumentParser):
     def __init__(self, method: type[methods.Method], **kwargs: Any) -> None:
         super().__init__([method, ModelArguments, DataArguments, TrainArguments], allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; flags here win.")
+        self.add_argument("--predict", action="store_true", help="Show what memory the run will need, and do not run.")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
@@ -144,13 +147,16 @@ class Parser(HfArgumentParser):
         raise UserError(f"{where}unknown {'key' if where else 'flag'} {shown}{hint}; --help lists them all")
 
 
-def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None) -> Config:
+def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None, card: Card | None = None) -> Config:
     """Reads the command line (and `--config FILE`) of the recipe for `method` into a checked `Config`.
+
+    With a `card`, the configuration is the one for that card, which need not be in this machine: it can be predicted.
 
     Raises: UserError for anything that cannot be right, before data or model are touched.
     """
     parser = Parser(method, description=sys.modules[method.__module__].__doc__)
     given = parser.given(sys.argv[1:] if argv is None else argv)
+    predict = given.pop("predict", False)
     settings = dict(method.training_defaults)
     if (path := given.pop("config", None)) is not None:
         from_file = _from_yaml(parser, Path(path))
@@ -167,11 +173,13 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     model, data, own = (_build(part, settings) for part in (ModelArguments, DataArguments, method))
     for part in (model, data, own):
         part.check(given)
-    settings["bf16"], settings["fp16"], reason = choose_precision(settings)
-    return Config(own, model, data, _build_training(settings, own, model), reason)
+    settings["bf16"], settings["fp16"], reason = choose_precision(settings, card)
+    if card is not None:
+        settings["use_cpu"] = True  # the prediction runs here
+    return Config(own, model, data, _build_training(settings, own, model), reason, predict)
 
 
-def choose_precision(settings: dict[str, Any]) -> tuple[bool, bool, str]:
+def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tuple[bool, bool, str]:
     """Whether to compute in bf16 or fp16 (neither: fp32), and why: bf16 wherever the card has it, unless flags say else.
 
     Raises: UserError for flags that exclude each other, and for fp16 without a GPU.
@@ -179,8 +187,8 @@ def choose_precision(settings: dict[str, Any]) -> tuple[bool, bool, str]:
     bf16, fp16 = settings.get("bf16"), settings.get("fp16")
     if bf16 and fp16:
         raise UserError("--bf16 and --fp16 exclude each other; give one of them")
-    on_gpu = torch.cuda.is_available() and not settings.get("use_cpu")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    on_gpu = card is not None or (torch.cuda.is_available() and not settings.get("use_cpu"))
+    launched = "no" if card is not None else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if bf16 is None and fp16 is None and launched in ("bf16", "fp16"):
         return launched == "bf16", launched == "fp16", f"{launched}: the launch configuration"
     if fp16 and not on_gpu:
@@ -190,8 +198,8 @@ def choose_precision(settings: dict[str, Any]) -> tuple[bool, bool, str]:
         return bool(bf16), bool(fp16), f"{name}: as asked for"
     if not on_gpu:
         return False, False, "fp32: " + ("--use_cpu" if settings.get("use_cpu") else "no GPU")
-    major, minor = torch.cuda.get_device_capability()
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    major, minor = card.capability if card else torch.cuda.get_device_capability()
+    has_bf16 = card.has_bf16 if card else torch.cuda.is_bf16_supported(including_emulation=False)
     return has_bf16, False, f"{'bf16' if has_bf16 else 'fp32'}: compute capability {major}.{minor}"
 
 

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
+from toolkit.memory import catalogue
 
 # Architectures whose activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
 FP16_OVERFLOWS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
@@ -111,8 +112,10 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") > 1
 
 
-def load_model_config(args: ModelArguments, fp16: bool = False) -> PreTrainedConfig:
+def load_model_config(args: ModelArguments, fp16: bool = False, needs_weights: bool = True) -> PreTrainedConfig:
     """Reads the model's config: the only thing that is fetched before the flags are known to be right.
+
+    Where `needs_weights` is false a folder with a config alone will do, and models of the catalogue need no hub.
 
     Raises: UserError for a missing or gated model, a folder without config, an architecture that transformers does not
     know or that does not generate text, T5 in fp16, or quantization of a model that is already quantized.
@@ -126,10 +129,12 @@ def load_model_config(args: ModelArguments, fp16: bool = False) -> PreTrainedCon
             )
         if not (folder / "config.json").is_file():
             raise UserError(f"--model_name_or_path {source}: the folder has no config.json, so it holds no model")
-        if not args.random_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        has_weights = args.random_weights or not needs_weights
+        if not has_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
             raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
     try:
-        config = AutoConfig.from_pretrained(source, revision=args.model_revision)
+        known = None if needs_weights or args.is_local else catalogue.config_of(source)
+        config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_why_not(source, error)) from None
     seq2seq = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder
@@ -235,6 +240,19 @@ def build_on_meta(args: ModelArguments, config: PreTrainedConfig, dtype: torch.d
         raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None
 
 
+def quantization_config(args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the weights are quantized while loading, computing in `dtype`; None where they are not."""
+    if not (args.load_in_4bit or args.load_in_8bit):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def load_model(
     args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, training: TrainingArguments
 ) -> PreTrainedModel:
@@ -251,13 +269,7 @@ def load_model(
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit,
-            load_in_8bit=args.load_in_8bit,
-            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = quantization_config(args, dtype)
         options["device_map"] = {"": training.device}
     try:
         model = auto_class(config).from_pretrained(args.source, **options)

@@ -71,12 +71,13 @@ def test_the_smallest_cached_block_that_fits_is_taken():
     assert allocator.reserved == 70 * MIB
 
 
-def test_among_equal_blocks_the_lowest_address_is_taken():
+def test_among_equal_blocks_the_lowest_address_is_taken_which_is_the_younger_segments():
     allocator = Allocator()
     first, second = allocator.malloc(12 * MIB), allocator.malloc(12 * MIB)
+    assert second.address < first.address
     allocator.free(second)
     allocator.free(first)
-    assert allocator.malloc(12 * MIB).address == first.address
+    assert allocator.malloc(12 * MIB).address == second.address
 
 
 def test_neighbours_merge_when_they_are_free_and_segments_never_do():

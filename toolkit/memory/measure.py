@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import GradientState
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import TrainerCallback
 
 from toolkit.memory import census
 from toolkit.memory.cuda_meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
-from toolkit.memory.recording import Counter, Recording
+from toolkit.memory.recording import Counter, Meter, Recording
 from toolkit.memory.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class MemoryCallback(TrainerCallback):
     follow. `config` is copied into the ledger. `snapshot` (CUDA only) is a file for PyTorch's memory viewer.
 
     `ledger` is None until the last of the steps is over (or training ends), and stays None where the parts did not add
-    up to the device's total: a run is not stopped for that, but `problem` says so and a warning is logged.
+    up to the device's total: a run is not stopped for that, but `problem` says so and a warning is logged. `batches`
+    are the arguments of each forward pass that was traced, for a prediction of the very same steps.
     """
 
     def __init__(
@@ -52,6 +55,10 @@ class MemoryCallback(TrainerCallback):
         self.snapshot = snapshot
         self.ledger: Ledger | None = None
         self.problem: str | None = None
+        self.batches: list[dict[str, torch.Tensor]] = []
+        self.source = "measured"
+        self.device_name: str | None = None  # None: the name of the device that the model is on
+        self.context_bytes: int | None = None
         self._trace: Trace | None = None  # from training's begin until the ledger is made
         self._active: Trace | None = None  # the same, while one of the steps is traced
         self._open = ExitStack()
@@ -60,17 +67,16 @@ class MemoryCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.abort()  # of an earlier attempt, such as a batch size that did not fit
-        self.ledger, self.problem = None, None
+        self.ledger, self.problem, self.batches = None, None, []
         self._first_step = state.global_step
         self._seconds = 0.0
         self._device = next(model.parameters()).device
-        on_cuda = self._device.type == "cuda"
-        if self.snapshot is not None and on_cuda:
+        if self.snapshot is not None and self._device.type == "cuda":
             torch.cuda.memory._record_memory_history()
-        self._meter: CudaMeter | Counter = CudaMeter(self._device) if on_cuda else Counter()
+        self._meter, new_trace = self.new_trace(model)
         self._recording = Recording(self._meter)
-        self._trace = Trace(self._meter, self._recording, device_type=self._device.type)
-        census.label_model(self._trace, model)
+        self._trace = new_trace(self._meter, self._recording)
+        self.load(self._trace, model)
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -84,7 +90,7 @@ class MemoryCallback(TrainerCallback):
         self._trace.step = number
         self._trace.enter_phase("forward")
         self._open.enter_context(self._trace.modules_of(model, census.head_of(model)))
-        hook = model.register_forward_pre_hook(self._on_forward)
+        hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
         self._open.callback(hook.remove)
         self._open.enter_context(self._trace)
         self._active = self._trace
@@ -112,6 +118,22 @@ class MemoryCallback(TrainerCallback):
             self._close()
             self._finish(model)
 
+    # ---- what a shadow step does differently
+
+    def new_trace(self, model: Any) -> tuple[Meter, Callable[..., Trace]]:
+        """A meter for the model's device, and what makes a trace of its sinks."""
+        meter: Meter = CudaMeter(self._device) if self._device.type == "cuda" else Counter()
+        return meter, partial(Trace, device_type=self._device.type)
+
+    def load(self, trace: Trace, model: Any) -> None:
+        """Tells `trace` what loading left behind."""
+        census.label_model(trace, model)
+
+    def refused(self, error: LedgerError) -> None:
+        """The parts do not add up."""
+        self.problem = str(error)
+        logger.warning("no measured ledger: %s", error)
+
     # ---- our own
 
     @property
@@ -120,9 +142,12 @@ class MemoryCallback(TrainerCallback):
             self._trace is not None and self._trace in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
         )
 
-    def _on_forward(self, module: Any, args: Any) -> None:
+    def _on_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """The model's forward begins; with accumulation, several times a step, and clipping follows only the last."""
         assert self._trace is not None
+        with _disable_current_modes():  # copies, so that they live outside the account
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            self.batches.append({name: value.detach().to("cpu", copy=True) for name, value in tensors.items()})
         if self._trace.phase != "forward":
             self._trace.enter_phase("forward")
         self._trace.after_backward = "optimizer_step" if GradientState().sync_gradients else "backward"
@@ -140,12 +165,12 @@ class MemoryCallback(TrainerCallback):
 
     def _finish(self, model: Any) -> None:
         assert self._trace is not None
-        context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else None
+        context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
         try:
             self.ledger = ledger_of(
                 self._recording,
-                source="measured",
-                device=device_name(self._device),
+                source=self.source,
+                device=self.device_name or device_name(self._device),
                 stack=stack_versions(),
                 config=self.config,
                 parameters=census.count_parameters(model),
@@ -153,8 +178,7 @@ class MemoryCallback(TrainerCallback):
                 seconds=self._seconds,
             )
         except LedgerError as error:
-            self.problem = str(error)
-            logger.warning("no measured ledger: %s", error)
+            self.refused(error)
         if self.snapshot is not None and isinstance(self._meter, CudaMeter):
             torch.cuda.memory._dump_snapshot(str(self.snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -179,9 +179,12 @@ def _label(category: str, meaning: str = "") -> str:
 
 
 def load_all(paths: Iterable[str]) -> list[tuple[str, Ledger]]:
-    """`(name, ledger)` for each path: a ledger file, or a run directory that holds `ledger.json`."""
+    """`(name, ledger)` for each path: a ledger file, or a run folder, which holds `memory.json`."""
     found = []
     for path in map(Path, paths):
-        file = path / "ledger.json" if path.is_dir() else path
-        found.append((path.stem if path.suffix else path.name, Ledger.load(file)))
+        if path.is_dir():
+            found.append((path.resolve().name, Ledger.load(path / "memory.json")))
+        else:
+            name = path.resolve().parent.name if path.name == "memory.json" else path.stem
+            found.append((name, Ledger.load(path)))
     return found

@@ -1,0 +1,338 @@
+"""How far predictions are from 36 LoRA and QLoRA runs that somebody else measured on a Tesla T4.
+
+    python benchmarks/t4_accuracy.py ../shared/data/memory/t4_lora_measured.csv
+    python benchmarks/t4_accuracy.py --show                # the table of the committed results
+
+The runs are those of fitcheck-llm 0.3.1 (MIT; Kaggle T4). No constant of the predictor was fitted to them. The predictor is
+the one behind `footprint predict --gpu T4`: `meta` builds the model, `fake` makes its parameters fake, `cuda.Cuda` gives
+allocator, overlay and loading; only the loop is not Trainer's, because theirs was not:
+
+- one warm-up and one measured step, gradients dropped at the step's beginning, the model's output (with its logits)
+  alive through backward and the optimizer's step, where Trainer drops it before backward;
+- float16 throughout without autocast, adapters in float32, no clipping, default AdamW (foreach on CUDA);
+- unquantized models moved to the GPU first, adapters attached there; NF4 through `device_map`;
+- SDPA pinned to its memory-efficient kernel, keys and values repeated for each query head before it;
+- rotary embeddings of transformers 5.0 and 5.17 multiply matrices, so that cuBLAS takes its workspace before the first
+  layer. The installed version does not; a 1 x 1 product at that point stands for it.
+
+Beside ours stand the peers' predictions: fitcheck-llm's own (its formulas and the overheads that it fitted to this card;
+shown if the package is installed), `accelerate estimate-memory` and DeepSpeed's ZeRO-2 estimator on one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+RESULTS = Path(__file__).parent / "results" / "t4_accuracy.json"
+PHASES = ("after_load", "forward", "backward", "optimizer_step")
+COLUMNS = {  # ours -> theirs
+    "after_load": "after_load_allocated_mib",
+    "forward": "peak_forward_mib",
+    "backward": "peak_backward_mib",
+    "optimizer_step": "peak_optimizer_mib",
+    "peak_allocated": "peak_allocated_mib",
+    "peak_reserved": "peak_reserved_mib",
+    "process": "process_mib",
+}
+
+
+def predict(row: dict[str, str]) -> dict[str, float]:
+    """The predicted columns of one measured run, MiB."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from toolkit.memory.cards import find_card
+    from toolkit.memory.cuda import Cuda
+    from toolkit.memory.fake import make_fake
+    from toolkit.memory.trace import Trace
+
+    device = Cuda(
+        find_card("T4"), adapters_cast_on_device=True, empties_cache_after_casts="peft 0.19" not in row["stack"]
+    )
+    meter = device.meter()
+    trace = Trace(meter, overlay=device.overlay())
+    model = build(row)
+    mode = make_fake(model)
+    model.train()
+    device.load(trace, model)
+    phases = {"after_load": meter.allocated}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    ids = torch.ones((int(row["batch_size"]), int(row["seq_len"])), dtype=torch.long)
+    trace.adopt(ids, "inputs")
+    _multiply_before_the_first_layer(model, mode)
+
+    with device.running(), trace:
+        attention = F.scaled_dot_product_attention
+
+        def repeated(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            if key.size(-3) != query.size(-3):
+                groups = query.size(-3) // key.size(-3)
+                key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+                kwargs.pop("enable_gqa", None)
+            return attention(query, key, value, *args, **kwargs)
+
+        F.scaled_dot_product_attention = repeated
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            for trace.step in (1, 2):
+                trace.enter_phase("forward")
+                optimizer.zero_grad(set_to_none=True)
+                meter.take_peak()
+                output = model(input_ids=ids, labels=ids)
+                phases["forward"] = meter.take_peak()
+                output.loss.backward()
+                trace.enter_phase("optimizer_step")
+                phases["backward"] = meter.take_peak()
+                optimizer.step()
+                phases["optimizer_step"] = meter.take_peak()
+                del output
+        F.scaled_dot_product_attention = attention
+    peaks = {**phases, "peak_allocated": max(phases[p] for p in PHASES[1:]), "peak_reserved": meter.peak_reserved}
+    peaks["process"] = meter.peak_reserved + device.card.context_bytes
+    trace.close()
+    return {name: round(value / MIB, 2) for name, value in peaks.items()}
+
+
+def build(row: dict[str, str]) -> Any:
+    """The row's model on the meta device, quantized, cast and with its adapters as the protocol has them."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    from toolkit.memory.meta import model_on_meta
+
+    config = AutoConfig.for_model(
+        row["architecture"],
+        hidden_size=int(row["hidden_size"]),
+        num_hidden_layers=int(row["num_layers"]),
+        num_attention_heads=int(row["num_attention_heads"]),
+        num_key_value_heads=int(row["num_kv_heads"]),
+        intermediate_size=int(row["intermediate_size"]),
+        vocab_size=int(row["vocab_size"]),
+        head_dim=int(row["head_dim"]),
+        tie_word_embeddings=row["tied_embeddings"] == "True",
+        max_position_embeddings=32768,
+        use_cache=False,
+    )
+    quantization = None
+    if row["quantization"] == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
+        )
+    attention = row["attention"].split()[0]
+    model: Any = model_on_meta(AutoModelForCausalLM, config, torch.float16, attention, quantization)
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(model)
+    rank = int(row["lora_rank"])
+    targets = row.get("lora_targets", "q_proj k_proj v_proj o_proj").split()
+    with torch.device("meta"):
+        model = get_peft_model(
+            model,
+            LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+def _multiply_before_the_first_layer(model: Any, mode: Any) -> None:
+    """See the module's docstring: older rotary embeddings make cuBLAS take its workspace before the first layer."""
+    import torch
+
+    from toolkit.memory.fake import fake_like
+
+    one = fake_like(mode, torch.empty((1, 1), device="meta"))
+
+    def multiply(module: Any, args: Any, output: Any) -> None:
+        with torch.no_grad():
+            torch.mm(one, one)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_hook(multiply)
+
+
+def peers(row: dict[str, str]) -> dict[str, float]:
+    """What others predict for the row's process, MiB; fitcheck's two figures are allocated ("tensors") and process."""
+    from accelerate.commands.estimate import estimate_training_usage
+
+    total = int(row["total_params"])
+    estimate = estimate_training_usage(4 * total, "float16")
+    result = {"accelerate": estimate["step"] / MIB, "deepspeed": (2 + 18) * total / MIB}  # ZeRO-2, one GPU, no offload
+    try:
+        from fitcheck.config_parser import ModelConfig
+        from fitcheck.estimator import TrainingConfig
+        from fitcheck.estimator import estimate as fitcheck_estimate
+        from fitcheck.gpu_db import get_gpu
+    except ImportError:
+        return result
+    sizes = {
+        name: int(row[column])
+        for name, column in {
+            "hidden_size": "hidden_size",
+            "num_layers": "num_layers",
+            "num_attention_heads": "num_attention_heads",
+            "num_kv_heads": "num_kv_heads",
+            "intermediate_size": "intermediate_size",
+            "vocab_size": "vocab_size",
+            "head_dim": "head_dim",
+        }.items()
+    }
+    report = fitcheck_estimate(
+        ModelConfig(
+            name=row["model"],
+            num_params=total - int(row["trainable_params"]),
+            tie_word_embeddings=row["tied_embeddings"] == "True",
+            **sizes,
+        ),
+        TrainingConfig(
+            precision="fp16",
+            quantization=row["quantization"],
+            batch_size=int(row["batch_size"]),
+            seq_len=int(row["seq_len"]),
+            lora_rank=int(row["lora_rank"]),
+            grad_checkpoint=True,
+            flash_attn=row["attention"].startswith("sdpa"),
+        ),
+        get_gpu("t4"),
+    )
+    result["fitcheck_allocated"] = report.total_mib - report.overhead_mib
+    result["fitcheck_process"] = report.total_mib
+    return {name: round(value, 1) for name, value in result.items()}
+
+
+def error(predicted: float, measured: float) -> float:
+    """In percent of the measured value."""
+    return 100 * (predicted / measured - 1)
+
+
+def run_one(index: int, row: dict[str, str]) -> dict[str, Any]:
+    """One row's entry of the results file."""
+    began = time.perf_counter()
+    predicted = predict(row)
+    measured = {name: float(row[column]) for name, column in COLUMNS.items()}
+    return {
+        "index": index,
+        "model": row["model"],
+        "quantization": row["quantization"],
+        "attention": row["attention"].split()[0],
+        "batch_size": int(row["batch_size"]),
+        "seq_len": int(row["seq_len"]),
+        "stack": row["stack"],
+        "measured_mib": measured,
+        "predicted_mib": predicted,
+        "error_percent": {name: round(error(predicted[name], measured[name]), 3) for name in COLUMNS},
+        "peers_mib": peers(row),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def summary(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Group -> column -> mean and worst absolute error in percent."""
+    groups: dict[str, list[dict[str, Any]]] = {"all": entries}
+    for entry in entries:
+        groups.setdefault(f"{entry['quantization']} {entry['attention']}", []).append(entry)
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for group, members in sorted(groups.items()):
+        columns = {name: [abs(e["error_percent"][name]) for e in members] for name in COLUMNS}
+        for peer, column in (
+            ("fitcheck_allocated", "peak_allocated"),
+            ("fitcheck_process", "process"),
+            ("accelerate", "process"),
+            ("deepspeed", "process"),
+        ):
+            known = [e for e in members if peer in e["peers_mib"]]
+            if known:
+                columns[peer] = [abs(error(e["peers_mib"][peer], e["measured_mib"][column])) for e in known]
+        result[group] = {
+            name: {"mean": round(sum(v) / len(v), 3), "worst": round(max(v), 3), "rows": len(v)}
+            for name, v in columns.items()
+        }
+    return result
+
+
+def write(entries: Iterable[dict[str, Any]], path: Path) -> None:
+    """The results file: rows, summary, stack and date."""
+    from importlib.metadata import version
+
+    ordered = sorted(entries, key=lambda e: e["index"])
+    stack = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")}
+    content = {
+        "what": "predicted against measured on a Tesla T4; the runs are those of fitcheck-llm 0.3.1",
+        "date": datetime.date.today().isoformat(),
+        "predicted_with": stack,
+        "runs": f"{len(ordered)} of the 36",
+        "summary_percent": summary(ordered),
+        "rows": ordered,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def show(path: Path) -> None:
+    """Prints rows and summary of a results file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    print(f"errors in percent, {content['runs']} runs, {content['date']}, predicted with {content['predicted_with']}\n")
+    print(f"{'run':<52}{'load':>8}{'forward':>9}{'backward':>9}{'step':>8}{'alloc.':>8}{'reserved':>9}{'fitcheck':>10}")
+    for e in content["rows"]:
+        name = f"{e['model'].split('/')[1][:22]} {e['quantization']} {e['attention']} {e['batch_size']}x{e['seq_len']}"
+        cells = [e["error_percent"][n] for n in (*PHASES, "peak_allocated", "peak_reserved")]
+        peer = e["peers_mib"].get("fitcheck_process")
+        other = f"{error(peer, e['measured_mib']['process']):>+10.1f}" if peer else f"{'-':>10}"
+        widths = (8, 9, 9, 8, 8, 9)
+        print(f"{name:<52}" + "".join(f"{c:>+{w}.2f}" for c, w in zip(cells, widths, strict=True)) + other)
+    print("\nmean / worst absolute error, percent")
+    for group, columns in content["summary_percent"].items():
+        print(f"  {group}")
+        for name, value in columns.items():
+            print(f"    {name:<20}{value['mean']:>9.3f}{value['worst']:>9.3f}   ({value['rows']} rows)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", type=Path, help="CSV of measured runs")
+    parser.add_argument(
+        "--rows", type=int, nargs="*", help="only these, counted from 0; the results of the others stay"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--show", action="store_true", help="print the results file and do nothing else")
+    args = parser.parse_args()
+    if not args.show:
+        if args.data is None:
+            parser.error("give the CSV of measured runs, or --show")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        rows = list(csv.DictReader(args.data.open(encoding="utf-8")))
+        wanted = range(len(rows)) if args.rows is None else args.rows
+        entries = []
+        if args.rows is not None and args.out.is_file():  # the other rows stay
+            known = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
+            entries = [entry for entry in known if entry["index"] not in args.rows]
+        with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(run_one, i, rows[i]) for i in wanted]):
+                entries.append(future.result())
+                write(entries, args.out)
+                done = entries[-1]
+                print(done["index"], done["model"], done["error_percent"], done["seconds"], flush=True)
+    show(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The cards: found by any usual name, with less memory than their name says."""
+
+import pytest
+
+from toolkit.errors import UserError
+from toolkit.memory.cards import CARDS, card_of_device, find_card, generic_card
+from toolkit.memory.units import GIB, MIB
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("T4", "T4"),
+        ("Tesla T4", "T4"),
+        ("4090", "RTX 4090"),
+        ("rtx-4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("rtx 3080ti", "RTX 3080 Ti"),
+        ("NVIDIA RTX 6000 Ada", "RTX 6000 Ada"),
+        ("4060 Ti 16GiB", "RTX 4060 Ti 16GB"),
+        ("A100-80GB", "A100 80GB"),
+        ("A100", "A100 40GB"),
+        ("H100", "H100 80GB"),
+        ("h200", "H200"),
+    ],
+)
+def test_a_card_is_found_by_its_usual_names(given, found):
+    assert find_card(given).name == found
+
+
+@pytest.mark.parametrize(("given", "near"), [("RTX 4099", "RTX 4090"), ("L40X", "L40S"), ("T5", "T4")])
+def test_an_unknown_card_lists_near_names(given, near):
+    with pytest.raises(UserError, match=f"unknown GPU '{given}'.*{near}"):
+        find_card(given)
+
+
+def test_names_are_unique_and_every_architecture_of_the_toolkit_is_there():
+    assert len({card.name for card in CARDS}) == len(CARDS)
+    assert {card.architecture for card in CARDS} == {"Turing", "Ampere", "Ada", "Hopper", "Blackwell"}
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_no_card_offers_what_its_box_says(card):
+    nominal = {"A100 40GB": 40, "A100 80GB": 80, "T4": 16, "RTX 4090": 24, "RTX 5090": 32, "H200": 141}.get(card.name)
+    assert card.context_bytes < 0.11 * card.total_bytes
+    assert card.usable_bytes == card.total_bytes - card.context_bytes
+    if nominal:
+        assert 0.91 * nominal * GIB < card.total_bytes < nominal * GIB
+
+
+def test_measured_contexts_are_kept_apart_from_estimates():
+    measured = {card.name: card.context_bytes / MIB for card in CARDS if not card.context_is_estimate}
+    assert measured == {"T4": 140.875, "RTX 6000 Ada": 426}
+
+
+def test_totals_without_a_report_are_labelled_as_estimates():
+    reported = {card.name for card in CARDS if not card.total_is_estimate}
+    assert reported == {"T4", "RTX 4070 Ti", "RTX 4090", "L40", "L40S", "RTX 5090"}
+
+
+def test_the_estimate_of_a_context_covers_both_measured_ones():
+    for card in CARDS:
+        if not card.context_is_estimate:
+            assert card.context_bytes <= 3.53 * MIB * card.multiprocessors
+
+
+def test_workspaces_follow_the_architecture():
+    assert find_card("T4").blas_workspace_bytes == find_card("4090").blas_workspace_bytes == 8_519_680
+    assert find_card("H200").blas_workspace_bytes == find_card("5090").blas_workspace_bytes == 32 * MIB
+
+
+def test_bf16_is_native_from_ampere_on():
+    assert not find_card("T4").has_bf16
+    assert find_card("3060").has_bf16
+
+
+def test_a_generic_card_has_exactly_the_memory_that_was_given():
+    card = generic_card("24GiB")
+    assert card.total_bytes == card.usable_bytes == 24 * GIB
+
+
+def test_a_memory_that_does_not_parse_is_refused():
+    with pytest.raises(UserError, match="'plenty' is not a size"):
+        generic_card("plenty")
+
+
+def test_the_card_of_this_machine_keeps_its_real_size_and_the_known_context():
+    card = card_of_device("Tesla T4", (7, 5), 40, 15_000 * MIB)
+    assert (card.total_bytes, card.context_bytes / MIB, card.context_is_estimate) == (15_000 * MIB, 140.875, False)
+    other = card_of_device("Some New Card", (12, 0), 10, 8 * GIB)
+    assert other.context_is_estimate

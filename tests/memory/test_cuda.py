@@ -1,0 +1,247 @@
+"""What the CUDA overlay adds to a fake step: each entry against the rule of the source that it names."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from toolkit.memory import loading, meta_ops, quantized
+from toolkit.memory.allocator import AllocatorMeter
+from toolkit.memory.attention import choose_kernel
+from toolkit.memory.cards import find_card
+from toolkit.memory.cuda import Cuda
+from toolkit.memory.fake import fake_like
+from toolkit.memory.trace import Trace
+
+MIB = 1 << 20
+T4, ADA, HOPPER = find_card("T4"), find_card("4090"), find_card("H200")
+
+
+class Log:
+    """A sink that keeps (sign, bytes, operator) in order."""
+
+    def __init__(self):
+        self.events = []
+
+    def born(self, block):
+        self.events.append(("+", block.nbytes, block.op))
+
+    def died(self, block):
+        self.events.append(("-", block.nbytes, block.op))
+
+    def entered(self, phase, step):
+        pass
+
+
+@pytest.fixture
+def fake():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return lambda *shape, dtype=torch.float32: fake_like(mode, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def on(card, run, *adopted):
+    """The events of `run()` on `card`, after `adopted` were there."""
+    device, log = Cuda(card), Log()
+    trace = Trace(log, overlay=device.overlay())
+    for tensor in adopted:
+        trace.adopt(tensor, "inputs")
+    log.events.clear()
+    with device.running(), trace:
+        kept = run()
+    events = list(log.events)
+    del kept
+    trace.close()
+    return events
+
+
+def test_float16_softmax_in_float32_makes_no_float32_copy_of_its_input(fake):
+    x = fake(8, 64, dtype=torch.float16)
+    events = on(T4, lambda: F.softmax(x, dim=-1, dtype=torch.float32), x)
+    assert [(sign, nbytes) for sign, nbytes, _ in events] == [("+", 8 * 64 * 4)]
+
+
+def test_bfloat16_softmax_in_float32_does_make_one(fake):
+    x = fake(8, 64, dtype=torch.bfloat16)
+    events = on(ADA, lambda: F.softmax(x, dim=-1, dtype=torch.float32), x)
+    assert [(sign, nbytes) for sign, nbytes, _ in events] == [("+", 2048), ("+", 2048), ("-", 2048)]
+
+
+def test_softmax_backward_takes_a_buffer_of_its_gradients_size_behind_its_result(fake):
+    grad, output = fake(8, 64), fake(8, 64)
+    events = on(T4, lambda: torch.ops.aten._softmax_backward_data(grad, output, -1, torch.float32), grad, output)
+    assert [(sign, nbytes) for sign, nbytes, _ in events] == [("+", 2048), ("+", 2048), ("-", 2048)]
+
+
+def test_dropout_keeps_a_mask_of_one_byte_an_element(fake):
+    x = fake(8, 64, dtype=torch.float16)
+    events = on(T4, lambda: F.dropout(x, 0.1, training=True), x)
+    assert ("+", 8 * 64) in [(sign, nbytes) for sign, nbytes, _ in events]
+
+
+def test_dropout_of_nothing_makes_nothing(fake):
+    x = fake(8, 64)
+    assert on(T4, lambda: F.dropout(x, 0.0, training=True), x) == []
+
+
+@pytest.mark.parametrize(("card", "workspace"), [(T4, 8_519_680), (HOPPER, 32 * MIB)])
+def test_each_thread_takes_one_workspace_at_its_first_matrix_product(fake, card, workspace):
+    a, b = fake(4, 4).requires_grad_(), fake(4, 4)
+
+    def run():
+        (a @ b @ b).sum().backward()  # two products forward, two backward
+
+    taken = [nbytes for sign, nbytes, op in on(card, run, a, b) if sign == "+" and op == "cublas"]
+    assert taken == [workspace, workspace]
+
+
+def test_gradients_of_a_tensor_used_twice_are_summed_in_place(fake):
+    a = fake(64, 64).requires_grad_()
+
+    def run():
+        x = a * 1.0
+        (x * 2.0 + x * 3.0).sum().backward()
+
+    backward = [op for _, _, op in on(T4, run, a)]
+    assert backward.count("aten::add.Tensor") == 2  # born and died: the forward's own addition alone
+
+
+def test_a_matrix_product_of_bitsandbytes_dequantizes_the_weight_for_many_rows(fake):
+    a, packed, absmax = fake(2048, 256, dtype=torch.float16), fake(256 * 512 // 2, 1, dtype=torch.uint8), fake(2048)
+    events = on(
+        T4,
+        lambda: torch.ops.bitsandbytes.gemm_4bit(a, packed, [512, 256], absmax, 64, "nf4"),
+        a,
+        packed,
+        absmax,
+    )
+    sizes = [(sign, nbytes) for sign, nbytes, _ in events]
+    # The weight is there before the product is born, and goes after it.
+    assert sizes == [("+", 512 * 256 * 2), ("+", 2048 * 512 * 2), ("-", 512 * 256 * 2)]
+
+
+def test_a_matrix_product_of_bitsandbytes_is_fused_for_few_rows(fake):
+    if quantized.fused_rule() is None:
+        pytest.skip("this bitsandbytes has no fused 4-bit product")
+    a, packed, absmax = fake(4, 256, dtype=torch.float16), fake(256 * 512 // 2, 1, dtype=torch.uint8), fake(2048)
+    events = on(T4, lambda: torch.ops.bitsandbytes.gemm_4bit(a, packed, [512, 256], absmax, 64, "nf4"), a, packed)
+    assert ("+", 512 * 256 * 2) not in [(sign, nbytes) for sign, nbytes, _ in events]
+
+
+def test_an_int8_product_passes_through_int32(fake):
+    a, weight = fake(32, 64, dtype=torch.int8), fake(128, 64, dtype=torch.int8)
+    rows, columns = fake(32), fake(128)
+    events = on(
+        T4, lambda: torch.ops.bitsandbytes.int8_scaled_mm(a, weight, rows, columns, dtype=torch.float16), a, weight
+    )
+    assert ("+", 32 * 128 * 4) in [(sign, nbytes) for sign, nbytes, _ in events]
+
+
+def kernel(card, dtype=torch.float16, size=64, mask=None, causal=True, heads=(8, 8), **kwargs):
+    query, key = torch.empty(1, heads[0], 16, size, dtype=dtype), torch.empty(1, heads[1], 16, size, dtype=dtype)
+    query.requires_grad_()
+    return choose_kernel(card, query, key, key, mask, is_causal=causal, enable_gqa=heads[0] != heads[1], **kwargs)
+
+
+def test_turing_has_no_flash_and_no_bfloat16_kernel():
+    assert kernel(T4) == "efficient"
+    assert kernel(T4, torch.bfloat16) == "math"
+    assert kernel(T4, heads=(8, 2)) == "math"
+
+
+def test_ampere_and_later_run_flash_unless_there_is_a_mask_or_float32():
+    assert kernel(ADA, torch.bfloat16) == "flash"
+    assert kernel(ADA, torch.bfloat16, heads=(8, 2)) == "flash"
+    assert kernel(ADA, torch.float32) == "efficient"
+    assert kernel(ADA, mask=torch.zeros(1, 1, 16, 16, dtype=torch.float16), causal=False) == "efficient"
+
+
+def test_heads_of_256_train_with_flash_on_consumer_cards_only_without_dropout():
+    assert kernel(ADA, size=256) == "flash"
+    assert kernel(ADA, size=256, dropout_p=0.1) == "efficient"
+    assert kernel(find_card("A100"), size=256, dropout_p=0.1) == "flash"
+
+
+def test_hopper_prefers_cudnn():
+    assert kernel(HOPPER, torch.bfloat16) == "cudnn"
+
+
+def test_the_users_switches_are_obeyed():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        assert kernel(ADA) == "efficient"
+        with pytest.raises(RuntimeError, match="No available kernel"):
+            kernel(T4, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_attention_without_a_matrix_of_scores_is_traced_without_one(fake, dtype):
+    query = fake(1, 4, 512, 64, dtype=dtype).requires_grad_()
+    scores = 4 * 512 * 512 * query.element_size()
+
+    def run():
+        F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+
+    assert max(nbytes for _, nbytes, _ in on(ADA, run, query)) < scores
+
+
+def test_functions_are_put_back():
+    before = (F.softmax, F.dropout, F.scaled_dot_product_attention, F.layer_norm)
+    with Cuda(T4).running():
+        assert before[0] is not F.softmax
+    assert before == (F.softmax, F.dropout, F.scaled_dot_product_attention, F.layer_norm)
+
+
+def test_real_tensors_pass_the_replaced_functions_unchanged():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    with Cuda(T4).running():
+        replaced = F.softmax(x, -1), F.dropout(x, 0.0), F.layer_norm(x, (8,))
+    plain = F.softmax(x, -1), F.dropout(x, 0.0), F.layer_norm(x, (8,))
+    assert all(torch.equal(a, b) for a, b in zip(replaced, plain, strict=True))
+
+
+def test_a_meta_kernel_gives_the_fake_tensor_that_the_mode_would_give(fake):
+    a, b, b_fake = fake(3, 4, dtype=torch.float16), torch.ones(3, 4), fake(3, 4)
+    for op, args in (
+        (torch.ops.aten.mul.Tensor, (a, b)),
+        (torch.ops.aten.cat.default, ([a, a], 1)),
+        (torch.ops.aten.native_layer_norm.default, (b_fake, [4], None, None, 1e-5)),
+        (torch.ops.aten.t.default, (a,)),
+    ):
+        quick, slow = meta_ops.run(op, args, {}), op(*args)
+        for x, y in zip(*(r if isinstance(r, tuple) else (r,) for r in (quick, slow)), strict=True):
+            assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
+    assert meta_ops.run(torch.ops.aten.t.default, (a,), {}).untyped_storage()._cdata == a.untyped_storage()._cdata
+
+
+def test_moving_a_model_reserves_a_segment_for_each_large_weight_in_the_order_of_its_modules(fake):
+    model = torch.nn.Sequential(torch.nn.Linear(2048, 8192, bias=False), torch.nn.Linear(8192, 2048, bias=False))
+    meter = AllocatorMeter()
+    with torch.device("meta"):
+        model = model.to("meta")
+    for layer in model:
+        layer.weight = torch.nn.Parameter(fake(*layer.weight.shape), requires_grad=False)
+    loading.replay(Trace(meter), model, meter.empty_cache)
+    assert (meter.allocated, meter.reserved) == (2 * 64 * MIB, 2 * 64 * MIB)
+
+
+def test_loading_quantized_warms_up_stages_and_casts(fake):
+    state = SimpleNamespace(
+        shape=(4096, 4096), nested=False, absmax=fake(4096 * 64), code=fake(16), offset=None, state2=None
+    )
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(dtype=torch.float16)
+    model.layer = torch.nn.Linear(1, 1, bias=False)
+    weight = torch.nn.Parameter(fake(4096 * 2048, 1, dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = state
+    model.layer.weight = weight
+    model.norm = torch.nn.Linear(1, 1, bias=False)
+    model.norm.weight = torch.nn.Parameter(fake(1024, 4096), requires_grad=False)  # cast to float32
+    meter = AllocatorMeter()
+    loading.replay(Trace(meter), model, meter.empty_cache)
+    # Warm-up: 4096**2 / 2 + 2 x 1024 x 4096 bytes = 16 MiB, which the packed weight and the norm (8 MiB each) fill. The
+    # staged weight brings a segment of 32 MiB, in which the cast copy (16 MiB) then lies; the block maxima one of 2 MiB.
+    assert (meter.peak_reserved, meter.reserved) == (50 * MIB, 50 * MIB)
+    assert meter.allocated == 8 * MIB + 1 * MIB + 512 + 16 * MIB

@@ -1,0 +1,182 @@
+"""The shadow step against real training on the CPU: the same bytes, found without weights."""
+
+import os
+import random
+
+import pytest
+import torch
+from tiny_models import rows, tiny_config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from toolkit.errors import UserError
+from toolkit.memory.measure import MemoryCallback
+from toolkit.memory.meta import model_on_meta
+from toolkit.memory.shadow import predict
+from toolkit.methods import METHODS
+
+MODELS = ["t5", "llama", "gpt2", "qwen2"]
+QUANTIZED = {
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False),
+    "nf4-double": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+OPTIMIZERS = [
+    "adamw_torch",
+    "adafactor",
+    "sgd",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "ademamix_8bit",
+    "adamw_torch_fused",
+]
+
+
+def auto_class(name):
+    return AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+
+
+def attach(model, method):
+    return METHODS[method]().attach(model)
+
+
+def real_model(name, quantization, folder):
+    torch.manual_seed(0)
+    model = auto_class(name).from_config(tiny_config(name))
+    if quantization is None:
+        return model
+    model.save_pretrained(folder / "model")
+    options = {"quantization_config": QUANTIZED[quantization], "dtype": torch.float32, "device_map": {"": "cpu"}}
+    return auto_class(name).from_pretrained(folder / "model", **options)
+
+
+def empty_model(name, quantization):
+    return model_on_meta(
+        auto_class(name), tiny_config(name), torch.float32, quantization_config=QUANTIZED.get(quantization)
+    )
+
+
+def training_arguments(folder, **changes):
+    arguments = {"per_device_train_batch_size": 2, "max_steps": 2, "optim": "adamw_torch", "logging_strategy": "no"}
+    arguments |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    if changes.get("gradient_checkpointing"):
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return TrainingArguments(str(folder), **arguments | changes)
+
+
+def both(name, method, quantization, folder, **changes):
+    """(predicted, measured) ledgers of the same training."""
+    arguments = training_arguments(folder, **changes)
+    data = rows(name, 2 * 2 * arguments.gradient_accumulation_steps)
+
+    def trainer(model, arguments, callback):
+        return Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+
+    def build():
+        with torch.device("meta"):
+            return attach(empty_model(name, quantization), method)
+
+    predicted = predict(build, trainer, arguments)
+    measure = MemoryCallback()
+    trainer(attach(real_model(name, quantization, folder), method), arguments, measure).train()
+    assert measure.problem is None
+    return predicted, measure.ledger
+
+
+def assert_same(predicted, measured):
+    """States to the byte, peaks within 1 % both ways (they are equal, but for what the CPU's libraries hide)."""
+    assert predicted.parameters == measured.parameters
+    states = [c for c in measured.categories_at_peak if c.startswith(("parameters", "gradients", "optimizer"))]
+    for steps in ("phases", "first_step"):
+        ours, theirs = getattr(predicted, steps), getattr(measured, steps)
+        assert ours.keys() == theirs.keys()
+        for phase, use in theirs.items():
+            found = {c: ours[phase].categories[c] for c in states}
+            assert found == {c: use.categories[c] for c in states}, f"{steps}, {phase}"
+            assert ours[phase].allocated_peak_bytes == pytest.approx(use.allocated_peak_bytes, rel=0.01)
+    assert predicted.allocated_bytes == pytest.approx(measured.allocated_bytes, rel=0.01)
+
+
+CASES = [
+    (name, method, quantization)
+    for name in MODELS
+    for method in sorted(METHODS)  # each new method joins by being registered
+    for quantization in (None, *(QUANTIZED if METHODS[method].freezes_base else ()))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(("name", "method", "quantization"), CASES)
+def test_the_shadow_ledger_equals_the_measured_one(name, method, quantization, checkpointing, tmp_path):
+    assert_same(*both(name, method, quantization, tmp_path, gradient_checkpointing=checkpointing))
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_every_optimizer_is_predicted_by_running_it(optim, tmp_path):
+    # a vocabulary of 256 and a width of 64 leave some weights below bitsandbytes' 4,096 elements for 8 bits, some above
+    assert_same(*both("llama", "full", None, tmp_path, optim=optim))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"max_grad_norm": 0.0},
+        {"weight_decay": 0.1, "label_smoothing_factor": 0.1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_of_the_trainer_are_predicted_by_running_them(changes, tmp_path):
+    assert_same(*both("qwen2", "lora", None, tmp_path, **changes))
+
+
+def test_a_prediction_changes_nothing_in_the_process(tmp_path):
+    before = torch.get_rng_state(), random.getstate(), dict(os.environ), Trainer.training_step
+    arguments = training_arguments(tmp_path)
+    steps = arguments.max_steps
+    data = rows("llama", 4)
+    predict(
+        lambda: empty_model("llama", None),
+        lambda model, arguments, callback: Trainer(model, arguments, train_dataset=data, callbacks=[callback]),
+        arguments,
+    )
+    after = torch.get_rng_state(), random.getstate(), dict(os.environ), Trainer.training_step
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert arguments.max_steps == steps
+
+
+def test_what_is_not_supported_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="torch_compile"):
+        predict(lambda: None, lambda *_: None, training_arguments(tmp_path, torch_compile=True))
+
+
+def test_a_model_that_branches_on_values_is_refused(tmp_path):
+    class Branching(torch.nn.Linear):
+        def forward(self, input_ids, labels=None):
+            loss = super().forward(torch.ones(1, 4)).sum()
+            return {"loss": loss if loss > 0 else -loss}
+
+    def build():
+        with torch.device("meta"):
+            return Branching(4, 4)
+
+    with pytest.raises(UserError, match="depends on values"):
+        predict(
+            build,
+            lambda model, arguments, callback: Trainer(
+                model, arguments, train_dataset=rows("llama", 4), callbacks=[callback]
+            ),
+            training_arguments(tmp_path),
+        )

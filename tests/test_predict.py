@@ -1,0 +1,103 @@
+"""`footprint predict` and `footprint report`: one JSON object, an exit code, and one line for what cannot be."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from toolkit.cli import main
+from toolkit.memory.ledger import Ledger
+from toolkit.predict_command import predict_command
+
+
+@pytest.fixture(scope="module")
+def config_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config of a tiny Llama: no weights, no tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=512,
+        max_position_embeddings=256,
+    ).save_pretrained(folder)
+    return folder
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    return ["--model_name_or_path", str(folder), "--max_length", "64", "--per_device_train_batch_size", "2", *more]
+
+
+def run(capfd: pytest.CaptureFixture[str], *command: str) -> tuple[int | str | None, str, str]:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["footprint", *command])
+        main()
+    return end.value.code, *capfd.readouterr()
+
+
+def test_json_is_one_object_and_nothing_else(config_only, capfd):
+    code, out, _ = run(capfd, "predict", "lora", *flags(config_only, "--json"))
+    ledger = json.loads(out)
+    assert code in (None, 0)
+    assert (ledger["source"], ledger["device"], ledger["fits"]) == ("predicted", "cpu", True)
+    assert ledger["peak"]["allocated_bytes"] == sum(ledger["categories_at_peak"].values())
+    # LoRA of rank 16 on q (64 -> 64) and v (64 -> 32) of 2 layers
+    assert ledger["parameters"]["trainable"] == 2 * 16 * (64 + 64 + 64 + 32)
+
+
+def test_a_card_that_is_not_here_is_predicted_with_its_allocator_and_context(config_only, capfd):
+    arguments = flags(config_only, "--fp16", "--gpu", "T4", "--json")
+    code, out, _ = run(capfd, "predict", "lora", *arguments)
+    peak = json.loads(out)["peak"]
+    assert code == 0
+    assert peak["allocated_bytes"] % 512 == 0
+    assert peak["reserved_bytes"] % 2**21 == 0
+    assert peak["process_bytes"] == peak["reserved_bytes"] + peak["context_bytes"]
+
+
+def test_what_does_not_fit_exits_with_1(config_only, capfd):
+    code, out, _ = run(capfd, "predict", "full", *flags(config_only, "--gpu_memory", "16MiB", "--json"))
+    assert (code, json.loads(out)["fits"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "says"),
+    [
+        ("lorra", [], "lora"),
+        ("lora", ["--gpu", "RTX 4909"], "RTX 4090"),
+        ("lora", ["--gpu_memory", "many"], "24GiB"),
+        ("lora", ["--gpu", "T4", "--gpu_memory", "24GiB"], "exclude each other"),
+        ("lora", ["--max_length", "512"], "at most 256"),
+        ("lora", ["--bf16", "--fp16"], "exclude each other"),
+        ("full", ["--load_in_4bit"], "quantized"),
+        ("lora", ["--torch_compile"], "torch_compile"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(method, more, says, config_only, capfd):
+    code, out, err = run(capfd, "predict", method, *flags(config_only, *more))
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+
+
+def test_report_puts_ledgers_side_by_side(config_only, tmp_path, capfd):
+    for method in ("full", "lora"):
+        assert predict_command(method, flags(config_only, "--json")) == 0
+        (tmp_path / f"{method}.json").write_text(capfd.readouterr().out)
+    full, lora = (Ledger.load(tmp_path / f"{method}.json") for method in ("full", "lora"))
+    assert lora.allocated_bytes < full.allocated_bytes
+    code, out, _ = run(capfd, "report", str(tmp_path / "full.json"), str(tmp_path / "lora.json"))
+    assert code in (None, 0)
+    assert "lora against full" in out
+    assert "optimizer state -" in out
+
+
+def test_a_ledger_that_is_missing_is_the_users_mistake(tmp_path, capfd):
+    code, _, err = run(capfd, "report", str(tmp_path / "none.json"))
+    assert code == 2
+    assert "none.json" in err

@@ -1,0 +1,211 @@
+"""GPUs: how much memory each really offers, and what its architecture decides. A card is one entry in `CARDS`.
+
+**Memory.** A card of "24 GB" does not offer 24 GiB. `total_gib` is what the driver offers to CUDA, as PyTorch prints it
+in its out-of-memory message ("GPU 0 has a total capacity of ..."): the nominal size less the driver's own part and, on
+cards that have it switched on, ECC. An entry with a `report` was checked against that public report (a GitHub issue);
+the others are values usual for the card, the lowest where drivers differ, and are labelled `total_is_estimate`, as are
+those for which the nominal size less 3.5 % stands (checked ones lie 1.3 % to 7.9 % below it). A desktop takes more.
+
+**Context.** A process that uses CUDA holds memory outside PyTorch's allocator: driver structures, kernels' code, and
+local memory for every thread that can be resident, which grows with the number of multiprocessors. Measured: 140.875
+MiB on a T4 (40 multiprocessors; 69 of the 79 runs that fitcheck-llm 0.3.1 publishes) and 426 MiB on an RTX 6000 Ada
+(142): 3.5 and 3.0 MiB a multiprocessor. Where nothing was measured 3.5 MiB a multiprocessor stands, and
+`context_is_estimate` says so.
+
+Numbers of multiprocessors and nominal sizes: NVIDIA's data sheets and architecture whitepapers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from toolkit.errors import UserError
+from toolkit.memory.units import GIB, MIB, parse_bytes
+
+_UNREPORTED_SHARE = 0.965  # of the nominal size, where no report of the capacity was at hand
+_CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU model. Sizes in bytes; `capability` is CUDA's compute capability, (8, 9) for sm_89."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    total_bytes: int
+    context_bytes: int
+    total_is_estimate: bool = False
+    context_is_estimate: bool = True
+
+    @property
+    def architecture(self) -> str:
+        """NVIDIA's name of the generation."""
+        major, minor = self.capability
+        if self.capability == (8, 9):
+            return "Ada"
+        return {7: "Turing" if minor == 5 else "Volta", 8: "Ampere", 9: "Hopper"}.get(major, "Blackwell")
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 arithmetic is native (sm_80 and later)."""
+        return self.capability >= (8, 0)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What PyTorch's allocator can reserve: the total less the CUDA context."""
+        return self.total_bytes - self.context_bytes
+
+    @property
+    def blas_workspace_bytes(self) -> int:
+        """The workspace that each thread's cuBLAS handle holds from its first matrix product on (and cuBLASLt shares).
+
+        `parseChosenWorkspaceSize` in ATen/cuda/CublasHandlePool.cpp: ":4096:2:16:8" = 2 x 4 MiB + 8 x 16 KiB, and
+        32 MiB on Hopper and Blackwell.
+        """
+        return 32 * MIB if self.capability[0] in (9, 10, 12) else 2 * 4 * MIB + 8 * 16 * 1024
+
+
+def _card(
+    name: str,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    nominal_gib: float,
+    total_gib: float | None = None,
+    context_mib: float | None = None,
+    report: str = "",
+) -> Card:
+    return Card(
+        name=name,
+        capability=capability,
+        multiprocessors=multiprocessors,
+        total_bytes=int((nominal_gib * _UNREPORTED_SHARE if total_gib is None else total_gib) * GIB),
+        context_bytes=int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR if context_mib is None else context_mib * MIB),
+        total_is_estimate=not report,
+        context_is_estimate=context_mib is None,
+    )
+
+
+TURING, AMPERE_DATACENTER, AMPERE, ADA, HOPPER = (7, 5), (8, 0), (8, 6), (8, 9), (9, 0)
+BLACKWELL_DATACENTER, BLACKWELL = (10, 0), (12, 0)
+
+# name, capability, multiprocessors, nominal GiB, total GiB that PyTorch prints; context MiB and report where known
+CARDS: tuple[Card, ...] = (
+    _card("GTX 1660 Ti", TURING, 24, 6, 5.79),
+    _card("RTX 2060", TURING, 30, 6, 5.79),
+    _card("RTX 2060 12GB", TURING, 34, 12),
+    _card("RTX 2070", TURING, 36, 8, 7.79),
+    _card("RTX 2070 SUPER", TURING, 40, 8, 7.79),
+    _card("RTX 2080", TURING, 46, 8, 7.79),
+    _card("RTX 2080 SUPER", TURING, 48, 8, 7.79),
+    _card("RTX 2080 Ti", TURING, 68, 11, 10.75),
+    _card("TITAN RTX", TURING, 72, 24, 23.62),
+    _card("Quadro RTX 8000", TURING, 72, 48, 44.49),
+    _card("T4", TURING, 40, 16, 14.74, context_mib=140.875, report="hpcaitech/Open-Sora#697"),
+    _card("RTX 3050", AMPERE, 20, 8),
+    _card("RTX 3060", AMPERE, 28, 12, 11.76),
+    _card("RTX 3060 Ti", AMPERE, 38, 8, 7.78),
+    _card("RTX 3070", AMPERE, 46, 8, 7.78),
+    _card("RTX 3070 Ti", AMPERE, 48, 8, 7.78),
+    _card("RTX 3080", AMPERE, 68, 10, 9.77),
+    _card("RTX 3080 12GB", AMPERE, 70, 12, 11.76),
+    _card("RTX 3080 Ti", AMPERE, 80, 12, 11.76),
+    _card("RTX 3090", AMPERE, 82, 24, 23.68),
+    _card("RTX 3090 Ti", AMPERE, 84, 24, 23.68),
+    _card("RTX A4000", AMPERE, 48, 16, 15.72),
+    _card("RTX A5000", AMPERE, 64, 24, 23.67),
+    _card("RTX A6000", AMPERE, 84, 48, 47.41),
+    _card("A10", AMPERE, 72, 24, 21.98),
+    _card("A10G", AMPERE, 80, 24, 21.98),
+    _card("A40", AMPERE, 84, 48, 44.35),
+    _card("A100 40GB", AMPERE_DATACENTER, 108, 40, 39.39),
+    _card("A100 80GB", AMPERE_DATACENTER, 108, 80, 79.14),
+    _card("RTX 4060", ADA, 24, 8, 7.62),
+    _card("RTX 4060 Ti", ADA, 34, 8, 7.62),
+    _card("RTX 4060 Ti 16GB", ADA, 34, 16, 15.57),
+    _card("RTX 4070", ADA, 46, 12, 11.60),
+    _card("RTX 4070 SUPER", ADA, 56, 12, 11.60),
+    _card("RTX 4070 Ti", ADA, 60, 12, 11.70, report="Kwai-Kolors/Kolors#11"),
+    _card("RTX 4070 Ti SUPER", ADA, 66, 16, 15.57),
+    _card("RTX 4080", ADA, 76, 16, 15.57),
+    _card("RTX 4080 SUPER", ADA, 80, 16, 15.57),
+    _card("RTX 4090", ADA, 128, 24, 23.52, report="Soul-AILab/SoulX-FlashTalk#5"),
+    _card("RTX 6000 Ada", ADA, 142, 48, 47.37, context_mib=426),
+    _card("L4", ADA, 58, 24, 21.95),
+    _card("L40", ADA, 142, 48, 44.40, report="QwenLM/Qwen3-VL#2097"),
+    _card("L40S", ADA, 142, 48, 44.42, report="stepfun-ai/Step-Video-T2V#8"),
+    _card("H100 80GB", HOPPER, 132, 80, 79.10),
+    _card("H100 NVL", HOPPER, 132, 94, 93.02),
+    _card("H200", HOPPER, 132, 141, 139.72),
+    _card("RTX 5060", BLACKWELL, 30, 8, 7.52),
+    _card("RTX 5060 Ti", BLACKWELL, 36, 8, 7.52),
+    _card("RTX 5060 Ti 16GB", BLACKWELL, 36, 16, 15.46),
+    _card("RTX 5070", BLACKWELL, 48, 12, 11.48),
+    _card("RTX 5070 Ti", BLACKWELL, 70, 16, 15.46),
+    _card("RTX 5080", BLACKWELL, 84, 16, 15.46),
+    _card("RTX 5090", BLACKWELL, 170, 32, 31.37, report="Wan-Video/Wan2.1#465"),
+    _card("RTX PRO 6000 Blackwell", BLACKWELL, 188, 96, 94.97),
+    _card("B200", BLACKWELL_DATACENTER, 148, 180),
+)
+
+
+_NOISE = re.compile(r"nvidia|geforce|tesla|quadro|[^a-z0-9]")
+_NOMINAL = re.compile(r"(?<=\d)gib\b", re.IGNORECASE)
+
+
+def _key(name: str) -> str:
+    """`"NVIDIA GeForce RTX 4090"` -> `"rtx4090"`: what is left when makers' words and punctuation go."""
+    return _NOISE.sub("", _NOMINAL.sub("gb", name).lower())
+
+
+def _without_prefix(key: str) -> str:
+    return re.sub(r"^(rtx|gtx|titan)", "", key)
+
+
+def find_card(name: str) -> Card:
+    """The card of that name; case, spaces, "NVIDIA", "GeForce" and a leading "RTX" do not matter.
+
+    A name that only a memory size tells apart ("A100") gives the smaller card, so that what fits it fits both.
+
+    Raises:
+        UserError: for an unknown name; the message lists the nearest names.
+    """
+    key = _key(name)
+    by_key = {_key(card.name): card for card in CARDS}
+    if key in by_key:
+        return by_key[key]
+    short = _without_prefix(key)
+    candidates = [card for known, card in by_key.items() if short and _without_prefix(known) == short]
+    candidates = candidates or [
+        card for known, card in by_key.items() if re.fullmatch(re.escape(key) + r"\d+gb", known)
+    ]
+    if candidates:
+        return min(candidates, key=lambda card: card.total_bytes)
+    names = {_key(card.name): card.name for card in CARDS}
+    near = [names[k] for k in get_close_matches(key, names, n=5, cutoff=0.5)]
+    near = near or [card.name for card in CARDS if short and short in _key(card.name)][:5]
+    listed = ", ".join(near or [card.name for card in CARDS])
+    raise UserError(
+        f"unknown GPU {name!r}: {'near names are ' if near else 'known are '}{listed}; or give --gpu_memory"
+    )
+
+
+def generic_card(memory: str) -> Card:
+    """A card of `memory` usable bytes, such as "24GiB", for `--gpu_memory`: Ampere rules, no context on top.
+
+    Raises:
+        UserError: where `memory` is not a size.
+    """
+    return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
+
+
+def card_of_device(name: str, capability: tuple[int, int], multiprocessors: int, total_bytes: int) -> Card:
+    """The card that this machine has, from `torch.cuda.get_device_properties`: real size, context as known by name."""
+    try:
+        known = find_card(name)
+        context, estimate = known.context_bytes, known.context_is_estimate
+    except UserError:
+        context, estimate = int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR), True
+    return Card(name, capability, multiprocessors, total_bytes, context, context_is_estimate=estimate)

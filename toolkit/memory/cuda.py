@@ -1,0 +1,283 @@
+"""A CUDA card for the shadow step: what its kernels and libraries do that fake tensors on a CPU do not show.
+
+`Cuda(card)` is the shadow's `Device`. Its parts, each with the reason beside it and a test:
+
+- `CudaOverlay` runs operators: buffers that kernels take unseen, workspaces, gradients summed in place.
+- `running()` replaces the Python functions that take another path on a GPU: attention (`attention`), softmax, dropout,
+  CUDA's list of operators that autocast runs in float32, and bitsandbytes (`quantized`).
+- `load()` replays loading (`loading`), `prepare()` makes optimizers use their foreach implementations.
+
+Sources are files of PyTorch 2.14 under aten/src/ATen unless another is named. All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from toolkit.memory import loading, meta_ops, quantized
+from toolkit.memory.allocator import AllocatorMeter
+from toolkit.memory.attention import attention_on
+from toolkit.memory.cards import Card
+from toolkit.memory.trace import Trace
+
+_MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def softmax_backward(args: tuple) -> list[int]:
+    """native/cuda/SoftMax.cu, `softmax_backward_cuda_out`: `tmp = grad * output`, as large as the gradient."""
+    return [_bytes(args[0])]
+
+
+def flash_backward(args: tuple) -> list[int]:
+    """native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`: row sums (batch, heads, queries) and the query's
+    gradient in float32, with queries rounded to 128 and head size to 32; with fewer key heads, their gradients once for
+    each query head."""
+    query, key = args[1], args[2]
+    batch, heads, queries, size = query.shape
+    queries = _round_up(queries, 128)
+    rounded = _round_up(size, 32) if size <= 192 else 256
+    hidden = [4 * batch * heads * queries, 4 * batch * heads * queries * rounded]
+    if key.shape[1] != heads:
+        hidden += 2 * [_bytes(key) * heads // key.shape[1]]
+    return hidden
+
+
+def efficient_backward(args: tuple) -> list[int]:
+    """native/transformers/cuda/attention_backward.cu, `_efficient_attention_backward`: delta (batch, heads, queries) in
+    float32 and, for 16-bit inputs, a workspace in which the query's gradient is summed in float32."""
+    query = args[1]
+    delta = 4 * query.shape[0] * query.shape[1] * query.shape[2]
+    return [delta] if query.dtype == torch.float32 else [delta, 4 * query.numel()]
+
+
+def embedding_backward(args: tuple) -> list[int]:
+    """native/cuda/Embedding.cu: more than 3,072 indices are sorted, with their places, from one buffer into another."""
+    indices = args[1]
+    return [4 * _bytes(indices)] if indices.numel() > 3072 else []
+
+
+HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
+    "aten::_softmax_backward_data": softmax_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": flash_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": efficient_backward,
+    "aten::embedding_dense_backward": embedding_backward,
+}
+
+
+class CudaOverlay:
+    """Runs each operator as `card` would, seen from its memory."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self._threads: set[bool] = set()  # whose cuBLAS handle has its workspace: the main thread's, autograd's
+
+    def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
+        name = op.name()
+        stand_in = quantized.STAND_INS.get(name)
+        if stand_in is not None:
+            return stand_in(self.card, trace, args, kwargs)
+        if name == "aten::add.Tensor" and _sums_gradients(args):
+            return args[0]
+        result = meta_ops.run(op, args, kwargs)
+        if name in _MATRIX_PRODUCTS:
+            self._workspace(trace, result)
+        hidden = HIDDEN.get(name)
+        if hidden is not None:
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    trace.track(tensor)  # PyTorch allocates the result first
+            for block in [trace.hold(nbytes) for nbytes in hidden(args)]:
+                trace.release(block)
+        return result
+
+    def _workspace(self, trace: Trace, result: torch.Tensor) -> None:
+        """cuda/CublasHandlePool.cpp: each thread's handle takes a workspace at its first product and keeps it; autograd
+        has a thread of its own. cuBLASLt (a linear layer with bias) shares it since PyTorch 2.7."""
+        in_autograd = torch._C._current_graph_task_id() != -1
+        if in_autograd not in self._threads:
+            self._threads.add(in_autograd)
+            trace.track(result)
+            trace.hold(self.card.blas_workspace_bytes, "cublas")
+
+
+def _sums_gradients(args: tuple) -> bool:
+    """Whether this addition is autograd's engine summing the gradients of a tensor that was used twice.
+
+    torch/csrc/autograd/input_buffer.cpp, `accumulate`: it adds in place where it holds the only reference to the first
+    gradient. It never does so for tensor subclasses, which fake tensors are, so the shadow sees an addition out of place.
+    The engine adds from C++, so the nearest Python frame outside the trace is its caller's; a node written in Python, or
+    checkpointing's recomputation, would stand in between.
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
+        return False
+    frame: Any = sys._getframe(3)  # this function, the overlay's run, the trace's dispatch, and who called the operator
+    if frame is None or frame.f_code.co_name != "_engine_run_backward":
+        return False
+    first, second = args[:2]
+    alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape
+    return alike and first.dtype == second.dtype and _is_dense(first)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill the memory that they span, each once (an expanded tensor spans less)."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return span == tensor.numel()
+
+
+class _HalfToFloatSoftmax(torch.autograd.Function):
+    """float16 in, float32 out, in one kernel: neither direction makes a float32 copy of the float16 tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int) -> torch.Tensor:
+        output = x.new_empty(x.shape, dtype=torch.float32)
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (output,) = ctx.saved_tensors
+        result = output.new_empty(output.shape, dtype=torch.float16)
+        product = torch.empty_like(grad)  # `softmax_backward`'s hidden buffer: born behind the result
+        del product
+        return result, None
+
+
+def _float32_under_autocast(x: torch.Tensor) -> torch.Tensor:
+    """autocast_mode.h, list `fp32`: on CUDA (not on a CPU) these operators run in float32 under autocast."""
+    wanted = torch.is_autocast_enabled("cpu") and isinstance(x, FakeTensor)
+    return x.float() if wanted and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
+    """Functions of `torch.nn.functional` by name, as they run on `card`; tensors that are not fake pass unchanged."""
+    softmax, log_softmax, layer_norm, cross_entropy = F.softmax, F.log_softmax, F.layer_norm, F.cross_entropy
+    dropout, attention, fake_attention = F.dropout, F.scaled_dot_product_attention, attention_on(card)
+
+    def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+        # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first.
+        if isinstance(input, FakeTensor) and input.dtype == torch.float16 and dtype == torch.float32:
+            return _HalfToFloatSoftmax.apply(input, dim)
+        return softmax(_float32_under_autocast(input), dim, _stacklevel, dtype)
+
+    def cuda_log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+        return log_softmax(_float32_under_autocast(input), dim, _stacklevel, dtype)
+
+    def cuda_layer_norm(input: Any, *args: Any, **kwargs: Any) -> Any:
+        return layer_norm(_float32_under_autocast(input), *args, **kwargs)
+
+    def cuda_cross_entropy(input: Any, *args: Any, **kwargs: Any) -> Any:
+        return cross_entropy(_float32_under_autocast(input), *args, **kwargs)
+
+    def cuda_dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        # native/Dropout.cpp: fused on CUDA, where the mask is bool; on a CPU it has the activation's dtype.
+        if isinstance(input, FakeTensor) and training and 0 < p < 1 and not inplace:
+            return torch.native_dropout(input, p, True)[0]
+        return dropout(input, p, training, inplace)
+
+    def cuda_attention(query: Any, *args: Any, **kwargs: Any) -> Any:
+        return (fake_attention if isinstance(query, FakeTensor) else attention)(query, *args, **kwargs)
+
+    return {
+        "softmax": cuda_softmax,
+        "log_softmax": cuda_log_softmax,
+        "layer_norm": cuda_layer_norm,
+        "cross_entropy": cuda_cross_entropy,
+        "dropout": cuda_dropout,
+        "scaled_dot_product_attention": cuda_attention,
+    }
+
+
+class Cuda:
+    """A card as the shadow step's device.
+
+    Args:
+        card: whose rules and sizes hold.
+        expandable_segments: the allocator's setting of that name (PYTORCH_CUDA_ALLOC_CONF).
+        budget_bytes: what the process may take, context included; by default all that the card offers.
+        adapters_cast_on_device: see `loading.replay`.
+        empties_cache_after_casts: whether PEFT gives the cache back after its casts (0.20 and later do).
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        expandable_segments: bool = False,
+        budget_bytes: int | None = None,
+        adapters_cast_on_device: bool = False,
+        empties_cache_after_casts: bool = True,
+    ) -> None:
+        self.card = card
+        self.name = card.name
+        self.context_bytes: int | None = card.context_bytes
+        self.budget_bytes: int | None = card.total_bytes if budget_bytes is None else budget_bytes
+        self.expandable_segments = expandable_segments
+        self.adapters_cast_on_device = adapters_cast_on_device
+        self.empties_cache_after_casts = empties_cache_after_casts
+        self._meter = AllocatorMeter(expandable_segments)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the card's figures is estimated, one sentence each."""
+        notes = []
+        if self.card.context_is_estimate and self.card.context_bytes:
+            notes.append(f"the CUDA context of {self.card.name} is an estimate: it was not measured")
+        if self.card.total_is_estimate:
+            notes.append(f"the capacity of {self.card.name} is the usual one: it was not checked against a report")
+        return tuple(notes)
+
+    def meter(self) -> AllocatorMeter:
+        """A fresh replay of the caching allocator."""
+        self._meter = AllocatorMeter(self.expandable_segments)
+        return self._meter
+
+    def overlay(self) -> CudaOverlay:
+        """A fresh overlay: no handle has its workspace yet."""
+        return CudaOverlay(self.card)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While open, functions take the paths that they take on this card."""
+        replaced = replaced_functions(self.card)
+        before = {name: getattr(F, name) for name in replaced}
+        with quantized.cuda_paths():
+            for name, function in replaced.items():
+                setattr(F, name, function)
+            try:
+                yield
+            finally:
+                for name, function in before.items():
+                    setattr(F, name, function)
+
+    def load(self, trace: Trace, model: nn.Module) -> None:
+        """Replays loading, with its staging and its order."""
+        give_back = self._meter.empty_cache if self.empties_cache_after_casts else lambda: None
+        loading.replay(trace, model, give_back, self.adapters_cast_on_device)
+
+    def prepare(self, trainer: Any) -> None:
+        """On CUDA, PyTorch's optimizers update all parameters together (foreach) unless told otherwise."""
+        create = trainer.create_optimizer
+
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            optimizer = create(*args, **kwargs)
+            for group in getattr(trainer.optimizer, "param_groups", ()):
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True
+            return optimizer
+
+        trainer.create_optimizer = create_optimizer

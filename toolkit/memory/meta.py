@@ -1,0 +1,57 @@
+"""The model that `from_pretrained` would load, without its weights: on the meta device, quantized layers in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
+from transformers.quantizers import AutoHfQuantizer
+
+from toolkit.errors import UserError
+
+
+def model_on_meta(
+    auto_class: Any,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained(..., config=config, dtype=dtype, ...)` as far as shapes and layers go.
+
+    Modules that the architecture keeps in float32 are kept so, as loading would. Quantized layers are still unpacked:
+    `fake.make_fake` packs them.
+
+    Raises:
+        UserError: for a quantization method other than bitsandbytes', and for one that the config already names.
+    """
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError("a checkpoint that is already quantized cannot be predicted; name the original model")
+    quantizer = None
+    if quantization_config is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+        method = getattr(quantization_config.quant_method, "value", quantization_config.quant_method)
+        if method != "bitsandbytes":
+            raise UserError(f"the shadow step knows bitsandbytes' 4-bit and 8-bit weights, not {method}")
+        dtype = quantizer.update_dtype(dtype)
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=dtype, **kwargs)
+        if quantizer is not None:
+            with local_torch_dtype(dtype, type(model).__name__):
+                quantizer.preprocess_model(model, dtype=dtype, device_map=None)
+            model.hf_quantizer = quantizer
+            quantizer.postprocess_model(model)
+            model.tie_weights()
+    _keep_in_fp32(model, dtype)
+    return model.eval()
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    plan = model._get_dtype_plan(dtype)
+    for name, parameter in model.named_parameters():
+        wanted = next((plan[part] for part in name.split(".") if part in plan), None)
+        if wanted is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(wanted)

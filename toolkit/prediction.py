@@ -1,0 +1,148 @@
+"""Memory before the run: the ledger of the training that a `Config` describes, found without weights, data or GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+from toolkit.config import Config
+from toolkit.console import console, is_main, say
+from toolkit.errors import UserError
+from toolkit.memory import catalogue
+from toolkit.memory.cards import card_of_device
+from toolkit.memory.cuda import Cuda
+from toolkit.memory.ledger import Ledger
+from toolkit.memory.measure import MemoryCallback
+from toolkit.memory.meta import model_on_meta
+from toolkit.memory.report import print_comparison, print_ledger
+from toolkit.memory.shadow import CPU, STEPS, Device, predict
+from toolkit.memory.units import format_bytes
+from toolkit.models import auto_class, load_model_config, quantization_config, weights_dtype
+from toolkit.tasks.summarization import DEFAULT_MAX_LENGTH, DEFAULT_MAX_TARGET_LENGTH, RELATIVE_POSITIONS
+from toolkit.training import FineTuner
+
+Batch = dict[str, torch.Tensor]
+
+
+def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | None = None) -> Ledger:
+    """The ledger of two optimizer steps over `batches` (one for each forward pass), by default over the worst batch.
+
+    Raises: UserError for a model or an option whose memory cannot be predicted.
+    """
+    training = config.training
+    model_config = load_model_config(config.model, fp16=training.fp16, needs_weights=False)
+    dtype, _ = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
+    passes = STEPS * training.gradient_accumulation_steps
+    batches = batches or [worst_batch(config, model_config)] * passes
+
+    def build() -> PreTrainedModel:
+        model = model_on_meta(
+            auto_class(model_config),
+            copy.deepcopy(model_config),
+            dtype,
+            config.model.attn_implementation,
+            quantization_config(config.model, dtype),
+        )
+        catalogue.separate_head(model, config.model.source)
+        with torch.device("meta"):
+            return config.method.attach(model)
+
+    def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> Trainer:
+        return ShadowTuner(model, arguments, batches, callback)
+
+    return predict(build, trainer, training, device, config.as_dict())
+
+
+def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
+    """`per_device_train_batch_size` rows of `max_length` real tokens; ids, masks and labels are (rows, length), int64.
+
+    For T5-like models the labels are `max_target_length` long, and the decoder's inputs go with them.
+
+    Raises: UserError for a length beyond the model's positions.
+    """
+    data, text = config.data, model_config.get_text_config()
+    rows = config.training.per_device_train_batch_size
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if model_config.model_type in RELATIVE_POSITIONS:
+        limit = None
+    for name, value in (("max_length", data.max_length), ("max_target_length", data.max_target_length)):
+        if value is not None and limit and value > limit:
+            raise UserError(f"--{name} {value} is longer than the model can take; give at most {limit}")
+    length = data.max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    ids = torch.ones(rows, length, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids.clone(), "labels": ids.clone()}
+    if model_config.is_encoder_decoder:
+        labels = torch.ones(rows, data.max_target_length or DEFAULT_MAX_TARGET_LENGTH, dtype=torch.long)
+        batch |= {"labels": labels, "decoder_input_ids": labels.clone()}
+    return batch
+
+
+class ShadowTuner(FineTuner):
+    """`FineTuner` over batches that are already collated, without data set or tokenizer."""
+
+    def __init__(
+        self, model: PreTrainedModel, args: TrainingArguments, batches: list[Batch], callback: MemoryCallback
+    ) -> None:
+        args.per_device_train_batch_size = 1
+        args.remove_unused_columns = False
+        Trainer.__init__(
+            self, model=model, args=args, data_collator=_only_one, train_dataset=batches, callbacks=[callback]
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+def _only_one(rows: list[Any]) -> Any:
+    return {name: tensor.clone() for name, tensor in rows[0].items()}
+
+
+def this_device(config: Config) -> Device:
+    """The device that training would run on here: a GPU of this machine as a card, or the CPU."""
+    if config.training.device.type != "cuda":
+        return CPU
+    gpu = torch.cuda.get_device_properties(config.training.device)
+    return Cuda(card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, gpu.total_memory))
+
+
+def show_prediction(config: Config) -> None:
+    """What `--predict` prints: the predicted ledger of the worst batch, instead of training.
+
+    Raises: UserError where it cannot be predicted.
+    """
+    _refuse_several_processes(config)
+    print_ledger(console, predict_run(config, this_device(config)))
+
+
+def _refuse_several_processes(config: Config) -> None:
+    if config.training.world_size > 1:
+        raise UserError("memory of several processes, which may share the model's states, is not predicted yet")
+
+
+def say_prediction(config: Config) -> None:
+    """One line before a run: what the worst batch will need, or why that cannot be known. Never stops a run."""
+    if not is_main:
+        return
+    try:
+        _refuse_several_processes(config)
+        ledger = predict_run(config, this_device(config))
+    except UserError as error:
+        say("memory", f"not predicted: {error}")
+        return
+    worst = f"{ledger.peak_phase_name.replace('_', ' ')} of the longest batch"
+    say("memory", f"{format_bytes(ledger.reserved_bytes)} at the peak, predicted for the {worst} ({ledger.device})")
+
+
+def show_comparison(config: Config, memory: MemoryCallback) -> None:
+    """After a run: the measured steps' ledger beside the one that is predicted for the very same batches."""
+    if not is_main or memory.ledger is None or "labels" not in memory.batches[0]:
+        return
+    try:
+        _refuse_several_processes(config)
+        print_comparison(console, predict_run(config, this_device(config), memory.batches), memory.ledger)
+    except UserError as error:
+        say("memory", f"not predicted: {error}")
