@@ -14,7 +14,24 @@ TIMES = ["six", "seven", "eight", "nine", "ten", "eleven", "noon"]
 PRICES = [f"{n} dollars" for n in (5, 12, 20, 25, 40, 60, 75, 90)]
 CITIES = ["Berlin", "Lisbon", "Oslo", "Chicago", "Madrid", "Toronto", "Vienna", "Boston", "Dublin", "Prague"]
 NAMES: dict[Split, list[str]] = {
-    "train": ["Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack", "Karen", "Leo", "Maria", "Nick", "Olga", "Paul"],
+    "train": [
+        "Anna",
+        "Ben",
+        "Carla",
+        "David",
+        "Emma",
+        "Frank",
+        "Grace",
+        "Henry",
+        "Irene",
+        "Jack",
+        "Karen",
+        "Leo",
+        "Maria",
+        "Nick",
+        "Olga",
+        "Paul",
+    ],
     "validation": ["Rosa", "Simon", "Tina", "Victor", "Wendy", "Adam"],
     "test": ["Bella", "Carlos", "Diana", "Eric", "Fiona", "George", "Helen", "Ivan"],
 }
