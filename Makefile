@@ -1,8 +1,9 @@
 # make demo    train, score and account for the embedded default; no GPU, no hub, no questions
 # make test    every test, style and types; what CI runs
 # make quick   the fast tests only
+# make matrix  every case of the long sweeps, of which make test runs a daily sample
 # make setup   the environment alone, in .venv
-.PHONY: setup demo test quick check results
+.PHONY: setup demo test quick matrix check results
 PYTHON ?= python3
 # Also for what a package needs to be built: DeepSpeed is built on the spot, against the same torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -17,6 +18,8 @@ test: .venv/.footprint-test check
 	$(BIN)/python -m pytest -q
 quick: .venv/.footprint-test
 	$(BIN)/python -m pytest -q -m "not slow"
+matrix: .venv/.footprint-test
+	$(BIN)/python -m pytest -q -m matrix --matrix
 check: .venv/.footprint-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 results: setup

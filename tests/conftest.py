@@ -1,18 +1,42 @@
 """What the tests share: the data folder beside the project, tiny models with a real tokenizer, and recipe processes."""
 
+import contextlib
+import datetime
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is a mistake
 
+import transformers  # noqa: F401 - its log handler must not keep the streams of the first test that imports it
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
+SAMPLES = 8  # `make test` runs one in eight of each long sweep, another one each day; `make matrix` runs them all
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix", action="store_true", help="run every case of the sweeps marked matrix, not today's sample"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--matrix"):
+        return
+    sweep = [item for item in items if item.get_closest_marker("matrix")]
+    today = datetime.date.today().toordinal() % SAMPLES
+    left_out = {item for number, item in enumerate(sweep) if number % SAMPLES != today}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +91,16 @@ def run(*command: str | Path, timeout: float = 600, **env: str) -> subprocess.Co
         timeout=timeout,
         check=False,
     )
+
+
+def recipe(name: str, *argv: str | Path) -> SimpleNamespace:
+    """Runs a recipe in this process, which saves the time to import everything; same result as `run`."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = [f"recipes/{name}.py", *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+    return SimpleNamespace(returncode=caught.value.code or 0, stdout=out.getvalue(), stderr=err.getvalue())

@@ -1,37 +1,32 @@
 """A user's mistake ends the recipe's own process with 2 and one line, before any model is loaded."""
 
 import json
-import runpy
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run, write_csv
+from conftest import recipe, run, write_csv
 
 ROWS = [("#Person1#: Hi.", "They greet.")] * 8
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
+def refused(monkeypatch, tmp_path):
     """Runs a recipe in this process and returns its one line; a model that is loaded fails the test."""
 
-    def recipe(*argv, name: str = "lora") -> str:
+    def refusal(*argv, name: str = "lora") -> str:
         def load_model(*args, **kwargs):
             raise AssertionError("a model was loaded")
 
         monkeypatch.setattr("toolkit.models.load_model", load_model)
-        monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, argv)])
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
-        assert caught.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        lines = [line for line in lines if not line.startswith("[transformers]")]
+        done = recipe(name, *argv)
+        assert done.returncode == 2
+        lines = done.stderr.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 
-    return recipe
+    return refusal
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, recipe, run
 from safetensors.torch import load_file
 
 from toolkit.memory.ledger import Ledger
@@ -55,7 +55,7 @@ def llama_run(data, tmp_path_factory):
     """LoRA on a real pretrained Llama and real text; a checkpoint after 2 of 4 steps."""
     folder = tmp_path_factory.mktemp("runs") / "llama"
     arguments = llama_arguments(data, folder)
-    done = run("accelerate", "launch", "--config_file", "launch/single.yaml", "recipes/lora.py", *arguments)
+    done = recipe("lora", *arguments)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_with_the_same_weights(llama_run, data, tmp_path):
     shutil.copytree(folder / "checkpoint-2", resumed / "checkpoint-2")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (resumed / "metrics.jsonl").write_text("".join(lines[:3]))
-    done = run("python", "recipes/lora.py", *llama_arguments(data, resumed), "--resume_from_checkpoint", "true")
+    done = recipe("lora", *llama_arguments(data, resumed), "--resume_from_checkpoint", "true")
     assert done.returncode == 0, done.stderr
     for name, tensor in weights(folder).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
@@ -149,7 +149,7 @@ def test_full_fine_tuning_of_a_t5_with_random_weights(data, tiny_t5, tmp_path):
     chosen = ("--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1")
     best = ("--load_best_model_at_end", "--early_stopping_patience", "3", "--metric_for_best_model", "eval_loss")
     steps = ("--max_train_samples", "8", "--max_steps", "3", "--per_device_train_batch_size", "4", "--max_length", "64")
-    done = run("python", "recipes/full.py", *arguments, *steps, *chosen, *best, *SHORT, "--output_dir", folder)
+    done = recipe("full", *arguments, *steps, *chosen, *best, *SHORT, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     assert "best eval_loss on the validation split" in done.stdout
     record = json.loads((folder / "run.json").read_text())
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, 
     arguments = ["--model_name_or_path", data / "models" / "stories260k", "--dataset_name", small_csv]
     steps = ("--max_steps", "20", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1")
     wild = ("--learning_rate", "1e30", "--max_grad_norm", "0", "--optim", "sgd", "--lr_scheduler_type", "constant")
-    done = run("python", "recipes/full.py", *arguments, *steps, *wild, *SHORT, "--output_dir", folder)
+    done = recipe("full", *arguments, *steps, *wild, *SHORT, "--output_dir", folder)
     assert done.returncode == 2
     assert re.search(
         r"error: the loss became (nan|inf) at step \d+; the last good checkpoint is .*checkpoint-\d+", done.stderr

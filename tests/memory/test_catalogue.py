@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from toolkit.memory.catalogue import ENTRIES, config_of, find, names, separate_head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.names[0])
 def test_an_entry_has_the_published_number_of_parameters(entry):
     config = config_of(entry.names[0])

@@ -115,6 +115,7 @@ CASES = [
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(("name", "method", "quantization"), CASES)
 def test_the_shadow_ledger_equals_the_measured_one(name, method, quantization, checkpointing, tmp_path):

@@ -56,6 +56,7 @@ def test_we_are_nearer_than_every_peer_that_is_in_the_table(committed):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(not DATA.is_file(), reason=f"the measured runs are not at {DATA}")
 @pytest.mark.parametrize("index", [11, 10])  # the smallest model: float16, then NF4
 def test_a_run_is_predicted_now_as_it_was_when_the_results_were_committed(benchmark, committed, index):
