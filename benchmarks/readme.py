@@ -51,7 +51,24 @@ def demo_output() -> str:
     return "\n".join(["```", *result["demo"], "```"])
 
 
-PARTS = {"demo output": demo_output, "embedded scores": embedded_scores}
+def t4_accuracy() -> str:
+    """Predicted against measured on a Tesla T4, with the peers' predictions of the same runs; errors in percent."""
+    result = json.loads((RESULTS / "t4_accuracy.json").read_text(encoding="utf-8"))
+    lines = ["| runs | allocated, mean (worst) | reserved, mean (worst) |", "|---|---:|---:|"]
+    for group, errors in result["summary_percent"].items():
+        cells = [f"{errors[k]['mean']:.2f} % ({errors[k]['worst']:.2f} %)" for k in ("peak_allocated", "peak_reserved")]
+        lines.append(f"| {group}: {errors['process']['rows']} | {cells[0]} | {cells[1]} |")
+    peers = result["summary_percent"]["all"]
+    lines += [
+        "",
+        f"{result['runs']} measured runs have been predicted so far ({result['date']}). On the same ones, mean error on allocated memory: "
+        f"fitcheck-llm {peers['fitcheck_allocated']['mean']:.2f} %, accelerate {peers['accelerate']['mean']:.0f} %, "
+        f"DeepSpeed {peers['deepspeed']['mean']:.0f} %; made by `python benchmarks/t4_accuracy.py`.",
+    ]
+    return "\n".join(lines)
+
+
+PARTS = {"demo output": demo_output, "embedded scores": embedded_scores, "t4 accuracy": t4_accuracy}
 
 
 def rewritten(text: str) -> str:

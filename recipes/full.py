@@ -38,8 +38,8 @@ def main() -> None:
     train(trainer)
 
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
+    show_comparison(config, memory)  # the prediction beside what was measured
     run.finish(config, ready, base, tuned, memory.ledger)
-    show_comparison(config, memory)
     if config.training.push_to_hub:
         trainer.push_to_hub()
 

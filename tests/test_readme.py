@@ -1,11 +1,14 @@
 """README: its commands run, and its figures are those of the committed results."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, recipe, run, write_csv
+
+from toolkit.cli import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -25,7 +28,7 @@ def test_the_generated_parts_are_what_the_committed_results_say():
 
 def test_every_command_is_covered_here():
     assert COMMANDS[:2] == ["make demo", "make test"]
-    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"]
+    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"] * 3
 
 
 def test_the_file_tree_names_what_is_there():
@@ -75,6 +78,28 @@ def test_each_training_command_runs_with_local_stand_ins_for_the_hub(number, dat
 
 
 @pytest.mark.slow
+def test_predict_and_report_run_as_they_stand(capfd, tmp_path):
+    for command in COMMANDS[5:7]:
+        words = shlex.split(command)
+        if words[1] == "report":
+            assert words[2:] == ["runs/RUN_A", "runs/RUN_B"]
+            words[2:] = [str(tmp_path / "RUN_A"), str(tmp_path / "RUN_B")]
+        else:
+            words.append("--json")
+        with pytest.raises(SystemExit) as caught:
+            main(words[1:])
+        shown = capfd.readouterr().out
+        assert not caught.value.code, shown
+        if words[1] == "predict":
+            assert json.loads(shown)["fits"]
+            for name in ("RUN_A", "RUN_B"):
+                (tmp_path / name).mkdir()
+                (tmp_path / name / "memory.json").write_text(shown)
+        else:
+            assert "RUN_A" in shown and "RUN_B" in shown
+
+
+@pytest.mark.slow
 def test_make_demo_trains_and_its_result_generates(tmp_path):
     """What `make demo` launches; make's own part is the test above."""
     recipe = ("accelerate", "launch", "--config_file", "launch/single.yaml", "recipes/lora.py")
@@ -83,6 +108,6 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
     assert done.returncode == 0, done.stderr
     base, tuned = (float(re.search(rf"│ {who} +│ +([\d.]+)", done.stdout)[1]) for who in ("base", "tuned"))
     assert tuned > base + 0.1
-    command = shlex.split(COMMANDS[5].replace("RUN_DIR", str(tmp_path / "run")))
+    command = shlex.split(COMMANDS[7].replace("RUN_DIR", str(tmp_path / "run")))
     written = run(*command)
     assert written.returncode == 0 and written.stdout.strip(), written.stderr

@@ -9,7 +9,7 @@ from typing import Any
 from toolkit.errors import UserError
 
 
-def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
+def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
     """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2, an interrupt becomes 130.
 
     Every rank that meets the mistake exits with 2; rank 0 alone says it. At a good end the ranks wait for each other
@@ -17,9 +17,9 @@ def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
     """
 
     @wraps(main)
-    def run() -> None:
+    def run(*args: Any) -> None:
         try:
-            code = main()
+            code = main(*args)
         except UserError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
