@@ -1,11 +1,13 @@
 """The embedded default: the dialogues are reproducible and hard to guess, and the model is small, loads, and cannot summarize."""
 
+import json
 import random
 import subprocess
 import sys
 from statistics import mean
 
 import pytest
+from conftest import ROOT
 from rouge_score.rouge_scorer import RougeScorer
 
 from toolkit.embedded import MODEL_DIR, make_dialogues
@@ -99,3 +101,13 @@ def test_the_model_is_small_and_loads_in_float32_with_its_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     line = "#Person1#: Can we meet on Friday at seven?"
     assert tokenizer.decode(tokenizer(line).input_ids, skip_special_tokens=True) == line
+
+
+def test_in_each_committed_seed_lora_and_full_fine_tuning_are_far_above_the_base():
+    result = json.loads((ROOT / "benchmarks" / "results" / "embedded.json").read_text(encoding="utf-8"))
+    assert sorted((run["method"], run["seed"]) for run in result["runs"]) == [
+        (m, s) for m in ("full", "lora") for s in range(3)
+    ]
+    for run in result["runs"]:
+        assert run["scores"]["base"]["rougeL"] < 0.25
+        assert run["scores"]["tuned"]["rougeL"] > run["scores"]["base"]["rougeL"] + 0.2
