@@ -172,3 +172,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data, 
         r"error: the loss became (nan|inf) at step \d+; the last good checkpoint is .*checkpoint-\d+", done.stderr
     )
     assert list(folder.glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_lora_on_a_base_of_4_bits_trains_generates_and_is_predicted(data, small_csv, tmp_path):
+    arguments = ["--model_name_or_path", data / "models" / "stories260k", "--dataset_name", small_csv, "--load_in_4bit"]
+    done = recipe("lora", *arguments, "--max_steps", "2", *SHORT, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "weights 4-bit nf4" in done.stdout
+    ledger = Ledger.load(tmp_path / "run" / "memory.json")
+    assert ledger.phases["forward"].categories["parameters_quantization_state"] > 0
+    assert re.search(r"allocated, peak +│.*exact", done.stdout)

@@ -275,5 +275,8 @@ def load_model(
         model = auto_class(config).from_pretrained(args.source, **options)
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed weights are for widths that 32 divides alone
+            module.support_avx512bf16_for_cpu = False
     set_seed(training.seed)  # for the weights that a method adds
     return model if args.load_in_4bit or args.load_in_8bit else model.to(training.device)
