@@ -6,6 +6,11 @@
 
 On a CPU the total is the bytes of the tensors alive, counted as they come and go. On CUDA it is the caching
 allocator's own (`memory_stats`), and what it holds beyond the tensors seen is shown as workspaces and slack.
+
+What it costs: nothing in the steps that are not traced (no hook and no mode is left in place); in a traced step a fixed time
+an operator, whatever the tensors' size. Measured on one slow CPU core (torch 2.13): a step of a 4-layer Llama of width 64 on
+2 x 64 tokens took 234 ms of CPU instead of 92; one of 8 layers of width 256 on 8 x 128 tokens, 4.3 s, no more than its
+own scatter. On a GPU it was not measured.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _run_meta(op: Any, args: tuple, kwargs: dict) -> Any:
     torch._C._set_meta_in_tls_dispatch_include(True)
     try:
         result = op(*meta_args, **meta_kwargs)
-    except Exception:
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # what kernels and their checks raise
         _refused.add(op)
         result = None
     finally:
