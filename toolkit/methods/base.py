@@ -32,6 +32,7 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str] = ""  # arXiv id
     freezes_base: ClassVar[bool]
+    trains: ClassVar[bool] = True  # in-context learning does not
     training_defaults: ClassVar[dict[str, Any]]  # by flag name, for real models
     embedded_defaults: ClassVar[dict[str, Any]]  # on top of them, for the tiny embedded one
 
@@ -126,7 +127,9 @@ def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
     if any(p.is_meta for p in model.parameters()):
         return  # a prediction or a count, not a run
     size = format_bytes(2 * sum(p.numel() for p in short))  # 4 bytes instead of 2 for each weight
-    if upcast == "all":
+    if not short:
+        say("quantized", "what is not quantized is held in fp32, in which the run computes")
+    elif upcast == "all":
         say("quantized", f"{len(short)} tensors that are not quantized are upcast to fp32, which costs {size}")
     else:
         say("quantized", f"nothing is upcast to fp32 (--kbit_upcast all would cost {size} and longer activations)")

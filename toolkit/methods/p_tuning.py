@@ -21,7 +21,7 @@ class PTuning(PeftBased):
     _argument_group_name: ClassVar[str] = "P-tuning"
     name: ClassVar[str] = "p_tuning"
     paper: ClassVar[str] = "arXiv:2103.10385"
-    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-2}
+    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
     embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 1e-2}
 
     num_virtual_tokens: int = field(

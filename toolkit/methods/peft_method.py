@@ -22,6 +22,9 @@ UNFIT = {
     "POLY": "it needs a task id with each row",
     "XLORA": "it mixes LoRA adapters that were trained before",
 }
+# Those that know bitsandbytes' layers, or never touch a linear layer.
+OVER_QUANTIZED = {"ADALORA", "BOFT", "BOTTLENECK", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS", "OFT", "PREFIX_TUNING"}
+OVER_QUANTIZED |= {"PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VERA"}
 
 
 @dataclass
@@ -52,6 +55,11 @@ class AnyPeft(PeftBased):
             )
         if self.peft_type in UNFIT:
             raise UserError(f"--peft_type {self.peft_type} cannot be trained here: {UNFIT[self.peft_type]}")
+        if self._quantizes(given) and self.peft_type not in OVER_QUANTIZED:
+            raise UserError(
+                f"PEFT's {self.peft_type} takes a quantized weight for one of full precision; leave out quantized loading, or "
+                f"give one of: {', '.join(sorted(OVER_QUANTIZED))}"
+            )
         self._made(self._settings())
 
     def configure(self, model: PreTrainedModel) -> PeftConfig:

@@ -60,7 +60,8 @@ class PrefixTuning(PeftBased):
         words = torch.randint(0, text.vocab_size, (1, self.num_virtual_tokens), device=model.device)
         decoder = {"decoder_input_ids": words} if model.config.is_encoder_decoder else {}
         was_training = base.training
-        cache = base.eval()(input_ids=words, use_cache=True, **decoder).past_key_values
+        base.train()  # when not training, bitsandbytes would repack 4-bit weights for a CPU, for good
+        cache = base(input_ids=words, use_cache=True, **decoder).past_key_values
         base.train(was_training)
         cache = getattr(cache, "self_attention_cache", cache)
         initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)

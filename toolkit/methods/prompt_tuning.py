@@ -22,7 +22,7 @@ class PromptTuning(PeftBased):
     _argument_group_name: ClassVar[str] = "prompt tuning"
     name: ClassVar[str] = "prompt_tuning"
     paper: ClassVar[str] = "arXiv:2104.08691"
-    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 0.3}  # the paper's, which used Adafactor
+    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-2}
     embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 0.3}
 
     num_virtual_tokens: int = field(
