@@ -1,7 +1,7 @@
 """(IA)3: each chosen activation is multiplied by a learned vector."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft import IA3Config
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFTS_CHOICE
@@ -33,9 +33,21 @@ class IA3(PeftBased):
         metadata={"help": "Those of them whose input is rescaled, not their output. Default: none, or PEFT's choice."},
     )
 
+    kbit_upcast: Literal["none", "all"] = field(
+        default="all",
+        metadata={
+            "help": "With a quantized base: all, for PEFT's quantized (IA)3 layers give fp32 (see recipes/lora.py)."
+        },
+    )
+
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for feed-forward modules that are no targets."""
         super().check(given)
+        if self.kbit_upcast == "none":
+            raise UserError(
+                "--kbit_upcast none does not go with (IA)3: PEFT's layers over quantized weights give fp32, beside which the "
+                "rest must be fp32 too; leave it out"
+            )
         strange = set(self.ia3_feedforward_modules or ()) - set(self.ia3_target_modules or ())
         if strange:
             raise UserError(

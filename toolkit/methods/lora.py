@@ -117,6 +117,8 @@ class Lora(PeftBased):
         """
         if self._changes_base and getattr(model, "is_quantized", False):
             raise UserError(f"--init_lora_weights {self.init_lora_weights} needs a base that is not quantized")
+        if self.init_lora_weights == "olora" and any(type(m).__name__ == "Conv1D" for m in model.modules()):
+            raise UserError("--init_lora_weights olora does not know GPT-2's Conv1D layers; give pissa or default")
         model = super().attach(model)
         model.loraplus_lr_ratio = self.loraplus_lr_ratio  # for the optimizer
         if self._changes_base and not any(p.is_meta for p in model.parameters()):

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 from peft import PeftConfig
@@ -44,6 +44,10 @@ class AnyPeft(PeftBased):
         default=None, metadata={"help": "YAML or JSON file with the fields of its configuration class."}
     )
 
+    kbit_upcast: Literal["none", "all"] = field(
+        default="all", metadata={"help": "With a quantized base: all, as PEFT advises, or none (see recipes/lora.py)."}
+    )
+
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for a method that is not known or needs more than rows, and a file that does not configure it."""
         super().check(given)
@@ -60,7 +64,10 @@ class AnyPeft(PeftBased):
                 f"PEFT's {self.peft_type} takes a quantized weight for one of full precision; leave out quantized loading, or "
                 f"give one of: {', '.join(sorted(OVER_QUANTIZED))}"
             )
-        self._made(self._settings())
+        settings = self._settings()
+        if self.peft_type == "TRAINABLE_TOKENS" and not settings.get("token_indices"):
+            raise UserError("--peft_type TRAINABLE_TOKENS needs token_indices: [ids of tokens] in --peft_config FILE")
+        self._made(settings)
 
     def configure(self, model: PreTrainedModel) -> PeftConfig:
         """The configuration for PEFT."""
