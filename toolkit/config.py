@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from toolkit import methods
+from toolkit import methods, optimizers
 from toolkit.errors import UserError, did_you_mean
 from toolkit.memory.cards import Card
 from toolkit.models import ModelArguments
@@ -76,6 +76,20 @@ class TrainArguments(TrainingArguments):
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "By how much that metric must improve to count as better."}
     )
+    optim: str = field(
+        default=TrainingArguments.__dataclass_fields__["optim"].default,
+        metadata={"help": "An optimizer of transformers.training_args.OptimizerNames, or prodigy (arXiv:2306.06101)."},
+    )
+
+    def __post_init__(self) -> None:
+        """Lets Prodigy past the closed list of names."""
+        wanted = str(getattr(self.optim, "value", self.optim))
+        if wanted == "prodigy":
+            self.optim = "adamw_torch"
+        super().__post_init__()
+        if wanted == "prodigy":
+            self.optim = wanted
+            optimizers.prodigy_arguments(self)
 
 
 @dataclass
@@ -87,6 +101,7 @@ class Config:
     data: DataArguments
     training: TrainArguments
     precision_reason: str
+    optimizer_reason: str
     predict: bool = False  # show the predicted memory instead of training
 
     def as_dict(self) -> dict[str, Any]:
@@ -157,15 +172,16 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     parser = Parser(method, description=sys.modules[method.__module__].__doc__)
     given = parser.given(sys.argv[1:] if argv is None else argv)
     predict = given.pop("predict", False)
-    settings = dict(method.training_defaults)
+    from_file: dict[str, Any] = {}
     if (path := given.pop("config", None)) is not None:
         from_file = _from_yaml(parser, Path(path))
-        settings |= from_file | given
         # A key at its default says nothing: a run's own config.yaml, which names every setting, can be run again.
-        given |= {k: v for k, v in from_file.items() if k not in given and v != parser.get_default(k)}
-    if given.get("model_name_or_path") is None:
-        settings |= method.embedded_defaults
-    settings |= given
+        given = {k: v for k, v in from_file.items() if v != parser.get_default(k)} | given
+    named = from_file | given
+    optim, why = method.optimizer(_on_gpu(named, card))
+    settings = method.defaults(given) | ({"optim": optim} if optim else {}) | named
+    if settings.get("optim") == "prodigy" and "learning_rate" not in named:
+        settings["learning_rate"] = 1.0  # it finds the step size itself, and this multiplies it
     for name in given:
         if name in OVERRIDDEN:
             raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")
@@ -176,7 +192,12 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     settings["bf16"], settings["fp16"], reason = choose_precision(settings, card)
     if card is not None:
         settings["use_cpu"] = True  # the prediction runs here
-    return Config(own, model, data, _build_training(settings, own, model), reason, predict)
+    why = "as asked for" if "optim" in named else why
+    return Config(own, model, data, _build_training(settings, own, model), reason, why, predict)
+
+
+def _on_gpu(settings: dict[str, Any], card: Card | None) -> bool:
+    return card is not None or (torch.cuda.is_available() and not settings.get("use_cpu"))
 
 
 def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tuple[bool, bool, str]:
@@ -187,7 +208,7 @@ def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tupl
     bf16, fp16 = settings.get("bf16"), settings.get("fp16")
     if bf16 and fp16:
         raise UserError("--bf16 and --fp16 exclude each other; give one of them")
-    on_gpu = card is not None or (torch.cuda.is_available() and not settings.get("use_cpu"))
+    on_gpu = _on_gpu(settings, card)
     launched = "no" if card is not None else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if bf16 is None and fp16 is None and launched in ("bf16", "fp16"):
         return launched == "bf16", launched == "fp16", f"{launched}: the launch configuration"

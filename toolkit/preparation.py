@@ -92,6 +92,7 @@ def _say_what_will_be_done(config: Config, ready: Preparation, why: str) -> None
         f"{config.method.name}: {ready.trainable_parameters:,} of {ready.all_parameters:,} parameters are trained ({share:.2%})",
     )
     say("precision", config.precision_reason)
+    say("optimizer", f"{getattr(training.optim, 'value', training.optim)}: {config.optimizer_reason}")
     rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"
     say(
         "data",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -25,6 +26,8 @@ from toolkit.console import say
 from toolkit.errors import UserError
 from toolkit.files import write_aside
 from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.lora import save_over_original_base
+from toolkit.optimizers import Prodigy, prodigy_arguments
 from toolkit.progress import ProgressCallback
 from toolkit.run_folder import resume_point
 from toolkit.tasks.summarization import SummarizationData
@@ -83,6 +86,22 @@ class FineTuner(Trainer):
             return result
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `--optim` names; with LoRA+, B's parameters in a group of a higher learning rate."""
+        ratio = getattr(self.model, "loraplus_lr_ratio", None)
+        if ratio is not None and self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options |= {"loraplus_weight_decay": self.args.weight_decay, "loraplus_lr_ratio": ratio}
+            self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
+        return super().create_optimizer(model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """Trainer's own choice by name, and Prodigy."""
+        if args.optim == "prodigy":
+            return Prodigy, prodigy_arguments(args)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; stops the run at a loss that is not finite.
@@ -157,3 +176,5 @@ def train(trainer: FineTuner) -> None:
             f" ({trainer.state.best_metric:.4f})",
         )
     trainer.save_model(args.output_dir, _internal_call=True)
+    if trainer.is_world_process_zero():
+        save_over_original_base(trainer.model, Path(args.output_dir))

@@ -1,10 +1,21 @@
-"""Tiny models of the four architectures that the memory tests run on; real classes of transformers, random weights."""
+"""Tiny models of the five architectures that the tests run on; real classes of transformers, random weights."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 CONFIGS = {
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 256},
+    "bart": {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 128,
+        "decoder_ffn_dim": 128,
+        "max_position_embeddings": 128,
+        "vocab_size": 256,
+    },
     "llama": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -25,6 +36,7 @@ CONFIGS = {
     },
 }
 
+ENCODER_DECODERS = ("t5", "bart")
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
 
 
@@ -34,7 +46,7 @@ def tiny_config(name: str):
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, **kwargs):
     torch.manual_seed(0)
-    family = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    family = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
     return family.from_config(tiny_config(name), dtype=dtype, **kwargs)
 
 
@@ -49,7 +61,7 @@ def rows(name: str, number: int, length: int = 32, target_length: int = 16) -> l
         {
             "input_ids": (row := ids(length)),
             "attention_mask": torch.ones(length, dtype=torch.long),
-            "labels": ids(target_length) if name == "t5" else row,
+            "labels": ids(target_length) if name in ENCODER_DECODERS else row,
         }
         for _ in range(number)
     ]

@@ -1,10 +1,28 @@
-"""What every method offers to the recipes."""
+"""What every method offers to the recipes, and what those over a frozen base share: PEFT, its errors, quantized bases."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
+from peft import PeftConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 from transformers import PreTrainedModel
+
+from toolkit.console import say
+from toolkit.errors import UserError, did_you_mean
+from toolkit.memory.units import format_bytes
+
+# For the tiny embedded model and its dialogues, on top of each method's own learning rate.
+EMBEDDED = {
+    "num_train_epochs": 2.0,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 50,
+    "max_length": 256,
+    "max_target_length": 48,
+}
+NORMS = "Norm"  # in the class name of every normalization layer: LayerNorm, T5LayerNorm, LlamaRMSNorm
 
 
 @dataclass
@@ -14,8 +32,20 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str] = ""  # arXiv id
     freezes_base: ClassVar[bool]
+    trains: ClassVar[bool] = True  # in-context learning does not
     training_defaults: ClassVar[dict[str, Any]]  # by flag name, for real models
     embedded_defaults: ClassVar[dict[str, Any]]  # on top of them, for the tiny embedded one
+
+    @classmethod
+    def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Settings where the user (`given`: the flags that were named) says nothing."""
+        embedded = given.get("model_name_or_path") is None
+        return cls.training_defaults | (cls.embedded_defaults if embedded else {})
+
+    @classmethod
+    def optimizer(cls, on_gpu: bool) -> tuple[str | None, str]:
+        """The optimizer where none is asked for (None: Trainer's own default), and why."""
+        return None, "the default"
 
     def check(self, given: dict[str, Any]) -> None:  # noqa: B027 - most methods have something to check, not all
         """Raises UserError for flags (`given`: those that the user named) that cannot be right together."""
@@ -26,3 +56,146 @@ class Method(ABC):
 
         Raises: UserError where the method does not fit the model.
         """
+
+
+@dataclass
+class PeftBased(Method):
+    """A method of PEFT's over a frozen base, which may be quantized."""
+
+    freezes_base: ClassVar[bool] = True
+
+    kbit_upcast: Literal["none", "all"] = field(
+        default="none",
+        metadata={
+            "help": "With a quantized base: hold what is not quantized in fp32 (all, as PEFT's preparation does) or leave "
+            "it in the type that it is computed in (none)."
+        },
+    )
+
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for flags that cannot be right together."""
+        if "kbit_upcast" in given and not (self._quantizes(given)):
+            raise UserError("--kbit_upcast has no effect without --load_in_4bit or --load_in_8bit; leave it out")
+
+    def _quantizes(self, given: dict[str, Any]) -> bool:
+        return bool(given.get("load_in_4bit") or given.get("load_in_8bit"))
+
+    @abstractmethod
+    def configure(self, model: PreTrainedModel) -> PeftConfig:
+        """The configuration for PEFT."""
+
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Returns `model` wrapped by PEFT, its own weights frozen.
+
+        Raises: UserError with PEFT's reason where the method does not fit the model.
+        """
+        prepare_quantized(model, self.kbit_upcast)
+        return wrap(model, self.configure(model), self.name)
+
+
+def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedModel:
+    """`get_peft_model`, with PEFT's reason for a refusal as one line."""
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name} does not fit this {model.config.model_type} model: {reason}") from error
+
+
+def task_type(model: PreTrainedModel) -> TaskType:
+    """PEFT's name for what the model does; with SEQ_CLS its new head is trained and saved with the adapter."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return TaskType.SEQ_CLS
+    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+
+
+def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
+    """Freezes a quantized base, and says what is upcast to fp32 and what that costs.
+
+    PEFT's `prepare_model_for_kbit_training` holds every weight that is not quantized in fp32: norms, but also embeddings
+    and the output head, which then cost twice as much, and make each layer's input fp32 as well. None of it must be:
+    the weights are frozen, so no small update can be rounded away, and norms compute in fp32 by themselves
+    (T5LayerNorm and LlamaRMSNorm in their code, `nn.LayerNorm` inside its kernel). So the default leaves them.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    short = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16) and not _is_packed(p)]
+    if upcast == "all":
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    else:
+        model.requires_grad_(False)
+    if any(p.is_meta for p in model.parameters()):
+        return  # a prediction or a count, not a run
+    size = format_bytes(2 * sum(p.numel() for p in short))  # 4 bytes instead of 2 for each weight
+    if not short:
+        say("quantized", "what is not quantized is held in fp32, in which the run computes")
+    elif upcast == "all":
+        say("quantized", f"{len(short)} tensors that are not quantized are upcast to fp32, which costs {size}")
+    else:
+        say("quantized", f"nothing is upcast to fp32 (--kbit_upcast all would cost {size} and longer activations)")
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
+
+
+def refuse_quantized(given: dict[str, Any], what: str) -> None:
+    """Raises UserError where a method that trains the base's own weights meets a quantized base."""
+    for flag in ("load_in_4bit", "load_in_8bit"):
+        if given.get(flag):
+            raise UserError(
+                f"--{flag} and {what} exclude each other: quantized weights cannot be trained; "
+                "leave the flag out, or use recipes/qlora.py"
+            )
+
+
+def refuse_quantized_model(model: PreTrainedModel) -> None:
+    """The same, for a checkpoint that is already quantized."""
+    if getattr(model, "is_quantized", False):
+        raise UserError("this model is already quantized, and quantized weights cannot be trained; use recipes/lora.py")
+
+
+def check_least(method: Method, least: int, *names: str) -> None:
+    """Raises UserError for a whole number below `least`."""
+    for name in names:
+        value = getattr(method, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} is not possible; give a whole number of at least {least}")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The distinct last names of the model's linear layers, such as `q` or `o_proj`: what a target may be."""
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
+        }
+    )
+
+
+def check_names(model: nn.Module, flag: str, names: Iterable[str], valid: list[str]) -> None:
+    """Raises UserError for a name that no module has or ends with (`valid`: what the message lists)."""
+    there = [name for name, _ in model.named_modules()]
+    for wanted in names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in there):
+            raise UserError(
+                f"--{flag} {wanted} matches no module{did_you_mean(wanted, valid)}; this model has: {', '.join(valid)}"
+            )
+
+
+def targets_of(model: PreTrainedModel, flag: str, names: list[str] | None, mapping: dict[str, Any]) -> Any:
+    """What PEFT's `target_modules` takes: the names given by `flag` if they exist, or None for PEFT's choice.
+
+    Raises: UserError for a name that does not exist, and where PEFT has no choice for this architecture.
+    """
+    if names == ["all-linear"]:
+        return "all-linear"
+    if names:
+        check_names(model, flag, names, linear_names(model))
+    elif model.config.model_type not in mapping:
+        raise UserError(
+            f"PEFT has no default targets for the architecture {model.config.model_type!r}; "
+            f"name them with --{flag}, from: {', '.join(linear_names(model))}"
+        )
+    return names

@@ -1,18 +1,26 @@
-"""LoRA: two thin matrices beside each chosen weight are trained, the weight itself is not."""
+"""LoRA: two thin matrices beside each chosen weight are trained, the weight itself is not; and its variants by flags."""
 
+import copy
+import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import LoraConfig, TaskType, get_peft_model
-from torch import nn
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_CHOICE
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from toolkit.errors import UserError, did_you_mean
-from toolkit.methods.base import Method
+from toolkit.errors import UserError
+from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
+
+INITS = "default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
 
 
 @dataclass
-class Lora(Method):
+class Lora(PeftBased):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W x + (alpha / r) B A x, with A (r, in) and B (out, r).
 
     Trains r x (in + out) parameters for each target instead of in x out, so gradients and optimizer state all but
@@ -22,15 +30,9 @@ class Lora(Method):
     _argument_group_name: ClassVar[str] = "LoRA"
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv:2106.09685"
-    freezes_base: ClassVar[bool] = True
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-4}
-    embedded_defaults: ClassVar[dict[str, Any]] = {
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {
         "learning_rate": 5e-3,
-        "num_train_epochs": 2.0,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 50,
-        "max_length": 256,
-        "max_target_length": 48,
         "lora_dropout": 0.0,
         "lora_target_modules": ["all-linear"],
     }
@@ -42,61 +44,109 @@ class Lora(Method):
         default=None,
         metadata={"help": "Names of the modules to adapt, or all-linear. Default: PEFT's choice for the architecture."},
     )
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "Scale by alpha / sqrt(r), so that high ranks learn as fast as low ones (arXiv:2312.03732)."},
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={
+            "help": "DoRA: train the weights' magnitude apart from their direction (arXiv:2402.09353); slower, and "
+            "it keeps a merged weight of each target among the activations."
+        },
+    )
+    init_lora_weights: str = field(
+        default="default",
+        metadata={
+            "help": f"{INITS}. PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) begin with the weights' principal parts; "
+            "niter_N finds them by N rounds of a fast SVD."
+        },
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+ (arXiv:2402.12354): B learns this many times faster than A; try 16."}
+    )
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for a rank, scale or dropout that is not possible."""
-        if self.lora_r < 1:
-            raise UserError(f"--lora_r {self.lora_r} is not possible; give a whole number of at least 1")
-        if self.lora_alpha < 1:
-            raise UserError(f"--lora_alpha {self.lora_alpha} is not possible; give a whole number of at least 1")
+        """Raises UserError for a rank, scale, dropout or initialization that is not possible."""
+        super().check(given)
+        check_least(self, 1, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout:g} is not possible; give a number from 0 to below 1")
+        init = self.init_lora_weights
+        if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*", init):
+            raise UserError(f"--init_lora_weights {init} is not known; give {INITS}")
+        if self._changes_base:
+            if self._quantizes(given):
+                raise UserError(
+                    f"--init_lora_weights {init} changes the base's weights, which a quantized base does not allow; "
+                    "leave one of them out"
+                )
+            if self.use_dora:
+                raise UserError(f"--use_dora and --init_lora_weights {init} exclude each other; give one of them")
+        if init == "orthogonal" and self.lora_r % 2:
+            raise UserError(f"--init_lora_weights orthogonal needs an even --lora_r, got {self.lora_r}")
+        if self.loraplus_lr_ratio is not None:
+            if self.loraplus_lr_ratio < 1:
+                raise UserError(f"--loraplus_lr_ratio {self.loraplus_lr_ratio:g} is not possible; give at least 1")
+            if given.get("optim") == "prodigy":
+                raise UserError("--optim prodigy knows one learning rate alone; leave out --loraplus_lr_ratio")
+
+    @property
+    def _changes_base(self) -> bool:
+        return self.init_lora_weights.startswith(("pissa", "olora"))
+
+    def configure(self, model: PreTrainedModel) -> LoraConfig:
+        """The configuration for PEFT; on the meta device, where there are no weights to start from, the default init."""
+        empty = any(p.is_meta for p in model.parameters())
+        init: bool | str = True if empty or self.init_lora_weights == "default" else self.init_lora_weights
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets_of(model, "lora_target_modules", self.lora_target_modules, PEFTS_CHOICE),
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=init,
+            task_type=task_type(model),
+        )
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Returns `model` wrapped by PEFT, its own weights frozen.
 
         Raises: UserError where a target matches no module (the message lists those that exist).
         """
-        targets: list[str] | str | None = self.lora_target_modules
-        if self.lora_target_modules == ["all-linear"]:
-            targets = "all-linear"
-        elif self.lora_target_modules:
-            _check_targets(model, self.lora_target_modules)
-        config = LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets,
-            task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
-        )
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            if targets is not None:
-                raise UserError(f"LoRA does not fit this model: {' '.join(str(error).split())}") from None
-            raise UserError(
-                f"PEFT has no default LoRA targets for the architecture {model.config.model_type!r}; "
-                f"name them with --lora_target_modules, from: {', '.join(linear_names(model))}"
-            ) from None
+        if self._changes_base and getattr(model, "is_quantized", False):
+            raise UserError(f"--init_lora_weights {self.init_lora_weights} needs a base that is not quantized")
+        if self.init_lora_weights == "olora" and any(type(m).__name__ == "Conv1D" for m in model.modules()):
+            raise UserError("--init_lora_weights olora does not know GPT-2's Conv1D layers; give pissa or default")
+        model = super().attach(model)
+        model.loraplus_lr_ratio = self.loraplus_lr_ratio  # for the optimizer
+        if self._changes_base and not any(p.is_meta for p in model.parameters()):
+            model.initial_adapter = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+        return model
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """The distinct last names of the model's linear layers, such as `q` or `o_proj`: what a target may be."""
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
-        }
-    )
+def save_over_original_base(model: PreTrainedModel, folder: Path) -> None:
+    """Rewrites the adapter in `folder` for the base as it is on the hub, where PiSSA or OLoRA changed the one in memory.
 
-
-def _check_targets(model: nn.Module, targets: list[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            valid = linear_names(model)
-            raise UserError(
-                f"--lora_target_modules {target} matches no module{did_you_mean(target, valid)}; "
-                f"this model has: {', '.join(valid)}"
-            )
+    They train W' + s B A, where W' = W - s B0 A0 and A0, B0 are the initial values. The same is W + s [B, -B0] [A; A0]:
+    a plain LoRA of twice the rank, which loads, merges and is switched like any other.
+    """
+    initial = getattr(model, "initial_adapter", None)
+    if not isinstance(model, PeftModel) or initial is None:
+        return
+    tensors = {}
+    for name, tensor in get_peft_model_state_dict(model).items():
+        tensor = tensor.detach().cpu()
+        if ".lora_A." in name:
+            tensor = torch.cat([tensor, initial[name]], dim=0)
+        elif ".lora_B." in name:
+            tensor = torch.cat([tensor, -initial[name]], dim=1)
+        tensors[name] = tensor.contiguous()
+    config = copy.deepcopy(model.peft_config["default"])
+    config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the same s at twice the rank
+    config.r, config.init_lora_weights, config.inference_mode = 2 * config.r, True, True
+    config.save_pretrained(str(folder))
+    aside = folder / ".adapter_model.safetensors"
+    save_file(tensors, aside, metadata={"format": "pt"})
+    aside.replace(folder / "adapter_model.safetensors")

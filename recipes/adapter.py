@@ -1,0 +1,49 @@
+"""Bottleneck adapters: train a small network after each sublayer (Houlsby et al. 2019, arXiv:1902.00751).
+
+    accelerate launch recipes/adapter.py
+    accelerate launch recipes/adapter.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --adapter_style pfeiffer
+
+Choose it where LoRA learns too little: an adapter is not linear, so it adds what no change of the weights could. It costs
+a little time at every step and when generating, for it cannot be merged. --adapter_style pfeiffer (Pfeiffer et al. 2020,
+arXiv:2005.00247) has half as many. Loading the result needs `import toolkit.methods.adapter`, which footprint does itself.
+"""
+
+from toolkit.config import parse_config
+from toolkit.evaluation import evaluate_by_generation
+from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.adapter import Adapter
+from toolkit.models import load_model
+from toolkit.prediction import say_prediction, show_comparison, show_prediction
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+from toolkit.training import FineTuner, train
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(Adapter)  # flags and YAML
+    if config.predict:
+        show_prediction(config)
+        return
+    ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
+    run = RunFolder.create(config, ready)
+    say_prediction(config)  # what the worst batch will need
+
+    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    base = evaluate_by_generation(model, ready.data, config, title="base model")
+
+    model = config.method.attach(model)
+    memory = MemoryCallback()
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
+    train(trainer)
+
+    tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
+    show_comparison(config, memory)  # the prediction beside what was measured
+    run.finish(config, ready, base, tuned, memory.ledger)
+    if config.training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""P-tuning: train a few embeddings before the input, made by a small network (Liu et al. 2021, arXiv:2103.10385).
+
+    accelerate launch recipes/p_tuning.py
+    accelerate launch recipes/p_tuning.py --model_name_or_path google/flan-t5-large --dataset_name knkarthick/dialogsum
+
+Choose it over prompt tuning where that does not start to learn: the network ties the embeddings together. It costs the
+same longer sequence, and on small models gains as little.
+"""
+
+from toolkit.config import parse_config
+from toolkit.evaluation import evaluate_by_generation
+from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.p_tuning import PTuning
+from toolkit.models import load_model
+from toolkit.prediction import say_prediction, show_comparison, show_prediction
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+from toolkit.training import FineTuner, train
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(PTuning)  # flags and YAML
+    if config.predict:
+        show_prediction(config)
+        return
+    ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
+    run = RunFolder.create(config, ready)
+    say_prediction(config)  # what the worst batch will need
+
+    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    base = evaluate_by_generation(model, ready.data, config, title="base model")
+
+    model = config.method.attach(model)
+    memory = MemoryCallback()
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
+    train(trainer)
+
+    tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
+    show_comparison(config, memory)  # the prediction beside what was measured
+    run.finish(config, ready, base, tuned, memory.ledger)
+    if config.training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Any other of PEFT's methods: train what --peft_type names, configured by a file.
+
+    accelerate launch recipes/peft_method.py
+    accelerate launch recipes/peft_method.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --peft_type VERA
+
+Choose it to try what has no recipe of its own, such as LOHA (arXiv:2108.06098, the default), OFT, VERA or LN_TUNING; --peft_config
+FILE (YAML or JSON) sets the fields of PEFT's configuration class. What it costs depends on the method: add --predict to see.
+"""
+
+from toolkit.config import parse_config
+from toolkit.evaluation import evaluate_by_generation
+from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.peft_method import AnyPeft
+from toolkit.models import load_model
+from toolkit.prediction import say_prediction, show_comparison, show_prediction
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+from toolkit.training import FineTuner, train
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(AnyPeft)  # flags and YAML
+    if config.predict:
+        show_prediction(config)
+        return
+    ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
+    run = RunFolder.create(config, ready)
+    say_prediction(config)  # what the worst batch will need
+
+    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    base = evaluate_by_generation(model, ready.data, config, title="base model")
+
+    model = config.method.attach(model)
+    memory = MemoryCallback()
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
+    train(trainer)
+
+    tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
+    show_comparison(config, memory)  # the prediction beside what was measured
+    run.finish(config, ready, base, tuned, memory.ledger)
+    if config.training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""QLoRA: LoRA over a base of 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
+
+    accelerate launch recipes/qlora.py
+    accelerate launch recipes/qlora.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
+
+Choose it where the weights alone fill the card: they take a quarter of what they take in bf16 (--load_in_8bit: half). It
+costs time, for each layer is dequantized whenever it is used, and a little quality. Activations are those of LoRA.
+"""
+
+from toolkit.config import parse_config
+from toolkit.evaluation import evaluate_by_generation
+from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.qlora import QLora
+from toolkit.models import load_model
+from toolkit.prediction import say_prediction, show_comparison, show_prediction
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+from toolkit.training import FineTuner, train
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(QLora)  # flags and YAML
+    if config.predict:
+        show_prediction(config)
+        return
+    ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
+    run = RunFolder.create(config, ready)
+    say_prediction(config)  # what the worst batch will need
+
+    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    base = evaluate_by_generation(model, ready.data, config, title="base model")
+
+    model = config.method.attach(model)
+    memory = MemoryCallback()
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
+    train(trainer)
+
+    tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
+    show_comparison(config, memory)  # the prediction beside what was measured
+    run.finish(config, ready, base, tuned, memory.ledger)
+    if config.training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Selective fine-tuning: train a part of the model's own weights (biases only: BitFit, Ben Zaken et al. 2021, arXiv:2106.10199).
+
+    accelerate launch recipes/selective.py
+    accelerate launch recipes/selective.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --train_norms
+
+Choose it where the result must be a plain model without an adapter, or where activations are what does not fit: with
+--train_last_layers N the layers below keep none. It costs gradients and optimizer state for what is trained alone, and
+the whole model in fp32. --train_biases and --train_norms train next to nothing and learn little new.
+"""
+
+from toolkit.config import parse_config
+from toolkit.evaluation import evaluate_by_generation
+from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.selective import Selective
+from toolkit.models import load_model
+from toolkit.prediction import say_prediction, show_comparison, show_prediction
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+from toolkit.training import FineTuner, train
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(Selective)  # flags and YAML
+    if config.predict:
+        show_prediction(config)
+        return
+    ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
+    run = RunFolder.create(config, ready)
+    say_prediction(config)  # what the worst batch will need
+
+    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    base = evaluate_by_generation(model, ready.data, config, title="base model")
+
+    model = config.method.attach(model)
+    memory = MemoryCallback()
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
+    train(trainer)
+
+    tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
+    show_comparison(config, memory)  # the prediction beside what was measured
+    run.finish(config, ready, base, tuned, memory.ledger)
+    if config.training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

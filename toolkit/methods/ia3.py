@@ -1,0 +1,61 @@
+"""(IA)3: each chosen activation is multiplied by a learned vector."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from peft import IA3Config
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFTS_CHOICE
+from transformers import PreTrainedModel
+
+from toolkit.errors import UserError
+from toolkit.methods.base import EMBEDDED, PeftBased, targets_of, task_type
+
+
+@dataclass
+class IA3(PeftBased):
+    """Rescales keys, values and the feed-forward's inner activations (Liu et al. 2022, arXiv:2205.05638).
+
+    One number for each channel of a target: the smallest adapter of all, which merges into the weights without a trace.
+    """
+
+    _argument_group_name: ClassVar[str] = "(IA)3"
+    name: ClassVar[str] = "ia3"
+    paper: ClassVar[str] = "arXiv:2205.05638"
+    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-3}  # the paper's
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 5e-2}
+
+    ia3_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the modules to rescale. Default: PEFT's choice for the architecture."},
+    )
+    ia3_feedforward_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Those of them whose input is rescaled, not their output. Default: none, or PEFT's choice."},
+    )
+
+    kbit_upcast: Literal["none", "all"] = field(
+        default="all",
+        metadata={
+            "help": "With a quantized base: all, for PEFT's quantized (IA)3 layers give fp32 (see recipes/lora.py)."
+        },
+    )
+
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for feed-forward modules that are no targets."""
+        super().check(given)
+        if self.kbit_upcast == "none":
+            raise UserError(
+                "--kbit_upcast none does not go with (IA)3: PEFT's layers over quantized weights give fp32, beside which the "
+                "rest must be fp32 too; leave it out"
+            )
+        strange = set(self.ia3_feedforward_modules or ()) - set(self.ia3_target_modules or ())
+        if strange:
+            raise UserError(
+                f"--ia3_feedforward_modules {' '.join(sorted(strange))}: each of them must be among --ia3_target_modules too"
+            )
+
+    def configure(self, model: PreTrainedModel) -> IA3Config:
+        """The configuration for PEFT."""
+        targets = targets_of(model, "ia3_target_modules", self.ia3_target_modules, PEFTS_CHOICE)
+        inputs = self.ia3_feedforward_modules or ([] if targets else None)
+        return IA3Config(target_modules=targets, feedforward_modules=inputs, task_type=task_type(model))

@@ -1,0 +1,100 @@
+"""Any other of PEFT's methods, from its name and a file with its configuration."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import PreTrainedModel
+
+from toolkit.errors import UserError, did_you_mean
+from toolkit.methods.base import EMBEDDED, PeftBased, task_type
+
+# Methods that need more than a model, a configuration and rows, by PEFT's own description of them.
+UNFIT = {
+    "ADAPTION_PROMPT": "it fits Llama-like models alone and is not saved with their task's head",
+    "CARTRIDGE": "it is distilled from a text, not trained on rows",
+    "CPT": "it needs the token ids of its context prompt for each model",
+    "MULTITASK_PROMPT_TUNING": "it needs a task id with each row",
+    "POLY": "it needs a task id with each row",
+    "XLORA": "it mixes LoRA adapters that were trained before",
+}
+# Those that know bitsandbytes' layers, or never touch a linear layer.
+OVER_QUANTIZED = {"ADALORA", "BOFT", "BOTTLENECK", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS", "OFT", "PREFIX_TUNING"}
+OVER_QUANTIZED |= {"PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VERA"}
+
+
+@dataclass
+class AnyPeft(PeftBased):
+    """PEFT's method `--peft_type`, configured by `--peft_config FILE`.
+
+    What a method costs and needs is said in PEFT's own documentation of its configuration class.
+    """
+
+    _argument_group_name: ClassVar[str] = "a method of PEFT"
+    name: ClassVar[str] = "peft_method"
+    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 1e-2}
+
+    peft_type: str = field(default="LOHA", metadata={"help": "PEFT's name of the method, such as LOHA, OFT or VERA."})
+    peft_config: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file with the fields of its configuration class."}
+    )
+
+    kbit_upcast: Literal["none", "all"] = field(
+        default="all", metadata={"help": "With a quantized base: all, as PEFT advises, or none (see recipes/lora.py)."}
+    )
+
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for a method that is not known or needs more than rows, and a file that does not configure it."""
+        super().check(given)
+        types = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+        if self.peft_type not in types:
+            raise UserError(
+                f"--peft_type {self.peft_type} is not known{did_you_mean(self.peft_type.upper(), types)}; "
+                f"PEFT has: {', '.join(name for name in types if name not in UNFIT)}"
+            )
+        if self.peft_type in UNFIT:
+            raise UserError(f"--peft_type {self.peft_type} cannot be trained here: {UNFIT[self.peft_type]}")
+        if self._quantizes(given) and self.peft_type not in OVER_QUANTIZED:
+            raise UserError(
+                f"PEFT's {self.peft_type} takes a quantized weight for one of full precision; leave out quantized loading, or "
+                f"give one of: {', '.join(sorted(OVER_QUANTIZED))}"
+            )
+        settings = self._settings()
+        if self.peft_type == "TRAINABLE_TOKENS" and not settings.get("token_indices"):
+            raise UserError("--peft_type TRAINABLE_TOKENS needs token_indices: [ids of tokens] in --peft_config FILE")
+        self._made(settings)
+
+    def configure(self, model: PreTrainedModel) -> PeftConfig:
+        """The configuration for PEFT."""
+        return self._made({"task_type": task_type(model)} | self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """The fields in the file of `--peft_config`."""
+        if self.peft_config is None:
+            return {}
+        try:
+            settings = yaml.safe_load(Path(self.peft_config).read_text(encoding="utf-8"))  # JSON is YAML
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--peft_config {self.peft_config}: cannot be read as YAML or JSON ({reason})") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"--peft_config {self.peft_config}: the file must hold `field: value` lines")
+        known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type])} - {"peft_type"}
+        for name in settings:
+            if name not in known:
+                raise UserError(
+                    f"{self.peft_config}: {self.peft_type} has no field {name}{did_you_mean(str(name), known)}; it has: "
+                    f"{', '.join(sorted(known))}"
+                )
+        return settings
+
+    def _made(self, settings: dict[str, Any]) -> PeftConfig:
+        try:
+            return PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type](**settings)
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(f"--peft_type {self.peft_type}: {' '.join(str(error).split())[:300]}") from None

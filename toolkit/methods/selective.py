@@ -1,0 +1,110 @@
+"""Selective fine-tuning: a part of the model's own weights is trained, and the rest is frozen."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from toolkit.errors import UserError
+from toolkit.methods.base import (
+    EMBEDDED,
+    NORMS,
+    Method,
+    check_least,
+    check_names,
+    refuse_quantized,
+    refuse_quantized_model,
+)
+
+LAST_LAYERS = 2
+CHOICES = ("train_last_layers", "train_modules", "train_biases", "train_norms")
+
+
+@dataclass
+class Selective(Method):
+    """Trains the last layers, chosen modules, the biases (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199) or the norms.
+
+    Gradients and optimizer state are for what is trained alone. With the last layers alone, the layers before them keep no
+    activations either, which no adapter saves. What is trained needs no module of its own, so the result is a plain model.
+    """
+
+    _argument_group_name: ClassVar[str] = "selective fine-tuning"
+    name: ClassVar[str] = "selective"
+    paper: ClassVar[str] = "arXiv:2106.10199"
+    freezes_base: ClassVar[bool] = False  # what is trained is held in fp32, and so is the rest, beside which it stands
+    training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-4}
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 3e-3}
+
+    train_last_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train the N layers nearest to the output; in a T5-like model the decoder's come before the encoder's. "
+            f"Default where nothing else is chosen: {LAST_LAYERS}."
+        },
+    )
+    train_modules: list[str] | None = field(
+        default=None, metadata={"help": "Train the modules of these names, such as lm_head or q."}
+    )
+    train_biases: bool = field(default=False, metadata={"help": "Train the biases only (BitFit)."})
+    train_norms: bool = field(default=False, metadata={"help": "Train the normalization layers only."})
+
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for several choices at once, and for a quantized base."""
+        refuse_quantized(given, "selective fine-tuning")
+        check_least(self, 1, "train_last_layers")
+        chosen = [f"--{name}" for name in CHOICES if getattr(self, name)]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} exclude each other; give one of them")
+
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Returns `model` with the chosen part trainable, and a classification head, which is new, as well.
+
+        Raises: UserError for names and numbers of layers that the model does not have, and where nothing is chosen.
+        """
+        refuse_quantized_model(model)
+        model.requires_grad_(False)
+        for part in self._chosen(model):
+            part.requires_grad_(True)
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            for name, module in model.named_children():
+                if name in ("score", "classifier", "classification_head"):
+                    module.requires_grad_(True)
+        return model
+
+    def _chosen(self, model: PreTrainedModel) -> list[nn.Module] | list[nn.Parameter]:
+        modules = dict(model.named_modules())
+        if self.train_modules:
+            valid = sorted({last for name in modules if not (last := name.rsplit(".", 1)[-1]).isdigit() and last})
+            check_names(model, "train_modules", self.train_modules, valid)
+            return [
+                module
+                for name, module in modules.items()
+                if any(name == wanted or name.endswith(f".{wanted}") for wanted in self.train_modules)
+            ]
+        if self.train_norms:
+            return [module for module in modules.values() if NORMS in type(module).__name__]
+        if self.train_biases:
+            biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
+            if not biases:
+                raise UserError(
+                    f"--train_biases: this {model.config.model_type} model has no biases; use --train_norms or --train_last_layers"
+                )
+            return biases
+        layers = layers_of(model)
+        wanted = LAST_LAYERS if self.train_last_layers is None else self.train_last_layers
+        if wanted > len(layers):
+            if self.train_last_layers is not None:
+                raise UserError(f"--train_last_layers {wanted}: this model has {len(layers)} layers; give at most that")
+            wanted = len(layers)
+        return layers[len(layers) - wanted :]
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The model's layers from input to output: the outermost lists of modules of one class, encoder before decoder.
+
+    T5 has `encoder.block` and `decoder.block`, BART `encoder.layers` and `decoder.layers`, Llama and Qwen2 `layers`, GPT-2 `h`.
+    """
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outer = [m for name, m in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    return [layer for stack in outer if len({type(layer) for layer in stack}) == 1 for layer in stack]

@@ -1,0 +1,61 @@
+"""Optimizers beside those that transformers' Trainer knows by name."""
+
+import ast
+import inspect
+from typing import Any
+
+import prodigyopt
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainingArguments
+
+
+class Prodigy(prodigyopt.Prodigy):
+    """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101): Adam that finds its own step size; leave its rate at 1.
+
+    It keeps four numbers for each weight: Adam's two, the weight's first value, and a sum of gradients. The library leaves
+    out the first value of a tensor that begins at zero; here it is always kept, so that memory does not depend on values.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """One optimizer step; in the shadow step too, where no number has a value and 1 is as good as any."""
+        fake = False
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            fake = fake or isinstance(p.data, FakeTensor)
+            if "step" not in self.state[p]:
+                first = p.detach().flatten().clone()
+                zeros = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p] = {"step": 0, "s": torch.zeros_like(first), "p0": first, **zeros}
+        if not fake:
+            return super().step(closure)
+        with _Ones():
+            return super().step(closure)
+
+
+class _Ones(TorchDispatchMode):
+    """Reading a number out of a fake tensor gives 1."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if op is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0
+        return op(*args, **(kwargs or {}))
+
+
+def prodigy_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The keyword arguments of `Prodigy`; `--optim_args "d_coef=2,safeguard_warmup=True"` adds to them.
+
+    Raises: ValueError for an argument that it does not have.
+    """
+    known = set(inspect.signature(prodigyopt.Prodigy).parameters) - {"params", "lr", "weight_decay", "slice_p"}
+    chosen: dict[str, Any] = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    chosen["eps"] = args.adam_epsilon
+    for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise ValueError(f"--optim_args {pair}: Prodigy has no argument {name}; it has {', '.join(sorted(known))}")
+        try:
+            chosen[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"--optim_args {pair}: {value!r} is not a number, True or False") from None
+    return chosen
