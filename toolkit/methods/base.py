@@ -22,6 +22,10 @@ EMBEDDED = {
     "max_length": 256,
     "max_target_length": 48,
 }
+KBIT_UPCAST = (
+    "With a quantized base: hold what is not quantized in fp32 (all, PEFT's own preparation) or leave it in the type that it "
+    "is computed in, which needs less memory (none, the default of recipes/qlora.py)."
+)
 NORMS = "Norm"  # in the class name of every normalization layer: LayerNorm, T5LayerNorm, LlamaRMSNorm
 
 
@@ -64,13 +68,7 @@ class PeftBased(Method):
 
     freezes_base: ClassVar[bool] = True
 
-    kbit_upcast: Literal["none", "all"] = field(
-        default="none",
-        metadata={
-            "help": "With a quantized base: hold what is not quantized in fp32 (all, as PEFT's preparation does) or leave "
-            "it in the type that it is computed in (none)."
-        },
-    )
+    kbit_upcast: Literal["none", "all"] = field(default="all", metadata={"help": KBIT_UPCAST})
 
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for flags that cannot be right together."""
@@ -115,7 +113,8 @@ def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
     PEFT's `prepare_model_for_kbit_training` holds every weight that is not quantized in fp32: norms, but also embeddings
     and the output head, which then cost twice as much, and make each layer's input fp32 as well. None of it must be:
     the weights are frozen, so no small update can be rounded away, and norms compute in fp32 by themselves
-    (T5LayerNorm and LlamaRMSNorm in their code, `nn.LayerNorm` inside its kernel). So the default leaves them.
+    (T5LayerNorm and LlamaRMSNorm in their code, `nn.LayerNorm` inside its kernel). So QLoRA's recipe leaves them; elsewhere
+    PEFT's preparation is the default, since it is what published runs over quantized bases did.
     """
     if not getattr(model, "is_quantized", False):
         return

@@ -1,9 +1,10 @@
 """QLoRA: LoRA over a base of 4 (or 8) bits, with an optimizer whose state can leave the GPU."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from toolkit.errors import UserError
+from toolkit.methods.base import KBIT_UPCAST
 from toolkit.methods.lora import Lora
 
 
@@ -18,6 +19,8 @@ class QLora(Lora):
     name: ClassVar[str] = "qlora"
     paper: ClassVar[str] = "arXiv:2305.14314"
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-4, "load_in_4bit": True}
+
+    kbit_upcast: Literal["none", "all"] = field(default="none", metadata={"help": KBIT_UPCAST})
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
