@@ -18,5 +18,6 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).addFilter(_is_news)
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed in the end is said in one line
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 on transformers 5.23
 warnings.filterwarnings("ignore", message="`gradient_checkpointing")  # its newer name does not exist in 5.17
