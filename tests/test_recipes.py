@@ -10,8 +10,13 @@ import torch
 from conftest import ROOT, recipe, run
 from safetensors.torch import load_file
 
+from toolkit.config import parse_config
+from toolkit.errors import UserError
+from toolkit.in_context import prompts_with_examples
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
+from toolkit.methods.in_context import InContext
+from toolkit.preparation import prepare
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 SHORT = ("--max_eval_samples", "4", "--max_target_length", "8", "--logging_steps", "1")
@@ -24,7 +29,7 @@ def weights(folder):
 
 def test_there_is_a_recipe_for_each_method_and_none_shadows_a_library():
     assert [path.stem for path in RECIPES] == sorted(METHODS)
-    assert len(RECIPES) == 10
+    assert len(RECIPES) == 11
     assert not {"profile", "datasets", "peft", "types", "evaluate"} & {path.stem for path in RECIPES}
 
 
@@ -36,7 +41,7 @@ def test_recipes_differ_in_their_method_alone():
         code = text[text.index("from toolkit") :]
         return re.sub(r"toolkit\.methods\.\w+ import \w+|parse_config\(\w+\)", "METHOD", code)
 
-    stories = {story(path) for path in RECIPES}
+    stories = {story(path) for path in RECIPES if METHODS[path.stem].trains}
     assert len(stories) == 1
     assert len(stories.pop().splitlines()) < 50
 
@@ -183,3 +188,41 @@ def test_lora_on_a_base_of_4_bits_trains_generates_and_is_predicted(data, small_
     ledger = Ledger.load(tmp_path / "run" / "memory.json")
     assert ledger.phases["forward"].categories["parameters_quantization_state"] > 0
     assert re.search(r"allocated, peak +│.*exact", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_recipe_runs_on_its_defaults_and_is_predicted(name, tmp_path):
+    folder = tmp_path / "run"
+    few = ("--max_train_samples", "32", "--max_eval_samples", "4", "--output_dir", folder)
+    done = recipe(name, *few, *(("--max_steps", "2") if METHODS[name].trains else ()))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "run.json").read_text())
+    assert record["finished"]
+    if METHODS[name].trains:
+        assert record["scores"].keys() == {"base", "tuned"}
+        assert sum(tensor.numel() for tensor in weights(folder).values()) > 1000
+        assert re.search(r"allocated, peak +│.*(exact|[ -]0\.\d+ %)", done.stdout)
+    else:
+        costs = record["context"]
+        assert list(record["scores"]) == list(costs) == ["0-shot", "1-shot", "4-shot"]
+        tokens = [cost["prompt_tokens"] for cost in costs.values()]
+        assert tokens[1] > 1.5 * tokens[0] and tokens[2] > 4 * tokens[0]
+        assert all(cost["seconds_a_row"] > 0 for cost in costs.values())
+
+
+def test_examples_stand_before_the_question_in_the_form_of_the_question():
+    config = parse_config(InContext, ["--num_shots", "0", "2", "--max_train_samples", "3", "--max_eval_samples", "2"])
+    ready = prepare(config)
+    plain, two = (prompts_with_examples(ready, shots, seed=0) for shots in (0, 2))
+    assert plain == ready.data.test_prompts
+    text = ready.tokenizer.decode(two[0])
+    asked = ready.tokenizer.decode(plain[0])
+    assert text.endswith(asked) and text.count("Summarize the following conversation.") == 3
+    assert text.count("</s>") == asked.count("</s>") == 1
+    answers = [ready.tokenizer.decode(labels, skip_special_tokens=True) for labels in ready.data.train["labels"]]
+    assert sum(answer in text for answer in answers) == 2
+    assert two[0][: -len(plain[0])] == two[1][: -len(plain[1])]
+    with pytest.raises(UserError, match="the train split has 3 rows"):
+        prompts_with_examples(ready, 4, seed=0)

@@ -34,6 +34,8 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     Raises: UserError for a model or an option whose memory cannot be predicted.
     """
     training = config.training
+    if not config.method.trains:
+        raise UserError(f"{config.method.name} trains nothing, so there is no training step to predict")
     model_config = load_model_config(config.model, fp16=training.fp16, needs_weights=False)
     dtype, _ = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
     passes = STEPS * training.gradient_accumulation_steps

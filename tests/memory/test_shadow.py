@@ -110,6 +110,7 @@ CASES = [
     (name, method, quantization)
     for name in MODELS
     for method in sorted(METHODS)  # each new method joins by being registered
+    if METHODS[method].trains
     for quantization in (None, *(QUANTIZED if METHODS[method].freezes_base else ()))
 ]
 

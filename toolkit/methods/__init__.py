@@ -11,7 +11,8 @@ __all__ = ["METHODS", "Method"]
 def _find() -> dict[str, type[Method]]:
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    return {cls.name: cls for cls in classes if issubclass(cls, Method) and "name" in vars(cls)}
+    found = {cls.name: cls for cls in classes if issubclass(cls, Method) and "name" in vars(cls)}
+    return dict(sorted(found.items()))
 
 
 METHODS = _find()

@@ -1,7 +1,7 @@
 """(IA)3: each chosen activation is multiplied by a learned vector."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from peft import IA3Config
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as PEFTS_CHOICE
@@ -31,13 +31,6 @@ class IA3(PeftBased):
     ia3_feedforward_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Those of them whose input is rescaled, not their output. Default: none, or PEFT's choice."},
-    )
-
-    kbit_upcast: Literal["none", "all"] = field(
-        default="all",
-        metadata={
-            "help": "With a quantized base: all, for PEFT's quantized (IA)3 layers give fp32 (see recipes/lora.py)."
-        },
     )
 
     def check(self, given: dict[str, Any]) -> None:

@@ -122,7 +122,10 @@ class Lora(PeftBased):
         model = super().attach(model)
         model.loraplus_lr_ratio = self.loraplus_lr_ratio  # for the optimizer
         if self._changes_base and not any(p.is_meta for p in model.parameters()):
-            model.initial_adapter = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+            # on the host, and not as a dictionary, in which a memory account would find tensors of the model's
+            model.initial_adapter = tuple(
+                (k, v.detach().cpu().clone()) for k, v in get_peft_model_state_dict(model).items()
+            )
         return model
 
 
@@ -135,7 +138,7 @@ def save_over_original_base(model: PreTrainedModel, folder: Path) -> None:
     initial = getattr(model, "initial_adapter", None)
     if not isinstance(model, PeftModel) or initial is None:
         return
-    tensors = {}
+    initial, tensors = dict(initial), {}
     for name, tensor in get_peft_model_state_dict(model).items():
         tensor = tensor.detach().cpu()
         if ".lora_A." in name:

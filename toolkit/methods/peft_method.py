@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import yaml
 from peft import PeftConfig
@@ -42,10 +42,6 @@ class AnyPeft(PeftBased):
     peft_type: str = field(default="LOHA", metadata={"help": "PEFT's name of the method, such as LOHA, OFT or VERA."})
     peft_config: str | None = field(
         default=None, metadata={"help": "YAML or JSON file with the fields of its configuration class."}
-    )
-
-    kbit_upcast: Literal["none", "all"] = field(
-        default="all", metadata={"help": "With a quantized base: all, as PEFT advises, or none (see recipes/lora.py)."}
     )
 
     def check(self, given: dict[str, Any]) -> None:

@@ -1,0 +1,34 @@
+"""In-context learning: put examples into the prompt of the untouched model (Brown et al. 2020, arXiv:2005.14165).
+
+    accelerate launch recipes/in_context.py
+    accelerate launch recipes/in_context.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --num_shots 0 1 4
+
+Choose it before any training: what the model can do without and with a few examples is what a method has to beat. It costs no
+training, but each answer pays for the examples again, in context and in time: the table shows both.
+"""
+
+from toolkit.config import parse_config
+from toolkit.in_context import answer_in_context, finish_in_context
+from toolkit.methods.in_context import InContext
+from toolkit.models import load_model
+from toolkit.prediction import show_prediction
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(InContext)  # flags and YAML
+    if config.predict:
+        show_prediction(config)
+        return
+    ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
+    run = RunFolder.create(config, ready)
+
+    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    finish_in_context(run, ready, answer_in_context(model, ready, config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Examples in the prompt: what they gain in quality, and what they cost in context and time."""
+
+import csv
+import io
+import json
+import random
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from toolkit.config import Config
+from toolkit.console import is_main, say, table
+from toolkit.errors import UserError
+from toolkit.evaluation import Completions, evaluate_by_generation
+from toolkit.preparation import Preparation
+from toolkit.run_folder import RunFolder
+from toolkit.tasks.tokenization import MASKED
+
+
+@dataclass
+class Shots:
+    """What the model answers with this many examples, and what a row of the test split costs."""
+
+    number: int
+    completions: Completions
+    prompt_tokens: float  # the mean
+    seconds: float  # a row, of this rank's wall clock
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables and in run.json."""
+        return f"{self.number}-shot"
+
+
+def answer_in_context(model: PreTrainedModel, ready: Preparation, config: Config) -> list[Shots]:
+    """Has the model answer the test split with each number of examples.
+
+    Raises: UserError where the examples do not fit into the model, before it answers anything.
+    """
+    numbers = config.method.num_shots  # type: ignore[attr-defined]
+    prompts = {number: prompts_with_examples(ready, number, config.training.seed) for number in numbers}
+    results = []
+    for number in numbers:
+        data = replace(ready.data, test_prompts=prompts[number])
+        began = time.perf_counter()
+        completions = evaluate_by_generation(model, data, config, title=f"{number}-shot")
+        seconds = (time.perf_counter() - began) / len(prompts[number])
+        results.append(Shots(number, completions, sum(map(len, prompts[number])) / len(prompts[number]), seconds))
+    return results
+
+
+def prompts_with_examples(ready: Preparation, number: int, seed: int) -> list[list[int]]:
+    """The test split's prompts (token ids), each after the same `number` rows of the train split with their answers.
+
+    Fewer examples are the first of more. Tokens that open or close a text stay where they were: at the ends of the whole.
+
+    Raises: UserError where there are not as many rows, or the model cannot take so long a prompt.
+    """
+    data, tokenizer = ready.data, ready.tokenizer
+    if number > len(data.train):
+        raise UserError(f"--num_shots {number}: the train split has {len(data.train)} rows; give at most that")
+    chosen = random.Random(seed).sample(range(len(data.train)), len(data.train))[:number]
+    between = tokenizer("\n\n", add_special_tokens=False).input_ids
+    closing = set(tokenizer.all_special_ids)
+    examples: list[int] = []
+    for row in (data.train[index] for index in chosen):
+        if not isinstance(row["labels"], list):
+            raise UserError("a classification head has no prompt to put examples into; use --task classification")
+        ids = _inner(row["input_ids"], closing)
+        if ready.model_config.is_encoder_decoder:
+            ids = ids + _inner([label for label in row["labels"] if label != MASKED], closing)
+        examples += ids + between
+    prompts = []
+    for prompt in data.test_prompts:
+        start = next((at for at, token in enumerate(prompt) if token not in closing), 0)
+        prompts.append([*prompt[:start], *examples, *prompt[start:]])
+    _check_fit(ready, number, max(map(len, prompts)))
+    return prompts
+
+
+def _inner(ids: list[int], closing: set[int]) -> list[int]:
+    """`ids` without the special tokens around them."""
+    kept = [at for at, token in enumerate(ids) if token not in closing]
+    return ids[kept[0] : kept[-1] + 1] if kept else []
+
+
+def _check_fit(ready: Preparation, number: int, longest: int) -> None:
+    config, encoder = ready.model_config.get_text_config(), ready.data.encoder
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit is None or hasattr(config, "relative_attention_num_buckets"):
+        return  # T5's relative positions have no end
+    needed = longest + (0 if config.is_encoder_decoder else encoder.max_target_length)
+    if needed > limit:
+        raise UserError(
+            f"--num_shots {number} makes a prompt of {longest:,} tokens, and with the answer {needed:,}: more than the {limit:,} "
+            "that the model can take; give fewer, or lower --max_length, by which each example is cut"
+        )
+
+
+def finish_in_context(run: RunFolder, ready: Preparation, results: list[Shots]) -> None:
+    """Writes scores, costs and completions into the run's folder, and shows them."""
+    if not is_main:
+        return
+    run.record["scores"] = {shots.name: shots.completions.scores for shots in results}
+    costs: dict[str, Any] = {s.name: {"prompt_tokens": s.prompt_tokens, "seconds_a_row": s.seconds} for s in results}
+    run.record |= {"context": costs, "finished": True, "seconds": round(time.monotonic() - run.began, 1)}
+    run.write("run.json", json.dumps(run.record, indent=2))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["prompt", *(shots.name for shots in results)])
+    asked = ready.tokenizer.batch_decode(ready.data.test_prompts, skip_special_tokens=True)
+    writer.writerows(zip(asked, *(shots.completions.texts for shots in results), strict=True))
+    run.write("completions.csv", text.getvalue())
+    kinds = list(results[0].completions.scores)
+    columns = ["examples", *(kind.replace("rouge", "ROUGE-") for kind in kinds), "prompt tokens", "ms a row"]
+    rows = [
+        [
+            s.name,
+            *(f"{s.completions.scores[k]:.4f}" for k in kinds),
+            f"{s.prompt_tokens:,.0f}",
+            f"{1000 * s.seconds:,.0f}",
+        ]
+        for s in results
+    ]
+    table(f"In-context learning on the test split ({len(ready.data.test):,} rows)", columns, rows)
+    say("folder", str(run.path))
