@@ -12,18 +12,18 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
 )
 
 from toolkit.config import TrainArguments
+from toolkit.models import auto_class, set_head
 from toolkit.ranks import exits_cleanly
 from toolkit.training import FineTuner
 
-KINDS = ("t5", "bart", "llama")
+KINDS = ("t5", "bart", "llama", "head")
 SIZES = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
     "bart": {
@@ -39,6 +39,7 @@ SIZES = {
     },
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+SIZES["head"] = SIZES["llama"]
 
 
 class Tokenizer:
@@ -49,18 +50,22 @@ class Tokenizer:
 
     def pad(self, features, **kwargs):
         names = [name for name in features[0] if name != "labels"]
+        classes = {"labels": torch.tensor([row["labels"] for row in features])} if "labels" in features[0] else {}
         longest = max(len(row["input_ids"]) for row in features)
         padded = {n: [row[n] + [0] * (longest - len(row[n])) for row in features] for n in names}
-        return {name: torch.tensor(rows) for name, rows in padded.items()}
+        return {name: torch.tensor(rows) for name, rows in padded.items()} | classes
 
 
 def rows(kind: str) -> Dataset:
-    """8 rows whose label counts range from 1 to 15, so that a mean of means is far from the mean over tokens."""
+    """8 rows whose label counts range from 1 to 15, so that a mean of means is far from the mean over tokens.
+
+    For a head the label is the number of one of 3 classes.
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for n in (1, 15, 2, 9, 3, 14, 1, 6):
         ids = torch.randint(3, 100, (20,), generator=generator).tolist()
-        labels = ids[-n:] if kind != "llama" else [-100] * (20 - n) + ids[-n:]
+        labels = n % 3 if kind == "head" else [-100] * (20 - n) + ids[-n:] if kind == "llama" else ids[-n:]
         made.append({"input_ids": ids, "attention_mask": [1] * 20, "labels": labels})
     return Dataset.from_list(made)
 
@@ -76,8 +81,10 @@ def gradients(kind: str, batch_size: int, accumulation: int, ours: bool = True) 
     """Parameter name to gradient, after one step over `batch_size x accumulation x processes` = 8 rows."""
     torch.manual_seed(0)
     special = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-    config = AutoConfig.for_model(kind, **SIZES[kind], **special)
-    model = (AutoModelForCausalLM if kind == "llama" else AutoModelForSeq2SeqLM).from_config(config)
+    config = AutoConfig.for_model("llama" if kind == "head" else kind, **SIZES[kind], **special)
+    if kind == "head":
+        set_head(config, ["a", "b", "c"], pad_token_id=0)
+    model = auto_class(config).from_config(config)
     keep = Keep()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainArguments(
@@ -93,10 +100,14 @@ def gradients(kind: str, batch_size: int, accumulation: int, ours: bool = True) 
         )
         if ours:
             encoder = SimpleNamespace(tokenizer=Tokenizer())
-            data = SimpleNamespace(train=rows(kind), validation=rows(kind), encoder=encoder)
+            task = SimpleNamespace(model_kind="head" if kind == "head" else "generating")
+            data = SimpleNamespace(task=task, train=rows(kind), validation=rows(kind), encoder=encoder)
             trainer = FineTuner(model, args, data, callbacks=[keep])
         else:
-            collator = DataCollatorForSeq2Seq(Tokenizer(), model=model if kind != "llama" else None)
+            if kind == "head":
+                collator = DataCollatorWithPadding(Tokenizer())
+            else:
+                collator = DataCollatorForSeq2Seq(Tokenizer(), model=model if kind != "llama" else None)
             trainer = Trainer(model, args, collator, rows(kind), callbacks=[keep])
         trainer.train()
     return keep.gradients

@@ -25,13 +25,17 @@ def test_four_accumulated_batches_give_the_gradients_of_one(kind, whole):
     assert difference(gradients(kind, batch_size=2, accumulation=4), whole[kind]) < TOLERANCE
 
 
+def test_uneven_batches_give_a_head_the_mean_over_its_rows(whole):
+    assert difference(gradients("head", batch_size=3, accumulation=3), whole["head"]) < TOLERANCE
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_whole_batch_gives_the_gradients_of_trainer(kind, whole):
     assert difference(gradients(kind, batch_size=8, accumulation=1, ours=False), whole[kind]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("t5", 3.0), ("bart", 3.0), ("llama", 0.0)])
-def test_trainer_alone_loses_the_scale_for_t5_and_bart(kind, expected, whole):
+@pytest.mark.parametrize(("kind", "expected"), [("t5", 3.0), ("bart", 3.0), ("head", 3.0), ("llama", 0.0)])
+def test_trainer_alone_loses_the_scale_for_t5_and_bart_and_a_head(kind, expected, whole):
     """Why `FineTuner.compute_loss` exists: without it, 4 accumulated batches give about 4 times the gradient."""
     off = difference(gradients(kind, batch_size=2, accumulation=4, ours=False), whole[kind])
     assert abs(off - expected) < (TOLERANCE if kind == "llama" else 1.0)

@@ -93,8 +93,8 @@ def test_a_run_leaves_a_folder_that_explains_itself(llama_run):
 
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 4 and list(rows[0]) == ["dialogue", "reference", "base", "tuned"]
-    assert all(row["dialogue"].startswith("#Person1#") for row in rows)
+    assert len(rows) == 4 and list(rows[0]) == ["text", "reference", "base", "tuned"]
+    assert all(row["text"].startswith("#Person1#") for row in rows)
 
     card = (folder / "README.md").read_text()
     assert "stories260k" in card and "ROUGE-L" in card and "Memory at the peak" in card
@@ -142,7 +142,7 @@ def test_generate_loads_a_run_from_its_folder_alone(llama_run):
     folder, _ = llama_run
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         row = next(csv.DictReader(stream))
-    done = run("footprint", "generate", folder, row["dialogue"])
+    done = run("footprint", "generate", folder, row["text"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == row["tuned"].strip()
 

@@ -4,11 +4,13 @@ import pytest
 from conftest import write_csv
 from transformers import AutoConfig, AutoTokenizer
 
+from toolkit.data import DataArguments, load_data
 from toolkit.errors import UserError
-from toolkit.tasks.summarization import PROMPT, DataArguments, check_supervision, load_data
+from toolkit.tasks.summarization import Summarization
 from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
 
 TEXT = "#Person1#: I saw nine cats. " * 30
+PROMPT = Summarization.flags["prompt_template"]
 TARGET = "Person1 saw cats."
 
 
@@ -90,13 +92,13 @@ def test_lengths_beyond_the_model_are_refused(data, small_csv):
         load(data, "llama", small_csv, max_length=100, max_target_length=100)
 
 
-def test_a_data_set_whose_every_label_is_masked_is_refused(data, small_csv):
+def test_a_data_set_whose_every_label_is_masked_is_refused(data, small_csv, monkeypatch):
     loaded = load(data, "llama", small_csv)
-    assert loaded.supervised_tokens > 0
-    rows = loaded.train.map(lambda row: {"labels": [MASKED] * len(row["labels"])})
-    loaded.train = rows
+    counted = sum(label != MASKED for labels in loaded.train["labels"] for label in labels)
+    assert loaded.supervised_tokens == counted > 0
+    monkeypatch.setattr(Encoder, "row", lambda self, *args: {"input_ids": [1, 2], "labels": [MASKED] * 2})
     with pytest.raises(UserError, match="every label of the train split is masked"):
-        check_supervision(loaded.supervised_tokens)
+        load(data, "llama", small_csv)
 
 
 def test_the_fingerprint_changes_with_the_data(data, small_csv, tmp_path):

@@ -21,11 +21,11 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from toolkit import methods, optimizers
+from toolkit.data import DataArguments
 from toolkit.errors import UserError, did_you_mean
 from toolkit.memory.cards import Card
 from toolkit.models import ModelArguments
 from toolkit.ranks import decided_by_main
-from toolkit.tasks.summarization import DataArguments
 
 # TrainingArguments that have no effect here, because this project or accelerate decides them. Giving one is an error.
 OVERRIDDEN = {
@@ -42,7 +42,7 @@ OVERRIDDEN = {
     "eval_use_gather_object": "evaluation keeps no logits, so there is nothing to gather",
     "include_for_metrics": "metrics are computed from generated text, once, at the end",
     "include_num_input_tokens_seen": "real (unpadded) tokens are always counted",
-    "label_names": "the label of every task here is `labels`",
+    "label_names": "the labels of every task here are in `labels`",
     "length_column_name": "lengths are taken from the tokenized rows",
     "liger_kernel_config": "it cannot be written as a flag; --use_liger_kernel takes the defaults",
     "local_rank": "accelerate launch tells each process its rank",

@@ -1,54 +1,55 @@
-"""Scoring by generation: prompts are answered in batches by all ranks, and only the text is kept."""
+"""Scoring: prompts are answered in batches by all ranks, and only the answers are kept, never logits."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.progress import track
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit.config import Config
 from toolkit.console import console, is_main
-from toolkit.tasks.summarization import SummarizationData
+
+if TYPE_CHECKING:  # tasks use this module
+    from toolkit.config import Config
+    from toolkit.data import TaskData
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
 class Completions:
-    """What one model wrote for the test split, and its scores (ROUGE F-measures from 0 to 1; rank 0 alone)."""
+    """What one model answered for the test split, and its scores (rank 0 alone)."""
 
     texts: list[str]
     scores: dict[str, float]
 
 
-def evaluate_by_generation(model: PreTrainedModel, data: SummarizationData, config: Config, title: str) -> Completions:
-    """Generates for every row of the test split and scores the texts against the references.
+def evaluate_by_generation(model: PreTrainedModel, data: TaskData, config: Config, title: str) -> Completions:
+    """Has the model answer every row of the test split, as its task answers, and scores that against the references.
 
-    Rows with the same text (DialogSum's test split has three references a dialogue) are generated once.
+    Rows with the same text (DialogSum's test split has three references a dialogue) are answered once.
     """
     prompts = [tuple(ids) for ids in data.test_prompts]
     unique = list(dict.fromkeys(prompts))
-    written = generate(
+    answers = data.task.answers(
         model,
-        data.encoder.tokenizer,
+        data.encoder,
         unique,
         batch_size=config.training.per_device_eval_batch_size,
-        max_new_tokens=data.encoder.max_target_length,
-        num_beams=config.data.num_beams,
+        num_beams=config.data.get("num_beams") or 1,
         title=title,
     )
-    answer = dict(zip(unique, written, strict=True))
-    answers = [answer[prompt] for prompt in prompts]
-    references = [str(summary) for summary in data.test[data.summary_column]]
-    if not is_main:
-        return Completions(answers, {})
-    from toolkit.metrics.rouge import rouge  # `evaluate` takes seconds to import
-
-    return Completions(answers, rouge(answers, references))
+    answer = dict(zip(unique, answers, strict=True))
+    texts = [answer[prompt] for prompt in prompts]
+    return Completions(texts, data.task.score(texts, data.references, data.encoder.label_names) if is_main else {})
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,7 +59,65 @@ def generate(
     num_beams: int = 1,
     title: str = "",
 ) -> list[str]:
-    """The model's texts for `prompts` (token ids), in their order, on every rank. Greedy or beam search: no sampling.
+    """The model's texts for `prompts` (token ids), in their order, on every rank. Greedy or beam search: no sampling."""
+
+    def answer(batch: list[Sequence[int]]) -> list[str]:
+        return _generate_batch(model, tokenizer, batch, max_new_tokens, num_beams)
+
+    use_cache = model.config.use_cache
+    model.config.use_cache = True
+    try:
+        return _in_batches(answer, model, prompts, batch_size, title)
+    finally:
+        model.config.use_cache = use_cache
+
+
+def classify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str = "",
+) -> list[int]:
+    """The class with the largest logit for each of `prompts` (token ids), in their order, on every rank."""
+
+    def answer(batch: list[Sequence[int]]) -> list[int]:
+        inputs = _padded(tokenizer, batch, "right", model.device)
+        return model(**inputs).logits.argmax(-1).tolist()  # logits: (rows, classes)
+
+    return _in_batches(answer, model, prompts, batch_size, title)
+
+
+def losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str = "",
+) -> list[float]:
+    """The mean negative log-likelihood of each of `prompts` (token ids), in nats, on every rank; 0 for a single token."""
+
+    def answer(batch: list[Sequence[int]]) -> list[float]:
+        inputs = _padded(tokenizer, batch, "right", model.device)
+        logits, ids = model(**inputs).logits, inputs["input_ids"]  # (rows, length, vocabulary), (rows, length)
+        ends = [len(prompt) for prompt in batch]
+        return [
+            cross_entropy(logits[i, : end - 1].float(), ids[i, 1:end]).item() if end > 1 else 0.0
+            for i, end in enumerate(ends)
+        ]
+
+    return _in_batches(answer, model, prompts, batch_size, title)
+
+
+@torch.inference_mode()
+def _in_batches(
+    answer: Callable[[list[Sequence[int]]], list[Answer]],
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str,
+) -> list[Answer]:
+    """What `answer` gives for batches of `prompts`, in the order of `prompts`, on every rank.
 
     Prompts are sorted by length, so that a batch holds little padding, and shared out among the ranks.
     """
@@ -66,25 +125,27 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = order[state.process_index :: state.num_processes]
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    was_training, use_cache = model.training, model.config.use_cache
+    was_training = model.training
     model.eval()
-    model.config.use_cache = True
-    texts: list[tuple[int, str]] = []
+    found: list[tuple[int, Answer]] = []
     try:
         for batch in track(
             batches, description=title, console=console, transient=True, disable=not console.is_terminal
         ):
-            texts += zip(
-                batch,
-                _generate_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, num_beams),
-                strict=True,
-            )
+            found += zip(batch, answer([prompts[i] for i in batch]), strict=True)
     finally:
         model.train(was_training)
-        model.config.use_cache = use_cache
     if state.num_processes > 1:
-        texts = gather_object(texts)
-    return [text for _, text in sorted(texts)]
+        found = gather_object(found)
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+def _padded(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], side: str, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (rows, longest), padded on `side`."""
+    inputs = tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, padding_side=side, return_tensors="pt")
+    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def _generate_batch(
@@ -96,12 +157,9 @@ def _generate_batch(
 ) -> list[str]:
     is_encoder_decoder = model.config.is_encoder_decoder
     side = "right" if is_encoder_decoder else "left"  # a decoder continues from the last position
-    inputs = tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, padding_side=side, return_tensors="pt").to(
-        model.device
-    )
+    inputs = _padded(tokenizer, prompts, side, model.device)
     output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        **inputs,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,

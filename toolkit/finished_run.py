@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from toolkit.errors import UserError
-from toolkit.evaluation import generate
-from toolkit.models import ModelArguments, auto_class, load_model, load_model_config
+from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, set_head
+from toolkit.tasks import TASKS
 from toolkit.tasks.tokenization import Encoder
 
 
@@ -43,7 +43,10 @@ class FinishedRun:
             return auto_class(config).from_pretrained(self.path, config=config).to(device)
         names = {f.name for f in dataclasses.fields(ModelArguments)}
         args = ModelArguments(**{name: value for name, value in self.settings.items() if name in names})
-        config = load_model_config(args)
+        kind = TASKS[self.record["task"]].model_kind
+        config = load_model_config(args, kind=kind)
+        if kind == "head":
+            set_head(config, self.record["label_names"], AutoTokenizer.from_pretrained(self.path).pad_token_id)
         training = TrainingArguments(seed=self.record["seed"], report_to="none")
         dtype = getattr(torch, self.record["weights"])
         return PeftModel.from_pretrained(load_model(args, config, dtype, training), self.path)
@@ -51,16 +54,16 @@ class FinishedRun:
     @cached_property
     def encoder(self) -> Encoder:
         """Makes prompts as the run did."""
-        return Encoder(
+        return TASKS[self.record["task"]].encoder(
             AutoTokenizer.from_pretrained(self.path),
-            self.settings["prompt_template"],
+            self.record["prompt_template"],
             self.model.config.is_encoder_decoder,
             self.record["max_length"],
             self.record["max_target_length"],
+            tuple(self.record["label_names"]),
         )
 
     def generate(self, texts: list[str], num_beams: int = 1, batch_size: int = 8) -> list[str]:
         """What the model writes for each of `texts`, put into the run's prompt."""
         prompts = [self.encoder.prompt(text)[0] for text in texts]
-        tokenizer, length = self.encoder.tokenizer, self.encoder.max_target_length
-        return generate(self.model, tokenizer, prompts, batch_size, length, num_beams)
+        return TASKS[self.record["task"]].continuations(self.model, self.encoder, prompts, batch_size, num_beams)

@@ -7,6 +7,8 @@ from huggingface_hub import ModelCardData
 from toolkit.config import Config
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.units import format_bytes
+from toolkit.metrics import score_title
+from toolkit.tasks import TASKS
 
 
 def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) -> str:
@@ -19,7 +21,7 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
         datasets=[config.data.dataset_name]
         if config.data.dataset_name and "/" in config.data.dataset_name and not config.data.is_local
         else None,
-        tags=["footprint", config.method.name, "summarization"],
+        tags=["footprint", config.method.name, config.data.task.replace("_", "-")],
     )
     parameters, data, versions = record["parameters"], record["data"], record["versions"]
     kinds = list(record["scores"]["base"])
@@ -43,9 +45,9 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
         "",
         "## Scores on the test split",
         "",
-        "ROUGE F-measures with stemming; the test split was scored once and chose nothing.",
+        f"{TASKS[config.data.task].scoring}. The test split was scored once and chose nothing.",
         "",
-        "| model | " + " | ".join(k.replace("rouge", "ROUGE-") for k in kinds) + " |",
+        "| model | " + " | ".join(map(score_title, kinds)) + " |",
         "|---|" + "---:|" * len(kinds),
         *scores,
         "",

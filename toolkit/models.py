@@ -1,6 +1,9 @@
 """Tokenizer and model: a hub id, a local folder, or the embedded default; in the precision that the machine allows."""
 
+import copy
 import importlib.util
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -27,14 +31,20 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
 from toolkit.memory import catalogue
+from toolkit.memory.meta import model_on_meta
 
-# Architectures whose activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
-FP16_OVERFLOWS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+# T5 and its kin. Their activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
+# Their positions are relative: lengths beyond the training length do run.
+T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+# What a task asks of its model: that it writes text, that it is a decoder (GPT-like), or that it takes a class head.
+ModelKind = Literal["generating", "decoder", "head"]
 
 
 @dataclass
@@ -67,6 +77,10 @@ class ModelArguments:
     bnb_4bit_use_double_quant: bool = field(
         default=True, metadata={"help": "Quantize the quantization constants too: about 0.4 bits a weight less."}
     )
+
+    def __post_init__(self) -> None:
+        self.model_name_or_path = lasting_path(self.model_name_or_path)
+        self.tokenizer_name = lasting_path(self.tokenizer_name)
 
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for flags that exclude each other or would have no effect."""
@@ -112,13 +126,23 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") > 1
 
 
-def load_model_config(args: ModelArguments, fp16: bool = False, needs_weights: bool = True) -> PreTrainedConfig:
+def lasting_path(name: str | None) -> str | None:
+    """An existing path as an absolute one, so that a run's config.yaml holds in any folder; a hub id as it is."""
+    if name is None or not Path(name).expanduser().exists():
+        return name
+    return os.path.abspath(Path(name).expanduser())  # noqa: PTH100 - resolve() would follow links, absolute() keeps ".."
+
+
+def load_model_config(
+    args: ModelArguments, fp16: bool = False, needs_weights: bool = True, kind: ModelKind = "generating"
+) -> PreTrainedConfig:
     """Reads the model's config: the only thing that is fetched before the flags are known to be right.
 
     Where `needs_weights` is false a folder with a config alone will do, and models of the catalogue need no hub.
 
     Raises: UserError for a missing or gated model, a folder without config, an architecture that transformers does not
-    know or that does not generate text, T5 in fp16, or quantization of a model that is already quantized.
+    know or that is not of the `kind` that the task needs, T5 in fp16, or quantization of a model that is already
+    quantized.
     """
     source = args.source
     if args.is_local:
@@ -137,24 +161,43 @@ def load_model_config(args: ModelArguments, fp16: bool = False, needs_weights: b
         config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_why_not(source, error)) from None
-    seq2seq = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder
-    if not seq2seq and (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder):
-        raise UserError(
-            f"{source} is a {config.model_type} model, which does not generate text; "
-            "give a T5-like (encoder-decoder) or GPT-like (decoder) model"
-        )
-    if fp16 and config.model_type in FP16_OVERFLOWS:
+    _check_kind(source, config, kind)
+    config.problem_type = None  # a checkpoint that had a head may say else: `set_head` alone decides
+    if fp16 and config.model_type in T5_FAMILY:
         raise UserError(
             f"--fp16 with {config.model_type}: T5's activations exceed fp16's largest number (65,504) and turn to NaN; "
             "use --bf16 on a card that has it, or fp32"
         )
-    if args.dtype == "float16" and config.model_type in FP16_OVERFLOWS:
+    if args.dtype == "float16" and config.model_type in T5_FAMILY:
         raise UserError(f"--dtype float16 with {config.model_type} overflows; use bfloat16 or float32")
     if (args.load_in_4bit or args.load_in_8bit) and getattr(config, "quantization_config", None) is not None:
         flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
         method = config.quantization_config.get("quant_method", "some method")
         raise UserError(f"{flag}: {source} is already quantized (by {method}); leave the flag out")
     return config
+
+
+def _check_kind(source: str, config: PreTrainedConfig, kind: ModelKind) -> None:
+    """Raises UserError for a model that cannot do what the task asks."""
+    name = config.model_type
+    if kind == "head":
+        if name not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            raise UserError(
+                f"{source} is a {name} model, for which transformers has no classification head; give another model, "
+                "or --task classification where it generates text"
+            )
+        return
+    seq2seq = name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder
+    if not seq2seq and (name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder):
+        raise UserError(
+            f"{source} is a {name} model, which does not generate text; "
+            "give a T5-like (encoder-decoder) or GPT-like (decoder) model"
+        )
+    if kind == "decoder" and seq2seq:
+        raise UserError(
+            f"{source} is a {name} model, an encoder-decoder, and this task continues one sequence; "
+            "give a GPT-like (decoder) model, or --task summarization or classification"
+        )
 
 
 def _why_not(source: str, error: Exception) -> str:
@@ -200,7 +243,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
     """The most tokens that the model can take in one sequence, or None where neither it nor its tokenizer has a limit.
 
     Absolute position embeddings (GPT-2, BART) and rotary ones (Llama) end at `max_position_embeddings`; T5's relative
@@ -208,7 +251,7 @@ def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if tokenizer.model_max_length < 10**9:
+    if tokenizer is not None and tokenizer.model_max_length < 10**9:
         limit = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
     return limit
 
@@ -226,30 +269,63 @@ def weights_dtype(args: ModelArguments, frozen: bool, bf16: bool, fp16: bool) ->
     return torch.float32, "trained weights are held in fp32" if not frozen else "no mixed precision"
 
 
+def set_head(config: PreTrainedConfig, label_names: Sequence[str], pad_token_id: int | None) -> None:
+    """Makes `config` that of a model with a classification head, one class a label.
+
+    The padding token is how a GPT-like model finds the last token of a text, which its head reads.
+    """
+    config.problem_type = "single_label_classification"
+    config.id2label = dict(enumerate(label_names))  # sets num_labels too
+    config.label2id = {name: number for number, name in enumerate(label_names)}
+    config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
+
+
+def has_head(config: PreTrainedConfig) -> bool:
+    """Whether the model of `config` has a classification head instead of writing text."""
+    return getattr(config, "problem_type", None) == "single_label_classification"
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that form the head: those outside the body, with weights that no checkpoint of it holds."""
+    body = model.base_model_prefix
+    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+
+
 def auto_class(config: PreTrainedConfig) -> Any:
-    """`AutoModelForSeq2SeqLM` for T5-like models, `AutoModelForCausalLM` for GPT-like ones."""
+    """`AutoModelForSequenceClassification` for a head, else `AutoModelForSeq2SeqLM` (T5-like) or `AutoModelForCausalLM`."""
+    if has_head(config):
+        return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def build_on_meta(args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights: shapes and names only, in about a second for any size."""
+    """The model without weights: shapes, names and quantized layers, in about a second for any size."""
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+        return model_on_meta(
+            auto_class(config),
+            copy.deepcopy(config),
+            dtype,
+            args.attn_implementation,
+            quantization_config(args, config, dtype),
+        )
     except (ValueError, ImportError) as error:
         raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None
 
 
-def quantization_config(args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the weights are quantized while loading, computing in `dtype`; None where they are not."""
+def quantization_config(
+    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """How the weights are quantized while loading, computing in `dtype`; None where they are not. A head never is."""
     if not (args.load_in_4bit or args.load_in_8bit):
         return None
+    heads = head_modules(model_on_meta(auto_class(config), copy.deepcopy(config), dtype)) if has_head(config) else None
     return BitsAndBytesConfig(
         load_in_4bit=args.load_in_4bit,
         load_in_8bit=args.load_in_8bit,
         bnb_4bit_quant_type=args.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=heads,  # of both, in spite of its name
     )
 
 
@@ -269,8 +345,9 @@ def load_model(
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
-        options["quantization_config"] = quantization_config(args, dtype)
+        options["quantization_config"] = quantization_config(args, config, dtype)
         options["device_map"] = {"": training.device}
+    set_seed(training.seed)  # for a head, which no checkpoint holds
     try:
         model = auto_class(config).from_pretrained(args.source, **options)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,21 +10,22 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 
 from toolkit.config import Config
 from toolkit.console import console, is_main, say
+from toolkit.data import label_names, lengths
 from toolkit.errors import UserError
 from toolkit.memory import catalogue
 from toolkit.memory.cards import card_of_device
 from toolkit.memory.cuda import Cuda
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.measure import MemoryCallback
-from toolkit.memory.meta import model_on_meta
 from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow import CPU, STEPS, Device, predict
 from toolkit.memory.units import format_bytes
-from toolkit.models import auto_class, load_model_config, quantization_config, weights_dtype
-from toolkit.tasks.summarization import DEFAULT_MAX_LENGTH, DEFAULT_MAX_TARGET_LENGTH, RELATIVE_POSITIONS
+from toolkit.models import build_on_meta, has_head, load_model_config, set_head, weights_dtype
+from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
 
 Batch = dict[str, torch.Tensor]
+UNMARKED = 5  # a token that no tokenizer in use gives to padding, to a beginning or to an end
 
 
 def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | None = None) -> Ledger:
@@ -36,19 +36,19 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     training = config.training
     if not config.method.trains:
         raise UserError(f"{config.method.name} trains nothing, so there is no training step to predict")
-    model_config = load_model_config(config.model, fp16=training.fp16, needs_weights=False)
+    data, kind = config.data, TASKS[config.data.task].model_kind
+    model_config = load_model_config(config.model, fp16=training.fp16, needs_weights=False, kind=kind)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise UserError("a checkpoint that is already quantized cannot be predicted; name the original model")
+    if kind == "head":
+        names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"])
+        set_head(model_config, names, model_config.pad_token_id or 0)
     dtype, _ = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
     passes = STEPS * training.gradient_accumulation_steps
     batches = batches or [worst_batch(config, model_config)] * passes
 
     def build() -> PreTrainedModel:
-        model = model_on_meta(
-            auto_class(model_config),
-            copy.deepcopy(model_config),
-            dtype,
-            config.model.attn_implementation,
-            quantization_config(config.model, dtype),
-        )
+        model = build_on_meta(config.model, model_config, dtype)
         catalogue.separate_head(model, config.model.source)
         with torch.device("meta"):
             return config.method.attach(model)
@@ -62,23 +62,20 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
 def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
     """`per_device_train_batch_size` rows of `max_length` real tokens; ids, masks and labels are (rows, length), int64.
 
-    For T5-like models the labels are `max_target_length` long, and the decoder's inputs go with them.
+    For T5-like models the labels are `max_target_length` long, and the decoder's inputs go with them; for a head they
+    are (rows,), and each text ends with its one end-of-text token, which some heads look for.
 
     Raises: UserError for a length beyond the model's positions.
     """
-    data, text = config.data, model_config.get_text_config()
     rows = config.training.per_device_train_batch_size
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if model_config.model_type in RELATIVE_POSITIONS:
-        limit = None
-    for name, value in (("max_length", data.max_length), ("max_target_length", data.max_target_length)):
-        if value is not None and limit and value > limit:
-            raise UserError(f"--{name} {value} is longer than the model can take; give at most {limit}")
-    length = data.max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
-    ids = torch.ones(rows, length, dtype=torch.long)
-    batch = {"input_ids": ids, "attention_mask": ids.clone(), "labels": ids.clone()}
+    length, target_length, _ = lengths(config.data, model_config)
+    ids = torch.full((rows, length), UNMARKED)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if has_head(model_config):
+        ids[:, -1] = model_config.eos_token_id or UNMARKED
+        return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
     if model_config.is_encoder_decoder:
-        labels = torch.ones(rows, data.max_target_length or DEFAULT_MAX_TARGET_LENGTH, dtype=torch.long)
+        labels = torch.full((rows, target_length), UNMARKED)
         batch |= {"labels": labels, "decoder_input_ids": labels.clone()}
     return batch
 

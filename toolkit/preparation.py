@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.config import Config, TrainArguments
 from toolkit.console import say
+from toolkit.data import TaskData, load_data
 from toolkit.errors import UserError
-from toolkit.models import build_on_meta, load_model_config, load_tokenizer, weights_dtype
+from toolkit.models import build_on_meta, load_model_config, load_tokenizer, set_head, weights_dtype
 from toolkit.ranks import decided_by_main
-from toolkit.tasks.summarization import SummarizationData, load_data
+from toolkit.tasks import TASKS
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Preparation:
 
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    data: SummarizationData
+    data: TaskData
     dtype: torch.dtype  # of the weights as loaded
     trainable_parameters: int
     all_parameters: int
@@ -37,10 +38,13 @@ def prepare(config: Config) -> Preparation:
     """
     training = config.training
     check_engine(training)
-    model_config = load_model_config(config.model, fp16=training.fp16)
+    kind = TASKS[config.data.task].model_kind
+    model_config = load_model_config(config.model, fp16=training.fp16, kind=kind)
     tokenizer = load_tokenizer(config.model)
     with training.main_process_first(desc="reading the data"):
         data = load_data(config.data, model_config, tokenizer, training.seed)
+    if kind == "head":
+        set_head(model_config, data.encoder.label_names, tokenizer.pad_token_id)
     dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
     model = config.method.attach(build_on_meta(config.model, model_config, dtype))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -93,19 +97,22 @@ def _say_what_will_be_done(config: Config, ready: Preparation, why: str) -> None
     )
     say("precision", config.precision_reason)
     say("optimizer", f"{getattr(training.optim, 'value', training.optim)}: {config.optimizer_reason}")
+    labels = "labels" if data.task.model_kind == "head" else "label tokens"
     rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"
     say(
         "data",
-        f"{config.data.dataset_name or 'the embedded dialogues'}: {rows}; {data.supervised_tokens:,} label tokens",
+        f"{config.data.dataset_name or 'the embedded dialogues'}: {rows}; {data.supervised_tokens:,} {labels}",
     )
     for remark in data.remarks:
         say("data", remark)
     for split, lost in data.truncation.items():
         if lost.rows:
+            target, flags = "", f"--max_length {data.encoder.max_length}"
+            if data.encoder.max_target_length:
+                target = f" and {lost.target_tokens:,} of target"
+                flags += f", --max_target_length {data.encoder.max_target_length}"
             say(
-                "truncated",
-                f"{lost.rows:,} rows of {split} lost {lost.text_tokens:,} tokens of text and {lost.target_tokens:,} of "
-                f"summary (--max_length {data.encoder.max_length}, --max_target_length {data.encoder.max_target_length})",
+                "truncated", f"{lost.rows:,} rows of {split} lost {lost.text_tokens:,} tokens of text{target} ({flags})"
             )
     split = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(

@@ -4,7 +4,7 @@ config.yaml       every setting by its flag name; `--config` reads it
 run.json          method, command, seed, versions, fingerprint of the data, parameters, scores, time
 metrics.jsonl     a line for each logged step
 memory.json       the memory account
-completions.csv   dialogue, reference, base and tuned text of the test split
+completions.csv   text, reference, base and tuned answer of the test split
 README.md         the model card
 adapter_model.safetensors or model.safetensors, the tokenizer, and checkpoint-N folders
 """
@@ -31,6 +31,7 @@ from toolkit.files import write_aside
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.report import print_ledger
+from toolkit.metrics import score_title
 from toolkit.model_card import model_card
 from toolkit.preparation import Preparation
 from toolkit.ranks import decided_by_main
@@ -79,7 +80,7 @@ class RunFolder:
         kinds = list(base.scores)
         rows = [[who, *(f"{scores[k]:.4f}" for k in kinds)] for who, scores in self.record["scores"].items()]
         title = f"Scores on the test split ({len(ready.data.test):,} rows)"
-        table(title, ["model", *(k.replace("rouge", "ROUGE-") for k in kinds)], rows)
+        table(title, ["model", *map(score_title, kinds)], rows)
         if ledger is not None:
             print_ledger(console, ledger)
         say("folder", str(self.path))
@@ -109,6 +110,7 @@ def _record(config: Config, ready: Preparation) -> dict[str, Any]:
     return {
         "footprint": __version__,
         "method": config.method.name,
+        "task": data.task.name,
         "command": shlex.join(["accelerate", "launch", *sys.argv]),
         "seed": training.seed,
         "processes": training.world_size,
@@ -122,6 +124,8 @@ def _record(config: Config, ready: Preparation) -> dict[str, Any]:
             "sha256": data.fingerprint,
             "truncated": {split: vars(lost) for split, lost in data.truncation.items()},
         },
+        "label_names": list(data.encoder.label_names),
+        "prompt_template": data.encoder.template,
         "max_length": data.encoder.max_length,
         "max_target_length": data.encoder.max_target_length,
         "finished": False,
@@ -131,9 +135,8 @@ def _record(config: Config, ready: Preparation) -> dict[str, Any]:
 def _completions(ready: Preparation, base: Completions, tuned: Completions) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["dialogue", "reference", "base", "tuned"])
-    data = ready.data
-    columns = (data.test[data.text_column], data.test[data.summary_column], base.texts, tuned.texts)
+    writer.writerow(["text", "reference", "base", "tuned"])
+    columns = (ready.data.test_texts, ready.data.references, base.texts, tuned.texts)
     writer.writerows(zip(*columns, strict=True))
     return text.getvalue()
 

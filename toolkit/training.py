@@ -10,6 +10,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from toolkit.config import TrainArguments
 from toolkit.console import say
+from toolkit.data import TaskData
 from toolkit.errors import UserError
 from toolkit.files import write_aside
 from toolkit.memory.measure import MemoryCallback
@@ -30,12 +32,11 @@ from toolkit.methods.lora import save_over_original_base
 from toolkit.optimizers import Prodigy, prodigy_arguments
 from toolkit.progress import ProgressCallback
 from toolkit.run_folder import resume_point
-from toolkit.tasks.summarization import SummarizationData
 from toolkit.tasks.tokenization import MASKED
 
 
 class FineTuner(Trainer):
-    """`transformers.Trainer` whose gradients are the mean over all label tokens of an optimizer step.
+    """`transformers.Trainer` whose gradients are the mean over all label tokens (or labels) of an optimizer step.
 
     The same rows give the same gradients as one batch, as accumulated batches, or spread over processes. Trainer passes
     `num_items_in_batch` to the model and trusts it to divide by it; T5, mT5 and BART accept the argument and ignore it,
@@ -46,27 +47,31 @@ class FineTuner(Trainer):
         self,
         model: PreTrainedModel,
         args: TrainArguments,
-        data: SummarizationData,
+        data: TaskData,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         callbacks = [ProgressCallback(), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *(callbacks or [])]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         tokenizer = data.encoder.tokenizer
-        for settings in (model.config, model.generation_config):  # Trainer would do the same, with a warning
+        for settings in filter(None, (model.config, getattr(model, "generation_config", None))):  # as Trainer would
             settings.pad_token_id = tokenizer.pad_token_id
+        if data.task.model_kind == "head":  # labels are (rows,), not (rows, length)
+            collator = DataCollatorWithPadding(tokenizer)
+        else:
+            seq2seq = model if model.config.is_encoder_decoder else None
+            collator = DataCollatorForSeq2Seq(tokenizer, model=seq2seq, label_pad_token_id=MASKED)
         super().__init__(
             model=model,
             args=args,
-            data_collator=DataCollatorForSeq2Seq(
-                tokenizer, model=model if model.config.is_encoder_decoder else None, label_pad_token_id=MASKED
-            ),
+            data_collator=collator,
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
 
     def compute_loss(
         self,
@@ -123,8 +128,11 @@ class FineTuner(Trainer):
 
 
 def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """How many of `labels` (batch, length) the loss sees: a GPT-like model never predicts the first position."""
-    return (labels[..., 1:] if shifted else labels).ne(MASKED).sum()
+    """How many of `labels` the loss sees: all classes (batch,), or the tokens (batch, length) that are not masked.
+
+    A GPT-like model never predicts the first position.
+    """
+    return (labels[:, 1:] if shifted and labels.dim() == 2 else labels).ne(MASKED).sum()
 
 
 class MetricsFile(TrainerCallback):

@@ -24,12 +24,9 @@ def model_on_meta(
     Modules that the architecture keeps in float32 are kept so, as loading would. Quantized layers are still unpacked:
     `fake.make_fake` packs them.
 
-    Raises:
-        UserError: for a quantization method other than bitsandbytes', and for one that the config already names.
+    Raises: UserError for a quantization method other than bitsandbytes'.
     """
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError("a checkpoint that is already quantized cannot be predicted; name the original model")
     quantizer = None
     if quantization_config is not None:
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)

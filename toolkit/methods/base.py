@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
 from toolkit.memory.units import format_bytes
+from toolkit.models import has_head, head_modules
 
 # For the tiny embedded model and its dialogues, on top of each method's own learning rate.
 EMBEDDED = {
@@ -92,7 +93,9 @@ class PeftBased(Method):
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedModel:
-    """`get_peft_model`, with PEFT's reason for a refusal as one line."""
+    """`get_peft_model`, with PEFT's reason for a refusal as one line; a classification head is trained and saved as well."""
+    if has_head(model.config) and hasattr(config, "modules_to_save"):
+        config.modules_to_save = [*(config.modules_to_save or []), *head_modules(model)]
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
@@ -102,7 +105,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedMod
 
 def task_type(model: PreTrainedModel) -> TaskType:
     """PEFT's name for what the model does; with SEQ_CLS its new head is trained and saved with the adapter."""
-    if type(model).__name__.endswith("ForSequenceClassification"):
+    if has_head(model.config):
         return TaskType.SEQ_CLS
     return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 

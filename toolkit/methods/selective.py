@@ -16,6 +16,7 @@ from toolkit.methods.base import (
     refuse_quantized,
     refuse_quantized_model,
 )
+from toolkit.models import has_head, head_modules
 
 LAST_LAYERS = 2
 CHOICES = ("train_last_layers", "train_modules", "train_biases", "train_norms")
@@ -66,10 +67,9 @@ class Selective(Method):
         model.requires_grad_(False)
         for part in self._chosen(model):
             part.requires_grad_(True)
-        if type(model).__name__.endswith("ForSequenceClassification"):
-            for name, module in model.named_children():
-                if name in ("score", "classifier", "classification_head"):
-                    module.requires_grad_(True)
+        if has_head(model.config):
+            for name in head_modules(model):
+                model.get_submodule(name).requires_grad_(True)
         return model
 
     def _chosen(self, model: PreTrainedModel) -> list[nn.Module] | list[nn.Parameter]:

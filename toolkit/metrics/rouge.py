@@ -1,5 +1,7 @@
 """ROUGE (Lin 2004, https://aclanthology.org/W04-1013) over Google's `rouge_score`, as `evaluate.load("rouge")` gives it."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import numpy as np
@@ -33,6 +35,11 @@ class Rouge(evaluate.Metric):
         return {kind: float(np.mean(scores)) for kind, scores in each.items()} if use_aggregator else each
 
 
-def rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """The four mean scores of `predictions` (as many as `references`); computed in memory, with no cache file to share."""
     return Rouge(keep_in_memory=True).compute(predictions=predictions, references=references)
+
+
+def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """The four scores of each of `predictions`."""
+    return Rouge(keep_in_memory=True).compute(predictions=predictions, references=references, use_aggregator=False)

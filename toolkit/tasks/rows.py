@@ -1,4 +1,4 @@
-"""Reads the rows of a data set: the embedded dialogues, a folder of csv / jsonl / parquet, or a hub id.
+"""Reads the rows of a data set: the embedded dialogues, csv / jsonl / parquet / `sentence@label` files, or a hub id.
 
 Whatever the source, the result is three splits of plain columns, and every mistake in a file is found here.
 """
@@ -8,7 +8,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars, enable_progress_bars, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError
 
@@ -19,15 +20,18 @@ from toolkit.errors import UserError, did_you_mean
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 SPLIT_NAMES |= {"val": "validation", "dev": "validation", "test": "test", "testing": "test"}
-READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-HELD_OUT_SHARE = 0.05  # of the train split, where a data set brings no validation or test split of its own
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "sentences"}
+HELD_OUT_SHARE = 0.1  # of the train split, where a data set brings no validation or test split of its own
 HELD_OUT_MOST = 500
 
 
 def load_rows(
-    name: str | None, config_name: str | None, columns: list[str], seed: int
+    name: str | None, config_name: str | None, columns: dict[str, str], seed: int
 ) -> tuple[DatasetDict, list[str]]:
     """The splits train, validation and test with at least `columns`, and remarks for the user about how they came to be.
+
+    `columns` maps the flag that names a column to the column. Splits that are missing are held out of train by `seed`,
+    with the same share of each class where there is a `label_column`, whose values become text.
 
     Raises: UserError for a missing, empty or unreadable file, a missing column, or rows that are all empty.
     """
@@ -48,7 +52,9 @@ def load_rows(
     for split in splits:
         splits[split], dropped = _check_rows(splits[split], columns, f"{name or 'embedded'} ({split})")
         if dropped:
-            remarks.append(f"{dropped:,} rows of {split} left out: empty {' or '.join(columns)}")
+            remarks.append(f"{dropped:,} rows of {split} left out: empty {' or '.join(columns.values())}")
+        if label := columns.get("label_column"):
+            splits[split] = _labels_as_text(splits[split], label)
     for split in ("validation", "test"):
         if split not in splits:
             size = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(splits["train"]))))
@@ -56,15 +62,43 @@ def load_rows(
                 raise UserError(
                     f"--dataset_name {name}: {len(splits['train'])} rows cannot be split; give a {split} file"
                 )
-            parts = splits["train"].train_test_split(test_size=size, seed=seed)
+            parts = _hold_out(splits["train"], size, seed, columns.get("label_column"))
             splits["train"], splits[split] = parts["train"], parts["test"]
-            remarks.append(f"no {split} split: {size:,} rows of train held out for it (seed {seed})")
+            remarks.append(f"no {split} split: {len(parts['test']):,} rows of train held out for it (seed {seed})")
     return DatasetDict({split: splits[split] for split in SPLITS}), remarks
+
+
+def _hold_out(rows: Dataset, size: int, seed: int, label: str | None) -> DatasetDict:
+    """`rows` as train and test, the latter of about `size` rows."""
+    if label is None:
+        return rows.train_test_split(test_size=size, seed=seed)
+    numbers: dict[str, list[int]] = {}
+    for number, value in enumerate(rows[label]):
+        numbers.setdefault(value, []).append(number)
+    random = np.random.default_rng(seed)
+    held = {
+        number
+        for name in sorted(numbers)
+        for number in random.permutation(numbers[name])[: round(size * len(numbers[name]) / len(rows))].tolist()
+    } or {0}
+    kept = [number for number in range(len(rows)) if number not in held]
+    return DatasetDict({"train": rows.select(kept), "test": rows.select(sorted(held))})
+
+
+def _labels_as_text(rows: Dataset, label: str) -> Dataset:
+    """`rows` with the names of the classes in column `label`, whether it held names, numbers or a hub's `ClassLabel`."""
+    feature = rows.features[label]
+    texts = [feature.int2str(v) if isinstance(feature, ClassLabel) else str(v).strip() for v in rows[label]]
+    return rows.remove_columns(label).add_column(label, texts)
 
 
 def _load_local(path: Path) -> DatasetDict:
     files: dict[str, list[str]] = {}
-    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in READERS)
+    here = [path] if path.is_file() else path.iterdir()
+    found = sorted(file for file in here if file.suffix in READERS)
+    if sentences := [file for file in found if file.suffix == ".txt" and (path.is_file() or "Sentences" in file.stem)]:
+        return _load_sentences(path, sentences)
+    found = [file for file in found if file.suffix != ".txt"]
     if not found:
         raise UserError(f"--dataset_name {path}: no data file there; valid are {', '.join(READERS)}")
     for file in found:
@@ -93,6 +127,36 @@ def _load_local(path: Path) -> DatasetDict:
         raise UserError(f"--dataset_name {path}: a {kind} file cannot be read ({reason})") from None
     finally:
         enable_progress_bars()
+
+
+def _load_sentences(path: Path, files: list[Path]) -> DatasetDict:
+    """The rows `sentence`, `label` of a file of financial_phrasebank (Malo et al. 2014): lines `sentence@label`.
+
+    Read as UTF-8, or as Latin-1 (which the published files are in) where that fails.
+    """
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(
+            f"--dataset_name {path}: several files of sentences ({names}), which hold the same ones; name one of them"
+        )
+    (file,) = files
+    content = file.read_bytes()
+    try:
+        lines = content.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        lines = content.decode("latin-1").split("\n")  # splitlines would split at Latin-1's control characters too
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            sentence, separator, label = line.strip().rpartition("@")
+            if not separator:
+                raise UserError(
+                    f"{file}: line {number} has no @label at its end; a .txt file holds lines sentence@label"
+                )
+            rows.append({"sentence": sentence.strip(), "label": label})
+    if not rows:
+        raise UserError(f"{file}: the file is empty; give one with lines sentence@label")
+    return DatasetDict({"train": Dataset.from_list(rows)})
 
 
 def _check_file(file: Path) -> None:
@@ -131,22 +195,24 @@ def _load_hub(name: str, config_name: str | None) -> DatasetDict:
     return DatasetDict({SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES})
 
 
-def _check_rows(rows: Dataset, columns: list[str], where: str) -> tuple[Dataset, int]:
+def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dataset, int]:
     """The rows in which every one of `columns` holds text, and how many were left out."""
-    for column in columns:
+    for flag, column in columns.items():
         if column not in rows.column_names:
             raise UserError(
                 f"{where}: no column {column!r}{did_you_mean(column, rows.column_names)}; it has "
-                f"{', '.join(rows.column_names)}; name yours with --text_column and --summary_column"
+                f"{', '.join(rows.column_names)}; name yours with --{flag}"
             )
     if len(rows) == 0:
         raise UserError(f"{where}: there is a header but no row")
     full = [
         all(str(value if value is not None else "").strip() for value in row)
-        for row in zip(*(rows[c] for c in columns), strict=True)
+        for row in zip(*(rows[c] for c in columns.values()), strict=True)
     ]
     if not any(full):
-        raise UserError(f"{where}: in each of its {len(rows):,} rows {' or '.join(columns)} is empty; fill them in")
+        raise UserError(
+            f"{where}: in each of its {len(rows):,} rows {' or '.join(columns.values())} is empty; fill them in"
+        )
     if all(full):
         return rows, 0
     return rows.select([i for i, ok in enumerate(full) if ok]), full.count(False)

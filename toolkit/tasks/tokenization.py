@@ -4,6 +4,7 @@ Only the text inside the prompt is ever shortened: the instruction around it alw
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +27,8 @@ class Encoder:
     """Encodes rows for one tokenizer and kind of model.
 
     `max_length` is the length in tokens of the encoder's input (T5-like) or of prompt and target together (GPT-like);
-    `max_target_length` that of the target with its end-of-text token.
+    `max_target_length` that of the target with its end-of-text token, 0 where nothing is written. Tasks whose rows are
+    made otherwise derive from it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -34,8 +36,9 @@ class Encoder:
     is_encoder_decoder: bool
     max_length: int
     max_target_length: int
+    label_names: tuple[str, ...] = ()  # the classes, where the task has any
 
-    def prompt(self, text: str, room: int | None = None) -> tuple[list[int], int]:
+    def prompt(self, text: Any, room: int | None = None) -> tuple[list[int], int]:
         """The ids of the prompt around `text`, at most `room` of them, and how many tokens of the text were cut off.
 
         `room` defaults to what generation leaves: all of `max_length` (T5-like), or that less the target's (GPT-like).
@@ -64,7 +67,7 @@ class Encoder:
             )
         return ids, whole - len(ids)
 
-    def row(self, text: str, target: str, lost: Truncation) -> dict[str, list[int]]:
+    def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
         """One training row: `input_ids`, `attention_mask` and `labels`; adds what was cut off to `lost`.
 
         T5-like: labels (target,) are the target's ids. GPT-like: ids are prompt then target, and labels

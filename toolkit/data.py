@@ -1,0 +1,332 @@
+"""The data set of a run: its flags, and its rows as token ids ready for one model."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, ClassVar
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from toolkit.errors import UserError
+from toolkit.models import T5_FAMILY, lasting_path, longest_input, looks_like_path
+from toolkit.tasks import TASKS, Task
+from toolkit.tasks.rows import load_rows
+from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
+
+DEFAULT_MAX_LENGTH = 512
+DEFAULT_TASK = "summarization"
+BY_TASK = sorted({flag for task in TASKS.values() for flag in task.flags})  # the flags that not every task has
+
+
+def _by_task(flag: str) -> str:
+    """For the help of a flag: its default in each task that has it."""
+    defaults = [f"{task.flags[flag]!r} ({name})" for name, task in sorted(TASKS.items()) if task.flags.get(flag)]
+    return f"Default: {', '.join(defaults)}." if defaults else ""
+
+
+@dataclass
+class DataArguments:
+    """What is learned, from which rows, how they become prompts, and how long they may be."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    task: str = field(
+        default=DEFAULT_TASK,
+        metadata={
+            "choices": sorted(TASKS),
+            "help": "What is learned. classification writes the label; sequence_classification puts a head on the model; "
+            "chat learns the assistant's turns; text is plain language modelling.",
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, a file, or a folder of csv / jsonl / parquet; a .txt file has lines sentence@label. "
+            "Default: the dialogues that come with footprint."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    text_column: str | None = field(default=None, metadata={"help": f"Column with the text. {_by_task('text_column')}"})
+    summary_column: str | None = field(
+        default=None, metadata={"help": f"Column with the summary. {_by_task('summary_column')}"}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": f"Column with the class. {_by_task('label_column')}"}
+    )
+    messages_column: str | None = field(
+        default=None,
+        metadata={"help": f"Column with lists of role and content. {_by_task('messages_column')}"},
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with what the user says, where there are no messages."}
+    )
+    response_column: str | None = field(
+        default=None, metadata={"help": "Column with what the assistant answers, beside --prompt_column."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt; {text} stands for the text, {labels} for the classes. " + _by_task("prompt_template")
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of the prompt (T5-like) or of prompt and target together (GPT-like); activations grow "
+            f"with it. Default: {DEFAULT_MAX_LENGTH}, or the model's own limit where that is smaller."
+        },
+    )
+    max_target_length: int | None = field(
+        default=None,
+        metadata={"help": f"Most tokens of the target, also when generating. {_by_task('max_target_length')}"},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use the first N rows only of validation, and of test."}
+    )
+    num_beams: int | None = field(
+        default=None, metadata={"help": f"Beams when generating for the scores; 1 is greedy. {_by_task('num_beams')}"}
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset_name = lasting_path(self.dataset_name)
+        for flag in BY_TASK:
+            if flag not in TASKS[self.task].flags:
+                setattr(self, flag, None)  # a method's default, which has no effect here; `check` refuses a user's
+
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for values that are not possible or would have no effect."""
+        task = TASKS[self.task]
+        for flag in BY_TASK:
+            if flag in given and flag not in task.flags:
+                others = ", ".join(f"--task {name}" for name, other in sorted(TASKS.items()) if flag in other.flags)
+                raise UserError(f"--{flag} has no effect with --task {task.name} (but with {others}); leave it out")
+        for name in ("max_length", "max_target_length", "max_train_samples", "max_eval_samples", "num_beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} is not possible; give a whole number of at least 1")
+        if (template := self.get("prompt_template")) is not None and "{text}" not in template:
+            raise UserError(f"--prompt_template {template!r} has no {{text}}; write {{text}} where the text goes")
+        for name in ("dataset_config_name", *(flag for flag in BY_TASK if flag.endswith("_column"))):
+            if name in given and self.dataset_name is None:
+                raise UserError(f"--{name} has no effect without --dataset_name; add it or leave --{name} out")
+        if self.dataset_name is None and task.name != DEFAULT_TASK:
+            raise UserError(
+                f"--task {task.name} needs --dataset_name: the dialogues that come with footprint are for {DEFAULT_TASK}"
+            )
+        task.check(given)
+
+    def get(self, flag: str) -> Any:
+        """The value of a flag that depends on the task: what was given, or the task's default, or None."""
+        value = getattr(self, flag)
+        return TASKS[self.task].flags.get(flag) if value is None else value
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that the task reads, by the flags that name them."""
+        return {flag: self.get(flag) for flag in TASKS[self.task].column_flags(vars(self))}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the rows come from files of this machine."""
+        return self.dataset_name is not None and looks_like_path(self.dataset_name)
+
+
+@dataclass
+class TaskData:
+    """A data set, ready for one model: token ids to train and validate on, and the test split as prompts."""
+
+    task: Task
+    rows: DatasetDict  # train, validation and test, with the columns of the source
+    columns: dict[str, str]  # those that the task reads, by the flags that name them
+    encoder: Encoder
+    train: Dataset  # columns input_ids, attention_mask, labels: token ids, or the number of a class
+    validation: Dataset
+    test_prompts: list[list[int]]  # token ids, one list a row of the test split
+    truncation: dict[str, Truncation]
+    remarks: list[str]
+    fingerprint: dict[str, str]  # split: SHA-256 over the columns that are read
+    supervised_tokens: int  # labels of the train split that the loss sees
+
+    @property
+    def test(self) -> Dataset:
+        """The rows of the test split."""
+        return self.rows["test"]
+
+    def pairs(self, split: str) -> list[tuple[Any, str]]:
+        """Text and target of each row of `split`."""
+        return list(_pairs(self.task, self.rows[split], self.columns, split))
+
+    @cached_property
+    def test_texts(self) -> list[str]:
+        """The test split's texts, as `completions.csv` shows them."""
+        return [self.task.shown(text) for text, _ in self.pairs("test")]
+
+    @cached_property
+    def references(self) -> list[str]:
+        """What the answers to `test_prompts` are scored against."""
+        targets = [target for _, target in self.pairs("test")]
+        return [self.task.reference(target, ids) for target, ids in zip(targets, self.test_prompts, strict=True)]
+
+
+def load_data(args: DataArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+    """Reads, checks and tokenizes the data set of `args` for the model of `config`.
+
+    Raises: UserError for whatever is wrong with the files, the columns, the lengths or the labels.
+    """
+    task, columns = TASKS[args.task], args.columns
+    max_length, max_target_length, remarks = lengths(args, config, tokenizer)
+    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns, seed)
+    remarks += more
+    names = _names(splits["train"], columns)
+    template = (args.get("prompt_template") or "{text}").replace("{labels}", ", ".join(names))
+    encoder = task.encoder(tokenizer, template, config.is_encoder_decoder, max_length, max_target_length, names)
+    _check_labels(splits, columns, encoder)
+    for split in splits:
+        most = args.max_train_samples if split == "train" else args.max_eval_samples
+        if most is not None and most < len(splits[split]):
+            splits[split] = splits[split].select(range(most))
+    limit = longest_input(config, tokenizer) if max_target_length and not args.max_target_length else None
+    truncation = {split: Truncation() for split in splits}
+    tokenized, supervised = {}, {}
+    for split in ("train", "validation"):
+        rows, counts = [], []
+        for number, (text, target) in enumerate(_pairs(task, splits[split], columns, split), start=1):
+            if limit and (needed := len(encoder.target_ids(target))) > limit:
+                *_, column = columns.values()
+                raise UserError(
+                    f"row {number:,} of {split}: its {column} has {needed} tokens, more than the {limit} that "
+                    "the model can take; shorten it, or have such labels cut with --max_target_length "
+                    f"{min(max_target_length, limit // 2)}"
+                )
+            row = encoder.row(text, target, truncation[split])
+            counts.append(_supervised(row["labels"], config.is_encoder_decoder))
+            if counts[-1]:
+                rows.append(row)
+        check_supervision(sum(counts), split)
+        if counts.count(0):
+            remarks.append(f"{counts.count(0):,} rows of {split} left out: no label within --max_length {max_length}")
+        tokenized[split], supervised[split] = Dataset.from_list(rows), sum(counts)
+    return TaskData(
+        task,
+        splits,
+        columns,
+        encoder,
+        tokenized["train"],
+        tokenized["validation"],
+        _prompts(task, splits["test"], columns, encoder, truncation["test"]),
+        truncation,
+        remarks,
+        {split: _fingerprint(splits[split], list(columns.values())) for split in splits},
+        supervised["train"],
+    )
+
+
+@cache
+def label_names(dataset_name: str | None, dataset_config_name: str | None, label_column: str) -> tuple[str, ...]:
+    """The classes of a data set, for predicting a head's size without a tokenizer."""
+    columns = {"label_column": label_column}
+    return _names(load_rows(dataset_name, dataset_config_name, columns, seed=0)[0]["train"], columns)
+
+
+def lengths(
+    args: DataArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[int, int, list[str]]:
+    """The most tokens of a prompt and of a target that the model can take, and a remark for each that its limit lowered.
+
+    The target's is 0 where nothing is written. Without a tokenizer its limit is not known.
+
+    Raises: UserError for lengths that the model cannot take.
+    """
+    limit = longest_input(config, tokenizer)
+    remarks = []
+    max_length = args.max_length or DEFAULT_MAX_LENGTH
+    max_target_length = args.get("max_target_length") or 0
+    hard_limit = None if config.model_type in T5_FAMILY else limit
+    for name, value in (("max_length", args.max_length), ("max_target_length", args.max_target_length)):
+        if value is not None and hard_limit and value > hard_limit:
+            raise UserError(f"--{name} {value} is longer than the model can take; give at most {hard_limit}")
+    if args.max_length is None and limit and limit < max_length:
+        max_length = limit
+        remarks.append(f"max_length {limit}: the most that the model can take")
+    if not config.is_encoder_decoder and max_target_length >= max_length:
+        if args.max_target_length is not None:
+            raise UserError(
+                f"--max_target_length {max_target_length} leaves no room for a prompt within --max_length {max_length}, "
+                "which holds both for a GPT-like model; lower the first or raise the second"
+            )
+        max_target_length = max(1, max_length // 4)
+        remarks.append(f"max_target_length {max_target_length}: a quarter of max_length")
+    return max_length, max_target_length, remarks
+
+
+def check_supervision(supervised_tokens: int, split: str = "train") -> None:
+    """Raises UserError where no label token is left for the loss."""
+    if supervised_tokens == 0:
+        raise UserError(
+            f"every label of the {split} split is masked, so there is nothing to learn from; check the columns, and that "
+            "--max_length (and --max_target_length, where the task has it) leave room for the target"
+        )
+
+
+def _pairs(task: Task, rows: Dataset, columns: dict[str, str], split: str) -> Any:
+    for number, values in enumerate(zip(*(rows[column] for column in columns.values()), strict=True), start=1):
+        try:
+            yield task.pair(dict(zip(columns, values, strict=True)))
+        except UserError as error:
+            raise UserError(f"row {number:,} of {split}: {error}") from None
+
+
+def _prompts(task: Task, rows: Dataset, columns: dict[str, str], encoder: Encoder, lost: Truncation) -> list[list[int]]:
+    prompts = []
+    for text, _ in _pairs(task, rows, columns, "test"):
+        ids, cut = encoder.prompt(text)
+        prompts.append(ids)
+        lost.rows += cut > 0
+        lost.text_tokens += cut
+    return prompts
+
+
+def _supervised(labels: list[int] | int, is_encoder_decoder: bool) -> int:
+    """How many labels of a row the loss sees: one class, or tokens, of which a GPT-like model never predicts the first."""
+    if isinstance(labels, int):
+        return 1
+    return sum(label != MASKED for label in (labels if is_encoder_decoder else labels[1:]))
+
+
+def _names(train: Dataset, columns: dict[str, str]) -> tuple[str, ...]:
+    return tuple(sorted(set(train[columns["label_column"]]))) if "label_column" in columns else ()
+
+
+def _check_labels(splits: DatasetDict, columns: dict[str, str], encoder: Encoder) -> None:
+    """Raises UserError for classes that cannot be told apart, that train does not have, or that are too long to write."""
+    names = encoder.label_names
+    if not names:
+        return
+    column = columns["label_column"]
+    if len(names) == 1:
+        raise UserError(f"column {column} has one value alone ({names[0]!r}); classification needs at least two")
+    if len(names) > 1000:
+        raise UserError(
+            f"column {column} has {len(names):,} different values, so it holds no classes; name another with --label_column"
+        )
+    for split in splits:
+        if unknown := sorted(set(splits[split][column]) - set(names)):
+            raise UserError(f"the {split} split has the label {unknown[0]!r}, which train has not ({', '.join(names)})")
+    if encoder.max_target_length:
+        needed = max(len(encoder.target_ids(name)) for name in names)
+        if needed > encoder.max_target_length:
+            raise UserError(
+                f"--max_target_length {encoder.max_target_length} cuts labels off, the longest of which has {needed} tokens; "
+                f"give at least {needed}"
+            )
+
+
+def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for values in zip(*(rows[c] for c in columns), strict=True):
+        for value in values:
+            digest.update(f"{value}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,79 @@
+"""What every task offers: to the data, how its rows become token ids; to the evaluation, how answers come and are scored."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from toolkit.evaluation import generate
+from toolkit.models import ModelKind
+from toolkit.tasks.tokenization import Encoder
+
+
+class Task(ABC):
+    """A task, without state: what a run knows of its data is in its `Encoder` and in `toolkit.data.TaskData`."""
+
+    name: ClassVar[str]
+    model_kind: ClassVar[ModelKind] = "generating"
+    flags: ClassVar[dict[str, Any]]  # the data flags that have an effect here and not in every task, and their defaults
+    encoder: ClassVar[type[Encoder]] = Encoder
+    metric: ClassVar[str]  # the score that stands for the others, which `row_scores` gives row by row
+    higher_is_better: ClassVar[bool] = True
+    scoring: ClassVar[str]  # one sentence on what the scores are
+
+    def column_flags(self, given: dict[str, Any]) -> list[str]:
+        """The flags that name the columns to read; `given` has the data flags that are set."""
+        return [flag for flag in self.flags if flag.endswith("_column")]
+
+    def check(self, given: dict[str, Any]) -> None:  # noqa: B027 - most tasks have nothing to check
+        """Raises UserError for flags (`given`: those that the user named) that cannot be right together."""
+
+    @abstractmethod
+    def pair(self, row: dict[str, Any]) -> tuple[Any, str]:
+        """The text and the target of a row, whose values go by the flags that name their columns.
+
+        Raises: UserError for values that are none.
+        """
+
+    def shown(self, text: Any) -> str:
+        """The text of a pair as `completions.csv` shows it."""
+        return str(text)
+
+    def reference(self, target: str, prompt: Sequence[int]) -> str:
+        """What an answer to `prompt` (token ids) is scored against."""
+        return target
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+        num_beams: int = 1,
+        title: str = "",
+    ) -> list[str]:
+        """What the model answers to each of `prompts` (token ids), in their order, on every rank."""
+        length = encoder.max_target_length
+        return generate(model, encoder.tokenizer, prompts, batch_size, length, num_beams, title)
+
+    def continuations(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+        num_beams: int = 1,
+    ) -> list[str]:
+        """What a finished run shows for a text of the user: the answer, unless the task scores something else."""
+        return self.answers(model, encoder, prompts, batch_size, num_beams)
+
+    @abstractmethod
+    def score(
+        self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
+    ) -> dict[str, float]:
+        """The scores of all answers together; `label_names` has the classes, where the task has any."""
+
+    @abstractmethod
+    def row_scores(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """One score a row, for comparing two models row by row."""

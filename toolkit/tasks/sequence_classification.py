@@ -1,0 +1,49 @@
+"""Classification by a head: a linear layer over the text's last state, in place of the output vocabulary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from toolkit.evaluation import classify
+from toolkit.models import ModelKind
+from toolkit.tasks.classification import Classification
+from toolkit.tasks.tokenization import Encoder, Truncation
+
+
+@dataclass(frozen=True)
+class HeadEncoder(Encoder):
+    """Rows whose label is the number of a class."""
+
+    def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` of the text, cut to `max_length`, and `labels`, the number of its class."""
+        ids, cut = self.prompt(text)
+        lost.rows += cut > 0
+        lost.text_tokens += cut
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.label_names.index(target)}
+
+
+class SequenceClassification(Classification):
+    """Chooses the class by `AutoModelForSequenceClassification`, for any architecture that has one in transformers."""
+
+    name: ClassVar[str] = "sequence_classification"
+    model_kind: ClassVar[ModelKind] = "head"
+    flags: ClassVar[dict[str, Any]] = {"text_column": "sentence", "label_column": "label"}
+    encoder: ClassVar[type[Encoder]] = HeadEncoder
+    scoring: ClassVar[str] = (
+        "The majority class is what a model would score that always answers the most frequent label"
+    )
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+        num_beams: int = 1,
+        title: str = "",
+    ) -> list[str]:
+        """The name of the class with the largest logit for each of `prompts`."""
+        classes = classify(model, encoder.tokenizer, prompts, batch_size, title)
+        return [encoder.label_names[number] for number in classes]

@@ -1,0 +1,88 @@
+"""Plain text: each row is learned from its first token to its last, and scored by perplexity."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from toolkit.evaluation import generate, losses
+from toolkit.models import ModelKind
+from toolkit.tasks.base import Task
+from toolkit.tasks.tokenization import Encoder, Truncation
+
+CONTINUATION = 128
+
+
+@dataclass(frozen=True)
+class TextEncoder(Encoder):
+    """Rows in which every token carries the loss."""
+
+    def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
+        """The ids of the text, with the end-of-text token where it is not cut to `max_length`; labels are the ids."""
+        ids, cut = self.prompt(text)
+        if not cut and len(ids) < self.max_length:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        lost.rows += cut > 0
+        lost.text_tokens += cut
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
+
+
+class Text(Task):
+    """Language modelling on a column of plain text, one row a text."""
+
+    name: ClassVar[str] = "text"
+    model_kind: ClassVar[ModelKind] = "decoder"
+    flags: ClassVar[dict[str, Any]] = {"text_column": "text"}
+    encoder: ClassVar[type[Encoder]] = TextEncoder
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    scoring: ClassVar[str] = (
+        "The loss is the mean over all tokens in nats, its exponential the perplexity; "
+        "in completions.csv the reference is a text's number of scored tokens, and base and tuned are its losses"
+    )
+
+    def pair(self, row: dict[str, Any]) -> tuple[str, str]:
+        """The text; there is no target beside it."""
+        return str(row["text_column"]), ""
+
+    def reference(self, target: str, prompt: Sequence[int]) -> str:
+        """How many tokens of the text are predicted: all but the first."""
+        return str(len(prompt) - 1)
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+        num_beams: int = 1,
+        title: str = "",
+    ) -> list[str]:
+        """The mean loss over the tokens of each text, in nats."""
+        return [repr(loss) for loss in losses(model, encoder.tokenizer, prompts, batch_size, title)]
+
+    def continuations(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        prompts: Sequence[Sequence[int]],
+        batch_size: int,
+        num_beams: int = 1,
+    ) -> list[str]:
+        """How the model goes on after each of `prompts`, for at most `CONTINUATION` tokens."""
+        return generate(model, encoder.tokenizer, prompts, batch_size, CONTINUATION, num_beams)
+
+    def score(
+        self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
+    ) -> dict[str, float]:
+        """The mean loss over all tokens of all texts, and its exponential."""
+        tokens = [int(number) for number in references]
+        total = math.fsum(float(loss) * number for loss, number in zip(predictions, tokens, strict=True))
+        loss = total / max(1, sum(tokens))
+        return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+
+    def row_scores(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """The loss of each text; lower is better."""
+        return [float(loss) for loss in predictions]
