@@ -64,6 +64,26 @@ def test_the_config_that_a_run_leaves_can_be_run_again(yaml_file):
     assert again.as_dict() == config.as_dict()
 
 
+def test_a_method_s_default_that_the_task_does_not_have_is_left_out(yaml_file, tmp_path):
+    (tmp_path / "rows.csv").touch()
+    flags = ["--task", "sequence_classification", "--dataset_name", str(tmp_path / "rows.csv")]
+    config = parse_config(Lora, flags)  # on the embedded model, LoRA has a default for --max_target_length
+    assert "max_target_length" not in config.as_dict()
+    again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
+    assert again.as_dict() == config.as_dict()
+
+
+def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.csv").touch()
+    monkeypatch.chdir(tmp_path / "model")
+    flags = ["--model_name_or_path", ".", "--tokenizer_name", "user/name", "--dataset_name", "../rows.csv"]
+    settings = parse_config(Lora, flags).as_dict()
+    assert settings["model_name_or_path"] == str(tmp_path / "model")
+    assert settings["dataset_name"] == str(tmp_path / "rows.csv")
+    assert settings["tokenizer_name"] == "user/name"
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -88,6 +108,15 @@ def test_the_config_that_a_run_leaves_can_be_run_again(yaml_file):
         (["--load_in_4bit", "--load_in_8bit"], "exclude each other"),
         (["--bnb_4bit_quant_type", "nf4"], "has no effect without --load_in_4bit"),
         (["--text_column", "x"], "--text_column has no effect without --dataset_name"),
+        (["--task", "poetry"], "invalid choice: 'poetry'"),
+        (["--task", "text"], "--task text needs --dataset_name"),
+        (["--label_column", "x"], "--label_column has no effect with --task summarization (but with --task class"),
+        (["--task", "text", "--dataset_name", "a/b", "--num_beams", "2"], "--num_beams has no effect with --task text"),
+        (
+            ["--task", "sequence_classification", "--dataset_name", "a/b", "--prompt_template", "{text}"],
+            "no effect with",
+        ),
+        (["--task", "chat", "--dataset_name", "a/b", "--prompt_column", "x"], "give both --prompt_column and --resp"),
         (["--model_revision", "main"], "--model_revision has no effect on a local model"),
         (["--early_stopping_patience", "2"], "add --eval_strategy epoch --load_best_model_at_end"),
         (["--early_stopping_threshold", "0.1"], "no effect without --early_stopping_patience"),

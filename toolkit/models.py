@@ -3,7 +3,8 @@
 import copy
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,7 +34,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import logging
 
+from toolkit.console import say
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
 from toolkit.memory import catalogue
@@ -329,6 +332,16 @@ def quantization_config(
     )
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_model(
     args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, training: TrainingArguments
 ) -> PreTrainedModel:
@@ -349,9 +362,15 @@ def load_model(
         options["device_map"] = {"": training.device}
     set_seed(training.seed)  # for a head, which no checkpoint holds
     try:
-        model = auto_class(config).from_pretrained(args.source, **options)
+        with _quiet() if has_head(config) else nullcontext():  # that a head is new is no warning
+            model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
+    heads = tuple(head_modules(model)) if has_head(config) else ()
+    if has_head(config) and (missing := [name for name in found["missing_keys"] if not name.startswith(heads)]):
+        say(
+            "weights", f"{len(missing)} tensors of the body are not in {args.source} and begin random: {missing[0]} ..."
+        )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed weights are for widths that 32 divides alone
             module.support_avx512bf16_for_cpu = False

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
+_INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _refused: set[Any] = set()  # operators whose meta kernel raised once
 _remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (shape, stride, dtype) of its results
 
@@ -30,6 +31,8 @@ def _has_meta_kernel(op: Any) -> bool:
 
 def run(op: Any, args: tuple, kwargs: dict) -> Any:
     """`op(*args, **kwargs)`, with every tensor of the result fake if one of the arguments' is."""
+    if op.name() in _INDEXING:
+        args = (args[0], _places(args[1]), *args[2:])
     if op in _refused or not _has_meta_kernel(op):
         return op(*args, **kwargs)
     fakes: list[FakeTensor] = []
@@ -47,6 +50,15 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
     if fresh and tensors and all(item is None or isinstance(item, FakeTensor) for item in results):
         _remembered[signature] = _description(result)
     return result
+
+
+def _places(indices: Any) -> list[Any]:
+    """What an indexing operator makes of its indices: a real mask gives the places where it is true, so they are known."""
+    places: list[Any] = []
+    for index in indices:
+        is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        places.extend(index.nonzero(as_tuple=True) if is_mask else [index])
+    return places
 
 
 def _signature(value: Any, fakes: list[FakeTensor]) -> Any:

@@ -81,8 +81,9 @@ def _hold_out(rows: Dataset, size: int, seed: int, label: str | None) -> Dataset
         for name in sorted(numbers)
         for number in random.permutation(numbers[name])[: round(size * len(numbers[name]) / len(rows))].tolist()
     } or {0}
-    kept = [number for number in range(len(rows)) if number not in held]
-    return DatasetDict({"train": rows.select(kept), "test": rows.select(sorted(held))})
+    mixed = random.permutation(len(rows)).tolist()  # so that the first N of either are a fair sample
+    kept, out = ([number for number in mixed if (number in held) is wanted] for wanted in (False, True))
+    return DatasetDict({"train": rows.select(kept), "test": rows.select(out)})
 
 
 def _labels_as_text(rows: Dataset, label: str) -> Dataset:

@@ -1,0 +1,350 @@
+"""Each task: what its rows become, how a model answers, how answers are scored, and what is refused in one line."""
+
+import csv
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import recipe
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+from toolkit.data import DataArguments, load_data
+from toolkit.errors import UserError
+from toolkit.evaluation import classify, losses
+from toolkit.finished_run import FinishedRun
+from toolkit.metrics.classification import classification
+from toolkit.models import ModelArguments, auto_class, head_modules, load_model_config, set_head
+from toolkit.tasks import TASKS, row_scores
+from toolkit.tasks.tokenization import MASKED
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Is it raining?"},
+    {"role": "assistant", "content": "Yes, it is."},
+    {"role": "user", "content": "And cold?"},
+    {"role": "assistant", "content": "Very cold."},
+]
+
+
+@pytest.fixture(scope="module")
+def llama(data):
+    """Config and tokenizer of a real tiny Llama."""
+    return AutoConfig.from_pretrained(data / "models" / "stories260k"), tokenizer_of(data)
+
+
+def tokenizer_of(data, chat_template=None):
+    tokenizer = AutoTokenizer.from_pretrained(data / "models" / "stories260k")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def labelled(folder, **splits):
+    """A data set folder with csv files of sentence and label."""
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("sentence", "label"), *rows])
+    return str(folder)
+
+
+def jsonl(folder, rows):
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+GOOD, BAD = [("profit rose", "up")] * 6, [("profit fell", "down")] * 3
+
+
+# Scores
+
+
+def test_accuracy_and_macro_f1_derived_by_hand():
+    # up: TP 2, FP 1, FN 1 -> F1 4/6; down: TP 0, FN 1, FP 0 -> 0; flat: TP 1, no FP, no FN -> 1
+    scores = classification(
+        [" UP ", "up", "no idea", "up", "flat"], ["up", "up", "up", "down", "flat"], ["up", "down", "flat"]
+    )
+    assert scores == pytest.approx(
+        {"accuracy": 3 / 5, "macro_f1": (4 / 6 + 0 + 1) / 3, "unknown": 1 / 5, "majority_class": 3 / 5}
+    )
+
+
+def test_a_known_label_that_the_test_split_lacks_is_wrong_but_not_unknown():
+    assert classification(["down"], ["up"], ["up", "down"])["unknown"] == 0
+    assert classification(["down"], ["up"], ["up", "down"])["accuracy"] == 0
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_the_score_of_rows_is_the_score_of_all(name):
+    predictions, references = {
+        "text": (["2.0", "4.0"], ["10", "10"]),
+        "classification": (["Up", "x", "down"], ["up", "up", "up"]),
+    }.get(name, (["up", "a cat sat"], ["up", "the cat sat"]))
+    task = TASKS[name]
+    mean = sum(row_scores(name, predictions, references)) / len(references)
+    assert 0 < mean == pytest.approx(task.score(predictions, references, ["up", "down"])[task.metric])
+    assert task.higher_is_better is (name != "text")
+
+
+def test_perplexity_weighs_texts_by_their_tokens():
+    scores = TASKS["text"].score(["1.0", "4.0"], ["30", "10"], [])
+    assert scores == pytest.approx({"loss": 70 / 40, "perplexity": math.exp(70 / 40)})
+
+
+# Files and labels
+
+
+def test_sentences_with_labels_are_read_in_latin_1_and_split_by_class(tmp_path, llama):
+    lines = [f"caf\xe9 {n} @ home@up" for n in range(60)] + [f"loss {n} .@down" for n in range(40)]
+    (tmp_path / "Sentences_AllAgree.txt").write_bytes("\r\n".join(lines).encode("latin-1"))
+    (tmp_path / "License.txt").write_text("free")
+    loaded = load_data(DataArguments("classification", str(tmp_path)), *llama, seed=1)
+    assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 81, "validation": 10, "test": 9}
+    for split, up in (("validation", 6), ("test", 5)):
+        assert loaded.rows[split]["label"].count("up") == up
+    texts = [text for split in loaded.rows for text in loaded.rows[split]["sentence"]]
+    assert len(set(texts)) == 100 and "caf\xe9 7 @ home" in texts
+    assert loaded.test_texts == loaded.test["sentence"] and loaded.references == loaded.test["label"]
+
+
+def test_the_whole_financial_phrasebank(data):
+    from toolkit.tasks.rows import load_rows
+
+    columns = {"text_column": "sentence", "label_column": "label"}
+    splits, remarks = load_rows(str(data / "financial_phrasebank"), None, columns, seed=0)
+    labels = [label for split in splits for label in splits[split]["label"]]
+    assert {name: labels.count(name) for name in sorted(set(labels))} == {
+        "negative": 303,
+        "neutral": 1391,
+        "positive": 570,
+    }
+    assert len(splits["test"]) > 200 and len(remarks) == 2
+    first = list(splits["test"]["label"][:50])
+    assert len(set(first)) == 3  # mixed, so that the first N rows are a fair sample
+
+
+@pytest.mark.parametrize(
+    ("splits", "flags", "expected"),
+    [
+        ({"train": GOOD}, {}, "column label has one value alone ('up')"),
+        (
+            {"train": GOOD + BAD, "test": [("x", "flat")]},
+            {},
+            "the test split has the label 'flat', which train has not",
+        ),
+        ({"train": GOOD + BAD}, {"max_target_length": 1}, "cuts labels off, the longest of which has"),
+        (
+            {"train": GOOD + BAD},
+            {"label_column": "mood"},
+            "no column 'mood'; it has sentence, label; name yours with --label_column",
+        ),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused(splits, flags, expected, tmp_path, llama):
+    with pytest.raises(UserError) as caught:
+        load_data(DataArguments("classification", labelled(tmp_path / "d", **splits), **flags), *llama, seed=0)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_line_without_a_label_is_named(tmp_path, llama):
+    (tmp_path / "rows.txt").write_text("a@up\n\nno label here\n")
+    with pytest.raises(UserError, match="line 3 has no @label at its end"):
+        load_data(DataArguments("classification", str(tmp_path / "rows.txt")), *llama, seed=0)
+
+
+def test_several_files_of_sentences_must_be_chosen_from(tmp_path, llama):
+    for share in ("50Agree", "AllAgree"):
+        (tmp_path / f"Sentences_{share}.txt").write_text("a@up\n")
+    with pytest.raises(
+        UserError, match=r"several files of sentences \(Sentences_50Agree.txt, Sentences_AllAgree.txt\)"
+    ):
+        load_data(DataArguments("classification", str(tmp_path)), *llama, seed=0)
+
+
+# Classification as text, and by a head
+
+
+def test_the_prompt_names_the_classes_and_the_target_is_one(tmp_path, llama):
+    loaded = load_data(DataArguments("classification", labelled(tmp_path / "d", train=GOOD + BAD * 4)), *llama, seed=0)
+    row = loaded.train[0]
+    target = [label for label in row["labels"] if label != MASKED]
+    assert loaded.encoder.tokenizer.decode(target, skip_special_tokens=True).strip() in ("up", "down")
+    text = loaded.encoder.tokenizer.decode(loaded.test_prompts[0])
+    assert "one of: down, up." in text and loaded.test_texts[0] in text
+
+
+def test_the_rows_of_a_head_are_the_text_alone_and_a_class(tmp_path, llama):
+    config, tokenizer = llama
+    folder = labelled(tmp_path / "d", train=[*GOOD, ("word " * 90, "down")] * 3, validation=BAD, test=GOOD)
+    loaded = load_data(DataArguments("sequence_classification", folder, max_length=64), config, tokenizer, seed=0)
+    assert loaded.encoder.label_names == ("down", "up")
+    assert loaded.supervised_tokens == len(loaded.train) == 21
+    rows = {tokenizer.decode(row["input_ids"], skip_special_tokens=True).strip(): row for row in loaded.train}
+    assert rows["profit rose"]["labels"] == 1
+    assert max(len(row["input_ids"]) for row in loaded.train) == 64
+    assert loaded.truncation["train"].rows == 3 and loaded.truncation["train"].text_tokens > 0
+    assert loaded.truncation["test"].rows == 0
+
+
+def test_a_head_classifies_a_batch_as_it_classifies_each_text(llama):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
+    )
+    set_head(config, ["a", "b", "c"], llama[1].pad_token_id)
+    torch.manual_seed(3)
+    model = auto_class(config).from_config(config)
+    assert type(model).__name__ == "LlamaForSequenceClassification" and head_modules(model) == ["score"]
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (3, 17, 9, 30, 1, 12)]
+    alone = [classify(model, llama[1], [prompt], 1)[0] for prompt in prompts]
+    assert len(set(alone)) > 1
+    assert classify(model, llama[1], prompts, 4) == alone
+    assert TASKS["sequence_classification"].answers(
+        model, TASKS["sequence_classification"].encoder(llama[1], "{text}", False, 64, 0, ("a", "b", "c")), prompts, 4
+    ) == ["abc"[number] for number in alone]
+
+
+def test_a_model_that_does_not_fit_the_task_is_refused(tmp_path, tiny_t5):
+    arguments = ModelArguments(str(tiny_t5), random_weights=True)
+    with pytest.raises(UserError, match="an encoder-decoder, and this task continues one sequence"):
+        load_model_config(arguments, kind="decoder")
+    assert load_model_config(arguments, kind="head").model_type == "t5"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UserError, match="vit model, for which transformers has no classification head"):
+        load_model_config(ModelArguments(str(tmp_path), random_weights=True), kind="head")
+
+
+# Chat
+
+
+def chat(data, tmp_path, rows, template=CHATML, **flags):
+    config = AutoConfig.from_pretrained(data / "models" / "stories260k")
+    arguments = DataArguments("chat", jsonl(tmp_path / "chat", rows), **flags)
+    return load_data(arguments, config, tokenizer_of(data, template), seed=0)
+
+
+def test_the_loss_is_on_every_turn_of_the_assistant_and_on_nothing_else(data, tmp_path):
+    loaded = chat(data, tmp_path, [{"messages": TALK}] * 3)
+    tokenizer, row = loaded.encoder.tokenizer, loaded.train[0]
+    spans, open_span = [], []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (MASKED, token)
+        if label == MASKED and open_span:
+            spans.append(tokenizer.decode(open_span))
+            open_span = []
+        elif label != MASKED:
+            open_span.append(token)
+    spans.append(tokenizer.decode(open_span)) if open_span else None
+    assert [span.strip() for span in spans] == ["Yes, it is.</s>", "Very cold.</s>"]
+    assert loaded.supervised_tokens == 3 * sum(label != MASKED for label in row["labels"])
+
+
+def test_the_last_turn_is_what_is_generated_and_scored(data, tmp_path):
+    loaded = chat(data, tmp_path, [{"messages": [*TALK, {"role": "user", "content": "Bye."}]}] * 3)
+    assert loaded.references == ["Very cold."] * 3
+    assert loaded.test_texts[0].endswith("assistant: Yes, it is.\nuser: And cold?")
+    prompt = loaded.encoder.tokenizer.decode(loaded.test_prompts[0])
+    assert prompt.rstrip().endswith("<|assistant|>") and "Very cold" not in prompt and "Bye" not in prompt
+    assert loaded.encoder.prompt("Hi.")[0] == loaded.encoder.prompt([{"role": "user", "content": "Hi."}])[0]
+
+
+def test_prompt_and_response_make_a_conversation(data, tmp_path):
+    rows = [{"q": "Is it raining?", "a": "Yes, it is."}] * 3
+    loaded = chat(data, tmp_path, rows, prompt_column="q", response_column="a")
+    assert loaded.references == ["Yes, it is."] * 3 and loaded.test_texts == ["Is it raining?"] * 3
+
+
+def test_a_conversation_that_is_too_long_loses_its_end_in_training_and_its_beginning_as_a_prompt(data, tmp_path):
+    long = [{"role": "user", "content": "word " * 60}, *TALK[2:]]
+    loaded = chat(data, tmp_path, [{"messages": TALK}, {"messages": long}], max_length=80, max_target_length=8)
+    assert len(loaded.train) == 1 and "1 rows of train left out: no label within --max_length 80" in loaded.remarks
+    assert [len(ids) for ids in loaded.test_prompts] == [72, 72]
+    assert loaded.encoder.tokenizer.decode(loaded.test_prompts[1]).rstrip().endswith("<|assistant|>")
+    assert loaded.truncation["train"].rows >= 1 and loaded.truncation["test"].rows == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "expected"),
+    [
+        ([{"messages": TALK}], None, "its tokenizer has no chat template"),
+        ([{"messages": TALK[:2]}], CHATML, r"row 1 of train: its conversation has no turn of the role assistant \(it has system, user\)"),
+        ([{"messages": "Hi."}], CHATML, "row 1 of train: its conversation is not a list of"),
+        ([{"messages": [{"role": "user", "content": "word " * 600}, TALK[2]]}], CHATML, "every label of the train split is masked"),
+        ([{"messages": TALK}], "{{ messages | length }}" + CHATML, "rewrites earlier turns"),
+        ([{"messages": TALK}], "{{ raise_exception('no system turn') }}", "refuses a conversation of system, user"),
+        ([{"text": "Hi."}], CHATML, "name yours with --messages_column"),
+    ],
+)  # fmt: skip
+def test_conversations_that_cannot_be_learned_are_refused(rows, template, expected, data, tmp_path):
+    with pytest.raises(UserError, match=expected) as caught:
+        chat(data, tmp_path, rows * 2, template)
+    assert "\n" not in str(caught.value)
+
+
+# Plain text
+
+
+def test_every_token_of_a_text_is_learned_and_its_end(data, tmp_path, llama):
+    loaded = load_data(DataArguments("text", jsonl(tmp_path / "d", [{"text": "A cat sat."}] * 3)), *llama, seed=0)
+    row = loaded.train[0]
+    assert row["labels"] == row["input_ids"] and row["input_ids"][-1] == llama[1].eos_token_id
+    assert loaded.supervised_tokens == 3 * (len(row["labels"]) - 1)  # nothing comes before the first
+    assert loaded.test_prompts[0] == row["input_ids"][:-1]
+    assert loaded.references == [str(len(row["labels"]) - 2)] * 3
+
+
+def test_the_loss_of_a_text_is_the_models_own_whatever_its_batch(llama):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
+    )
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config).eval()
+    prompts = [torch.randint(3, 500, (length,)).tolist() for length in (3, 17, 9, 30, 12)]
+    with torch.inference_mode():
+        expected = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in prompts]
+    assert losses(model, llama[1], prompts, 3) == pytest.approx(expected, rel=1e-5)
+
+
+# From the command line
+
+
+@pytest.mark.slow
+def test_a_head_is_trained_predicted_saved_and_read_back_from_any_folder(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)  # paths that are relative to it must hold elsewhere
+    arguments = ["--model_name_or_path", "models/stories260k", "--dataset_name", "financial_phrasebank"]
+    size = ("--max_train_samples", "64", "--max_eval_samples", "24", "--max_steps", "4", "--learning_rate", "1e-2")
+    done = recipe("lora", "--task", "sequence_classification", *arguments, *size, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "64 labels" in done.stdout and "majority class" in done.stdout
+    assert any("allocated, peak" in line and "exact" in line for line in done.stdout.splitlines())
+    assert "MISSING" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    run = FinishedRun(tmp_path / "run")
+    assert run.record["task"] == "sequence_classification"
+    assert run.record["label_names"] == ["negative", "neutral", "positive"]
+    with (tmp_path / "run" / "completions.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["base"] for row in rows} | {row["tuned"] for row in rows} <= set(run.record["label_names"])
+    assert [row["base"] for row in rows] != [row["tuned"] for row in rows]
+    assert run.generate([row["text"] for row in rows]) == [row["tuned"] for row in rows]
+
+
+@pytest.mark.slow
+def test_a_chat_is_trained_from_the_command_line(data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(data / "models" / "stories260k", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML}))
+    rows = jsonl(tmp_path / "chat", [{"messages": TALK}] * 16)
+    arguments = ["--task", "chat", "--model_name_or_path", model, "--dataset_name", rows, "--max_target_length", "16"]
+    size = ("--max_eval_samples", "4", "--max_steps", "12", "--learning_rate", "1e-2")
+    done = recipe("full", *arguments, *size, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "run" / "run.json").read_text())["scores"]
+    assert scores["tuned"]["rougeL"] > scores["base"]["rougeL"]
