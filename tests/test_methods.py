@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tiny_models import rows, tiny_model
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BitsAndBytesConfig, LlamaForSequenceClassification
+from tiny_models import rows, tiny_config, tiny_model
+from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
@@ -25,6 +25,7 @@ from toolkit.methods.prefix_tuning import PrefixTuning
 from toolkit.methods.prompt_tuning import PromptTuning
 from toolkit.methods.qlora import QLora
 from toolkit.methods.selective import Selective, layers_of
+from toolkit.models import auto_class, set_head
 from toolkit.training import FineTuner
 
 MODELS = ["t5", "bart", "llama", "gpt2", "qwen2"]
@@ -120,19 +121,30 @@ def test_trainable_parameters_are_those_of_the_published_comparison():
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected, method.name
 
 
-@pytest.mark.parametrize("method", [Lora(), IA3(), Adapter(), PromptTuning(), Selective(train_norms=True)], ids=label)
-def test_a_classification_head_is_trained_and_saved_with_the_method(method, tmp_path):
-    def classifier():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return LlamaForSequenceClassification(
-            AutoConfig.for_model("llama", **sizes, vocab_size=256, num_labels=3, pad_token_id=0)
-        )
+HEADS = {"llama": ("score", 1), "t5": ("classification_head", 4)}  # its name, its tensors
 
-    inputs = {"input_ids": torch.randint(3, 256, (2, 16)), "labels": torch.tensor([0, 2])}
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, method) for name in HEADS for method in (Lora(), IA3(), Adapter(), Selective(train_norms=True))),
+        ("llama", PromptTuning()),
+    ],
+    ids=label,
+)
+def test_a_classification_head_is_trained_and_saved_with_the_method(name, method, tmp_path):
+    def classifier():
+        config = tiny_config(name)
+        set_head(config, ["a", "b", "c"], pad_token_id=0)
+        torch.manual_seed(0)
+        return auto_class(config).from_config(config)
+
+    ids = torch.randint(3, 256, (2, 16))
+    ids[:, -1] = 2  # the end-of-text token, whose state T5's head reads
+    inputs = {"input_ids": ids, "labels": torch.tensor([0, 2])}
     model = method.attach(classifier())
-    heads = [key for key, p in model.named_parameters() if "score" in key and p.requires_grad]
-    assert len(heads) == 1
+    head, tensors = HEADS[name]
+    assert len([key for key, p in model.named_parameters() if head in key and p.requires_grad]) == tensors
     model(**inputs).loss.backward()
     with torch.no_grad():
         for p in model.parameters():
