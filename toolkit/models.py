@@ -357,6 +357,8 @@ def load_model(
     options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
+    if has_head(config):
+        options["ignore_mismatched_sizes"] = True  # the head of a checkpoint that had other classes is made anew
     if args.load_in_4bit or args.load_in_8bit:
         options["quantization_config"] = quantization_config(args, config, dtype)
         options["device_map"] = {"": training.device}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from toolkit.evaluation import generate, losses
-from toolkit.models import ModelKind
+from toolkit.models import ModelKind, longest_input
 from toolkit.tasks.base import Task
 from toolkit.tasks.tokenization import Encoder, Truncation
 
@@ -71,8 +71,10 @@ class Text(Task):
         batch_size: int,
         num_beams: int = 1,
     ) -> list[str]:
-        """How the model goes on after each of `prompts`, for at most `CONTINUATION` tokens."""
-        return generate(model, encoder.tokenizer, prompts, batch_size, CONTINUATION, num_beams)
+        """How the model goes on after each of `prompts`, for at most `CONTINUATION` tokens and as far as its positions go."""
+        longest = max(map(len, prompts), default=0)
+        room = max(1, (longest_input(model.config) or longest + CONTINUATION) - longest)
+        return generate(model, encoder.tokenizer, prompts, batch_size, min(CONTINUATION, room), num_beams)
 
     def score(
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
