@@ -124,14 +124,8 @@ def test_trainable_parameters_are_those_of_the_published_comparison():
 HEADS = {"llama": ("score", 1), "t5": ("classification_head", 4)}  # its name, its tensors
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        *((name, method) for name in HEADS for method in (Lora(), IA3(), Adapter(), Selective(train_norms=True))),
-        ("llama", PromptTuning()),
-    ],
-    ids=label,
-)
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("method", [Lora(), IA3(), Adapter(), PromptTuning(), Selective(train_norms=True)], ids=label)
 def test_a_classification_head_is_trained_and_saved_with_the_method(name, method, tmp_path):
     def classifier():
         config = tiny_config(name)
@@ -139,6 +133,10 @@ def test_a_classification_head_is_trained_and_saved_with_the_method(name, method
         torch.manual_seed(0)
         return auto_class(config).from_config(config)
 
+    if (name, method.name) == ("t5", "prompt_tuning"):
+        with pytest.raises(UserError, match="does not fit the head of this t5 model, which takes token ids alone"):
+            method.attach(classifier())
+        return
     ids = torch.randint(3, 256, (2, 16))
     ids[:, -1] = 2  # the end-of-text token, whose state T5's head reads
     inputs = {"input_ids": ids, "labels": torch.tensor([0, 2])}

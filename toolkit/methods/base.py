@@ -94,6 +94,11 @@ class PeftBased(Method):
 
 def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedModel:
     """`get_peft_model`, with PEFT's reason for a refusal as one line; a classification head is trained and saved as well."""
+    if has_head(model.config) and config.is_prompt_learning and model.config.is_encoder_decoder:
+        raise UserError(
+            f"{name} does not fit the head of this {model.config.model_type} model, which takes token ids alone; "
+            "use --task classification, or another method"
+        )
     if has_head(model.config) and hasattr(config, "modules_to_save"):
         config.modules_to_save = [*(config.modules_to_save or []), *head_modules(model)]
     try:
