@@ -15,9 +15,9 @@ demo: setup
 	$(BIN)/accelerate launch --config_file launch/single.yaml recipes/lora.py
 
 test: .venv/.footprint-test check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 quick: .venv/.footprint-test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 matrix: .venv/.footprint-test
 	$(BIN)/python -m pytest -q -m matrix --matrix
 check: .venv/.footprint-test

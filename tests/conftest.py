@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import io
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import transformers  # noqa: F401 - its log handler must not keep the streams of
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
-SAMPLES = 8  # `make test` runs one in eight of each long sweep, another one each day; `make matrix` runs them all
+SAMPLE = 5  # `make test` runs so many cases of each long sweep, others each day; `make matrix` runs them all
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,9 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--matrix"):
         return
-    sweep = [item for item in items if item.get_closest_marker("matrix")]
-    today = datetime.date.today().toordinal() % SAMPLES
-    left_out = {item for number, item in enumerate(sweep) if number % SAMPLES != today}
+    sweeps: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            sweeps.setdefault(item.nodeid.split("[")[0], []).append(item)
+    day = datetime.date.today().toordinal()
+    left_out: set[pytest.Item] = set()
+    for cases in sweeps.values():
+        random.Random(0).shuffle(cases)  # so that each day sees something of everything
+        days = -(-len(cases) // SAMPLE)
+        left_out |= {case for number, case in enumerate(cases) if number % days != day % days}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 
