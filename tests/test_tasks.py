@@ -10,12 +10,15 @@ import torch
 from conftest import recipe
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
+from toolkit.config import parse_config
 from toolkit.data import DataArguments, load_data
 from toolkit.errors import UserError
 from toolkit.evaluation import classify, losses
 from toolkit.finished_run import FinishedRun
+from toolkit.methods.full import Full
 from toolkit.metrics.classification import classification
 from toolkit.models import ModelArguments, auto_class, head_modules, load_model_config, set_head
+from toolkit.prediction import predict_run
 from toolkit.tasks import TASKS, row_scores
 from toolkit.tasks.tokenization import MASKED
 
@@ -218,6 +221,15 @@ def test_a_model_that_does_not_fit_the_task_is_refused(tmp_path, tiny_t5):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(UserError, match="vit model, for which transformers has no classification head"):
         load_model_config(ModelArguments(str(tmp_path), random_weights=True), kind="head")
+
+
+def test_a_head_of_t5_is_predicted_though_it_looks_for_the_end_of_each_text(tmp_path):
+    folder = labelled(tmp_path / "d", train=[*GOOD, *BAD, ("even", "flat")])
+    flags = ["--task", "sequence_classification", "--dataset_name", folder, "--max_length", "32"]
+    ledger = predict_run(parse_config(Full, flags))
+    head = 128 * 128 + 128 + 128 * 3 + 3  # dense and out_proj with their biases, 3 classes, on the embedded T5
+    assert ledger.parameters == {"trainable": 906_368 + head, "all": 906_368 + head}
+    assert ledger.phases["backward"].categories["activations_saved"] > 2**20
 
 
 # Chat

@@ -156,7 +156,7 @@ class Parser(HfArgumentParser):
         name = got.lstrip("-").split("=")[0].replace("-", "_")
         if not got.startswith("-"):
             raise UserError(f"{where}unexpected value {got!r}: every setting is a flag, --name value")
-        owners = [m for m, cls in methods.METHODS.items() if name in {f.name for f in dataclasses.fields(cls)}]
+        owners = [m for m, cls in sorted(methods.METHODS.items()) if name in {f.name for f in dataclasses.fields(cls)}]
         hint = f" (it belongs to the method {owners[0]})" if owners else did_you_mean(name, self.flags())
         shown = name if where else f"--{name}"
         raise UserError(f"{where}unknown {'key' if where else 'flag'} {shown}{hint}; --help lists them all")

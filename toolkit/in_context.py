@@ -14,6 +14,8 @@ from toolkit.config import Config
 from toolkit.console import is_main, say, table
 from toolkit.errors import UserError
 from toolkit.evaluation import Completions, evaluate_by_generation
+from toolkit.metrics import score_title
+from toolkit.models import T5_FAMILY, longest_input
 from toolkit.preparation import Preparation
 from toolkit.run_folder import RunFolder
 from toolkit.tasks.tokenization import MASKED
@@ -61,13 +63,15 @@ def prompts_with_examples(ready: Preparation, number: int, seed: int) -> list[li
     data, tokenizer = ready.data, ready.tokenizer
     if number > len(data.train):
         raise UserError(f"--num_shots {number}: the train split has {len(data.train)} rows; give at most that")
+    if number and not data.encoder.max_target_length:
+        raise UserError(
+            f"--task {data.task.name} writes no answer, so examples in a prompt show nothing; use another task"
+        )
     chosen = random.Random(seed).sample(range(len(data.train)), len(data.train))[:number]
     between = tokenizer("\n\n", add_special_tokens=False).input_ids
     closing = set(tokenizer.all_special_ids)
     examples: list[int] = []
     for row in (data.train[index] for index in chosen):
-        if not isinstance(row["labels"], list):
-            raise UserError("a classification head has no prompt to put examples into; use --task classification")
         ids = _inner(row["input_ids"], closing)
         if ready.model_config.is_encoder_decoder:
             ids = ids + _inner([label for label in row["labels"] if label != MASKED], closing)
@@ -87,9 +91,9 @@ def _inner(ids: list[int], closing: set[int]) -> list[int]:
 
 
 def _check_fit(ready: Preparation, number: int, longest: int) -> None:
-    config, encoder = ready.model_config.get_text_config(), ready.data.encoder
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit is None or hasattr(config, "relative_attention_num_buckets"):
+    config, encoder = ready.model_config, ready.data.encoder
+    limit = longest_input(config)
+    if limit is None or config.model_type in T5_FAMILY:
         return  # T5's relative positions have no end
     needed = longest + (0 if config.is_encoder_decoder else encoder.max_target_length)
     if needed > limit:
@@ -109,12 +113,12 @@ def finish_in_context(run: RunFolder, ready: Preparation, results: list[Shots]) 
     run.write("run.json", json.dumps(run.record, indent=2))
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["prompt", *(shots.name for shots in results)])
-    asked = ready.tokenizer.batch_decode(ready.data.test_prompts, skip_special_tokens=True)
-    writer.writerows(zip(asked, *(shots.completions.texts for shots in results), strict=True))
+    writer.writerow(["text", "reference", *(shots.name for shots in results)])
+    asked = (ready.data.test_texts, ready.data.references)
+    writer.writerows(zip(*asked, *(shots.completions.texts for shots in results), strict=True))
     run.write("completions.csv", text.getvalue())
     kinds = list(results[0].completions.scores)
-    columns = ["examples", *(kind.replace("rouge", "ROUGE-") for kind in kinds), "prompt tokens", "ms a row"]
+    columns = ["examples", *map(score_title, kinds), "prompt tokens", "ms a row"]
     rows = [
         [
             s.name,
