@@ -20,7 +20,7 @@ class Summarization(Task):
     metric: ClassVar[str] = "rougeL"
     scoring: ClassVar[str] = "ROUGE F-measures with stemming"
 
-    def pair(self, row: dict[str, Any]) -> tuple[str, str]:
+    def pair(self, row: dict[str, Any]) -> tuple[Any, str]:
         """The text and its summary."""
         return str(row["text_column"]), str(row["summary_column"])
 
