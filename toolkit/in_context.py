@@ -14,6 +14,7 @@ from toolkit.config import Config
 from toolkit.console import is_main, say, table
 from toolkit.errors import UserError
 from toolkit.evaluation import Completions, evaluate_by_generation
+from toolkit.metrics import score_title
 from toolkit.preparation import Preparation
 from toolkit.run_folder import RunFolder
 from toolkit.tasks.tokenization import MASKED
@@ -114,7 +115,7 @@ def finish_in_context(run: RunFolder, ready: Preparation, results: list[Shots]) 
     writer.writerows(zip(asked, *(shots.completions.texts for shots in results), strict=True))
     run.write("completions.csv", text.getvalue())
     kinds = list(results[0].completions.scores)
-    columns = ["examples", *(kind.replace("rouge", "ROUGE-") for kind in kinds), "prompt tokens", "ms a row"]
+    columns = ["examples", *map(score_title, kinds), "prompt tokens", "ms a row"]
     rows = [
         [
             s.name,
