@@ -405,7 +405,7 @@ def test_each_method_of_peft_trains_or_is_refused_in_one_line(peft_type):
 def test_a_file_configures_a_method_of_peft(tmp_path):
     file = tmp_path / "loha.json"
     file.write_text(json.dumps({"r": 2, "target_modules": ["wi"]}))
-    model = parse_config(AnyPeft, ["--peft_config", str(file)]).method.attach(tiny_model("t5"))
+    model = parse_config(AnyPeft, ["--peft_type", "LOHA", "--peft_config", str(file)]).method.attach(tiny_model("t5"))
     assert {key.split(".")[-3] for key, p in model.named_parameters() if p.requires_grad} == {"wi"}
     assert model.peft_config["default"].r == 2
 
@@ -441,7 +441,7 @@ def test_a_file_configures_a_method_of_peft(tmp_path):
         (Selective, "--train_norms --load_in_8bit", "quantized weights cannot be trained"),
         (AnyPeft, "--peft_type VARA", "did you mean VERA?"),
         (AnyPeft, "--peft_type XLORA", "mixes LoRA adapters"),
-        (AnyPeft, "--load_in_4bit", "PEFT's LOHA takes a quantized weight for one of full precision"),
+        (AnyPeft, "--peft_type LOHA --load_in_4bit", "PEFT's LOHA takes a quantized weight for one of full precision"),
         (AnyPeft, "--peft_config nowhere.yaml", "nowhere.yaml: cannot be read"),
     ],
 )

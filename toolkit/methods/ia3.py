@@ -22,7 +22,7 @@ class IA3(PeftBased):
     name: ClassVar[str] = "ia3"
     paper: ClassVar[str] = "arXiv:2205.05638"
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-3}  # the paper's
-    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 5e-2}
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 0.2, "num_train_epochs": 5.0}
 
     ia3_target_modules: list[str] | None = field(
         default=None,

@@ -22,7 +22,7 @@ class PTuning(PeftBased):
     name: ClassVar[str] = "p_tuning"
     paper: ClassVar[str] = "arXiv:2103.10385"
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
-    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 1e-2}
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 3e-3}
 
     num_virtual_tokens: int = field(
         default=20, metadata={"help": "Learned positions before the input; each makes the sequence one longer."}

@@ -39,7 +39,7 @@ class AnyPeft(PeftBased):
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
     embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 1e-2}
 
-    peft_type: str = field(default="LOHA", metadata={"help": "PEFT's name of the method, such as LOHA, OFT or VERA."})
+    peft_type: str = field(default="VERA", metadata={"help": "PEFT's name of the method, such as VERA, LOHA or OFT."})
     peft_config: str | None = field(
         default=None, metadata={"help": "YAML or JSON file with the fields of its configuration class."}
     )

@@ -24,7 +24,7 @@ class PrefixTuning(PeftBased):
     name: ClassVar[str] = "prefix_tuning"
     paper: ClassVar[str] = "arXiv:2101.00190"
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-2}
-    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 3e-2}
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 0.3, "num_train_epochs": 5.0}
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Learned keys and values in each layer."})
     prefix_init: Literal["vocabulary", "zero", "random"] = field(

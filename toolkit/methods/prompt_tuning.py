@@ -23,7 +23,7 @@ class PromptTuning(PeftBased):
     name: ClassVar[str] = "prompt_tuning"
     paper: ClassVar[str] = "arXiv:2104.08691"
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 3e-2}
-    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 0.3}
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 3e-2}
 
     num_virtual_tokens: int = field(
         default=20, metadata={"help": "Learned positions before the input; each makes the sequence one longer."}
