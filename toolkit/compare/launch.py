@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -24,6 +24,7 @@ _SIGNAL = re.compile(r"died with <Signals\.(\w+)")
 def run_all(plan: Plan) -> None:
     """Runs what is not done yet. Runs that failed or were stopped before are run anew, in an empty folder."""
     todo = [run for run in plan.runs if not run.is_done]
+    took = {run: read_json(run.folder / "run.json")["seconds"] for run in plan.runs if run not in todo}
     if len(todo) < len(plan.runs):
         say("done", f"{len(plan.runs) - len(todo)} of {len(plan.runs)} runs were done before")
     columns = (TextColumn("[bold]comparing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -35,7 +36,7 @@ def run_all(plan: Plan) -> None:
                     "run",
                     f"{len(plan.runs) - len(todo) + number + 1} of {len(plan.runs)}: {run.method}, seed {run.seed}",
                 )
-            began, expected = time.monotonic(), _seconds(plan, todo[number:])
+            began, expected = time.monotonic(), _expected(took, todo[number:])
             process = _start(run, plan.launch)
             try:
                 while process.poll() is None:
@@ -48,11 +49,15 @@ def run_all(plan: Plan) -> None:
                     os.killpg(process.pid, signal.SIGTERM)
                     process.wait()
             bar.update(task, advance=1)
-            took = f"{time.monotonic() - began:.0f} s"
+            spent = time.monotonic() - began
             if run.is_done:
-                say("done", f"{run.method}, seed {run.seed}: {took}, {_left(_seconds(plan, todo[number + 1 :]))}")
+                took[run] = spent
+                say(
+                    "done",
+                    f"{run.method}, seed {run.seed}: {spent:.0f} s, {_left(_expected(took, todo[number + 1 :]))}",
+                )
             else:
-                say("failed", f"{run.method}, seed {run.seed}: {took}, {why_failed(run)} (all of it: {run.log})")
+                say("failed", f"{run.method}, seed {run.seed}: {spent:.0f} s, {why_failed(run)} (all of it: {run.log})")
 
 
 def command(run: Run, launch: str) -> list[str]:
@@ -73,14 +78,12 @@ def _start(run: Run, launch: str) -> subprocess.Popen:
         )
 
 
-def _seconds(plan: Plan, todo: Sequence[Run]) -> float | None:
-    """How long `todo` will take, from the runs that are done: those of the same method, or else all of them."""
-    took: dict[str, list[float]] = {}
-    for run in plan.runs:
-        if run.is_done:
-            took.setdefault(run.method, []).append(read_json(run.folder / "run.json")["seconds"])
-    any_method = [value for values in took.values() for value in values]
-    return sum(mean(took.get(run.method, any_method)) for run in todo) if took else None
+def _expected(took: Mapping[Run, float], todo: Sequence[Run]) -> float | None:
+    """How many seconds `todo` will take, from the runs that are done: those of the same method, or else all of them."""
+    if not took:
+        return None
+    same = {run.method: [seconds for one, seconds in took.items() if one.method == run.method] for run in todo}
+    return sum(mean(same[run.method] or took.values()) for run in todo)
 
 
 def _left(expected: float | None, spent: float = 0.0) -> str:
