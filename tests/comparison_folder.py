@@ -99,15 +99,36 @@ def write_run(folder: Path, method: str, seed: int, rows: int = 60, finished: bo
             stream.write(json.dumps(line) + "\n")
 
 
-def write_comparison(folder: Path, methods=tuple(SHAPES), seeds: int = 3) -> Path:
+def write_in_context(folder: Path, rows: int = 60) -> None:
+    """A run without training: two numbers of examples, no references among its answers."""
+    write_run(folder, "ia3", 7, rows)
+    for name in ("memory.json", "predicted_memory.json", "metrics.jsonl", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
+        answers = [(row["text"], row["base"], row["tuned"]) for row in csv.DictReader(stream)]
+    with (folder / "completions.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("prompt", "0-shot", "2-shot"), *answers])
+    record = json.loads((folder / "run.json").read_text())
+    record |= {"method": "in_context", "parameters": {"trainable": 0, "all": 906_368}}
+    record["scores"] = {"0-shot": record["scores"]["base"], "2-shot": record["scores"]["tuned"]}
+    record["context"] = {
+        s: {"prompt_tokens": t, "seconds_a_row": t / 1000} for s, t in (("0-shot", 80), ("2-shot", 260))
+    }
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def write_comparison(folder: Path, methods=tuple(SHAPES), seeds: int = 3, in_context: bool = False) -> Path:
     """All of it; the last method's last seed is left out, as if its process had run out of memory."""
     for method in methods:
         for seed in range(seeds):
             if (method, seed) != (methods[-1], seeds - 1):
                 write_run(folder / "runs" / f"{method}-{seed}", method, seed)
+    if in_context:
+        write_in_context(folder / "runs" / "in_context-0")
     log = folder / "runs" / f"{methods[-1]}-{seeds - 1}.log"
     launcher = "subprocess.CalledProcessError: Command '['python']' returned non-zero exit status 1."
     log.write_text(f"step 1\nTraceback\n  line\ntorch.OutOfMemoryError: CUDA out of memory\nTraceback\n{launcher}\n")
-    about = {"methods": list(methods), "seeds": seeds, "launch": "launch/single.yaml", "flags": ["--max_steps", "500"]}
+    methods = [*methods, "in_context"] if in_context else list(methods)
+    about = {"methods": methods, "seeds": seeds, "launch": "launch/single.yaml", "flags": ["--max_steps", "500"]}
     (folder / "comparison.json").write_text(json.dumps(about), encoding="utf-8")
     return folder

@@ -189,7 +189,7 @@ def test_the_reason_of_a_failure_is_the_recipes_own_not_the_launchers(tmp_path):
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    folder = write_comparison(tmp_path_factory.mktemp("comparison") / "c")
+    folder = write_comparison(tmp_path_factory.mktemp("comparison") / "c", in_context=True)
     assert compare(arguments(folder, methods=None, show=True)) == 1  # a run is missing
     return folder, json.loads((folder / "compare.json").read_text())
 
@@ -197,7 +197,8 @@ def comparison(tmp_path_factory):
 def test_scores_are_means_over_seeds_and_the_base_stands_beside_them(comparison):
     folder, data = comparison
     entries = {entry["method"]: entry for entry in data["entries"]}
-    assert list(entries) == ["base", "full", "lora", "ia3", "prompt_tuning"]
+    shots = ["in_context, 0-shot", "in_context, 2-shot"]
+    assert list(entries) == ["base", "full", "lora", "ia3", "prompt_tuning", *shots]
     tuned = [json.loads((folder / "runs" / f"lora-{s}" / "run.json").read_text())["scores"]["tuned"] for s in range(3)]
     assert entries["lora"]["scores"]["rougeL"]["mean"] == pytest.approx(np.mean([t["rougeL"] for t in tuned]))
     assert entries["base"]["scores"]["rougeL"]["half"] is None and data["headline"] == "rougeL"
@@ -214,6 +215,24 @@ def test_differences_that_are_there_are_more_than_noise_and_others_are_not(compa
     assert comparison[1]["data"]["different_texts"] == 30
     mean = entries["ia3"]["scores"]["rougeL"]["mean"] - entries["full"]["scores"]["rougeL"]["mean"]
     assert entries["ia3"]["difference"]["full"]["mean"] == pytest.approx(mean)
+
+
+def test_in_context_rows_have_their_own_cost_and_are_held_against_the_base_too(comparison):
+    entries = {entry["method"]: entry for entry in comparison[1]["entries"]}
+    none, two = entries["in_context, 0-shot"], entries["in_context, 2-shot"]
+    assert none["scores"]["rougeL"]["mean"] == entries["base"]["scores"]["rougeL"]["mean"]
+    assert none["difference"]["base"]["p"] == 1.0 and two["difference"]["base"]["low"] > 0
+    assert two["context"]["prompt_tokens"]["mean"] == 260 and two["memory"] is None
+    assert "In-context learning" in (comparison[0] / "compare.md").read_text()
+
+
+def test_flags_of_training_do_not_go_to_what_does_not_train(tmp_path):
+    made = planned(
+        tmp_path, "--max_steps", "3", "--num_shots", "0", "2", "--max_length", "64", methods="full,in_context"
+    )
+    argv = {one.method: one.argv for one in made.runs if one.seed == 0}
+    assert argv["in_context"][:5] == ("--num_shots", "0", "2", "--max_length", "64")
+    assert argv["full"][:4] == ("--max_steps", "3", "--max_length", "64")
 
 
 def test_memory_is_that_of_the_seed_that_needed_most_with_its_own_prediction(comparison):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from toolkit.errors import UserError
 from toolkit.evaluation import generate
 from toolkit.finished_run import FinishedRun, Models
 from toolkit.merge import _check_mergeable, merge
+from toolkit.methods.adapter import BottleneckConfig
 
 SHORT = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--max_length", "64", "--max_target_length", "12")
 
@@ -170,12 +172,13 @@ def test_a_tune_that_rounding_would_erase_is_refused_and_float32_keeps_it(runs, 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (None, "leaves no adapter"),
+        (None, "leaves no adapter, .* it trains nothing"),
         (PromptTuningConfig(num_virtual_tokens=2), "inputs to the model"),
         (PrefixTuningConfig(num_virtual_tokens=2), "they change no weight"),
+        (BottleneckConfig(), "is not linear"),
     ],
 )
 def test_methods_that_cannot_merge_say_why(config, reason):
     with pytest.raises(UserError, match=reason):
-        _check_mergeable(SimpleNamespace(adapter=config, path="run", record={"method": "some"}))
-    _check_mergeable(SimpleNamespace(adapter=IA3Config(), path="run", record={"method": "ia3"}))
+        _check_mergeable(SimpleNamespace(adapter=config, path=Path("run"), record={"method": "some"}))
+    _check_mergeable(SimpleNamespace(adapter=IA3Config(), path=Path("run"), record={"method": "ia3"}))

@@ -106,8 +106,9 @@ class FinishedRun:
         """(text, reference) of the first `rows` different texts of the test split."""
         try:
             with (self.path / "completions.csv").open(newline="", encoding="utf-8") as stream:
-                found = {row[0]: row[1] for row in list(csv.reader(stream))[1:]}
-        except (OSError, csv.Error, IndexError):
+                rows_of_test = list(csv.DictReader(stream))
+            found = {row.get("text", row.get("dialogue", "")): row["reference"] for row in rows_of_test}
+        except (OSError, csv.Error, KeyError):
             raise UserError(f"{self.path} has no readable completions.csv; give a folder that a recipe left") from None
         return list(found.items())[:rows]
 

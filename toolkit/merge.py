@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 
 from toolkit.console import say, table
 from toolkit.errors import UserError
@@ -22,12 +22,14 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 TOLERANCE_4BIT, TOLERANCE_8BIT = 1e-1, 2e-1
 SURVIVES = 0.5  # of what the adapter does to the logits: with less, rounding has erased the tune
 
+_TOKENS = "its virtual tokens are inputs to the model, not changes of its weights"
 CANNOT = {
-    PeftType.PROMPT_TUNING: "its virtual tokens are inputs to the model, not changes of its weights",
-    PeftType.MULTITASK_PROMPT_TUNING: "its virtual tokens are inputs to the model, not changes of its weights",
-    PeftType.P_TUNING: "its virtual tokens are inputs to the model, not changes of its weights",
-    PeftType.PREFIX_TUNING: "its keys and values stand before those of the text, they change no weight",
-    PeftType.CPT: "its virtual tokens are inputs to the model, not changes of its weights",
+    "PROMPT_TUNING": _TOKENS,
+    "MULTITASK_PROMPT_TUNING": _TOKENS,
+    "P_TUNING": _TOKENS,
+    "CPT": _TOKENS,
+    "PREFIX_TUNING": "its keys and values stand before those of the text, they change no weight",
+    "BOTTLENECK": "a bottleneck adapter is not linear, so no weight can stand for it",
 }
 
 
@@ -101,13 +103,9 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
 def _check_mergeable(run: FinishedRun) -> None:
     method = run.record["method"]
     if run.adapter is None:
-        raise UserError(
-            f"{run.path}: {method} leaves no adapter, so there is nothing to merge: it is a whole model already"
-        )
-    kind = run.adapter.peft_type
-    reason = CANNOT.get(kind)
-    if getattr(run.adapter, "non_linearity", None):  # a bottleneck adapter's
-        reason = "a bottleneck adapter has a non-linearity between its matrices, so no weight can stand for it"
+        kept = "it is a whole model already" if any(run.path.glob("*.safetensors")) else "it trains nothing"
+        raise UserError(f"{run.path}: {method} leaves no adapter, so there is nothing to merge: {kept}")
+    reason = CANNOT.get(str(getattr(run.adapter.peft_type, "value", run.adapter.peft_type)))
     if reason is not None:
         raise UserError(f"{run.path}: {method} cannot be merged: {reason}; use the run folder as it is")
 

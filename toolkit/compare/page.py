@@ -45,7 +45,7 @@ def _scatter(data: dict[str, Any]) -> dict[str, Any] | None:
     ]
     if not points:
         return None
-    base = data["entries"][0]["scores"][metric]["mean"]
+    base = next(entry["scores"][metric]["mean"] for entry in data["entries"] if entry["method"] == "base")
     height, left, right, top, bottom = 380, 62, 40, 14, 46
     low, high = _range(
         [base, *(s["mean"] + sign * (s["half"] or 0) for _, _, s in points for sign in (-1, 1))], floor=0.0

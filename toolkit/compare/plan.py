@@ -3,16 +3,17 @@
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import toolkit
-from toolkit.config import Parser, parse_config
+from toolkit.config import Parser, TrainArguments, parse_config
 from toolkit.errors import UserError, did_you_mean
 from toolkit.files import write_aside
 from toolkit.finished_run import read_json
 from toolkit.methods import METHODS
+from toolkit.methods.in_context import USED
 
 REPOSITORY = Path(toolkit.__file__).parent.parent
 FILE = "comparison.json"
@@ -177,7 +178,7 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
 
     Raises: UserError for a flag that none of them has, and for one that means nothing in a comparison.
     """
-    known = {name: Parser(METHODS[name]).flags() for name in methods}
+    known = {name: _flags(name) for name in methods}
     shares: dict[str, list[str]] = {name: [] for name in methods}
     if flags and not flags[0].startswith("--"):
         raise UserError(f"unexpected value {flags[0]!r}: every setting is a flag, --name value")
@@ -195,6 +196,12 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
         for method in takers:
             shares[method] += flags[start:end]
     return shares
+
+
+def _flags(method: str) -> set[str]:
+    """The flags that have an effect with a method: where nothing is trained, not those of training."""
+    flags = set(Parser(METHODS[method]).flags())
+    return flags if METHODS[method].trains else flags - {f.name for f in fields(TrainArguments)} | USED
 
 
 def _check(run: Run) -> None:

@@ -2,17 +2,17 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import toolkit
 from toolkit.compare.launch import why_failed
-from toolkit.compare.plan import Plan, Run
+from toolkit.compare.plan import FILE, Plan, Run
 from toolkit.compare.statistics import interval, paired_bootstrap
 from toolkit.errors import UserError
-from toolkit.finished_run import read_json
+from toolkit.finished_run import FinishedRun, read_json
 from toolkit.memory.ledger import Ledger
 
 
@@ -29,81 +29,99 @@ def row_scores(task: str, predictions: Sequence[str], references: Sequence[str])
 def collect(plan: Plan) -> dict[str, Any]:
     """The comparison of all runs that are done. Sizes are bytes, times seconds, scores as in each run.json.
 
+    An entry is what was scored: base, each method, and each number of examples that in-context learning tried.
+
     Raises: UserError where no run is done, or runs were scored on different rows.
     """
-    done = [run for run in plan.runs if run.is_done]
-    if not done:
+    records = {run: read_json(run.folder / "run.json") for run in plan.runs if run.is_done}
+    if not records:
         reasons = "; ".join(f"{run.method}: {why_failed(run)}" for run in plan.runs[:3])
         raise UserError(f"{plan.folder}: no run is done, so there is nothing to compare ({reasons})")
-    records = {run: read_json(run.folder / "run.json") for run in done}
-    first = records[done[0]]
-    for run in done:
-        if records[run]["data"]["sha256"]["test"] != first["data"]["sha256"]["test"]:
-            raise UserError(f"{run.folder} was scored on other rows than {done[0].folder}; start a new comparison")
-    task = first.get("task", "summarization")
-    metrics = list(first["scores"]["base"])
-    texts, references, _ = _completions(done[0].folder)
-    headline, score = _remembering(task, references)
-    entries = [_entry(method, plan.runs_of(method), records, metrics) for method in plan.methods]
-    base_scores = {metric: [records[run]["scores"]["base"][metric] for run in done] for metric in metrics}
-    base = {"method": "base", "seeds": [], "failed": [], "scores": _intervals(_distinct(base_scores))}
-    rows = {"base": _mean_rows([score(_completions(run.folder)[2]["base"]) for run in done])}
+    begun, first = next(iter(records.items()))
+    for run, record in records.items():
+        if record["data"]["sha256"]["test"] != first["data"]["sha256"]["test"]:
+            raise UserError(f"{run.folder} was scored on other rows than {begun.folder}; start a new comparison")
+    completions = {run: _completions(run.folder) for run in records}
+    scored: dict[str, dict[Run, str]] = {"base": {}}  # what -> run -> its column in completions.csv, its key in scores
+    for run, record in records.items():
+        for column in record["scores"]:
+            scored.setdefault(_name(run.method, column), {})[run] = column
+    entries = [_entry("base", {}, scored["base"], records)] if scored["base"] else []
+    for method in plan.methods:
+        runs = plan.runs_of(method)
+        own = [name for name in scored if name == method or name.startswith(f"{method}, ")] or [method]
+        entries += [_entry(name, runs, scored.get(name, {}), records) for name in own]
+    headline, rows, texts = _row_scores(first.get("task", "summarization"), completions, scored)
     for entry in entries:
-        if mine := [run for run in plan.runs_of(entry["method"]) if run in records]:
-            rows[entry["method"]] = _mean_rows([score(_completions(run.folder)[2]["tuned"]) for run in mine])
-    for entry in (base, *entries):
+        name = entry["method"]
         entry["difference"] = {
-            other: paired_bootstrap(rows[entry["method"]], rows[other], texts)
+            other: paired_bootstrap(rows[name], rows[other], texts)
             for other in ("full", "base")
-            if other in rows and entry["method"] in rows and other != entry["method"]
+            if name in rows and other in rows and name != other
         }
-    devices = {Ledger.load(run.folder / "memory.json").device for run in done if (run.folder / "memory.json").is_file()}
+    devices = {
+        Ledger.load(run.folder / "memory.json").device for run in records if (run.folder / "memory.json").is_file()
+    }
     return {
         "footprint": toolkit.__version__,
         "date": date.today().isoformat(),
-        "task": task,
-        "metrics": metrics,
+        "task": first.get("task", "summarization"),
+        "metrics": list(next(iter(first["scores"].values()))),
         "headline": headline,
         "data": first["data"] | {"different_texts": len(set(texts))},
-        "model": _model(done[0], first),
+        "model": FinishedRun(begun.folder).base.model_name_or_path or "the tiny T5 that comes with footprint",
         "device": ", ".join(sorted(devices)) or None,
         "versions": first["versions"],
         "seeds": plan.seeds,
-        "flags": read_json(plan.folder / "comparison.json").get("flags", []),
-        "entries": [base, *entries],
+        "flags": read_json(plan.folder / FILE).get("flags", []),
+        "entries": entries,
     }
 
 
-def _entry(method: str, runs: list[Run], records: dict[Run, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
-    mine = [run for run in runs if run in records]
+def _name(method: str, column: str) -> str:
+    """What a column of completions.csv holds the answers of."""
+    return {"base": "base", "tuned": method}.get(column, f"{method}, {column}")
+
+
+def _entry(
+    name: str, runs: Sequence[Run], scored: dict[Run, str], records: dict[Run, dict[str, Any]]
+) -> dict[str, Any]:
+    """`runs` are those of the method (none for base), `scored` those that are done."""
+    scores = [records[run]["scores"][column] for run, column in scored.items()]
+    values = {metric: [one[metric] for one in scores] for metric in (scores[0] if scores else ())}
     failed = [{"seed": run.seed, "why": why_failed(run)} for run in runs if run not in records]
-    entry: dict[str, Any] = {"method": method, "seeds": [run.seed for run in mine], "failed": failed, "scores": {}}
-    if not mine:
+    entry: dict[str, Any] = {"method": name, "seeds": [run.seed for run in scored], "failed": failed}
+    if name == "base":  # of every run: one value where all agree, as they do without a random head
+        values = {metric: each if len(set(each)) > 1 else each[:1] for metric, each in values.items()}
+        return entry | {"seeds": [], "scores": _intervals(values)}
+    entry["scores"] = _intervals(values)
+    if not scored:
         return entry
-    own = [records[run] for run in mine]
-    curves = [_curve(run.folder) for run in mine]
+    own = {run: records[run] for run in scored}
+    some = next(iter(own.values()))
     entry |= {
-        "trainable": own[0]["parameters"]["trainable"],
-        "all": own[0]["parameters"]["all"],
-        "saved_bytes": _saved_bytes(mine[0].folder),
-        "precision": own[0]["precision"],
-        "scores": _intervals({metric: [record["scores"]["tuned"][metric] for record in own] for metric in metrics}),
-        "seconds": interval([record["seconds"] for record in own]),
-        "train_seconds": interval([c[-1]["seconds"] for c in curves if c]) if all(curves) else None,
-        "tokens_per_second": interval([c[-1]["tokens_per_second"] for c in curves if c]) if all(curves) else None,
-        "curves": [{"seed": run.seed, "lines": lines} for run, lines in zip(mine, curves, strict=True)],
+        "trainable": some["parameters"]["trainable"],
+        "all": some["parameters"]["all"],
+        "saved_bytes": _saved_bytes(next(iter(own)).folder),
+        "precision": some["precision"],
+        "seconds": interval([record["seconds"] for record in own.values()]),
+        "memory": _memory([run.folder for run in own]),
     }
-    entry["memory"] = _memory([run.folder for run in mine])
+    if "context" in some:
+        costs = [record["context"][scored[run]] for run, record in own.items()]
+        entry["context"] = {key: interval([cost[key] for cost in costs]) for key in costs[0]}
+    curves = [_curve(run.folder) for run in own]
+    if all(curves):
+        entry |= {
+            "train_seconds": interval([lines[-1]["seconds"] for lines in curves]),
+            "tokens_per_second": interval([lines[-1]["tokens_per_second"] for lines in curves]),
+            "curves": [{"seed": run.seed, "lines": lines} for run, lines in zip(own, curves, strict=True)],
+        }
     return entry
 
 
 def _intervals(values: dict[str, list[float]]) -> dict[str, Any]:
     return {metric: interval(each) | {"values": each} for metric, each in values.items()}
-
-
-def _distinct(values: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The base model's scores: those of one run where all agree, as they do without a random head."""
-    return {metric: each if len(set(each)) > 1 else each[:1] for metric, each in values.items()}
 
 
 def _memory(folders: list[Path]) -> dict[str, Any] | None:
@@ -143,34 +161,29 @@ def _curve(folder: Path) -> list[dict[str, Any]]:
     return [{name: line[name] for name in kept if name in line} for line in lines]
 
 
-def _completions(folder: Path) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """Texts and references of the test split, and what the base and the tuned model answered."""
+def _completions(folder: Path) -> dict[str, list[str]]:
+    """The columns of completions.csv: text, reference, and the answers of each model."""
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
-        _, *rows = csv.reader(stream)
-    texts, references, base, tuned = (list(column) for column in zip(*rows, strict=True))
-    return texts, references, {"base": base, "tuned": tuned}
+        names, *rows = csv.reader(stream)
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def _remembering(task: str, references: list[str]) -> tuple[str, Callable[[list[str]], list[float]]]:
-    """The task's metric, and what scores answers row by row, each pair of answer and reference once: the base model's
-    answers are the same in all runs."""
-    known: dict[tuple[str, str], float] = {}
+def _row_scores(
+    task: str, completions: dict[Run, dict[str, list[str]]], scored: dict[str, dict[Run, str]]
+) -> tuple[str, dict[str, list[float]], list[str]]:
+    """The task's metric, each row's score for all that was scored, averaged over seeds, and the rows' texts.
 
-    def score(answers: list[str]) -> list[float]:
-        pairs = list(zip(answers, references, strict=True))
-        if new := list(dict.fromkeys(pair for pair in pairs if pair not in known)):
+    A pair of answer and reference is scored once: the base model's answers are the same in all runs. Nothing is scored
+    where no run has references: in-context learning alone.
+    """
+    told = next((columns for columns in completions.values() if "reference" in columns), None)
+    if told is None:
+        return row_scores(task, [""], [""])[0], {}, []
+    references, known, rows = told["reference"], {}, {}
+    for name, runs in scored.items():
+        answers = [list(zip(completions[run][column], references, strict=True)) for run, column in runs.items()]
+        if new := list({pair: None for pairs in answers for pair in pairs if pair not in known}):
             known.update(zip(new, row_scores(task, *zip(*new, strict=True))[1], strict=True))
-        return [known[pair] for pair in pairs]
-
-    return row_scores(task, references[:1], references[:1])[0], score
-
-
-def _mean_rows(scores: list[list[float]]) -> list[float]:
-    """Each row's score averaged over seeds."""
-    return [sum(row) / len(row) for row in zip(*scores, strict=True)]
-
-
-def _model(run: Run, record: dict[str, Any]) -> str:
-    from toolkit.finished_run import FinishedRun
-
-    return FinishedRun(run.folder).base.model_name_or_path or "the tiny T5 that comes with footprint"
+        if answers:
+            rows[name] = [sum(known[pair] for pair in row) / len(row) for row in zip(*answers, strict=True)]
+    return row_scores(task, references[:1], references[:1])[0], rows, told["text"]

@@ -33,6 +33,7 @@ def paired_bootstrap(
     never below 1 / (resamples + 1). What another seed would have given is not in it: see the interval over seeds.
     """
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    differences[np.abs(differences) < 1e-12] = 0.0  # equal scores whose means over seeds were rounded differently
     _, where = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(where, differences), np.bincount(where)
     rng = np.random.default_rng(seed)

@@ -29,7 +29,7 @@ def metric_name(metric: str) -> str:
 
 def tables(data: dict[str, Any]) -> list[Table]:
     """Quality, differences, cost and memory; and what failed, where something did."""
-    made = [_quality(data), *_differences(data), _cost(data), _memory(data)]
+    made = [_quality(data), *_differences(data), _cost(data), _context(data), _memory(data)]
     return [table for table in made if table.rows]
 
 
@@ -100,7 +100,7 @@ def _cost(data: dict[str, Any]) -> Table:
     ]
     rows = []
     for entry in data["entries"]:
-        if not entry["seeds"]:
+        if not entry.get("trainable"):
             continue
         memory = entry.get("memory") or {}
         measured = memory.get("measured", {}).get("reserved_bytes")
@@ -114,8 +114,8 @@ def _cost(data: dict[str, Any]) -> Table:
                 format_bytes(measured) if measured else NONE,
                 format_bytes(predicted) if predicted else NONE,
                 format_error(predicted, measured) if measured and predicted else NONE,
-                with_half(entry["tokens_per_second"], 0),
-                with_half(entry["train_seconds"], 0),
+                with_half(entry.get("tokens_per_second"), 0),
+                with_half(entry.get("train_seconds"), 0),
                 with_half(entry["seconds"], 0),
             ]
         )
@@ -125,6 +125,18 @@ def _cost(data: dict[str, Any]) -> Table:
         "two steps; train: within steps; total: with loading and both evaluations. ± is the 95 % interval over seeds."
     )
     return Table("Cost", columns, rows, caption)
+
+
+def _context(data: dict[str, Any]) -> Table:
+    rows = [
+        [entry["method"], with_half(cost["prompt_tokens"], 0), with_half(cost["seconds_a_row"], 3)]
+        for entry in data["entries"]
+        if (cost := entry.get("context"))
+    ]
+    caption = (
+        "What the examples in the prompt cost with every answer: tokens read, and seconds a row of the test split."
+    )
+    return Table("In-context learning", ["method", "prompt tokens", "seconds a row"], rows, caption)
 
 
 def _memory(data: dict[str, Any]) -> Table:
