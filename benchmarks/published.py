@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from toolkit.compare.command import compare
-from toolkit.compare.tables import NONE, metric_name, with_half
+from toolkit.compare.tables import NONE, with_half
 from toolkit.console import console, table
 from toolkit.files import write_aside
 from toolkit.methods import METHODS
+from toolkit.metrics import score_title
 
 Flags = Mapping[str, Mapping[str, Sequence[str]]]  # method ("" for all) -> flag -> values
 Figures = Mapping[str, Mapping[str, float | int]]  # method -> column -> what was published
@@ -55,7 +56,7 @@ def beside(folder: Path, published: Figures, settings: Mapping[str, Any], source
     note = (
         f"published: {source}. What differs here: {'; '.join(_differing(folder, data, settings)) or 'nothing known'}."
     )
-    titles = ["method", "", *map(metric_name, columns)]
+    titles = ["method", "", *map(score_title, columns)]
     table("Published figures beside ours", titles, rows)
     console.print(note, soft_wrap=True)
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(columns)]

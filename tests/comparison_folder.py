@@ -81,6 +81,8 @@ def write_run(folder: Path, method: str, seed: int, rows: int = 60, finished: bo
         "weights": "float32",
         "parameters": {"trainable": trainable, "all": 1_078_400},
         "data": {"name": "embedded", "rows": {"train": 4000, "validation": 100, "test": rows}, "sha256": {"test": "x"}},
+        "prompt_template": "{text}",
+        "label_names": [],
         "max_length": 256,
         "max_target_length": 48,
         "scores": {who: rouge(texts, references) for who, texts in answers.items()},

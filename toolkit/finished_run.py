@@ -14,11 +14,14 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from toolkit.errors import UserError
-from toolkit.evaluation import generate
 from toolkit.guards import ALTERS_BASE
 from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
-from toolkit.models import ModelArguments, auto_class, load_model, load_model_config
-from toolkit.tasks.tokenization import Encoder, Truncation
+from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, set_head
+from toolkit.tasks import TASKS
+from toolkit.tasks.base import Task
+from toolkit.tasks.tokenization import Encoder
+
+TOLD = ("method", "task", "seed", "weights", "prompt_template", "label_names", "max_length", "max_target_length")
 
 
 class FinishedRun:
@@ -33,12 +36,17 @@ class FinishedRun:
         self.settings = _read_yaml(path / "config.yaml")
         if must_be_finished and not self.record.get("finished"):
             raise UserError(f"{path}: the run did not finish; continue it with --resume_from_checkpoint true")
-        for file, holds, names in (
-            ("run.json", self.record, ("method", "seed", "weights", "max_length", "max_target_length")),
-            ("config.yaml", self.settings, ("prompt_template",)),
-        ):
-            if missing := [name for name in names if name not in holds]:
-                raise UserError(f"{path / file} is damaged: it has no {missing[0]!r}; run the recipe again")
+        if missing := [name for name in TOLD if name not in self.record]:
+            raise UserError(f"{path / 'run.json'} is damaged: it has no {missing[0]!r}; run the recipe again")
+        if self.record["task"] not in TASKS:
+            raise UserError(
+                f"{path}: its task {self.record['task']!r} is unknown; there are {', '.join(sorted(TASKS))}"
+            )
+
+    @property
+    def task(self) -> Task:
+        """What the run learned."""
+        return TASKS[self.record["task"]]
 
     @cached_property
     def adapter(self) -> PeftConfig | None:
@@ -67,9 +75,11 @@ class FinishedRun:
         if self.adapter is None and any(self.path.glob("*.safetensors")):
             config = AutoConfig.from_pretrained(self.path)
             return auto_class(config).from_pretrained(self.path, config=config).to(_device()).eval()
+        config = load_model_config(self.base, kind=self.task.model_kind)
+        if self.task.model_kind == "head":
+            set_head(config, self.record["label_names"], AutoTokenizer.from_pretrained(self.path).pad_token_id)
         training = TrainingArguments(seed=self.record["seed"], report_to="none")
-        dtype = getattr(torch, self.record["weights"])
-        return load_model(self.base, load_model_config(self.base), dtype, training).eval()
+        return load_model(self.base, config, getattr(torch, self.record["weights"]), training).eval()
 
     @property
     def shares_with(self) -> str:
@@ -77,7 +87,8 @@ class FinishedRun:
         taken = str(getattr(self.adapter, "init_lora_weights", "")).startswith(ALTERS_BASE)
         if self.adapter is None or taken or self.base.random_weights:
             return str(self.path)
-        return f"{self.base} {self.record['weights']}"
+        head = f"{self.record['label_names']} {self.record['seed']}" if self.task.model_kind == "head" else ""
+        return f"{self.base} {self.record['weights']} {head}"
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -87,45 +98,50 @@ class FinishedRun:
     @cached_property
     def encoder(self) -> Encoder:
         """Makes prompts as the run did."""
-        is_encoder_decoder = load_model_config(self.base, needs_weights=False).is_encoder_decoder
-        return Encoder(
+        config = load_model_config(self.base, needs_weights=False, kind=self.task.model_kind)
+        return self.task.encoder(
             AutoTokenizer.from_pretrained(self.path),
-            self.settings["prompt_template"],
-            is_encoder_decoder,
+            self.record["prompt_template"],
+            config.is_encoder_decoder,
             self.record["max_length"],
             self.record["max_target_length"],
+            tuple(self.record["label_names"]),
         )
 
     def generate(self, texts: Sequence[str], model: PreTrainedModel | None = None, num_beams: int = 1) -> list[str]:
-        """What the run's model writes for each of `texts`, put into the run's prompt."""
+        """What the run's model answers to each of `texts`, put into the run's prompt; for a head, the label."""
         prompts = [self.encoder.prompt(text)[0] for text in texts]
-        tokenizer, length = self.encoder.tokenizer, self.encoder.max_target_length
-        return generate(self.model if model is None else model, tokenizer, prompts, 8, length, num_beams)
+        model = self.model if model is None else model
+        return self.task.continuations(model, self.encoder, prompts, 8, num_beams)
 
     def sample(self, rows: int) -> list[tuple[str, str]]:
         """(text, reference) of the first `rows` different texts of the test split."""
         try:
             with (self.path / "completions.csv").open(newline="", encoding="utf-8") as stream:
-                rows_of_test = list(csv.DictReader(stream))
-            found = {row.get("text", row.get("dialogue", "")): row["reference"] for row in rows_of_test}
+                found = {row["text"]: row["reference"] for row in csv.DictReader(stream)}
         except (OSError, csv.Error, KeyError):
             raise UserError(f"{self.path} has no readable completions.csv; give a folder that a recipe left") from None
         return list(found.items())[:rows]
 
-    def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """The scores of the run's task."""
-        from toolkit.metrics.rouge import rouge
-
-        return rouge(list(predictions), list(references))
+    def score(self, model: PreTrainedModel, sample: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """The scores of the run's task for what `model` answers to the texts of `sample`."""
+        prompts = [self.encoder.prompt(text)[0] for text, _ in sample]
+        answers = self.task.answers(model, self.encoder, prompts, 8)
+        return self.task.score(answers, [reference for _, reference in sample], self.encoder.label_names)
 
     @torch.inference_mode()
     def logits(self, model: PreTrainedModel, sample: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """The logits (tokens of all rows, vocabulary) of `model` while it reads each text and its reference, fp32."""
+        """The logits (tokens of all rows, vocabulary) or (rows, classes) of `model` while it reads each prompt, fp32.
+
+        A T5-like model that writes text reads the reference as its decoder's input.
+        """
         found = []
         for text, reference in sample:
-            row = self.encoder.row(text, reference, Truncation())
-            batch = {name: torch.tensor([ids], device=model.device) for name, ids in row.items()}
-            found.append(model(**batch).logits.float().cpu().flatten(0, -2))
+            batch = {"input_ids": self.encoder.prompt(text)[0]}
+            if self.encoder.is_encoder_decoder and self.task.model_kind != "head":
+                batch["labels"] = self.encoder.target_ids(reference)
+            tensors = {name: torch.tensor([ids], device=model.device) for name, ids in batch.items()}
+            found.append(model(**tensors).logits.float().cpu().flatten(0, -2))
         return torch.cat(found)
 
 

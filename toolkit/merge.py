@@ -12,6 +12,7 @@ from peft import PeftModel
 from toolkit.console import say, table
 from toolkit.errors import UserError
 from toolkit.finished_run import FinishedRun
+from toolkit.metrics import score_title
 
 SAMPLE = 16  # rows of the test split on which logits and scores are compared
 
@@ -47,11 +48,10 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
         raise UserError(f"--output_dir {folder} is not empty; give a new folder")
     name = run.record["weights"] if dtype == "auto" else dtype
     sample = run.sample(SAMPLE)
-    texts, references = zip(*sample, strict=True)
 
     model = run.model
     assert isinstance(model, PeftModel)
-    tuned, scores = run.logits(model, sample), run.score(run.generate(texts, model), references)
+    tuned, scores = run.logits(model, sample), run.score(model, sample)
     effect = tuned - _untuned(run, model, sample)
     if run.is_quantized:
         del run.model, model
@@ -67,11 +67,11 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
     after = run.logits(merged, sample)
     difference = _rms(after - tuned) / _rms(tuned - tuned.mean())
     survived = 1 - _rms((after - before) - effect) / max(_rms(effect), 1e-30)
-    merged_scores = run.score(run.generate(texts, merged), references)
+    merged_scores = run.score(merged, sample)
 
     kinds = list(scores)
     rows = [[who, *(f"{s[k]:.4f}" for k in kinds)] for who, s in (("adapter", scores), ("merged", merged_scores))]
-    table(f"Scores on {len(sample)} rows of the test split", ["model", *kinds], rows)
+    table(f"Scores on {len(sample)} rows of the test split", ["model", *map(score_title, kinds)], rows)
     tolerance = _tolerance(run, name)
     say("logits", f"differ by {difference:.2g} of their spread (at most {tolerance:g} in {name}, else not merged)")
     say("tune", f"{survived:.1%} of what the adapter does to the logits is in the merged weights")

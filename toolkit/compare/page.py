@@ -12,9 +12,10 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from toolkit.compare.tables import about, failures, metric_name, tables, title, with_half
+from toolkit.compare.tables import about, failures, tables, title, with_half
 from toolkit.memory.report import GROUPS, grouped
 from toolkit.memory.units import GIB, KIB, MIB, format_bytes
+from toolkit.metrics import score_title
 
 WIDTH = 760  # of every plot, in SVG units; about one pixel on a wide screen
 CHARACTER = 6.6  # mean width of a character of 12 units
@@ -55,7 +56,7 @@ def _scatter(data: dict[str, Any]) -> dict[str, Any] | None:
     least, most = _range(sizes, floor=0.0)
     x = _scale(least, most, left, WIDTH - right)
     y = _scale(low, high, height - bottom, top)
-    parts = [*_y_axis(low, high, y, left, WIDTH - right, metric_name(metric))]
+    parts = [*_y_axis(low, high, y, left, WIDTH - right, score_title(metric))]
     ticks = [int(tick * unit) for tick in _ticks(least / unit, most / unit)]
     parts += [_text(x(tick), height - bottom + 18, format_bytes(tick), "tick", "middle") for tick in ticks]
     parts.append(_text((left + WIDTH - right) / 2, height - 6, "peak memory (reserved)", "label", "middle"))
@@ -64,14 +65,15 @@ def _scatter(data: dict[str, Any]) -> dict[str, Any] | None:
     taken: list[Box] = [(x(size) - 7, y(s["mean"]) - 7, x(size) + 7, y(s["mean"]) + 7) for _, size, s in points]
     taken.append((WIDTH - right - 80, y(base) - 18, WIDTH - right, y(base) + 2))
     for method, size, score in points:
-        tip = f"{method}: {metric_name(metric)} {with_half(score)}, {format_bytes(size)}"
+        tip = f"{method}: {score_title(metric)} {with_half(score)}, {format_bytes(size)}"
         half = score["half"] or 0
         parts.append(_whisker(x(size), y(score["mean"] - half), x(size), y(score["mean"] + half)) if half else "")
         parts.append(f'<circle class="dot" cx="{x(size):.1f}" cy="{y(score["mean"]):.1f}" r="5">{_tip(tip)}</circle>')
         at_x, at_y, anchor = _free_place(x(size), y(score["mean"]), len(method) * CHARACTER, taken, WIDTH)
         parts.append(_text(at_x, at_y, method, "name", anchor))
+    better = "up" if data["higher_is_better"] else "down"
     caption = (
-        f"{metric_name(metric)} on the test split against the peak of reserved memory: up and to the left is better. Vertical "
+        f"{score_title(metric)} on the test split against the peak of reserved memory: {better} and to the left is better. Vertical "
         "lines are 95 % intervals over seeds; the dashed line is the model before training."
     )
     return _plot("Quality against memory", parts, height, caption)
@@ -92,13 +94,13 @@ def _bars(data: dict[str, Any]) -> dict[str, Any] | None:
     for number, metric in enumerate(data["metrics"]):
         ox, oy = number % across * panel, number // across * (top + row * len(entries) + 14)
         x = _scale(0.0, high_of[metric] or 1.0, ox + names, ox + panel - 62)
-        parts.append(_text(ox + names, oy + 16, metric_name(metric), "label"))
+        parts.append(_text(ox + names, oy + 16, score_title(metric), "label"))
         for at, entry in enumerate(entries):
             score = entry["scores"].get(metric)
             if not score:
                 continue
             y, half = oy + top + at * row, score["half"] or 0
-            tip = f"{entry['method']}: {metric_name(metric)} {with_half(score)}"
+            tip = f"{entry['method']}: {score_title(metric)} {with_half(score)}"
             parts.append(_text(ox + names - 8, y + 13, entry["method"], "name", "end"))
             kind = "bar quiet" if entry["method"] == "base" else "bar"
             parts.append(_rect(x(0), y + 2, x(score["mean"]) - x(0), row - 9, kind, tip))

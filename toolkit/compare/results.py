@@ -14,16 +14,8 @@ from toolkit.compare.statistics import interval, paired_bootstrap
 from toolkit.errors import UserError
 from toolkit.finished_run import FinishedRun, read_json
 from toolkit.memory.ledger import Ledger
-
-
-def row_scores(task: str, predictions: Sequence[str], references: Sequence[str]) -> tuple[str, list[float]]:
-    """The metric that stands for the task, and each row's own score by it."""
-    from toolkit.metrics.rouge import Rouge
-
-    scores = Rouge(keep_in_memory=True).compute(
-        predictions=list(predictions), references=list(references), use_aggregator=False
-    )
-    return "rougeL", scores["rougeL"]
+from toolkit.tasks import TASKS
+from toolkit.tasks.base import Task
 
 
 def collect(plan: Plan) -> dict[str, Any]:
@@ -51,7 +43,8 @@ def collect(plan: Plan) -> dict[str, Any]:
         runs = plan.runs_of(method)
         own = [name for name in scored if name == method or name.startswith(f"{method}, ")] or [method]
         entries += [_entry(name, runs, scored.get(name, {}), records) for name in own]
-    headline, rows, texts = _row_scores(first.get("task", "summarization"), completions, scored)
+    task = TASKS[first["task"]]
+    rows, texts = _row_scores(task, completions, scored)
     for entry in entries:
         name = entry["method"]
         entry["difference"] = {
@@ -65,9 +58,10 @@ def collect(plan: Plan) -> dict[str, Any]:
     return {
         "footprint": toolkit.__version__,
         "date": date.today().isoformat(),
-        "task": first.get("task", "summarization"),
+        "task": first["task"],
         "metrics": list(next(iter(first["scores"].values()))),
-        "headline": headline,
+        "headline": task.metric,
+        "higher_is_better": task.higher_is_better,
         "data": first["data"] | {"different_texts": len(set(texts))},
         "model": FinishedRun(begun.folder).base.model_name_or_path or "the tiny T5 that comes with footprint",
         "device": ", ".join(sorted(devices)) or None,
@@ -169,21 +163,21 @@ def _completions(folder: Path) -> dict[str, list[str]]:
 
 
 def _row_scores(
-    task: str, completions: dict[Run, dict[str, list[str]]], scored: dict[str, dict[Run, str]]
-) -> tuple[str, dict[str, list[float]], list[str]]:
-    """The task's metric, each row's score for all that was scored, averaged over seeds, and the rows' texts.
+    task: Task, completions: dict[Run, dict[str, list[str]]], scored: dict[str, dict[Run, str]]
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Each row's score for all that was scored, averaged over seeds, and the rows' texts.
 
     A pair of answer and reference is scored once: the base model's answers are the same in all runs. Nothing is scored
     where no run has references: in-context learning alone.
     """
     told = next((columns for columns in completions.values() if "reference" in columns), None)
     if told is None:
-        return row_scores(task, [""], [""])[0], {}, []
+        return {}, []
     references, known, rows = told["reference"], {}, {}
     for name, runs in scored.items():
         answers = [list(zip(completions[run][column], references, strict=True)) for run, column in runs.items()]
         if new := list({pair: None for pairs in answers for pair in pairs if pair not in known}):
-            known.update(zip(new, row_scores(task, *zip(*new, strict=True))[1], strict=True))
+            known.update(zip(new, task.row_scores(*zip(*new, strict=True)), strict=True))
         if answers:
             rows[name] = [sum(known[pair] for pair in row) / len(row) for row in zip(*answers, strict=True)]
-    return row_scores(task, references[:1], references[:1])[0], rows, told["text"]
+    return rows, told["text"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from toolkit.memory.report import GROUPS, format_error, grouped
 from toolkit.memory.units import format_bytes
+from toolkit.metrics import score_title
 
-METRIC_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 NONE = "–"
 
 
@@ -20,11 +20,6 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     caption: str
-
-
-def metric_name(metric: str) -> str:
-    """`rougeL` -> `ROUGE-L`, `macro_f1` -> `macro F1`."""
-    return METRIC_NAMES.get(metric, metric.replace("_", " ").replace("f1", "F1"))
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
@@ -61,7 +56,7 @@ def _quality(data: dict[str, Any]) -> Table:
         f"Scores on the test split of {data['data']['name']} ({rows_of_test:,} rows); mean ± 95 % interval over seeds "
         "(Student's t), which needs two seeds at least. base: the model before training."
     )
-    return Table("Quality", ["method", "seeds", *map(metric_name, data["metrics"])], rows, caption)
+    return Table("Quality", ["method", "seeds", *map(score_title, data["metrics"])], rows, caption)
 
 
 def _differences(data: dict[str, Any]) -> list[Table]:
@@ -74,8 +69,9 @@ def _differences(data: dict[str, Any]) -> list[Table]:
                 span = f"{found['low']:+.4f} to {found['high']:+.4f}"
                 verdict = "yes" if found["more_than_noise"] else "no"
                 rows.append([entry["method"], f"{found['mean']:+.4f}", span, p, verdict])
+        direction = "" if data["higher_is_better"] else " (lower is better)"
         caption = (
-            f"{metric_name(data['headline'])} less that of {meaning}. Paired bootstrap over "
+            f"{score_title(data['headline'])}{direction} less that of {meaning}. Paired bootstrap over "
             f"{data['data']['different_texts']:,} different test texts (Koehn 2004), 10,000 resamples, each row's scores "
             "averaged over seeds; more than noise: the interval leaves out 0. What another seed would give is not in it: "
             "see the intervals over seeds."
