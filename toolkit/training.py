@@ -158,6 +158,10 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.seen = 0
+        self.began = 0.0
+        self.durations: list[float] = []  # of each step, in seconds
+        self.tokens: list[int] = []  # of each step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

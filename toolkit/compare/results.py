@@ -38,7 +38,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     for run, record in records.items():
         for column in record["scores"]:
             scored.setdefault(_name(run.method, column), {})[run] = column
-    entries = [_entry("base", {}, scored["base"], records)] if scored["base"] else []
+    entries = [_entry("base", (), scored["base"], records)] if scored["base"] else []
     for method in plan.methods:
         runs = plan.runs_of(method)
         own = [name for name in scored if name == method or name.startswith(f"{method}, ")] or [method]
@@ -173,7 +173,8 @@ def _row_scores(
     told = next((columns for columns in completions.values() if "reference" in columns), None)
     if told is None:
         return {}, []
-    references, known, rows = told["reference"], {}, {}
+    references, rows = told["reference"], {}
+    known: dict[tuple[str, str], float] = {}
     for name, runs in scored.items():
         answers = [list(zip(completions[run][column], references, strict=True)) for run, column in runs.items()]
         if new := list({pair: None for pairs in answers for pair in pairs if pair not in known}):

@@ -42,12 +42,12 @@ def paired_bootstrap(
     for start in range(0, resamples, step):
         drawn = rng.integers(0, len(sums), (min(step, resamples - start), len(sums)))
         means[start : start + len(drawn)] = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = (float(np.quantile(means, share)) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
     return {
         "mean": float(differences.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "p": min(1.0, 2 * (tail + 1) / (resamples + 1)),
-        "more_than_noise": bool(low > 0 or high < 0),
+        "more_than_noise": low > 0 or high < 0,
     }
