@@ -77,13 +77,13 @@ def _ours(entry: Mapping[str, Any], column: str) -> str:
 
 def _differing(folder: Path, data: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """`model google/flan-t5-base, here ...` for each of `settings` that ours does not have."""
-    here: dict[str, set[Any]] = {"model": {data["model"]}, "test rows": {data["data"]["rows"]["test"]}}
-    here["training rows"] = {data["data"]["rows"]["train"]}
+    here = {"model": {str(data["model"])}, "test rows": {str(data["data"]["rows"]["test"])}}
+    here["training rows"] = {str(data["data"]["rows"]["train"])}
     for path in sorted((folder / "runs").glob("*/config.yaml")):
         for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-            here.setdefault(name, set()).add(" ".join(value) if isinstance(value, list) else value)
+            here.setdefault(name, set()).add(" ".join(map(str, value)) if isinstance(value, list) else str(value))
     return [
-        f"{name} {wanted}, here {', '.join(map(str, here.get(name, {NONE})))}"
+        f"{name} {wanted}, here {', '.join(sorted(here.get(name, {NONE})))}"
         for name, wanted in settings.items()
-        if here.get(name) != {wanted}
+        if here.get(name) != {str(wanted)}
     ]
