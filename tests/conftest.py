@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import pytest
 
@@ -87,13 +88,16 @@ def small_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("small") / "csv", train=rows[:16], validation=rows[16:20], test=rows[20:])
 
 
-def run(*command: str | Path, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, timeout: float = 600, stdin: IO[str] | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a command of the project's environment from the repository root; the caller looks at the exit code."""
     program, *rest = map(str, command)
     return subprocess.run(
         [str(BIN / program), *rest],
         cwd=ROOT,
         env={**os.environ, **env},
+        stdin=stdin,
         capture_output=True,
         text=True,
         timeout=timeout,

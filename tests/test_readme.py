@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from comparison_folder import write_in_context, write_run
 from conftest import ROOT, recipe, run, write_csv
 
 from toolkit.cli import main
@@ -28,7 +29,7 @@ def test_the_generated_parts_are_what_the_committed_results_say():
 
 def test_every_command_is_covered_here():
     assert COMMANDS[:2] == ["make demo", "make test"]
-    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"] * 3
+    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"] * 7
 
 
 def test_the_file_tree_names_what_is_there():
@@ -108,6 +109,31 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
     assert done.returncode == 0, done.stderr
     base, tuned = (float(re.search(rf"│ {who} +│ +([\d.]+)", done.stdout)[1]) for who in ("base", "tuned"))
     assert tuned > base + 0.1
-    command = shlex.split(COMMANDS[7].replace("RUN_DIR", str(tmp_path / "run")))
-    written = run(*command)
-    assert written.returncode == 0 and written.stdout.strip(), written.stderr
+    (tmp_path / "typed").write_text("#Person1#: Is it raining?\n")
+    for number in (7, 8, 9):
+        words = shlex.split(
+            COMMANDS[number].replace("RUN_DIR", str(tmp_path / "run")).replace("RUN_B", str(tmp_path / "run"))
+        )
+        with (tmp_path / "typed").open() as typed:
+            written = run(*words, stdin=typed)
+        assert written.returncode == 0 and written.stdout.strip(), written.stderr
+    assert (tmp_path / "run-merged" / "model.safetensors").exists()
+
+
+def test_the_compare_commands_plan_every_run_and_show_what_is_there(monkeypatch, tmp_path, capfd):
+    """The runs themselves are tested in test_compare.py; here what they leave is written in their stead."""
+
+    def leave_results(plan):
+        assert len(plan.runs) == 12
+        for one in plan.runs:
+            if one.method == "in_context":
+                write_in_context(one.folder)
+            else:
+                write_run(one.folder, one.method, one.seed, rows=60)
+
+    monkeypatch.setattr("toolkit.compare.command.run_all", leave_results)
+    for number in (10, 11):
+        with pytest.raises(SystemExit) as caught:
+            main([word.replace("runs/comparison", str(tmp_path / "c")) for word in shlex.split(COMMANDS[number])[1:]])
+        assert not caught.value.code
+        assert "Against full fine-tuning" in capfd.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +143,8 @@ def show_comparison(config: Config, memory: MemoryCallback) -> None:
         return
     try:
         _refuse_several_processes(config)
-        print_comparison(console, predict_run(config, this_device(config), memory.batches), memory.ledger)
+        predicted = predict_run(config, this_device(config), memory.batches)
+        predicted.save(Path(config.training.output_dir) / "predicted_memory.json")
+        print_comparison(console, predicted, memory.ledger)
     except UserError as error:
         say("memory", f"not predicted: {error}")

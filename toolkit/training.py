@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from toolkit.console import say
 from toolkit.data import TaskData
 from toolkit.errors import UserError
 from toolkit.files import write_aside
+from toolkit.guards import Guards, check_saved
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import save_over_original_base
 from toolkit.optimizers import Prodigy, prodigy_arguments
@@ -43,6 +45,8 @@ class FineTuner(Trainer):
     so their loss grows with the accumulation steps (seen in transformers 5.17 to 5.23).
     """
 
+    guards: Guards | None = None  # a shadow step has none
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -50,7 +54,9 @@ class FineTuner(Trainer):
         data: TaskData,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        callbacks = [ProgressCallback(), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *(callbacks or [])]
+        self.guards = Guards()
+        metrics = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
+        callbacks = [ProgressCallback(), metrics, self.guards, *(callbacks or [])]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         tokenizer = data.encoder.tokenizer
@@ -123,6 +129,13 @@ class FineTuner(Trainer):
             )
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that the Trainer logs, whichever engine computes it; shown to the guards."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.guards is not None:
+            self.guards.gradient(norm)
+        return norm
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leaves the run's own model card in place; Trainer would write its own over it when pushing to the hub."""
 
@@ -136,10 +149,19 @@ def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
 
 
 class MetricsFile(TrainerCallback):
-    """Writes each logged step as a line of `metrics.jsonl`; on resuming, lines after the checkpoint are taken back."""
+    """Writes each logged step as a line of `metrics.jsonl`; on resuming, lines after the checkpoint are taken back.
+
+    The last step is always logged. `seconds` are those within steps since training began (or was resumed), and
+    `tokens_per_second` counts real tokens of all ranks over the steps after the first two, which are slowed by the
+    memory account; evaluations and checkpoints are left out of both.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.seen = 0
+        self.began = 0.0
+        self.durations: list[float] = []  # of each step, in seconds
+        self.tokens: list[int] = []  # of each step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,6 +170,19 @@ class MetricsFile(TrainerCallback):
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             write_aside(self.path, "".join(f"{line}\n" for line in kept))
+        self.seen, self.durations, self.tokens = state.num_input_tokens_seen, [], []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.durations.append(time.monotonic() - self.began)
+        self.tokens.append(state.num_input_tokens_seen - self.seen)
+        self.seen = state.num_input_tokens_seen
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,
@@ -159,7 +194,10 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
+        first = 2 if len(self.durations) > 2 else 0
+        rate = sum(self.tokens[first:]) / max(sum(self.durations[first:]), 1e-9)
         line = {"step": state.global_step, "tokens": state.num_input_tokens_seen}
+        line |= {"seconds": round(sum(self.durations), 3), "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in logs.items() if name != "num_input_tokens_seen"}
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in line.items()}
         with self.path.open("a", encoding="utf-8") as stream:
@@ -186,3 +224,4 @@ def train(trainer: FineTuner) -> None:
     trainer.save_model(args.output_dir, _internal_call=True)
     if trainer.is_world_process_zero():
         save_over_original_base(trainer.model, Path(args.output_dir))
+    check_saved(trainer)

@@ -1,0 +1,137 @@
+"""Each guard stops a real training that it is there to stop, and lets good ones pass."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from memory.tiny_models import tiny_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, TrainerCallback
+
+from toolkit.config import TrainArguments
+from toolkit.embedded import MODEL_DIR
+from toolkit.errors import UserError
+from toolkit.guards import check_saved, checksums
+from toolkit.training import FineTuner
+
+CONFIGS = {
+    "lora": LoraConfig(task_type="CAUSAL_LM", r=2),
+    "pissa": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights="pissa"),
+    "ia3": IA3Config(task_type="CAUSAL_LM"),
+    "p_tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """Makes a FineTuner of a tiny Llama on four rows, for 4 steps; further arguments are those of training."""
+
+    def make(method="lora", kind=FineTuner, callbacks=(), **arguments):
+        model = tiny_model("llama")
+        model = model if method == "full" else get_peft_model(model, CONFIGS[method])
+        generator = torch.Generator().manual_seed(1)
+        ids = [torch.randint(3, 256, (12,), generator=generator).tolist() for _ in range(4)]
+        rows = Dataset.from_list([{"input_ids": i, "attention_mask": [1] * 12, "labels": i} for i in ids])
+        encoder = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(MODEL_DIR))
+        settings = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "save_strategy": "no"}
+        args = TrainArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **settings | arguments
+        )
+        data = SimpleNamespace(train=rows, validation=rows, encoder=encoder)
+        return kind(model, args, data, callbacks=list(callbacks))
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["full", *(name for name in CONFIGS if name != "pissa")])
+def test_a_good_run_passes_every_guard_and_keeps_its_weights(trainer, method, tmp_path):
+    good = trainer(method)
+    good.train()
+    before = {name: p.clone() for name, p in good.model.named_parameters()}
+    good.save_model(str(tmp_path))
+    check_saved(good)
+    assert all(torch.equal(p, before[name]) for name, p in good.model.named_parameters())
+
+
+def test_a_loss_that_does_not_depend_on_the_weights_is_stopped_by_the_third_step(trainer):
+    class Detached(FineTuner):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * 0.0
+
+    with pytest.raises(UserError, match="guard 'gradient': its norm was 0, 0, 0 in the first 3 steps"):
+        trainer(kind=Detached, max_steps=100).train()
+
+
+def test_a_learning_rate_that_moves_no_weight_is_stopped(trainer):
+    with pytest.raises(UserError, match="guard 'update': after 3 steps no trained weight has changed"):
+        trainer("full", learning_rate=1e-30, max_steps=100).train()
+
+
+def test_a_run_shorter_than_the_first_steps_is_checked_at_its_end(trainer):
+    with pytest.raises(UserError, match="guard 'update': after 1 steps"):
+        trainer("full", learning_rate=1e-30, max_steps=1).train()
+    trainer("full", max_steps=1).train()
+
+
+def test_a_warm_up_whose_first_step_moves_nothing_passes(trainer):
+    trainer("full", warmup_steps=3, lr_scheduler_type="linear").train()
+
+
+def test_a_frozen_weight_that_changes_is_named(trainer):
+    class Meddler(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                weight = model.get_parameter("base_model.model.model.norm.weight")
+                weight.data[5] += 1e-6
+
+    with pytest.raises(UserError, match=r"guard 'frozen': 1 of \d+ frozen .*model\.norm\.weight among them"):
+        trainer(callbacks=[Meddler()]).train()
+
+
+def test_an_adapter_file_that_is_empty_incomplete_or_altered_is_refused(trainer, tmp_path):
+    run = trainer()
+    run.train()
+    run.save_model(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(key for key in weights if "lora_B" in key)
+
+    save_file({**weights, name: weights[name] * 1.5}, file)
+    with pytest.raises(UserError, match=r"guard 'saved': the adapter read back .* gives logits that differ"):
+        check_saved(run)
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, file)
+    with pytest.raises(UserError, match="guard 'saved': 1 trained weights are not in"):
+        check_saved(run)
+    save_file({}, file)
+    with pytest.raises(UserError, match=r"guard 'saved': .* holds no weights"):
+        check_saved(run)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"guard 'saved': .* cannot be read back"):
+        check_saved(run)
+
+
+def test_a_full_model_that_was_saved_with_other_weights_is_refused(trainer, tmp_path):
+    run = trainer("full")
+    run.save_model(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"guard 'saved': .*model\.norm\.weight differs"):
+        check_saved(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_checksum_sees_one_changed_bit_a_scaling_and_a_tail(dtype):
+    for size in (1, 7, 64, 67):
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(torch.ones(size, dtype=dtype), requires_grad=False)
+        seen = {checksums(module, trainable=False)["weight"]}
+        module.weight.data.view(torch.uint8)[-1] ^= 2
+        seen |= set(checksums(module, trainable=False).values())
+        module.weight.data = torch.zeros(size, dtype=dtype)
+        seen |= set(checksums(module, trainable=False).values())
+        assert len(seen) == 3 and not checksums(module, trainable=True)

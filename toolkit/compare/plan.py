@@ -1,0 +1,212 @@
+"""Which runs a comparison has, which flag goes to which method, and what makes a folder that of another comparison."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import toolkit
+from toolkit.config import Parser, TrainArguments, parse_config
+from toolkit.errors import UserError, did_you_mean
+from toolkit.files import write_aside
+from toolkit.finished_run import read_json
+from toolkit.methods import METHODS
+from toolkit.methods.in_context import USED
+
+REPOSITORY = Path(toolkit.__file__).parent.parent
+FILE = "comparison.json"
+
+REFUSED = {
+    "config": "its keys would have to suit every method; give them as flags, each goes to the methods that have it",
+    "seed": "--seeds N gives each method the seeds 0 to N - 1",
+    "output_dir": "each run has its own folder in that of the comparison",
+    "predict": "it shows memory instead of running; use footprint predict",
+    "resume_from_checkpoint": "give the same command again: runs that are done are not done again",
+    "push_to_hub": "push the run that you choose",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed, in a process of its own."""
+
+    method: str
+    seed: int
+    folder: Path
+    argv: tuple[str, ...]  # of its recipe
+
+    @property
+    def log(self) -> Path:
+        """What its process wrote to the terminal."""
+        return self.folder.with_suffix(".log")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its folder holds a finished run."""
+        try:
+            return bool(read_json(self.folder / "run.json").get("finished"))
+        except UserError:
+            return False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a comparison, in the order in which they are started: all methods with one seed, then the next."""
+
+    folder: Path
+    methods: tuple[str, ...]
+    seeds: int
+    launch: str
+    runs: tuple[Run, ...]
+
+    def runs_of(self, method: str) -> list[Run]:
+        """The runs of one method, by seed."""
+        return [run for run in self.runs if run.method == method]
+
+
+def new_plan(folder: Path, methods: str | None, seeds: int, launch: Path | None, flags: Sequence[str]) -> Plan:
+    """The comparison that the command line describes, added to what `folder` already holds; nothing is run.
+
+    Raises: UserError for an unknown method or flag, a setting that no run can have, and a folder of other settings.
+    """
+    names = _methods(methods)
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds} is not possible; give a whole number of at least 1")
+    for name in names:
+        recipe_of(name)
+    launch_file = (launch or REPOSITORY / "launch" / "single.yaml").resolve()
+    if not launch_file.is_file():
+        raise UserError(f"--launch {launch_file}: no such file; give one of launch/*.yaml")
+    shared = _split(flags, names)
+    settings = {"launch": str(launch_file), "flags": list(flags)}
+    if (folder / FILE).is_file():
+        before = read_json(folder / FILE)
+        for what in ("flags", "launch"):
+            if before.get(what) != settings[what]:
+                was = " ".join(before[what]) if isinstance(before.get(what), list) else before.get(what)
+                raise UserError(
+                    f"--output_dir {folder} holds a comparison with other settings ({what}: {was or 'none'}); "
+                    "give a new folder, or the same flags"
+                )
+        old = [name for name in before.get("methods", []) if name not in names]
+        shared |= _split(before["flags"], old)
+        names, seeds = (
+            [*before["methods"], *(n for n in names if n not in before["methods"])],
+            max(seeds, before["seeds"]),
+        )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} is not empty and holds no comparison; give a new folder")
+    plan = _plan(folder, names, seeds, str(launch_file), shared)
+    for name in names:
+        _check(plan.runs_of(name)[0])
+    return plan
+
+
+def read_plan(folder: Path) -> Plan:
+    """The comparison that `folder` holds.
+
+    Raises: UserError where it holds none.
+    """
+    if not (folder / FILE).is_file():
+        raise UserError(f"--output_dir {folder} holds no comparison; start one with --methods")
+    before = read_json(folder / FILE)
+    try:
+        return _plan(folder, before["methods"], before["seeds"], before["launch"], {})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / FILE} is damaged ({error}); start the comparison in a new folder") from None
+
+
+def claim(plan: Plan, flags: Sequence[str]) -> None:
+    """Makes the comparison's folder, and writes down what it is."""
+    try:
+        (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
+        content: dict[str, Any] = {"footprint": toolkit.__version__, "methods": list(plan.methods), "seeds": plan.seeds}
+        content |= {"launch": plan.launch, "flags": list(flags)}
+        write_aside(plan.folder / FILE, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {plan.folder} cannot be written ({error.strerror}); give a folder that can"
+        ) from None
+
+
+def recipe_of(method: str) -> Path:
+    """The script of a method.
+
+    Raises: UserError where the package was installed without the repository that holds the recipes.
+    """
+    path = REPOSITORY / "recipes" / f"{method}.py"
+    if not path.is_file():
+        raise UserError(
+            f"compare starts the recipes, and there is no {path}: they come with the repository; "
+            "clone it and install it with pip install -e ."
+        )
+    return path
+
+
+def _methods(given: str | None) -> list[str]:
+    if not given:
+        raise UserError(f"--methods is missing; name some of {', '.join(sorted(METHODS))}, with commas, or add --show")
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    for name in names:
+        if name == "base":
+            raise UserError("--methods base: the base model is scored with every method, so its row is always there")
+        if name not in METHODS:
+            raise UserError(
+                f"--methods {name} is unknown{did_you_mean(name, METHODS)}; there are: {', '.join(sorted(METHODS))}"
+            )
+    return names
+
+
+def _plan(folder: Path, methods: Sequence[str], seeds: int, launch: str, flags: dict[str, list[str]]) -> Plan:
+    runs = [
+        Run(
+            name,
+            seed,
+            path := folder / "runs" / f"{name}-{seed}",
+            (*flags.get(name, ()), "--seed", str(seed), "--output_dir", str(path)),
+        )
+        for seed in range(seeds)
+        for name in methods
+    ]
+    return Plan(folder, tuple(methods), seeds, launch, tuple(runs))
+
+
+def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
+    """Each method's share of `flags`: those that its recipe has.
+
+    Raises: UserError for a flag that none of them has, and for one that means nothing in a comparison.
+    """
+    known = {name: _flags(name) for name in methods}
+    shares: dict[str, list[str]] = {name: [] for name in methods}
+    if flags and not flags[0].startswith("--"):
+        raise UserError(f"unexpected value {flags[0]!r}: every setting is a flag, --name value")
+    starts = [i for i, token in enumerate(flags) if token.startswith("--")]
+    for start, end in itertools.pairwise([*starts, len(flags)]):
+        name = flags[start].lstrip("-").split("=")[0].replace("-", "_")
+        if name in REFUSED:
+            raise UserError(f"--{name} has no place in a comparison: {REFUSED[name]}")
+        takers = [method for method in methods if name in known[method]]
+        if methods and not takers:
+            owners = [m for m, cls in METHODS.items() if name in Parser(cls).flags()]
+            hint = f" (it belongs to the method {owners[0]}, which is not compared)" if owners else ""
+            hint = hint or did_you_mean(name, {flag for flags_of in known.values() for flag in flags_of})
+            raise UserError(f"unknown flag --{name}{hint}; footprint predict METHOD --help lists none of that name")
+        for method in takers:
+            shares[method] += flags[start:end]
+    return shares
+
+
+def _flags(method: str) -> set[str]:
+    """The flags that have an effect with a method: where nothing is trained, not those of training."""
+    flags = set(Parser(METHODS[method]).flags())
+    return flags if METHODS[method].trains else flags - {f.name for f in fields(TrainArguments)} | USED
+
+
+def _check(run: Run) -> None:
+    """Raises UserError where the recipe would refuse its flags, with the method's name before the recipe's own words."""
+    try:
+        parse_config(METHODS[run.method], run.argv)
+    except UserError as error:
+        raise UserError(f"{run.method}: {error}") from None
