@@ -58,6 +58,11 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
         'footprint generate RUN_DIR "text"',
         "```",
         "",
+        *(
+            [f"Elsewhere PEFT loads it after `import {config.method.needs_import}`.", ""]
+            if config.method.needs_import
+            else []
+        ),
         "The exact settings are in `config.yaml`, which `--config` reads.",
         "",
     ]

@@ -117,6 +117,7 @@ class Adapter(PeftBased):
     _argument_group_name: ClassVar[str] = "bottleneck adapters"
     name: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "arXiv:1902.00751"
+    needs_import: ClassVar[str] = "toolkit.methods.adapter"
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-4}
     embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 5e-3}
 

@@ -38,6 +38,7 @@ class Method(ABC):
     paper: ClassVar[str] = ""  # arXiv id
     freezes_base: ClassVar[bool]
     trains: ClassVar[bool] = True  # in-context learning does not
+    needs_import: ClassVar[str] = ""  # the module of ours without which PEFT cannot load the result
     training_defaults: ClassVar[dict[str, Any]]  # by flag name, for real models
     embedded_defaults: ClassVar[dict[str, Any]]  # on top of them, for the tiny embedded one
 
