@@ -101,7 +101,7 @@ class FineTuner(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names; with LoRA+, B's parameters in a group of a higher learning rate."""
         ratio = getattr(self.model, "loraplus_lr_ratio", None)
-        if ratio is not None and self.optimizer is None:
+        if ratio is not None and getattr(self, "optimizer", None) is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options |= {"loraplus_weight_decay": self.args.weight_decay, "loraplus_lr_ratio": ratio}
             self.optimizer = create_loraplus_optimizer(self.model, kind, **options)

@@ -33,7 +33,7 @@ class AdapterType(StrEnum):
 class BottleneckConfig(PeftConfig):
     """Adapters of inner width `bottleneck_size` on the outputs of `target_modules`."""
 
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     bottleneck_size: int = 64
     modules_to_save: list[str] | None = None
