@@ -37,7 +37,7 @@ class AnyPeft(PeftBased):
     _argument_group_name: ClassVar[str] = "a method of PEFT"
     name: ClassVar[str] = "peft_method"
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3}
-    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 1e-2}
+    embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 5e-2}
 
     peft_type: str = field(default="VERA", metadata={"help": "PEFT's name of the method, such as VERA, LOHA or OFT."})
     peft_config: str | None = field(
