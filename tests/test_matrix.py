@@ -34,7 +34,6 @@ WEIGHTS = {
 TASKS = {"generation": "summarization", "head": "sequence_classification"}
 OWN_FLAGS = {  # methods that need to be told what to do
     "selective": ("--train_last_layers", "1"),
-    "peft_method": ("--peft_type", "LOHA"),
 }
 
 
