@@ -5,13 +5,16 @@ import sys
 
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from toolkit.config import OVERRIDDEN, Parser, parse_config
+from toolkit.data import DataArguments, lengths
 from toolkit.errors import UserError
 from toolkit.methods import METHODS
 from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
+from toolkit.methods.prompt_tuning import PromptTuning
+from toolkit.methods.qlora import QLora
 
 
 def refusal(*argv: str, method=Lora) -> str:
@@ -182,3 +185,20 @@ def test_each_method_says_what_it_is():
         assert method.name == name
         assert method.__doc__
         assert sys.modules[method.__module__].__doc__
+
+
+def test_a_yaml_file_that_takes_back_what_the_method_is_made_of_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("load_in_4bit: false\n")
+    with pytest.raises(UserError, match="neither 4 nor 8 bits"):
+        parse_config(QLora, ["--config", str(path), "--use_cpu"])
+
+
+def test_virtual_tokens_take_positions_from_a_model_that_counts_them():
+    config = AutoConfig.for_model("gpt2", n_positions=128)
+    asked = DataArguments(max_length=120)
+    assert lengths(asked, config)[0] == 120
+    with pytest.raises(UserError, match=r"at most 108 \(20 positions are virtual tokens\)"):
+        lengths(asked, config, virtual_tokens=20)
+    assert lengths(DataArguments(), config, virtual_tokens=PromptTuning().virtual_tokens)[0] == 108
+    assert lengths(asked, AutoConfig.for_model("t5"), virtual_tokens=20)[0] == 120

@@ -176,7 +176,8 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     if (path := given.pop("config", None)) is not None:
         from_file = _from_yaml(parser, Path(path))
         # A key at its default says nothing: a run's own config.yaml, which names every setting, can be run again.
-        given = {k: v for k, v in from_file.items() if v != parser.get_default(k)} | given
+        usual = method.defaults(from_file | given)
+        given = {k: v for k, v in from_file.items() if v != usual.get(k, parser.get_default(k))} | given
     named = from_file | given
     optim, why = method.optimizer(_on_gpu(named, card))
     settings = method.defaults(given) | ({"optim": optim} if optim else {}) | named

@@ -171,13 +171,19 @@ class TaskData:
         return [self.task.reference(target, ids) for target, ids in zip(targets, self.test_prompts, strict=True)]
 
 
-def load_data(args: DataArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+def load_data(
+    args: DataArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    virtual_tokens: int = 0,
+) -> TaskData:
     """Reads, checks and tokenizes the data set of `args` for the model of `config`.
 
     Raises: UserError for whatever is wrong with the files, the columns, the lengths or the labels.
     """
     task, columns = TASKS[args.task], args.columns
-    max_length, max_target_length, remarks = lengths(args, config, tokenizer)
+    max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
     splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns, seed)
     remarks += more
     names = _names(splits["train"], columns)
@@ -232,25 +238,32 @@ def label_names(dataset_name: str | None, dataset_config_name: str | None, label
 
 
 def lengths(
-    args: DataArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    args: DataArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    virtual_tokens: int = 0,
 ) -> tuple[int, int, list[str]]:
     """The most tokens of a prompt and of a target that the model can take, and a remark for each that its limit lowered.
 
-    The target's is 0 where nothing is written. Without a tokenizer its limit is not known.
+    The target's is 0 where nothing is written. Without a tokenizer its limit is not known. `virtual_tokens` are positions
+    that the method takes.
 
     Raises: UserError for lengths that the model cannot take.
     """
     limit = longest_input(config, tokenizer)
+    taken = ""
+    if limit and virtual_tokens and config.model_type not in T5_FAMILY:
+        limit, taken = max(1, limit - virtual_tokens), f" ({virtual_tokens} positions are virtual tokens)"
     remarks = []
     max_length = args.max_length or DEFAULT_MAX_LENGTH
     max_target_length = args.get("max_target_length") or 0
     hard_limit = None if config.model_type in T5_FAMILY else limit
     for name, value in (("max_length", args.max_length), ("max_target_length", args.max_target_length)):
         if value is not None and hard_limit and value > hard_limit:
-            raise UserError(f"--{name} {value} is longer than the model can take; give at most {hard_limit}")
+            raise UserError(f"--{name} {value} is longer than the model can take; give at most {hard_limit}{taken}")
     if args.max_length is None and limit and limit < max_length:
         max_length = limit
-        remarks.append(f"max_length {limit}: the most that the model can take")
+        remarks.append(f"max_length {limit}: the most that the model can take{taken}")
     if not config.is_encoder_decoder and max_target_length >= max_length:
         if args.max_target_length is not None:
             raise UserError(

@@ -69,7 +69,7 @@ def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
     Raises: UserError for a length beyond the model's positions.
     """
     rows = config.training.per_device_train_batch_size
-    length, target_length, _ = lengths(config.data, model_config)
+    length, target_length, _ = lengths(config.data, model_config, virtual_tokens=config.method.virtual_tokens)
     ids = torch.full((rows, length), UNMARKED)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if has_head(model_config):

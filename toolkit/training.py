@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftType
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import (
@@ -78,6 +79,8 @@ class FineTuner(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
+        if _follows_virtual_tokens(model):
+            self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
 
     def compute_loss(
         self,
@@ -91,12 +94,16 @@ class FineTuner(Trainer):
         With n the label tokens here and N those of all batches and processes of the step, the sum over batches of
         mean x n / N is the mean over all N tokens. DDP averages over processes, hence the factor `num_processes`.
         """
-        local = _label_tokens(inputs["labels"], shifted=not self.model.config.is_encoder_decoder)
+        local = _label_tokens(inputs["labels"], shifted=self._shifts_labels)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
         if num_items_in_batch is None:  # evaluation: the mean of the batch
             return result
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
+
+    @property
+    def _shifts_labels(self) -> bool:
+        return not self.model.config.is_encoder_decoder and not _follows_virtual_tokens(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names; with LoRA+, B's parameters in a group of a higher learning rate."""
@@ -138,6 +145,12 @@ class FineTuner(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leaves the run's own model card in place; Trainer would write its own over it when pushing to the hub."""
+
+
+def _follows_virtual_tokens(model: nn.Module) -> bool:
+    """Whether soft prompts stand before the input, so that a GPT-like model predicts its first token too."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
 
 
 def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:

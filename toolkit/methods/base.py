@@ -42,6 +42,11 @@ class Method(ABC):
     training_defaults: ClassVar[dict[str, Any]]  # by flag name, for real models
     embedded_defaults: ClassVar[dict[str, Any]]  # on top of them, for the tiny embedded one
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the method takes beside those of the text."""
+        return 0
+
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Settings where the user (`given`: the flags that were named) says nothing."""

@@ -29,6 +29,11 @@ class PTuning(PeftBased):
     )
     encoder_hidden_size: int = field(default=128, metadata={"help": "Width of the network that makes the prompt."})
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the method takes beside those of the text."""
+        return self.num_virtual_tokens
+
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for sizes that are not possible."""
         super().check(given)

@@ -32,6 +32,11 @@ class PrefixTuning(PeftBased):
         metadata={"help": "What they begin as: those of random words, zeros, or random numbers."},
     )
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the method takes beside those of the text."""
+        return self.num_virtual_tokens
+
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for a number of tokens that is not possible, and for gradient checkpointing."""
         super().check(given)

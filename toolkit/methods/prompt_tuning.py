@@ -38,6 +38,11 @@ class PromptTuning(PeftBased):
         default=None, metadata={"help": "A text in words of the model's vocabulary, such as an instruction."}
     )
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the method takes beside those of the text."""
+        return self.num_virtual_tokens
+
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for a number of tokens that is not possible, and a text that is missing or unused."""
         super().check(given)
