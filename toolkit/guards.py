@@ -5,7 +5,7 @@
 | gradient: its norm is above zero | the first steps | nothing: the Trainer computes it anyway |
 | update: trained weights have changed | the first steps, and the end | reads the trained weights once a check |
 | frozen: frozen weights have not changed | the end | reads the frozen weights twice, on their device, without a copy: |
-| | | about 0.1 s for 8B weights in bf16 on a GPU of 300 GB/s, 1 s a GiB on a slow CPU |
+| | | 0.2 to 0.3 s a GiB measured on one slow CPU core; on a GPU, reading them once at its bandwidth |
 | saved: what was saved reloads as what was trained | the end | an adapter: two forward passes of one row, no memory; a full |
 | | | model: the saved file is read once, into the CPU's memory |
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -25,39 +25,46 @@ def run_all(plan: Plan) -> None:
     """Runs what is not done yet. Runs that failed or were stopped before are run anew, in an empty folder."""
     todo = [run for run in plan.runs if not run.is_done]
     took = {run: read_json(run.folder / "run.json")["seconds"] for run in plan.runs if run not in todo}
-    if len(todo) < len(plan.runs):
-        say("done", f"{len(plan.runs) - len(todo)} of {len(plan.runs)} runs were done before")
+    total, before = len(plan.runs), len(plan.runs) - len(todo)
+    if before:
+        say("done", f"{before} of {total} runs were done before")
     columns = (TextColumn("[bold]comparing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(plan.runs), completed=len(plan.runs) - len(todo), note="")
+        task = bar.add_task("", total=total, completed=before, note="")
         for number, run in enumerate(todo):
+            name = f"{run.method}, seed {run.seed}"
             if not console.is_terminal:
-                say(
-                    "run",
-                    f"{len(plan.runs) - len(todo) + number + 1} of {len(plan.runs)}: {run.method}, seed {run.seed}",
-                )
-            began, expected = time.monotonic(), _expected(took, todo[number:])
-            process = _start(run, plan.launch)
-            try:
-                while process.poll() is None:
-                    spent = time.monotonic() - began
-                    note = f"{run.method}, seed {run.seed}: {_last_line(run.log)}"
-                    bar.update(task, note=f"{_left(expected, spent)}  {note[:60]}")
-                    time.sleep(0.5)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)
-                    process.wait()
+                say("run", f"{before + number + 1} of {total}: {name}")
+            expected = _expected(took, todo[number:])
+
+            def tell(spent: float, run: Run = run, name: str = name, expected: float | None = expected) -> None:
+                bar.update(task, note=f"{_left(expected, spent)}  {f'{name}: {_last_line(run.log)}':.60}")
+
+            spent = _run(run, plan.launch, tell)
             bar.update(task, advance=1)
-            spent = time.monotonic() - began
             if run.is_done:
                 took[run] = spent
-                say(
-                    "done",
-                    f"{run.method}, seed {run.seed}: {spent:.0f} s, {_left(_expected(took, todo[number + 1 :]))}",
-                )
+                say("done", f"{name}: {spent:.0f} s, {_left(_expected(took, todo[number + 1 :]))}")
             else:
-                say("failed", f"{run.method}, seed {run.seed}: {spent:.0f} s, {why_failed(run)} (all of it: {run.log})")
+                say("failed", f"{name}: {spent:.0f} s, {why_failed(run)} (all of it: {run.log})")
+
+
+def _run(run: Run, launch: str, tell: Callable[[float], None]) -> float:
+    """Runs one to its end, with `tell` called every second with the seconds so far, which it returns in the end.
+
+    Whatever ends this process in an orderly way (Ctrl-C too) ends the run's.
+    """
+    began = time.monotonic()
+    process = _start(run, launch)
+    try:
+        while process.poll() is None:
+            tell(time.monotonic() - began)
+            time.sleep(1)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+    return time.monotonic() - began
 
 
 def command(run: Run, launch: str) -> list[str]:

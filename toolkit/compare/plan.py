@@ -192,7 +192,7 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
             owners = [m for m, cls in METHODS.items() if name in Parser(cls).flags()]
             hint = f" (it belongs to the method {owners[0]}, which is not compared)" if owners else ""
             hint = hint or did_you_mean(name, {flag for flags_of in known.values() for flag in flags_of})
-            raise UserError(f"unknown flag --{name}{hint}; footprint predict METHOD --help lists none of that name")
+            raise UserError(f"unknown flag --{name}{hint}; python recipes/METHOD.py --help lists those of each")
         for method in takers:
             shares[method] += flags[start:end]
     return shares
