@@ -5,6 +5,7 @@
 A part stands between `<!-- NAME -->` and `<!-- end NAME -->`.
 """
 
+import ast
 import json
 import re
 import sys
@@ -68,7 +69,69 @@ def t4_accuracy() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"demo output": demo_output, "embedded scores": embedded_scores, "t4 accuracy": t4_accuracy}
+def methods() -> str:
+    """Every recipe with the first line of its docstring."""
+    lines = ["| recipe | what it does |", "|---|---|"]
+    for path in sorted((ROOT / "recipes").glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines.append(f"| `recipes/{path.name}` | {text.splitlines()[0]} |")
+    return "\n".join(lines)
+
+
+def combinations() -> str:
+    """How many cells of the matrix train, of those that were run, by method and form of the weights; and why others do not."""
+    path = RESULTS / "matrix.json"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+    if not cells:
+        return "No cell has been run yet: `make matrix`."
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    reasons: dict[str, dict[str, None]] = {}
+    for name, outcome in cells.items():
+        method, weights, *where = name.split("-")
+        groups.setdefault((method, weights), []).append(outcome)
+        if outcome["outcome"] == "refused":
+            reasons.setdefault(outcome["reason"], {})[f"{method} {weights} ({' '.join(where)})"] = None
+    kinds = ("unquantized", "int8", "nf4")
+    lines = ["| | unquantized | 8-bit | NF4 |", "|---|---:|---:|---:|"]
+    for method in sorted({method for method, _ in groups}):
+        found = [groups.get((method, kind), []) for kind in kinds]
+        counts = [f"{sum(o['outcome'] == 'trains' for o in f)} of {len(f)}" if f else "not run" for f in found]
+        lines.append(f"| `{method}` | {' | '.join(counts)} |")
+    dates = sorted(outcome["date"] for outcome in cells.values())
+    lines += [
+        "",
+        f"{len(cells)} cells run, {dates[0]} to {dates[-1]}, by `make matrix`. Refused, with the recipe's own words:",
+        "",
+    ]
+    for reason, places in reasons.items():
+        shown = ", ".join(list(places)[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+        lines.append(f"- {shown}: {reason}")
+    return "\n".join(lines if reasons else lines[:-2])
+
+
+def prediction_speed() -> str:
+    """Seconds of CPU for a prediction, by model and by number of layers."""
+    result = json.loads((RESULTS / "prediction_speed.json").read_text(encoding="utf-8"))
+    lines = ["| | CPU, s | of it after imports, s | RAM, MiB |", "|---|---:|---:|---:|"]
+    for name, run in result["runs"].items():
+        cells = f"{run['cpu_seconds']:.0f} | {run['after_imports_seconds']:.0f} | {run['peak_rss_bytes'] / 2**20:.0f}"
+        lines.append(f"| {name} | {cells} |")
+    lines += [
+        "",
+        f"{result['date']}, on a core that needs {result['ten_million_additions_seconds']:.1f} s for ten million additions in Python "
+        "(a current desktop: about 0.4); made by `python benchmarks/prediction_speed.py`.",
+    ]
+    return "\n".join(lines)
+
+
+PARTS = {
+    "demo output": demo_output,
+    "embedded scores": embedded_scores,
+    "t4 accuracy": t4_accuracy,
+    "prediction speed": prediction_speed,
+    "methods": methods,
+    "combinations": combinations,
+}
 
 
 def rewritten(text: str) -> str:
