@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from toolkit.config import TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData
+from toolkit.engine import EngineCheck
 from toolkit.errors import UserError
 from toolkit.files import write_aside
 from toolkit.guards import Guards, check_saved
@@ -81,6 +82,7 @@ class FineTuner(Trainer):
         self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
         if _follows_virtual_tokens(model):
             self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
+        self.add_callback(EngineCheck(self))
 
     def compute_loss(
         self,
