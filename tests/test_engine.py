@@ -54,7 +54,7 @@ def checked(env, **training):
 
 def test_an_optimizer_that_deepspeed_would_replace_is_refused(tmp_path):
     env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
-    with pytest.raises(UserError, match="--optim adafactor: the launch file offloads the optimizer.*adamw_torch"):
+    with pytest.raises(UserError, match=r"--optim adafactor: the launch file offloads the optimizer.*adamw_torch"):
         checked(env, optim="adafactor")
 
 

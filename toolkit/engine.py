@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from toolkit.console import say
 from toolkit.errors import UserError
+from toolkit.ranks import exits_cleanly
 
 Place = Literal["with the model", "cpu", "nvme"]
 REPLICATED = ("DDP", "ZeRO-1", "ZeRO-2")  # engines under which every rank holds the whole model
@@ -158,6 +159,29 @@ def _running_zero(trainer: Trainer, processes: int) -> Engine:
     mpu = getattr(engine, "mpu", None)
     row = mpu.get_sequence_parallel_world_size() if mpu is not None else 1
     return Engine(processes, f"ZeRO-{stage}", state, where, row)
+
+
+class SharedRows:
+    """Collates rows whose tokens `processes` ranks share (Ulysses): a batch is (rows, length), right-padded for an even cut.
+
+    Positions are those in the whole row, and there is no mask: what follows the text is seen by none of its tokens.
+    """
+
+    def __init__(self, collator: Any, processes: int) -> None:
+        collator.pad_to_multiple_of = processes
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.collator.tokenizer
+        side, tokenizer.padding_side = tokenizer.padding_side, "right"
+        try:
+            batch = dict(self.collator(rows))
+        finally:
+            tokenizer.padding_side = side
+        ids = batch["input_ids"]
+        batch.pop("attention_mask", None)
+        batch["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape).contiguous()
+        return batch
 
 
 class EngineCheck(TrainerCallback):
@@ -320,3 +344,27 @@ def _is_built(folder: Path) -> bool:
         except (psutil.Error, OSError):
             continue
     return False
+
+
+def build_extensions() -> None:
+    """Compiles what DeepSpeed would compile at its first use: its Adam for the CPU, and reading and writing of NVMe disks."""
+    import deepspeed
+
+    accelerator = deepspeed.accelerator.get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    check_builds(Engine(1, "ZeRO-3", "nvme", "nvme"), on_cpu)
+    for name in ("CPUAdamBuilder", "AsyncIOBuilder", *(["ShareMemCommBuilder"] if on_cpu else [])):
+        builder = accelerator.create_op_builder(name)
+        if not builder.is_compatible(verbose=False):
+            say(
+                "skipped",
+                f"{builder.NAME}: this machine lacks what it needs" + (" (libaio)" if "aio" in builder.NAME else ""),
+            )
+            continue
+        began = time.monotonic()
+        builder.load(verbose=False)
+        say("compiled", f"{builder.NAME} in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    exits_cleanly(build_extensions)()

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from toolkit.config import TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData
-from toolkit.engine import EngineCheck
+from toolkit.engine import EngineCheck, SharedRows, asked_engine
 from toolkit.errors import UserError
 from toolkit.files import write_aside
 from toolkit.guards import Guards, check_saved
@@ -64,11 +64,14 @@ class FineTuner(Trainer):
         tokenizer = data.encoder.tokenizer
         for settings in filter(None, (model.config, getattr(model, "generation_config", None))):  # as Trainer would
             settings.pad_token_id = tokenizer.pad_token_id
+        collator: Any
         if data.task.model_kind == "head":  # labels are (rows,), not (rows, length)
             collator = DataCollatorWithPadding(tokenizer)
         else:
             seq2seq = model if model.config.is_encoder_decoder else None
             collator = DataCollatorForSeq2Seq(tokenizer, model=seq2seq, label_pad_token_id=MASKED)
+        if (processes := asked_engine(args.deepspeed, args.fsdp).processes_a_row) > 1:
+            collator, args.dataloader_drop_last = SharedRows(collator, processes), True
         super().__init__(
             model=model,
             args=args,
@@ -95,11 +98,12 @@ class FineTuner(Trainer):
 
         With n the label tokens here and N those of all batches and processes of the step, the sum over batches of
         mean x n / N is the mean over all N tokens. DDP averages over processes, hence the factor `num_processes`.
+        Without N it is the mean of the batch: in evaluation, and where processes share a row (accumulated rows weigh alike).
         """
+        if num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
         local = _label_tokens(inputs["labels"], shifted=self._shifts_labels)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
-        if num_items_in_batch is None:  # evaluation: the mean of the batch
-            return result
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
 
