@@ -296,4 +296,4 @@ def test_recipes_run_under_presets(preset, name, tmp_path):
         alone = FinishedRun(folder)  # on this process, from what was saved
         with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
-                assert alone.generate([row["dialogue"]]) == [row["tuned"].strip()]
+                assert alone.generate([row["text"]]) == [row["tuned"].strip()]
