@@ -274,6 +274,13 @@ def without_partitioning() -> Iterator[None]:
             integration.set_hf_deepspeed_config(settings)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only a share of `model`'s weights, so that it computes on all ranks or on none."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())
+
+
 @contextmanager
 def gathered_in_use(model: nn.Module) -> Iterator[None]:
     """Within, a model that ZeRO-3 partitioned while it was loaded can compute: each layer's weights are gathered for it.

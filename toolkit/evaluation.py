@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.console import console, is_main
-from toolkit.engine import gathered_in_use
+from toolkit.engine import gathered_in_use, is_sharded
 
 if TYPE_CHECKING:  # tasks use this module
     from toolkit.config import Config
@@ -168,6 +168,7 @@ def _generate_batch(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
+        synced_gpus=is_sharded(model),  # transformers sees ZeRO-3 by itself, but not FSDP2 as accelerate sets it up
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
