@@ -26,7 +26,7 @@ from toolkit.ranks import exits_cleanly
 
 Place = Literal["with the model", "cpu", "nvme"]
 REPLICATED = ("DDP", "ZeRO-1", "ZeRO-2")  # engines under which every rank holds the whole model
-OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "lion_32bit")  # that DeepSpeed has for the CPU
+OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "lion_32bit")  # that DeepSpeed has for the CPU
 YOUNG_SECONDS = 20.0  # a build has its compiler running this soon after it took its lock
 
 
@@ -153,8 +153,9 @@ def _running_zero(trainer: Trainer, processes: int) -> Engine:
         state: Place = "nvme" if zero.swap_optimizer else _place([master.device for master in masters], trainer)
         where: Place = "nvme" if zero.params_in_nvme_and_cpu else _place([shard.device for shard in shards], trainer)
     else:
-        stage = 0 if not hasattr(zero, "partition_gradients") else 2 if zero.partition_gradients else 1
-        masters = getattr(zero, "single_partition_of_fp32_groups", [])
+        # ZeRO-1 in bf16 with gradients in fp32 has an optimizer class, and so a name, of its own.
+        masters = getattr(zero, "single_partition_of_fp32_groups", getattr(zero, "fp32_groups_flat_partition", []))
+        stage = 0 if not masters else 2 if getattr(zero, "partition_gradients", False) else 1
         state, where = _place([master.device for master in masters], trainer), "with the model"
     mpu = getattr(engine, "mpu", None)
     row = mpu.get_sequence_parallel_world_size() if mpu is not None else 1
@@ -320,7 +321,7 @@ def check_builds(engine: Engine, on_cpu: bool) -> None:
     A build takes a lock file in its folder, and one that is killed leaves it there: whoever needs the same library then
     waits without end. A lock that some compiler works under is somebody's, and is waited for.
     """
-    names = ["cpu_adam", "cpu_adagrad", "cpu_lion"] if engine.optimizer_state != "with the model" else []
+    names = ["cpu_adam", "cpu_lion"] if engine.optimizer_state != "with the model" else []
     names += ["deepspeed_shm_comm"] if on_cpu else []
     names += ["async_io"] if "nvme" in (engine.optimizer_state, engine.parameters) else []
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
