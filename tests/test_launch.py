@@ -7,21 +7,26 @@ import re
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, recipe, run
 from gradients import rows
 from one_step import CASES, RATE, Writer, batch, build, one_step
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, T5Config
 
+from toolkit.embedded import MODEL_DIR
 from toolkit.engine import Engine, asked_engine, read_deepspeed
+from toolkit.errors import UserError
 from toolkit.evaluation import generate
 from toolkit.finished_run import FinishedRun
 from toolkit.methods import METHODS
+from toolkit.preparation import check_combination
 
 PRESETS = sorted(path.stem for path in (ROOT / "launch").glob("*.yaml"))
 TINY = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_steps", "2", "--per_device_train_batch_size", "2")
@@ -297,3 +302,61 @@ def test_recipes_run_under_presets(preset, name, tmp_path):
         with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 assert alone.generate([row["text"]]) == [row["tuned"].strip()]
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv, tmp_path):
+    model = ("--model_name_or_path", data / "models" / "stories260k", "--lora_dropout", "0")
+    rows_of = ("--dataset_name", small_csv, *SHORT[:6], "--per_device_train_batch_size", "1", *SHORT[8:])
+    together, alone = tmp_path / "two", tmp_path / "one"
+    done = launched("sequence_parallel", "recipes/lora.py", "--use_cpu", *model, *rows_of, "--output_dir", together)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"^ +engine  ZeRO-3 on 2 processes, 2 sharing each row$", done.stdout, re.M)
+    done = recipe("lora", *model, *rows_of, "--output_dir", alone)
+    assert done.returncode == 0, done.stderr
+    first = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] for folder in (together, alone)]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+def test_rows_are_shared_only_by_models_that_can(monkeypatch):
+    for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    asked = asked_engine()
+    model = SimpleNamespace(load_in_8bit=False, source="a-model")
+    config = T5Config(num_heads=4)
+    with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
+        check_combination(asked, SimpleNamespace(model=model), config)
+    with pytest.raises(UserError, match="a model of 3 attention heads"):
+        check_combination(asked, SimpleNamespace(model=model), LlamaConfig(num_attention_heads=3, hidden_size=48))
+    check_combination(asked, SimpleNamespace(model=model), LlamaConfig(num_attention_heads=4, hidden_size=48))
+    with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be shared out"):
+        check_combination(Engine(2, "ZeRO-3"), SimpleNamespace(model=SimpleNamespace(load_in_8bit=True)), config)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_nvme_offload_leaves_bytes_in_its_folder(small_csv, tmp_path):
+    """A share of the embedding is 2 MiB: DeepSpeed keeps tensors of less than 1 MiB in memory."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if shutil.which("c++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("NVMe offload needs a C++ compiler and libaio")
+    folder = tmp_path / "wide"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer.save_pretrained(folder)
+    special = {"decoder_start_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
+    width = 4 * 2**20 // 4 // len(tokenizer) // 64 * 64 + 64
+    T5Config(
+        d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(tokenizer), **special
+    ).save_pretrained(folder)
+    model = ("--model_name_or_path", folder, "--random_weights", "--dataset_name", small_csv)
+    began = time.time()
+    done = launched("zero3_nvme", "recipes/full.py", "--use_cpu", *model, *SHORT, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(
+        r"^ +engine  ZeRO-3 on 2 processes, optimizer state on nvme, parameters on nvme$", done.stdout, re.M
+    )
+    swapped = [path for path in (ROOT / "runs" / "swap").rglob("*") if path.is_file() and path.stat().st_mtime > began]
+    assert sum(path.stat().st_size for path in swapped) > 4 * 2**20
