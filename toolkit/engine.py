@@ -275,6 +275,15 @@ def without_partitioning() -> Iterator[None]:
             integration.set_hf_deepspeed_config(settings)
 
 
+def share_tied_tables(model: nn.Module) -> None:
+    """Makes embeddings that are tied by their weight one module, as FSDP2 wants it (torch 2.13 refuses T5 and BART else)."""
+    table = model.get_input_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is not table and type(child) is type(table) and child.weight is table.weight:
+                setattr(parent, name, table)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds only a share of `model`'s weights, so that it computes on all ranks or on none."""
     from torch.distributed.tensor import DTensor
@@ -307,12 +316,10 @@ def gathered_in_use(model: nn.Module) -> Iterator[None]:
         param_persistence_threshold=0,  # so that every parameter is let go again
         offload_param_config=DeepSpeedZeroOffloadParamConfig(**offload) if offload else None,
     )
-    try:
-        yield
-    finally:
-        hooks.partition_all_parameters()
-        hooks.destroy()
-        del model.ds_inflight_param_registry
+    yield
+    hooks.partition_all_parameters()
+    hooks.destroy()
+    del model.ds_inflight_param_registry
 
 
 def check_builds(engine: Engine, on_cpu: bool) -> None:

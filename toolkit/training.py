@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from toolkit.config import TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData
-from toolkit.engine import EngineCheck, SharedRows, asked_engine
+from toolkit.engine import EngineCheck, SharedRows, asked_engine, share_tied_tables
 from toolkit.errors import UserError
 from toolkit.files import write_aside
 from toolkit.guards import Guards, check_saved
@@ -70,8 +70,11 @@ class FineTuner(Trainer):
         else:
             seq2seq = model if model.config.is_encoder_decoder else None
             collator = DataCollatorForSeq2Seq(tokenizer, model=seq2seq, label_pad_token_id=MASKED)
-        if (processes := asked_engine(args.deepspeed, args.fsdp).processes_a_row) > 1:
-            collator, args.dataloader_drop_last = SharedRows(collator, processes), True
+        engine = asked_engine(args.deepspeed, args.fsdp)
+        if engine.processes_a_row > 1:
+            collator, args.dataloader_drop_last = SharedRows(collator, engine.processes_a_row), True
+        if engine.kind == "FSDP2":
+            share_tied_tables(model)
         super().__init__(
             model=model,
             args=args,
