@@ -152,6 +152,13 @@ class FineTuner(Trainer):
             self.guards.gradient(norm)
         return norm
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Saves tied weights once, also where an engine gathered each of their names into a tensor of its own."""
+        if state_dict:
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # name to the name that it is tied to
+            state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leaves the run's own model card in place; Trainer would write its own over it when pushing to the hub."""
 
