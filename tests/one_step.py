@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BatchEncoding, PreTrainedModel
 
 from toolkit.config import TrainArguments
+from toolkit.engine import without_partitioning
 from toolkit.evaluation import generate
 from toolkit.preparation import check_engine
 from toolkit.ranks import exits_cleanly
@@ -44,11 +45,15 @@ class Writer(Tokenizer):
 
 
 def build(kind: str, method: str) -> PreTrainedModel:
-    """The same tiny model in every process; LoRA's matrices are random, so that both have gradients."""
+    """The same tiny model in every process; LoRA's matrices are random, so that both have gradients.
+
+    It is whole at first: made under ZeRO-3, a model draws other random weights than on one process.
+    """
     torch.manual_seed(0)
     special = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     config = AutoConfig.for_model(kind, **SIZES[kind], **special)
-    model = (AutoModelForCausalLM if kind == "llama" else AutoModelForSeq2SeqLM).from_config(config)
+    with without_partitioning():
+        model = (AutoModelForCausalLM if kind == "llama" else AutoModelForSeq2SeqLM).from_config(config)
     if method == "lora":
         targets = ["q_proj", "v_proj"] if kind == "llama" else ["q", "v"]
         model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
