@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from toolkit.console import say
 from toolkit.errors import UserError
+from toolkit.guards import checksums
 from toolkit.ranks import exits_cleanly
 
 Place = Literal["with the model", "cpu", "nvme"]
@@ -234,22 +235,17 @@ def _advice(asked: Engine, running: Engine, args: TrainingArguments) -> str:
     return "use a file of launch/ as it stands"
 
 
-@torch.no_grad()
 def first_that_differs(model: nn.Module) -> str | None:
     """The name of the first trained parameter that is not bit for bit the same on all ranks, or None. Called by all ranks.
 
-    Compared are sums over the parameters' bits (as int64, wrapping), so nothing larger than a number each is sent.
+    Compared are checksums, so that no more than a number for each parameter is sent.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
-    if not named:
-        return None
-    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = torch.stack([p.detach().contiguous().view(width[p.element_size()]).sum(dtype=torch.int64) for _, p in named])
+    found = checksums(model, trainable=True)
+    sums = torch.tensor(list(found.values()), dtype=torch.long, device=next(model.parameters()).device)
     lowest, highest = sums.clone(), sums.clone()
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-    unequal = (lowest != highest).nonzero()
-    return named[int(unequal[0])][0] if len(unequal) else None
+    return next((name for name, same in zip(found, (lowest == highest).tolist(), strict=True) if not same), None)
 
 
 def join_deepspeed() -> None:
