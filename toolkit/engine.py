@@ -202,10 +202,8 @@ class EngineCheck(TrainerCallback):
         asked = asked_engine(args.deepspeed, args.fsdp)
         self.running = running_engine(self.trainer)
         if args.device.type == "cpu":  # where offloading to its memory leaves everything where it is
-            at_home = {
-                name: "with the model" for name in ("optimizer_state", "parameters") if getattr(asked, name) == "cpu"
-            }
-            asked = replace(asked, **at_home)
+            home = [p if p != "cpu" else "with the model" for p in (asked.optimizer_state, asked.parameters)]
+            asked = replace(asked, optimizer_state=home[0], parameters=home[1])
         if asked != self.running:
             raise UserError(
                 f"the launch asked for {asked}, but what runs is {self.running}; {_advice(asked, self.running, args)}"
