@@ -72,7 +72,8 @@ class FineTuner(Trainer):
             collator = DataCollatorForSeq2Seq(tokenizer, model=seq2seq, label_pad_token_id=MASKED)
         engine = asked_engine(args.deepspeed, args.fsdp)
         if engine.processes_a_row > 1:
-            collator, args.dataloader_drop_last = SharedRows(collator, engine.processes_a_row), True
+            longest = max(len(ids) for split in (data.train, data.validation) for ids in split["input_ids"])
+            collator, args.dataloader_drop_last = SharedRows(collator, engine.processes_a_row, longest), True
         if engine.kind == "FSDP2":
             share_tied_tables(model)
         super().__init__(
