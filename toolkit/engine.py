@@ -166,7 +166,8 @@ def _running_zero(trainer: Trainer, processes: int) -> Engine:
 class SharedRows:
     """Collates rows whose tokens `processes` ranks share (Ulysses): a batch is (rows, length), right-padded for an even cut.
 
-    The length is that of the `longest` row, in tokens, for ranks gather each other's batches, and must agree on it. Positions are those in the whole row, and there is no mask: what follows the text is seen by none of its tokens.
+    The length is that of the `longest` row, in tokens, for ranks gather each other's batches, and must agree on it.
+    Positions are those in the whole row, and there is no mask: what follows the text is seen by none of its tokens.
     """
 
     def __init__(self, collator: Any, processes: int, longest: int) -> None:
