@@ -3,7 +3,8 @@
 # make quick   the fast tests only
 # make matrix  every case of the long sweeps, of which make test runs a daily sample
 # make setup   the environment alone, in .venv
-.PHONY: setup demo test quick matrix check results
+# make extensions   what DeepSpeed compiles for offloading, now rather than in the first run that needs it (minutes)
+.PHONY: setup extensions demo test quick matrix check results
 PYTHON ?= python3
 # Also for what a package needs to be built: DeepSpeed is built on the spot, against the same torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -11,6 +12,8 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 BIN := .venv/bin
 
 setup: .venv/.footprint
+extensions: setup
+	$(BIN)/python -m toolkit.engine
 demo: setup
 	$(BIN)/accelerate launch --config_file launch/single.yaml recipes/lora.py
 

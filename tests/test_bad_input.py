@@ -170,7 +170,9 @@ def test_a_compiler_that_is_not_installed(monkeypatch):
 
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="--torch_compile compiles C\\+\\+ code, and there is no compiler"):
-        check_engine(SimpleNamespace(torch_compile=True, push_to_hub=False))
+        check_engine(
+            SimpleNamespace(torch_compile=True, push_to_hub=False, deepspeed=None, fsdp=None, world_size=1, optim="sgd")
+        )
 
 
 @pytest.mark.slow

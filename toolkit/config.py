@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from toolkit import methods, optimizers
 from toolkit.data import DataArguments
+from toolkit.engine import asked_engine
 from toolkit.errors import UserError, did_you_mean
 from toolkit.memory.cards import Card
 from toolkit.models import ModelArguments
@@ -180,6 +181,9 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
         given = {k: v for k, v in from_file.items() if v != usual.get(k, parser.get_default(k))} | given
     named = from_file | given
     optim, why = method.optimizer(_on_gpu(named, card))
+    engine = asked_engine(named.get("deepspeed"), named.get("fsdp"))
+    if optim and card is None and engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model":
+        optim, why = None, "its state is offloaded, so that it need not be small or paged"
     settings = method.defaults(given) | ({"optim": optim} if optim else {}) | named
     if settings.get("optim") == "prodigy" and "learning_rate" not in named:
         settings["learning_rate"] = 1.0  # it finds the step size itself, and this multiplies it

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.console import console, is_main
+from toolkit.engine import gathered_in_use, is_sharded
 
 if TYPE_CHECKING:  # tasks use this module
     from toolkit.config import Config
@@ -109,7 +110,7 @@ def losses(
     return _in_batches(answer, model, prompts, batch_size, title)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that are gathered in it could not be trained on
 def _in_batches(
     answer: Callable[[list[Sequence[int]]], list[Answer]],
     model: PreTrainedModel,
@@ -119,20 +120,24 @@ def _in_batches(
 ) -> list[Answer]:
     """What `answer` gives for batches of `prompts`, in the order of `prompts`, on every rank.
 
-    Prompts are sorted by length, so that a batch holds little padding, and shared out among the ranks.
+    Prompts are sorted by length, so that a batch holds little padding, and shared out among the ranks. Every rank answers
+    the same number of batches, for where the model is sharded it computes on all of them or on none.
     """
     state = PartialState()
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = order[state.process_index :: state.num_processes]
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    most = -(-len(order) // state.num_processes)  # of the ranks' shares
+    batches = [mine[i : i + batch_size] for i in range(0, most, batch_size)]
     was_training = model.training
     model.eval()
     found: list[tuple[int, Answer]] = []
     try:
-        for batch in track(
-            batches, description=title, console=console, transient=True, disable=not console.is_terminal
-        ):
-            found += zip(batch, answer([prompts[i] for i in batch]), strict=True)
+        with gathered_in_use(model):
+            for batch in track(
+                batches, description=title, console=console, transient=True, disable=not console.is_terminal
+            ):
+                asked = batch or order[-1:]  # a rank without a row left computes along with the others
+                found += zip(batch, answer([prompts[i] for i in asked])[: len(batch)], strict=True)
     finally:
         model.train(was_training)
     if state.num_processes > 1:
@@ -163,6 +168,7 @@ def _generate_batch(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
+        synced_gpus=is_sharded(model),  # transformers sees ZeRO-3 by itself, but not FSDP2 as accelerate sets it up
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -38,6 +38,7 @@ from transformers.utils import logging
 
 from toolkit.console import say
 from toolkit.embedded import MODEL_DIR
+from toolkit.engine import asked_engine, without_partitioning
 from toolkit.errors import UserError
 from toolkit.memory import catalogue
 from toolkit.memory.meta import model_on_meta
@@ -304,24 +305,31 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def build_on_meta(args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model without weights: shapes, names and quantized layers, in about a second for any size."""
     try:
-        return model_on_meta(
-            auto_class(config),
-            copy.deepcopy(config),
-            dtype,
-            args.attn_implementation,
-            quantization_config(args, config, dtype),
-        )
+        with without_partitioning():
+            return model_on_meta(
+                auto_class(config),
+                copy.deepcopy(config),
+                dtype,
+                args.attn_implementation,
+                quantization_config(args, config, dtype),
+            )
     except (ValueError, ImportError) as error:
         raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None
 
 
 def quantization_config(
-    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype
+    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """How the weights are quantized while loading, computing in `dtype`; None where they are not. A head never is."""
+    """How the weights are quantized while loading, computing in `dtype`; None where they are not. A head never is.
+
+    Packed 4-bit weights are stored as bytes, or, where the engine shards them, in `dtype`: it takes floating point alone.
+    """
     if not (args.load_in_4bit or args.load_in_8bit):
         return None
-    heads = head_modules(model_on_meta(auto_class(config), copy.deepcopy(config), dtype)) if has_head(config) else None
+    heads = None
+    if has_head(config):
+        with without_partitioning():
+            heads = head_modules(model_on_meta(auto_class(config), copy.deepcopy(config), dtype))
     return BitsAndBytesConfig(
         load_in_4bit=args.load_in_4bit,
         load_in_8bit=args.load_in_8bit,
@@ -329,6 +337,7 @@ def quantization_config(
         bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=heads,  # of both, in spite of its name
+        bnb_4bit_quant_storage=dtype if sharded and args.load_in_4bit else None,
     )
 
 
@@ -360,8 +369,10 @@ def load_model(
     if has_head(config):
         options["ignore_mismatched_sizes"] = True  # the head of a checkpoint that had other classes is made anew
     if args.load_in_4bit or args.load_in_8bit:
-        options["quantization_config"] = quantization_config(args, config, dtype)
-        options["device_map"] = {"": training.device}
+        engine = asked_engine(training.deepspeed, training.fsdp)
+        options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.shards_parameters)
+        if engine.kind != "ZeRO-3":  # for it, transformers puts the weights on the process's own device by itself
+            options["device_map"] = {"": training.device}
     set_seed(training.seed)  # for a head, which no checkpoint holds
     try:
         with _quiet() if has_head(config) else nullcontext():  # that a head is new is no warning

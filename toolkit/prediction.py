@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 from toolkit.config import Config
 from toolkit.console import console, is_main, say
 from toolkit.data import label_names, lengths
+from toolkit.engine import asked_engine
 from toolkit.errors import UserError
 from toolkit.memory import catalogue
 from toolkit.memory.cards import card_of_device
@@ -119,7 +120,8 @@ def show_prediction(config: Config) -> None:
 
 
 def _refuse_several_processes(config: Config) -> None:
-    if config.training.world_size > 1:
+    engine = asked_engine(config.training.deepspeed, config.training.fsdp)
+    if config.training.world_size > 1 or engine.kind not in ("no engine", "DDP"):
         raise UserError("memory of several processes, which may share the model's states, is not predicted yet")
 
 

@@ -1,7 +1,6 @@
 """Everything that can be known, and refused, before a model is loaded: engine, config, tokenizer, data, method."""
 
 import importlib.util
-import os
 import shutil
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from toolkit.config import Config, TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData, load_data
+from toolkit.engine import OFFLOADED_OPTIMIZERS, Engine, asked_engine, check_builds, join_deepspeed
 from toolkit.errors import UserError
 from toolkit.models import build_on_meta, load_model_config, load_tokenizer, set_head, weights_dtype
 from toolkit.ranks import decided_by_main
@@ -40,6 +40,7 @@ def prepare(config: Config) -> Preparation:
     check_engine(training)
     kind = TASKS[config.data.task].model_kind
     model_config = load_model_config(config.model, fp16=training.fp16, kind=kind)
+    check_combination(asked_engine(training.deepspeed, training.fsdp), config, model_config)
     tokenizer = load_tokenizer(config.model)
     with training.main_process_first(desc="reading the data"):
         data = load_data(config.data, model_config, tokenizer, training.seed, config.method.virtual_tokens)
@@ -56,19 +57,53 @@ def prepare(config: Config) -> Preparation:
 
 def check_engine(training: TrainArguments) -> None:
     """Raises UserError where the launch or a flag needs something that this machine lacks: an engine, a compiler, a login."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and importlib.util.find_spec("deepspeed") is None:
+    engine = asked_engine(training.deepspeed, training.fsdp)
+    if engine.kind.startswith("ZeRO") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
             "or launch with launch/single.yaml"
         )
-    offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") in ("cpu", "nvme")
+    if engine.processes > training.world_size:
+        raise UserError(
+            f"several processes were asked for, and {training.world_size} runs: accelerate's --cpu and MULTI_CPU start one "
+            "alone; use a file of launch/, and append --use_cpu to the recipe"
+        )
+    offload = engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model"
     if (offload or training.torch_compile) and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         what = "offloading the optimizer" if offload else "--torch_compile"
         raise UserError(
             f"{what} compiles C++ code, and there is no compiler: install one (Debian, Ubuntu: apt install g++)"
         )
+    optim = str(getattr(training.optim, "value", training.optim))
+    if offload and optim not in OFFLOADED_OPTIMIZERS:
+        raise UserError(
+            f"--optim {optim}: the launch file offloads the optimizer, and DeepSpeed would run its Adam instead; give one of "
+            f"{', '.join(OFFLOADED_OPTIMIZERS)}, or choose a launch file without offload"
+        )
+    if engine.kind.startswith("ZeRO"):
+        decided_by_main(lambda: check_builds(engine, on_cpu=training.device.type == "cpu"))
+        join_deepspeed()
     if training.push_to_hub:
         decided_by_main(lambda: _check_login(training.hub_token))
+
+
+def check_combination(engine: Engine, config: Config, model_config: PreTrainedConfig) -> None:
+    """Raises UserError for a model or precision that the engine which was asked for cannot train."""
+    if engine.shards_parameters and config.model.load_in_8bit:
+        raise UserError(
+            f"--load_in_8bit under {engine.kind}: its integer weights cannot be shared out; use --load_in_4bit, or "
+            "launch/zero2.yaml"
+        )
+    if engine.processes_a_row > 1:
+        heads = getattr(model_config.get_text_config(), "num_attention_heads", 0)
+        if model_config.is_encoder_decoder or heads % engine.processes_a_row:
+            what = (
+                "an encoder-decoder model" if model_config.is_encoder_decoder else f"a model of {heads} attention heads"
+            )
+            raise UserError(
+                f"{config.model.source} is {what}; sharing rows among {engine.processes_a_row} processes takes a GPT-like model "
+                "whose number of heads they divide: choose another model or launch file"
+            )
 
 
 def _check_login(token: str | None) -> None:

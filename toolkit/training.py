@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from toolkit.config import TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData
+from toolkit.engine import EngineCheck, SharedRows, asked_engine, share_tied_tables
 from toolkit.errors import UserError
 from toolkit.files import write_aside
 from toolkit.guards import Guards, check_saved
@@ -63,11 +64,18 @@ class FineTuner(Trainer):
         tokenizer = data.encoder.tokenizer
         for settings in filter(None, (model.config, getattr(model, "generation_config", None))):  # as Trainer would
             settings.pad_token_id = tokenizer.pad_token_id
+        collator: Any
         if data.task.model_kind == "head":  # labels are (rows,), not (rows, length)
             collator = DataCollatorWithPadding(tokenizer)
         else:
             seq2seq = model if model.config.is_encoder_decoder else None
             collator = DataCollatorForSeq2Seq(tokenizer, model=seq2seq, label_pad_token_id=MASKED)
+        engine = asked_engine(args.deepspeed, args.fsdp)
+        if engine.processes_a_row > 1:
+            longest = max(len(ids) for split in (data.train, data.validation) for ids in split["input_ids"])
+            collator, args.dataloader_drop_last = SharedRows(collator, engine.processes_a_row, longest), True
+        if engine.kind == "FSDP2":
+            share_tied_tables(model)
         super().__init__(
             model=model,
             args=args,
@@ -81,6 +89,7 @@ class FineTuner(Trainer):
         self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
         if _follows_virtual_tokens(model):
             self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
+        self.add_callback(EngineCheck(self))
 
     def compute_loss(
         self,
@@ -93,11 +102,12 @@ class FineTuner(Trainer):
 
         With n the label tokens here and N those of all batches and processes of the step, the sum over batches of
         mean x n / N is the mean over all N tokens. DDP averages over processes, hence the factor `num_processes`.
+        Without N it is the mean of the batch: in evaluation, and where processes share a row (accumulated rows weigh alike).
         """
+        if num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
         local = _label_tokens(inputs["labels"], shifted=self._shifts_labels)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
-        if num_items_in_batch is None:  # evaluation: the mean of the batch
-            return result
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
 
@@ -142,6 +152,13 @@ class FineTuner(Trainer):
         if self.guards is not None:
             self.guards.gradient(norm)
         return norm
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Saves tied weights once, also where an engine gathered each of their names into a tensor of its own."""
+        if state_dict:
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # name to the name that it is tied to
+            state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leaves the run's own model card in place; Trainer would write its own over it when pushing to the hub."""

@@ -1,0 +1,33 @@
+"""Runs a recipe in which rank 1 alone fails at its second step (KIND user or bug), while rank 0 goes on to wait for it, or in
+which its parameters differ from rank 0's after the first (KIND drift): for test_launch.py.
+
+accelerate launch --config_file launch/ddp.yaml --num_processes 2 tests/failing_rank.py KIND TIME_FILE recipes/lora.py --use_cpu
+"""
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+from toolkit.errors import UserError
+from toolkit.training import FineTuner
+
+kind, when, *sys.argv = sys.argv[1:]
+trains = FineTuner.training_step
+
+
+def fails_on_rank_1(self: FineTuner, *args, **kwargs):
+    if kind != "drift" and os.environ["RANK"] == "1" and self.state.global_step == 1:
+        Path(when).write_text(str(time.time()))
+        raise UserError("no room is left") if kind == "user" else ZeroDivisionError("a bug")
+    loss = trains(self, *args, **kwargs)
+    if kind == "drift" and os.environ["RANK"] == "1":
+        Path(when).write_text(str(time.time()))
+        next(p for p in self.model.parameters() if p.requires_grad).data += 1e-3
+    return loss
+
+
+if __name__ == "__main__":
+    FineTuner.training_step = fails_on_rank_1
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,139 @@
+"""What was asked of the launcher, the locks of DeepSpeed's builds, and who says an error: without any launch."""
+
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from toolkit import engine, ranks
+from toolkit.engine import Engine, asked_engine, check_builds, read_deepspeed
+from toolkit.errors import UserError
+from toolkit.preparation import check_engine
+
+
+def test_without_a_launcher_one_process_is_asked_for():
+    assert asked_engine(env={}) == Engine(1, "no engine")
+    assert str(asked_engine(env={})) == "no engine on 1 process"
+
+
+def test_accelerates_own_yaml_gives_stage_and_offload_by_the_environment():
+    env = {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    assert asked_engine(env=env) == Engine(4, "ZeRO-3")
+    offload = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
+    asked = asked_engine(env=env | offload)
+    assert asked == Engine(4, "ZeRO-3", "cpu", "cpu")
+    assert str(asked) == "ZeRO-3 on 4 processes, optimizer state on cpu, parameters on cpu"
+
+
+def test_trainers_own_flag_for_deepspeed_wins_over_the_environment():
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert asked_engine(config, env={"WORLD_SIZE": "2"}) == Engine(2, "ZeRO-2", "cpu")
+
+
+def test_a_launcher_that_left_an_address_and_no_world_wanted_several_processes():
+    env = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert asked_engine(env=env).processes > 1
+    with pytest.raises(UserError, match="several processes were asked for, and 1 runs"):
+        checked(env)
+
+
+def checked(env, **training):
+    """`check_engine` in an environment, without building the TrainingArguments that would start an engine."""
+    usual = {"deepspeed": None, "fsdp": None, "world_size": 1, "torch_compile": False, "push_to_hub": False}
+    usual |= {"optim": "adamw_torch", "device": SimpleNamespace(type="cpu")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "WORLD_SIZE", "MASTER_"))]:
+            patch.delenv(name)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        check_engine(SimpleNamespace(**usual | training))
+
+
+def test_an_optimizer_that_deepspeed_would_replace_is_refused(tmp_path):
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    with pytest.raises(UserError, match=r"--optim adafactor: the launch file offloads the optimizer.*adamw_torch"):
+        checked(env, optim="adafactor")
+
+
+def test_a_configuration_that_is_not_there_or_not_json_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.json, which is not there.*repository's root"):
+        read_deepspeed("nowhere.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json is not valid JSON"):
+        read_deepspeed(str(broken))
+    broken.write_text("[]")
+    with pytest.raises(UserError, match="must be a JSON object"):
+        read_deepspeed(str(broken))
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    """A lock of cpu_adam's build that is ten minutes old."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / "py311_cpu" / "cpu_adam"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    os.utime(folder / "lock", (time.time() - 600,) * 2)
+    return folder / "lock"
+
+
+OFFLOAD = Engine(2, "ZeRO-2", "cpu")
+
+
+def test_a_lock_that_a_killed_build_left_is_named_and_not_waited_for(lock):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"{lock} was left by a build of cpu_adam that was killed.*delete that file"):
+        check_builds(OFFLOAD, on_cpu=False)
+    assert time.monotonic() - began < 10
+
+
+def test_a_lock_does_not_matter_to_an_engine_that_needs_no_build(lock):
+    check_builds(Engine(2, "ZeRO-3"), on_cpu=False)
+    check_builds(Engine(2, "ZeRO-2"), on_cpu=True)
+
+
+def test_a_lock_that_a_compiler_works_under_is_left_to_it(lock):
+    compiler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=lock.parent)
+    try:
+        check_builds(OFFLOAD, on_cpu=False)
+    finally:
+        compiler.kill()
+        compiler.wait()
+
+
+def test_a_lock_that_was_just_taken_is_given_time_and_may_be_gone_then(lock, monkeypatch):
+    monkeypatch.setattr(engine, "YOUNG_SECONDS", 1.5)
+    os.utime(lock)
+    with pytest.raises(UserError, match="was left by a build"):
+        check_builds(OFFLOAD, on_cpu=False)
+    os.utime(lock)
+    monkeypatch.setattr(engine.time, "sleep", lambda seconds: lock.unlink())
+    check_builds(OFFLOAD, on_cpu=False)
+
+
+def test_an_error_is_said_by_the_first_rank_that_asks_and_by_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "FIRST_SECONDS", 0.0)
+    speaks = []
+    for rank in ("1", "0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        speaks.append(ranks._speaks())
+    assert speaks == [True, False, False]
+
+
+def test_without_a_launcher_the_only_rank_says_its_errors(monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+
+    @ranks.exits_cleanly
+    def main():
+        raise UserError("no such thing")
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing\n"

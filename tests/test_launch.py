@@ -1,0 +1,362 @@
+"""The files of launch/ as they stand, on two real processes: they train, save whole models, and end together."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import BIN, ROOT, recipe, run
+from gradients import rows
+from one_step import CASES, RATE, Writer, batch, build, one_step
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, T5Config
+
+from toolkit.embedded import MODEL_DIR
+from toolkit.engine import Engine, asked_engine, read_deepspeed
+from toolkit.errors import UserError
+from toolkit.evaluation import generate
+from toolkit.finished_run import FinishedRun
+from toolkit.methods import METHODS
+from toolkit.preparation import check_combination
+
+PRESETS = sorted(path.stem for path in (ROOT / "launch").glob("*.yaml"))
+TINY = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_steps", "2", "--per_device_train_batch_size", "2")
+SHORT = (*TINY, "--max_target_length", "8", "--logging_steps", "1", "--save_strategy", "no")
+GRADIENTS = 1e-5  # relative, in fp32
+ENGINES = {  # what each preset must turn into on two processes
+    "ddp": Engine(2, "DDP"),
+    "fsdp2": Engine(2, "FSDP2"),
+    "fsdp2_qlora": Engine(2, "FSDP2"),
+    "sequence_parallel": Engine(2, "ZeRO-3", processes_a_row=2),
+    "single": Engine(1, "no engine"),
+    "two_machines": Engine(2, "DDP"),
+    "zero1": Engine(2, "ZeRO-1"),
+    "zero2": Engine(2, "ZeRO-2"),
+    "zero2_offload": Engine(2, "ZeRO-2", "cpu"),
+    "zero3": Engine(2, "ZeRO-3"),
+    "zero3_nvme": Engine(2, "ZeRO-3", "nvme", "nvme"),
+    "zero3_offload": Engine(2, "ZeRO-3", "cpu", "cpu"),
+}
+
+
+def launched(preset, *command, timeout=400, **env) -> subprocess.CompletedProcess[str]:
+    """Runs a script on two processes under a preset; past its time the launcher is told to end them."""
+    path = f"launch/{preset}.yaml"
+    started = subprocess.Popen(
+        [str(BIN / "accelerate"), "launch", "--config_file", path, "--num_processes", "2", *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        started.terminate()
+        out, err = started.communicate(timeout=60)
+        pytest.fail(f"{preset} {command} took more than {timeout} s\n{out[-3000:]}\n{err[-3000:]}")
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)
+
+
+def on_cpu(preset, script):
+    """The script, wrapped where accelerate would not run the preset's engine without a GPU."""
+    return ("tests/fsdp_on_cpu.py", script) if preset.startswith("fsdp2") else (script,)
+
+
+# ---- the files themselves
+
+
+def test_there_are_twelve_presets_and_each_begins_with_its_command_and_says_when_to_choose_it():
+    assert sorted(ENGINES) == PRESETS
+    for name in PRESETS:
+        text = (ROOT / "launch" / f"{name}.yaml").read_text(encoding="utf-8")
+        head = [line for line in text.splitlines() if line.startswith("#")]
+        assert text.startswith("\n".join(head)), name
+        assert any(
+            re.match(rf"#   accelerate launch --config_file launch/{name}\.yaml .*recipes/\w+\.py", h) for h in head
+        )
+        assert any(line.startswith("# Choose it") for line in head), name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_accelerate_reads_each_preset_and_none_fixes_a_precision_or_batch(name):
+    path = ROOT / "launch" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.num_processes == ENGINES[name].processes
+    assert config.mixed_precision in (None, "no")
+    source = config.deepspeed_config.get("deepspeed_config_file")
+    if source:
+        assert "mixed_precision" not in yaml.safe_load(path.read_text())  # accelerate takes it from the JSON alone
+        settings = read_deepspeed(ROOT / source)
+        left = (
+            "gradient_clipping",
+            "gradient_accumulation_steps",
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+        )
+        assert {settings[key] for key in left} == {"auto"}
+        assert settings["bf16"] == settings["fp16"] == {"enabled": "auto"}
+        assert settings["zero_optimization"]["reduce_bucket_size"] == "auto"
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("single",)])
+def test_what_a_preset_asks_for_is_what_its_name_says(name, monkeypatch):
+    """The environment is the one that accelerate's own launcher prepares for the file."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29511"]
+    args = launch_command_parser().parse_args(["--config_file", f"launch/{name}.yaml", *address, "recipes/lora.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, env = prepare_deepspeed_cmd_env(args)
+    else:
+        env = prepare_multi_gpu_env(args)
+    assert asked_engine(env=env | {"WORLD_SIZE": "2"}) == ENGINES[name]
+
+
+# ---- two processes
+
+
+@pytest.mark.slow
+def test_lora_runs_under_zero2_and_only_rank_0_speaks_and_writes(tmp_path):
+    folder = tmp_path / "run"
+    done = launched("zero2", "recipes/lora.py", "--use_cpu", *SHORT, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^ +engine  ZeRO-2 on 2 processes$", done.stdout, re.M)) == 1
+    assert done.stdout.count("2/2  loss") == 1
+    record = json.loads((folder / "run.json").read_text())
+    assert record["finished"] and record["processes"] == 2
+    assert sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values()) == 172_032
+    assert "Traceback" not in done.stderr and "Warning" not in done.stdout
+
+
+def reference(tmp_path):
+    return {case: one_step(*case, tmp_path / "one" / "-".join(case), batch_size=8) for case in CASES}
+
+
+def saved(folder):
+    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
+    return load_file(folder / name)
+
+
+def reloaded(kind, method, folder):
+    """The model on this process alone, from what was saved."""
+    base = build(kind, "full")
+    if method == "lora":
+        return PeftModel.from_pretrained(base, folder)
+    return type(base).from_pretrained(folder)
+
+
+def check_one_step(preset, tmp_path):
+    """Two processes take the step of one, save all of it, and write what the saved model writes."""
+    together = tmp_path / "two"
+    together.mkdir()
+    done = launched(preset, *on_cpu(preset, "tests/one_step.py"), together, "--use_cpu")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for case, alone in reference(tmp_path).items():
+        kind, method = case
+        name = "-".join(case)
+        found = [torch.load(together / f"{name}.{rank}.pt") for rank in (0, 1)]
+        for rank in found:
+            assert rank["loss"] == pytest.approx(alone["loss"], rel=1e-5), case
+        one, two = saved(tmp_path / "one" / name), saved(together / name)
+        assert one.keys() == two.keys(), case
+        before = {n: p.detach() for n, p in start(kind, method).items()}
+        steps = [torch.cat([(before[n] - weights[n]).flatten() / RATE for n in sorted(one)]) for weights in (one, two)]
+        assert steps[0].norm() > 0.01
+        assert (steps[1] - steps[0]).norm() / steps[0].norm() < GRADIENTS, case
+        model = reloaded(kind, method, together / name).eval()
+        with torch.no_grad():
+            logits = model(**batch(kind)).logits
+        for rank in found:
+            torch.testing.assert_close(rank["logits"], logits, rtol=1e-5, atol=1e-5)
+        prompts = [ids[: 4 + n] for n, ids in enumerate(rows(kind)["input_ids"][:3])]
+        texts = generate(model, Writer(), prompts, batch_size=1, max_new_tokens=6)
+        assert [rank["texts"] for rank in found] == [texts, texts], case
+
+
+def start(kind, method):
+    """The trained parameters before the step, by the names that they are saved under."""
+    model = build(kind, method)
+    if method == "full":
+        return model.state_dict()
+    return get_peft_model_state_dict(model)
+
+
+@pytest.mark.slow
+def test_zero3_takes_the_step_of_one_process_and_saves_whole_models(tmp_path):
+    check_one_step("zero3", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("preset", ["ddp", "zero1", "zero2", "fsdp2"])
+def test_every_engine_takes_the_step_of_one_process_and_saves_whole_models(preset, tmp_path):
+    check_one_step(preset, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_all_of_them_and_is_said_once(tmp_path):
+    check_failing_rank("user", "error: rank 1: no room is left", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_a_bug_on_one_rank_ends_all_of_them_and_is_shown_once(tmp_path):
+    check_failing_rank("bug", "ZeroDivisionError: a bug", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_ranks_that_drift_apart_are_stopped_after_the_first_step_with_the_parameter_named(tmp_path):
+    check_failing_rank("drift", "error: after the first step the ranks hold different values of base_model.", tmp_path)
+
+
+def check_failing_rank(kind, said, tmp_path):
+    when = tmp_path / "when"
+    done = launched(
+        "ddp",
+        "tests/failing_rank.py",
+        kind,
+        when,
+        "recipes/lora.py",
+        "--use_cpu",
+        *SHORT,
+        "--output_dir",
+        tmp_path / "run",
+    )
+    ended = time.time()
+    assert done.returncode == 1
+    assert done.stderr.count(said) == 1, done.stderr[-4000:]
+    assert ended - float(when.read_text()) < 30
+    assert "Connection closed" not in done.stderr and "rank 0" not in done.stderr.split("ChildFailedError")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_a_world_in_which_nothing_is_wrapped_is_refused(tmp_path):
+    """`--ddp_backend gloo` without `--use_cpu`, on a machine without GPUs."""
+    if torch.cuda.is_available():
+        pytest.skip("with GPUs, DDP is what runs")
+    done = launched("ddp", "recipes/lora.py", "--ddp_backend", "gloo", *SHORT, "--output_dir", tmp_path / "run")
+    assert done.returncode == 1
+    expected = "error: the launch asked for DDP on 2 processes, but what runs is no engine on 2 processes"
+    assert done.stderr.count(expected) == 1, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_fsdp_that_runs_as_ddp_is_refused(tmp_path):
+    done = launched("fsdp2", "recipes/lora.py", "--use_cpu", *SHORT, "--output_dir", tmp_path / "run")
+    assert done.returncode == 1
+    expected = "error: the launch asked for FSDP2 on 2 processes, but what runs is DDP on 2 processes"
+    assert done.stderr.count(expected) == 1, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_two_processes_that_become_one_are_refused_before_anything_is_loaded(tmp_path):
+    launch = ("accelerate", "launch", "--cpu", "--num_processes", "2", "recipes/lora.py", *SHORT)
+    done = run(*launch, "--output_dir", tmp_path / "run")
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert done.stderr.count("error: several processes were asked for, and 1 runs") == 1
+
+
+SWEEP = [
+    (preset, name)
+    for preset in ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_qlora")
+    for name in sorted(METHODS)
+    if name in ("full", "lora", "qlora") or preset in ("ddp", "zero2")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize(("preset", "name"), SWEEP)
+def test_recipes_run_under_presets(preset, name, tmp_path):
+    if preset.endswith("offload") and shutil.which("c++") is None:
+        pytest.skip("offloading compiles C++ code, and there is no compiler")
+    folder = tmp_path / "run"
+    steps = SHORT if METHODS[name].trains else TINY[:4]
+    done = launched(preset, *on_cpu(preset, f"recipes/{name}.py"), "--use_cpu", *steps, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["finished"] and record["processes"] == 2
+    if METHODS[name].trains:
+        assert re.search(rf"^ +engine  {ENGINES[preset].kind} on 2 processes", done.stdout, re.M)
+        alone = FinishedRun(folder)  # on this process, from what was saved
+        with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                assert alone.generate([row["text"]]) == [row["tuned"].strip()]
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv, tmp_path):
+    model = ("--model_name_or_path", data / "models" / "stories260k", "--lora_dropout", "0")
+    rows_of = ("--dataset_name", small_csv, *SHORT[:6], "--per_device_train_batch_size", "1", *SHORT[8:])
+    together, alone = tmp_path / "two", tmp_path / "one"
+    done = launched("sequence_parallel", "recipes/lora.py", "--use_cpu", *model, *rows_of, "--output_dir", together)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"^ +engine  ZeRO-3 on 2 processes, 2 sharing each row$", done.stdout, re.M)
+    done = recipe("lora", *model, *rows_of, "--output_dir", alone)
+    assert done.returncode == 0, done.stderr
+    first = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] for folder in (together, alone)]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+def test_rows_are_shared_only_by_models_that_can(monkeypatch):
+    for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    asked = asked_engine()
+    model = SimpleNamespace(load_in_8bit=False, source="a-model")
+    config = T5Config(num_heads=4)
+    with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
+        check_combination(asked, SimpleNamespace(model=model), config)
+    with pytest.raises(UserError, match="a model of 3 attention heads"):
+        check_combination(asked, SimpleNamespace(model=model), LlamaConfig(num_attention_heads=3, hidden_size=48))
+    check_combination(asked, SimpleNamespace(model=model), LlamaConfig(num_attention_heads=4, hidden_size=48))
+    with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be shared out"):
+        check_combination(Engine(2, "ZeRO-3"), SimpleNamespace(model=SimpleNamespace(load_in_8bit=True)), config)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_nvme_offload_leaves_bytes_in_its_folder(small_csv, tmp_path):
+    """A share of the embedding is 2 MiB: DeepSpeed keeps tensors of less than 1 MiB in memory."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if shutil.which("c++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("NVMe offload needs a C++ compiler and libaio")
+    folder = tmp_path / "wide"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tokenizer.save_pretrained(folder)
+    special = {"decoder_start_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
+    width = 4 * 2**20 // 4 // len(tokenizer) // 64 * 64 + 64
+    T5Config(
+        d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(tokenizer), **special
+    ).save_pretrained(folder)
+    model = ("--model_name_or_path", folder, "--random_weights", "--dataset_name", small_csv)
+    began = time.time()
+    done = launched("zero3_nvme", "recipes/full.py", "--use_cpu", *model, *SHORT, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(
+        r"^ +engine  ZeRO-3 on 2 processes, optimizer state on nvme, parameters on nvme$", done.stdout, re.M
+    )
+    swapped = [path for path in (ROOT / "runs" / "swap").rglob("*") if path.is_file() and path.stat().st_mtime > began]
+    assert sum(path.stat().st_size for path in swapped) > 4 * 2**20
