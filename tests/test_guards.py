@@ -14,6 +14,7 @@ from toolkit.config import TrainArguments
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
 from toolkit.guards import check_saved, checksums
+from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
 
 CONFIGS = {
@@ -40,7 +41,7 @@ def trainer(tmp_path):
         args = TrainArguments(
             output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **settings | arguments
         )
-        data = SimpleNamespace(train=rows, validation=rows, encoder=encoder)
+        data = SimpleNamespace(train=rows, validation=rows, encoder=encoder, task=TASKS["text"])
         return kind(model, args, data, callbacks=list(callbacks))
 
     return make

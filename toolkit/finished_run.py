@@ -180,8 +180,11 @@ def _device() -> torch.device:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether `path` looks like a folder that a recipe left, finished or not."""
-    return (path / "run.json").is_file() or (path / "config.yaml").is_file()
+    """Whether `path` looks like a folder that a recipe left, finished or not; a text may be longer than any path."""
+    try:
+        return (path / "run.json").is_file() or (path / "config.yaml").is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
