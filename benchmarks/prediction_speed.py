@@ -4,8 +4,9 @@
     python benchmarks/prediction_speed.py --show       # the committed results
 
 Each prediction is a process of its own, LoRA with gradient checkpointing for an RTX 4090: Llama 3.1 8B and 70B from the
-catalogue, and the 8B's shape with 16 and 64 layers. Seconds are of CPU, for the machine may be busy with other things; how fast
-its Python is stands beside them, as the seconds that ten million additions take (a current desktop needs about 0.4).
+catalogue, and the 8B's shape with 16 and 64 layers. Seconds of CPU are what counts, for the machine may be busy (then
+those by the clock, also those after imports, say little); how fast its Python is stands beside them, as the seconds that ten
+million additions take.
 """
 
 import argparse

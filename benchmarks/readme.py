@@ -112,14 +112,13 @@ def combinations() -> str:
 def prediction_speed() -> str:
     """Seconds of CPU for a prediction, by model and by number of layers."""
     result = json.loads((RESULTS / "prediction_speed.json").read_text(encoding="utf-8"))
-    lines = ["| | CPU, s | of it after imports, s | RAM, MiB |", "|---|---:|---:|---:|"]
+    lines = ["| | CPU with imports, s | RAM, MiB |", "|---|---:|---:|"]
     for name, run in result["runs"].items():
-        cells = f"{run['cpu_seconds']:.0f} | {run['after_imports_seconds']:.0f} | {run['peak_rss_bytes'] / 2**20:.0f}"
-        lines.append(f"| {name} | {cells} |")
+        lines.append(f"| {name} | {run['cpu_seconds']:.0f} | {run['peak_rss_bytes'] / 2**20:.0f} |")
     lines += [
         "",
-        f"{result['date']}, on a core that needs {result['ten_million_additions_seconds']:.1f} s for ten million additions in Python "
-        "(a current desktop: about 0.4); made by `python benchmarks/prediction_speed.py`.",
+        f"{result['date']}, on a core that needs {result['ten_million_additions_seconds']:.1f} s for ten million additions in Python; "
+        "made by `python benchmarks/prediction_speed.py`.",
     ]
     return "\n".join(lines)
 
