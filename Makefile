@@ -22,7 +22,7 @@ test: .venv/.footprint-test check
 quick: .venv/.footprint-test
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 matrix: .venv/.footprint-test
-	$(BIN)/python -m pytest -q -m matrix --matrix
+	$(BIN)/python -m pytest -q -m "matrix or long" --matrix
 check: .venv/.footprint-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 results: setup

@@ -100,7 +100,7 @@ def combinations() -> str:
     dates = sorted(outcome["date"] for outcome in cells.values())
     lines += [
         "",
-        f"{len(cells)} cells run, {dates[0]} to {dates[-1]}, by `make matrix`. Refused, with the recipe's own words:",
+        f"{len(cells)} cells run, {dates[0]} to {dates[-1]}; `make matrix` runs all. Refused, with the recipe's own words:",
         "",
     ]
     for reason, places in reasons.items():

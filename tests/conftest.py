@@ -34,12 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--matrix"):
         return
+    left_out = {item for item in items if item.get_closest_marker("long")}
     sweeps: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("matrix"):
             sweeps.setdefault(item.nodeid.split("[")[0], []).append(item)
     day = datetime.date.today().toordinal()
-    left_out: set[pytest.Item] = set()
     for cases in sweeps.values():
         random.Random(0).shuffle(cases)  # so that each day sees something of everything
         days = -(-len(cases) // SAMPLE)

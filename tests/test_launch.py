@@ -203,7 +203,7 @@ def test_zero3_takes_the_step_of_one_process_and_saves_whole_models(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["ddp", "zero1", "zero2", "fsdp2"])
 def test_every_engine_takes_the_step_of_one_process_and_saves_whole_models(preset, tmp_path):
     check_one_step(preset, tmp_path)
@@ -215,13 +215,13 @@ def test_an_error_of_one_rank_ends_all_of_them_and_is_said_once(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 def test_a_bug_on_one_rank_ends_all_of_them_and_is_shown_once(tmp_path):
     check_failing_rank("bug", "ZeroDivisionError: a bug", tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 def test_ranks_that_drift_apart_are_stopped_after_the_first_step_with_the_parameter_named(tmp_path):
     check_failing_rank("drift", "error: after the first step the ranks hold different values of base_model.", tmp_path)
 
@@ -247,7 +247,7 @@ def check_failing_rank(kind, said, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 def test_a_world_in_which_nothing_is_wrapped_is_refused(tmp_path):
     """`--ddp_backend gloo` without `--use_cpu`, on a machine without GPUs."""
     if torch.cuda.is_available():
@@ -259,7 +259,7 @@ def test_a_world_in_which_nothing_is_wrapped_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 def test_fsdp_that_runs_as_ddp_is_refused(tmp_path):
     done = launched("fsdp2", "recipes/lora.py", "--use_cpu", *SHORT, "--output_dir", tmp_path / "run")
     assert done.returncode == 1
@@ -268,7 +268,7 @@ def test_fsdp_that_runs_as_ddp_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 def test_two_processes_that_become_one_are_refused_before_anything_is_loaded(tmp_path):
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "2", "recipes/lora.py", *SHORT)
     done = run(*launch, "--output_dir", tmp_path / "run")
@@ -285,7 +285,7 @@ SWEEP = [
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 @pytest.mark.parametrize(("preset", "name"), SWEEP)
 def test_recipes_run_under_presets(preset, name, tmp_path):
     if preset.endswith("offload") and shutil.which("c++") is None:
@@ -305,7 +305,7 @@ def test_recipes_run_under_presets(preset, name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv, tmp_path):
     model = ("--model_name_or_path", data / "models" / "stories260k", "--lora_dropout", "0")
     rows_of = ("--dataset_name", small_csv, *SHORT[:6], "--per_device_train_batch_size", "1", *SHORT[8:])
@@ -336,7 +336,7 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 def test_nvme_offload_leaves_bytes_in_its_folder(small_csv, tmp_path):
     """A share of the embedding is 2 MiB: DeepSpeed keeps tensors of less than 1 MiB in memory."""
     from deepspeed.ops.op_builder import AsyncIOBuilder

@@ -191,7 +191,7 @@ def test_lora_on_a_base_of_4_bits_trains_generates_and_is_predicted(data, small_
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_recipe_runs_on_its_defaults_and_is_predicted(name, tmp_path):
     folder = tmp_path / "run"
