@@ -6,6 +6,7 @@ import io
 import os
 import random
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,10 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of the project's environment from the repository root; the caller looks at the exit code."""
     program, *rest = map(str, command)
+    if program == "accelerate" and rest[0] == "launch" and "--main_process_port" not in rest:
+        with socket.socket() as probe:  # two tests may launch at the same time
+            probe.bind(("127.0.0.1", 0))
+            rest[1:1] = ["--main_process_port", str(probe.getsockname()[1])]
     return subprocess.run(
         [str(BIN / program), *rest],
         cwd=ROOT,
