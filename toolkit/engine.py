@@ -248,10 +248,14 @@ def first_that_differs(model: nn.Module) -> str | None:
 
 
 def join_deepspeed() -> None:
-    """Tells DeepSpeed of the process group: accelerate does that on GPUs, and not with --use_cpu."""
+    """Tells DeepSpeed of the process group: accelerate does that on GPUs, and not with --use_cpu.
+
+    A run on CPUs is a rehearsal: it uses gloo alone, not the shared memory that DeepSpeed would compile code for (minutes).
+    """
     import deepspeed
 
     if not deepspeed.comm.is_initialized():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
@@ -317,14 +321,13 @@ def gathered_in_use(model: nn.Module) -> Iterator[None]:
     del model.ds_inflight_param_registry
 
 
-def check_builds(engine: Engine, on_cpu: bool) -> None:
+def check_builds(engine: Engine) -> None:
     """Raises UserError where what DeepSpeed compiles for `engine` is locked by a build that is no longer running.
 
     A build takes a lock file in its folder, and one that is killed leaves it there: whoever needs the same library then
     waits without end. A lock that some compiler works under is somebody's, and is waited for.
     """
     names = ["cpu_adam", "cpu_lion"] if engine.optimizer_state != "with the model" else []
-    names += ["deepspeed_shm_comm"] if on_cpu else []
     names += ["async_io"] if "nvme" in (engine.optimizer_state, engine.parameters) else []
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in (lock for name in names for lock in root.glob(f"**/{name}/lock")):
@@ -360,11 +363,9 @@ def build_extensions() -> None:
     """Compiles what DeepSpeed would compile at its first use: its Adam for the CPU, and reading and writing of NVMe disks."""
     import deepspeed
 
-    accelerator = deepspeed.accelerator.get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
-    check_builds(Engine(1, "ZeRO-3", "nvme", "nvme"), on_cpu)
-    for name in ("CPUAdamBuilder", "AsyncIOBuilder", *(["ShareMemCommBuilder"] if on_cpu else [])):
-        builder = accelerator.create_op_builder(name)
+    check_builds(Engine(1, "ZeRO-3", "nvme", "nvme"))
+    for name in ("CPUAdamBuilder", "AsyncIOBuilder"):
+        builder = deepspeed.accelerator.get_accelerator().create_op_builder(name)
         if not builder.is_compatible(verbose=False):
             say(
                 "skipped",

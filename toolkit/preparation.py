@@ -81,7 +81,7 @@ def check_engine(training: TrainArguments) -> None:
             f"{', '.join(OFFLOADED_OPTIMIZERS)}, or choose a launch file without offload"
         )
     if engine.kind.startswith("ZeRO"):
-        decided_by_main(lambda: check_builds(engine, on_cpu=training.device.type == "cpu"))
+        decided_by_main(lambda: check_builds(engine))
         join_deepspeed()
     if training.push_to_hub:
         decided_by_main(lambda: _check_login(training.hub_token))
