@@ -33,7 +33,7 @@ def main() -> None:
     base = evaluate_by_generation(model, ready.data, config, title="base model")
 
     model = config.method.attach(model)
-    memory = MemoryCallback()
+    memory = MemoryCallback(snapshot=config.snapshot_file)
     trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
     train(trainer)
 

@@ -121,6 +121,7 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         ),
         (["--task", "chat", "--dataset_name", "a/b", "--prompt_column", "x"], "give both --prompt_column and --resp"),
         (["--model_revision", "main"], "--model_revision has no effect on a local model"),
+        (["--memory_snapshot", "--use_cpu"], "--memory_snapshot has no effect here: it records a run on a GPU"),
         (["--early_stopping_patience", "2"], "add --eval_strategy epoch --load_best_model_at_end"),
         (["--early_stopping_threshold", "0.1"], "no effect without --early_stopping_patience"),
         (["--metric_for_best_model", "eval_loss"], "no effect without --load_best_model_at_end"),

@@ -81,6 +81,12 @@ class TrainArguments(TrainingArguments):
         default=TrainingArguments.__dataclass_fields__["optim"].default,
         metadata={"help": "An optimizer of transformers.training_args.OptimizerNames, or prodigy (arXiv:2306.06101)."},
     )
+    memory_snapshot: bool = field(
+        default=False,
+        metadata={
+            "help": "Also record every allocation on the GPU, for https://pytorch.org/memory_viz (slows the run's start)."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Lets Prodigy past the closed list of names."""
@@ -104,6 +110,11 @@ class Config:
     precision_reason: str
     optimizer_reason: str
     predict: bool = False  # show the predicted memory instead of training
+
+    @property
+    def snapshot_file(self) -> Path | None:
+        """Where the GPU's allocations of the first steps are recorded for PyTorch's memory viewer, if they are to be."""
+        return Path(self.training.output_dir) / "memory_snapshot.pickle" if self.training.memory_snapshot else None
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting as flag name to plain value: what `config.yaml` in the run folder holds, and `--config` reads.
@@ -195,6 +206,8 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     for part in (model, data, own):
         part.check(given)
     settings["bf16"], settings["fp16"], reason = choose_precision(settings, card)
+    if settings.get("memory_snapshot") and (predict or card is not None or not _on_gpu(settings, None)):
+        raise UserError("--memory_snapshot has no effect here: it records a run on a GPU, as it trains; leave it out")
     if card is not None:
         settings["use_cpu"] = True  # the prediction runs here
     why = "as asked for" if "optim" in named else why
