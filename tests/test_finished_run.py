@@ -13,7 +13,7 @@ import yaml
 from conftest import recipe
 from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from toolkit import finished_run
 from toolkit.cli import main
@@ -39,6 +39,17 @@ def runs(small_csv, tmp_path_factory):
     (folder / "nf4" / "config.yaml").write_text(yaml.safe_dump(settings | {"load_in_4bit": True}))
     shutil.copytree(folder / "a", folder / "full", ignore=shutil.ignore_patterns("adapter_*"))
     FinishedRun(folder / "a").load_base().save_pretrained(folder / "full")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_labels(tmp_path_factory):
+    """A data set of sentences in two classes."""
+    folder = tmp_path_factory.mktemp("labels")
+    for split in ("train", "validation", "test"):
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
+            rows = [(f"I saw {n} cats.", "few" if n < 6 else "many") for n in range(2, 10)]
+            csv.writer(stream).writerows([("sentence", "label"), *rows])
     return folder
 
 
@@ -167,6 +178,47 @@ def test_a_tune_that_rounding_would_erase_is_refused_and_float32_keeps_it(runs, 
         merge(weak, tmp_path / "merged", "bfloat16")
     assert not (tmp_path / "merged").exists()
     merge(weak, tmp_path / "merged", "float32")
+
+
+MERGES = {  # flags of a run whose adapter must go into its base
+    "lora-int8": ("lora", "--load_in_8bit"),
+    "lora-head": ("lora", "--task", "sequence_classification"),
+    "lora-nf4-head": ("qlora", "--task", "sequence_classification"),
+    "dora": ("lora", "--use_dora"),
+    "pissa": ("lora", "--init_lora_weights", "pissa"),
+    "rslora": ("lora", "--use_rslora"),
+    "ia3": ("ia3",),
+    "ia3-int8": ("ia3", "--load_in_8bit"),
+    "ia3-nf4": ("ia3", "--load_in_4bit"),
+    "vera": ("peft_method",),
+    "loha": ("peft_method", "--peft_type", "LOHA"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", MERGES)
+def test_what_can_merge_merges_and_answers_as_it_did(case, small_csv, small_labels, tmp_path):
+    name, *flags = MERGES[case]
+    rows, task = (small_labels, ("--max_steps", "4")) if "head" in case else (small_csv, SHORT)
+    done = recipe(
+        name,
+        *("--dataset_name", rows, *task, *flags, "--learning_rate", "2e-2", "--max_eval_samples", "4", "--use_cpu"),
+        *("--save_strategy", "no", "--output_dir", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    merge(tmp_path / "run", tmp_path / "merged")
+    about = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert about["tune_survived"] > 0.5 and about["dequantized"] == ("int8" in case or "nf4" in case)
+    family = AutoModelForSequenceClassification if "head" in case else AutoModelForSeq2SeqLM
+    model, report = family.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    if case in ("dora", "ia3", "lora-head", "pissa", "rslora", "vera"):
+        run = FinishedRun(tmp_path / "run")
+        sample = run.sample(4)
+        torch.testing.assert_close(
+            run.logits(model.eval(), sample), run.logits(run.model, sample), rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,40 @@ def test_every_recipe_runs_on_its_defaults_and_is_predicted(name, tmp_path):
         assert all(cost["seconds_a_row"] > 0 for cost in costs.values())
 
 
+ON_DATA = {  # a model's folder (None: a tiny T5 with random weights), a data set's, and the task
+    "dialogsum": (None, "dialogsum", "summarization"),
+    "phrasebank as text": ("stories260k", "financial_phrasebank", "classification"),
+    "phrasebank with a head": ("stories260k", "financial_phrasebank", "sequence_classification"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("what", ON_DATA)
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_recipe_trains_on_real_data(name, what, data, tiny_t5, tmp_path):
+    model, rows, task = ON_DATA[what]
+    source = ("--model_name_or_path", data / "models" / model) if model else ("--model_name_or_path", tiny_t5)
+    few = ("--max_train_samples", "16", "--max_eval_samples", "6", "--max_length", "128", "--use_cpu")
+    done = recipe(
+        name,
+        *source,
+        *("--dataset_name", data / rows, "--task", task, *few, "--output_dir", tmp_path / "run"),
+        *(() if model else ("--random_weights",)),
+        *(("--max_steps", "2") if METHODS[name].trains else ("--num_shots", "0", "1")),
+        *(("--max_target_length", "8") if task == "summarization" else ()),
+    )
+    if not METHODS[name].trains and task == "sequence_classification":
+        assert done.returncode == 2 and "head" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["finished"]
+    metric = "rougeL" if task == "summarization" else "accuracy"
+    assert all(0 <= score[metric] <= 1 for score in record["scores"].values())
+    assert len((tmp_path / "run" / "completions.csv").read_text(encoding="utf-8").splitlines()) >= 7
+
+
 def test_examples_stand_before_the_question_in_the_form_of_the_question():
     config = parse_config(InContext, ["--num_shots", "0", "2", "--max_train_samples", "3", "--max_eval_samples", "2"])
     ready = prepare(config)
