@@ -26,6 +26,7 @@ from toolkit.errors import UserError
 from toolkit.evaluation import generate
 from toolkit.finished_run import FinishedRun
 from toolkit.methods import METHODS
+from toolkit.methods.lora import Lora
 from toolkit.preparation import check_combination
 
 PRESETS = sorted(path.stem for path in (ROOT / "launch").glob("*.yaml"))
@@ -325,14 +326,22 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
     asked = asked_engine()
     model = SimpleNamespace(load_in_8bit=False, source="a-model")
-    config = T5Config(num_heads=4)
+    config, lora = T5Config(num_heads=4), Lora()
     with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
-        check_combination(asked, SimpleNamespace(model=model), config)
+        check_combination(asked, SimpleNamespace(model=model, method=lora), config)
     with pytest.raises(UserError, match="a model of 3 attention heads"):
-        check_combination(asked, SimpleNamespace(model=model), LlamaConfig(num_attention_heads=3, hidden_size=48))
-    check_combination(asked, SimpleNamespace(model=model), LlamaConfig(num_attention_heads=4, hidden_size=48))
+        check_combination(
+            asked, SimpleNamespace(model=model, method=lora), LlamaConfig(num_attention_heads=3, hidden_size=48)
+        )
+    check_combination(
+        asked, SimpleNamespace(model=model, method=lora), LlamaConfig(num_attention_heads=4, hidden_size=48)
+    )
     with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be shared out"):
         check_combination(Engine(2, "ZeRO-3"), SimpleNamespace(model=SimpleNamespace(load_in_8bit=True)), config)
+    pissa = SimpleNamespace(model=model, method=Lora(init_lora_weights="pissa"))
+    with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):
+        check_combination(Engine(2, "FSDP2"), pissa, config)
+    check_combination(Engine(2, "ZeRO-2"), pissa, config)
 
 
 @pytest.mark.slow

@@ -119,7 +119,9 @@ def _untuned(run: FinishedRun, model: PeftModel, sample: list[tuple[str, str]]) 
 def _dequantized(run: FinishedRun, dtype: torch.dtype) -> Any:
     """The base with weights of `dtype` that hold what its quantized ones stood for."""
     base = run.load_base().dequantize(dtype).to(dtype)
-    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # dequantizing leaves them, and IA3 refuses to merge by them
+    base.is_loaded_in_4bit = base.is_loaded_in_8bit = (
+        False  # dequantizing leaves them, and IA3 refuses to merge by them
+    )
     return base
 
 

@@ -94,6 +94,11 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             f"--load_in_8bit under {engine.kind}: its integer weights cannot be shared out; use --load_in_4bit, or "
             "launch/zero2.yaml"
         )
+    if engine.shards_parameters and config.method.changes_base:
+        raise UserError(
+            f"--init_lora_weights {getattr(config.method, 'init_lora_weights', '')} under {engine.kind}: it starts from whole "
+            "weights, of which each process has a share; use launch/zero2.yaml, or leave it out"
+        )
     if engine.processes_a_row > 1:
         heads = getattr(model_config.get_text_config(), "num_attention_heads", 0)
         if model_config.is_encoder_decoder or heads % engine.processes_a_row:

@@ -47,6 +47,11 @@ class Method(ABC):
         """Positions that the method takes beside those of the text."""
         return 0
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether attaching it to a model changes the model's own weights."""
+        return False
+
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Settings where the user (`given`: the flags that were named) says nothing."""

@@ -75,7 +75,7 @@ class Lora(PeftBased):
         init = self.init_lora_weights
         if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*", init):
             raise UserError(f"--init_lora_weights {init} is not known; give {INITS}")
-        if self._changes_base:
+        if self.changes_base:
             if self._quantizes(given):
                 raise UserError(
                     f"--init_lora_weights {init} changes the base's weights, which a quantized base does not allow; "
@@ -92,7 +92,8 @@ class Lora(PeftBased):
                 raise UserError("--optim prodigy knows one learning rate alone; leave out --loraplus_lr_ratio")
 
     @property
-    def _changes_base(self) -> bool:
+    def changes_base(self) -> bool:
+        """PiSSA and OLoRA take the weights' principal parts out of them."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
     def configure(self, model: PreTrainedModel) -> LoraConfig:
@@ -115,13 +116,13 @@ class Lora(PeftBased):
 
         Raises: UserError where a target matches no module (the message lists those that exist).
         """
-        if self._changes_base and getattr(model, "is_quantized", False):
+        if self.changes_base and getattr(model, "is_quantized", False):
             raise UserError(f"--init_lora_weights {self.init_lora_weights} needs a base that is not quantized")
         if self.init_lora_weights == "olora" and any(type(m).__name__ == "Conv1D" for m in model.modules()):
             raise UserError("--init_lora_weights olora does not know GPT-2's Conv1D layers; give pissa or default")
         model = super().attach(model)
         model.loraplus_lr_ratio = self.loraplus_lr_ratio  # for the optimizer
-        if self._changes_base and not any(p.is_meta for p in model.parameters()):
+        if self.changes_base and not any(p.is_meta for p in model.parameters()):
             # on the host, and not as a dictionary, in which a memory account would find tensors of the model's
             model.initial_adapter = tuple(
                 (k, v.detach().cpu().clone()) for k, v in get_peft_model_state_dict(model).items()
