@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -40,6 +40,7 @@ OVERRIDDEN = {
     "do_train": "a recipe trains",
     "eval_accumulation_steps": "evaluation keeps no logits, so there is nothing to accumulate",
     "eval_do_concat_batches": "evaluation keeps no logits, so there is nothing to concatenate",
+    "enable_jit_checkpoint": "SIGTERM always saves a checkpoint and ends the run",
     "eval_use_gather_object": "evaluation keeps no logits, so there is nothing to gather",
     "include_for_metrics": "metrics are computed from generated text, once, at the end",
     "include_num_input_tokens_seen": "real (unpadded) tokens are always counted",
@@ -55,6 +56,9 @@ OVERRIDDEN = {
     "save_on_each_node": "rank 0 alone writes the run folder",
     "skip_memory_metrics": "memory is accounted for by the project itself: see memory.json in the run folder",
 }
+
+
+NEWEST = "true"  # what --resume_from_checkpoint holds where it names no folder
 
 
 @dataclass
@@ -76,6 +80,16 @@ class TrainArguments(TrainingArguments):
     )
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "By how much that metric must improve to count as better."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from a checkpoint-N folder, or (true, or no value) from the newest whole one in --output_dir."
+        },
+    )
+    allow_changed_data: bool = field(
+        default=False,
+        metadata={"help": "Resume although rows, their order or the rows of a step changed since the checkpoint."},
     )
     optim: str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
@@ -124,7 +138,7 @@ class Config:
         flat: dict[str, Any] = {}
         for part in (self.method, self.model, self.data):
             flat |= dataclasses.asdict(part)
-        hidden = {*OVERRIDDEN, "output_dir", "resume_from_checkpoint", "hub_token"}
+        hidden = {*OVERRIDDEN, "output_dir", "resume_from_checkpoint", "allow_changed_data", "hub_token"}
         flat |= {name: value for name, value in self.training.to_dict().items() if name not in hidden}
         return {name: value for name, value in flat.items() if value not in (None, "", [], {})}
 
@@ -135,6 +149,7 @@ class Parser(HfArgumentParser):
     def __init__(self, method: type[methods.Method], **kwargs: Any) -> None:
         super().__init__([method, ModelArguments, DataArguments, TrainArguments], allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; flags here win.")
+        next(a for a in self._actions if a.dest == "resume_from_checkpoint").__dict__ |= {"nargs": "?", "const": NEWEST}
         self.add_argument("--predict", action="store_true", help="Show what memory the run will need, and do not run.")
 
     def error(self, message: str) -> NoReturn:
@@ -260,8 +275,11 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         }
     settings = {"dataloader_pin_memory": torch.cuda.is_available()} | settings | ours
     resume = settings.get("resume_from_checkpoint")
+    if resume is not None and resume.lower() in ("true", "1", "false", "0"):
+        resume = settings["resume_from_checkpoint"] = NEWEST if resume.lower() in ("true", "1") else None
     if not settings.get("output_dir"):
-        settings["output_dir"] = str(Path(resume).parent) if _is_checkpoint(resume) else _new_output_dir(method, model)
+        named = resume is not None and resume != NEWEST
+        settings["output_dir"] = str(Path(resume).parent) if named else _new_output_dir(method, model)
     try:
         training = _build(TrainArguments, settings)
     except (ValueError, ImportError) as error:
@@ -269,10 +287,6 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
     training.output_dir = decided_by_main(lambda: training.output_dir)  # its time stamp must be one for all ranks
     training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; torch's DataParallel is never what runs
     return training
-
-
-def _is_checkpoint(resume: str | None) -> TypeGuard[str]:
-    return resume is not None and resume.lower() not in ("true", "false", "1", "0")
 
 
 def _new_output_dir(method: methods.Method, model: ModelArguments) -> str:
@@ -312,6 +326,8 @@ def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         raise UserError(
             "--early_stopping_threshold has no effect without --early_stopping_patience; add it or leave it out"
         )
+    if settings.get("allow_changed_data") and not settings.get("resume_from_checkpoint"):
+        raise UserError("--allow_changed_data has no effect without --resume_from_checkpoint; add it or leave it out")
     if "metric_for_best_model" in given and not settings.get("load_best_model_at_end"):
         raise UserError(
             "--metric_for_best_model has no effect without --load_best_model_at_end; add it or leave it out"

@@ -1,6 +1,7 @@
 """The data set of a run: its flags, and its rows as token ids ready for one model."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -158,6 +159,14 @@ class TaskData:
     def pairs(self, split: str) -> list[tuple[Any, str]]:
         """Text and target of each row of `split`."""
         return list(_pairs(self.task, self.rows[split], self.columns, split))
+
+    @cached_property
+    def train_fingerprint(self) -> str:
+        """SHA-256 over the rows that are trained on, as token ids, in their order."""
+        digest = hashlib.sha256()
+        for rows in self.train.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
+            digest.update(json.dumps(rows, sort_keys=True).encode())
+        return digest.hexdigest()
 
     @cached_property
     def test_texts(self) -> list[str]:

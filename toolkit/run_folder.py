@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from toolkit import __version__
+from toolkit.checkpoints import Origin, check_goes_on, resume_point
 from toolkit.config import Config
 from toolkit.console import console, is_main, say, table
+from toolkit.engine import asked_engine
 from toolkit.errors import UserError
 from toolkit.evaluation import Completions
 from toolkit.files import write_aside
@@ -49,10 +50,17 @@ class RunFolder:
     def create(cls, config: Config, ready: Preparation) -> "RunFolder":
         """Makes the folder of `config`, with its config.yaml and run.json.
 
-        Raises: UserError where the folder cannot be written, or is not empty and not resumed.
+        `--resume_from_checkpoint` becomes the folder to go on from.
+
+        Raises: UserError where the folder cannot be written, is not empty and not resumed, or cannot be gone on from.
         """
         path = Path(config.training.output_dir)
-        decided_by_main(lambda: _claim(path, config.training.resume_from_checkpoint))
+        checkpoint = decided_by_main(lambda: _claim(path, config, ready))
+        config.training.resume_from_checkpoint = checkpoint
+        if checkpoint and not Path(checkpoint).is_dir():
+            raise UserError(
+                f"{checkpoint} is not on this machine; --output_dir must be on a disk that all machines share"
+            )
         run = cls(path, _record(config, ready))
         run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
         run.write("run.json", json.dumps(run.record, indent=2))
@@ -88,11 +96,16 @@ class RunFolder:
         say("next", f'footprint generate {self.path} "{example}"')
 
 
-def _claim(path: Path, resume: str | None) -> None:
+def _claim(path: Path, config: Config, ready: Preparation) -> str | None:
+    """Makes the folder this run's own; returns the checkpoint that it goes on from."""
+    training = config.training
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
-    resumed = resume_point(resume, path) is not None
-    if not resumed and path.is_dir() and any(path.iterdir()):
+    checkpoint = resume_point(training.resume_from_checkpoint, path)
+    if checkpoint is not None:
+        asked = asked_engine(training.deepspeed, training.fsdp)
+        check_goes_on(checkpoint, Origin.of(asked, training, ready.data), training.allow_changed_data)
+    elif training.resume_from_checkpoint is None and path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
         )
@@ -103,6 +116,7 @@ def _claim(path: Path, resume: str | None) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {path} cannot be written ({error.strerror}); give a folder that can") from None
+    return str(checkpoint) if checkpoint else None
 
 
 def _record(config: Config, ready: Preparation) -> dict[str, Any]:
@@ -139,25 +153,3 @@ def _completions(ready: Preparation, base: Completions, tuned: Completions) -> s
     columns = (ready.data.test_texts, ready.data.references, base.texts, tuned.texts)
     writer.writerows(zip(*columns, strict=True))
     return text.getvalue()
-
-
-def resume_point(asked: str | None, output_dir: Path) -> str | None:
-    """The checkpoint folder to resume from, or None: `--resume_from_checkpoint true` takes the newest.
-
-    Raises: UserError where there is none.
-    """
-    if asked is None or asked.lower() in ("false", "0"):
-        return None
-    if asked.lower() in ("true", "1"):
-        found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if found is None:
-            raise UserError(
-                f"--resume_from_checkpoint: no checkpoint in {output_dir}; give --output_dir of the run to resume, "
-                "or the path of one of its checkpoint-N folders"
-            )
-        return found
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {asked}: no checkpoint there; give the path of a checkpoint-N folder"
-        )
-    return asked

@@ -22,8 +22,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from toolkit.checkpoints import Origin, newest_first, readable_write_errors, written_whole
 from toolkit.config import TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData
@@ -35,7 +37,7 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import save_over_original_base
 from toolkit.optimizers import Prodigy, prodigy_arguments
 from toolkit.progress import ProgressCallback
-from toolkit.run_folder import resume_point
+from toolkit.ranks import Preempted, on_any_rank, sigterm
 from toolkit.tasks.tokenization import MASKED
 
 
@@ -57,8 +59,10 @@ class FineTuner(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.guards = Guards()
+        self.data = data
+        self.written_to: Path | None = None  # while a checkpoint is being written, its parent folder
         metrics = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
-        callbacks = [ProgressCallback(), metrics, self.guards, *(callbacks or [])]
+        callbacks = [ProgressCallback(), metrics, self.guards, Preemption(), *(callbacks or [])]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         tokenizer = data.encoder.tokenizer
@@ -138,8 +142,8 @@ class FineTuner(Trainer):
         """
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            good = get_last_checkpoint(self.args.output_dir)
-            kept = f"the last good checkpoint is {good}" if good else "no checkpoint had been written yet"
+            good = newest_first(Path(self.args.output_dir))
+            kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint had been written yet"
             raise UserError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}; {kept}. "
                 "Lower --learning_rate, or compute in fp32 or --bf16"
@@ -152,6 +156,40 @@ class FineTuner(Trainer):
         if self.guards is not None:
             self.guards.gradient(norm)
         return norm
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One epoch, or nothing where the checkpoint that was resumed from is the last: Trainer would take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, written aside by all ranks and renamed when it is whole (`checkpoints`); then old ones go."""
+        args, state = self.args, self.state
+        final = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        origin = Origin.of(asked_engine(args.deepspeed, args.fsdp), args, self.data)
+        with written_whole(final, origin, args.should_save, self.accelerator.wait_for_everyone) as aside:
+            self.written_to = aside.parent
+            super()._save_checkpoint(model, trial)
+            self.written_to = None
+            if state.best_model_checkpoint == str(aside):
+                state.best_model_checkpoint = str(final)
+                if args.should_save:
+                    state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if args.should_save:
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes checkpoints, and looks for those to delete."""
+        return str(self.written_to or self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads a checkpoint that has its lasting name; Trainer asks for it before."""
+        if self.written_to is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Saves tied weights once, also where an engine gathered each of their names into a tensor of its own."""
@@ -176,6 +214,43 @@ def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
     A GPT-like model never predicts the first position.
     """
     return (labels[:, 1:] if shifted and labels.dim() == 2 else labels).ne(MASKED).sum()
+
+
+class Preemption(TrainerCallback):
+    """After SIGTERM on any rank: all take the step to its end, save a checkpoint, and leave (exit code 143).
+
+    Trainer's own --enable_jit_checkpoint saves when a timer of each rank has run out, so that ranks wait for each other
+    in different steps, and in the middle of accumulated batches, of which the resumed run then knows nothing.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.leaving = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.leaving = on_any_rank(sigterm.received, args.device)
+        if self.leaving:
+            control.should_training_stop = True
+            control.should_evaluate &= (
+                args.load_best_model_at_end
+            )  # there is little time, but the choice needs each one
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.leaving:
+            if not float(state.epoch or 0).is_integer():  # no epoch has ended
+                control.should_evaluate = control.should_log = False
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.leaving:
+            say(
+                "stopped",
+                f"by SIGTERM, with {PREFIX_CHECKPOINT_DIR}-{state.global_step}; --resume_from_checkpoint goes on",
+            )
+            raise Preempted
 
 
 class MetricsFile(TrainerCallback):
@@ -237,9 +312,9 @@ class MetricsFile(TrainerCallback):
 def train(trainer: FineTuner) -> None:
     """Trains (or resumes), saves the result into the run folder, and says which checkpoint was chosen by what."""
     args = trainer.args
-    checkpoint = resume_point(args.resume_from_checkpoint, Path(args.output_dir))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with sigterm.deferred_to_a_step():
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except BaseException:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback | MemoryCallback):
@@ -251,7 +326,8 @@ def train(trainer: FineTuner) -> None:
             f"{Path(trainer.state.best_model_checkpoint).name}: best {args.metric_for_best_model} on the validation split"
             f" ({trainer.state.best_metric:.4f})",
         )
-    trainer.save_model(args.output_dir, _internal_call=True)
+    with readable_write_errors("the trained weights", Path(args.output_dir)):
+        trainer.save_model(args.output_dir, _internal_call=True)
     if trainer.is_world_process_zero():
         save_over_original_base(trainer.model, Path(args.output_dir))
     check_saved(trainer)
