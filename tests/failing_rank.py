@@ -1,5 +1,5 @@
-"""Runs a recipe in which rank 1 alone fails at its second step (KIND user or bug), while rank 0 goes on to wait for it, or in
-which its parameters differ from rank 0's after the first (KIND drift): for test_launch.py.
+"""Runs a recipe in which rank 1 alone fails at its second step (KIND user or bug) or stays in it (KIND hang), while rank 0 goes
+on to wait for it, or in which its parameters differ from rank 0's after the first (KIND drift).
 
 accelerate launch --config_file launch/ddp.yaml --num_processes 2 tests/failing_rank.py KIND TIME_FILE recipes/lora.py --use_cpu
 """
@@ -20,6 +20,8 @@ trains = FineTuner.training_step
 def fails_on_rank_1(self: FineTuner, *args, **kwargs):
     if kind != "drift" and os.environ["RANK"] == "1" and self.state.global_step == 1:
         Path(when).write_text(str(time.time()))
+        while kind == "hang":
+            time.sleep(1)
         raise UserError("no room is left") if kind == "user" else ZeroDivisionError("a bug")
     loss = trains(self, *args, **kwargs)
     if kind == "drift" and os.environ["RANK"] == "1":

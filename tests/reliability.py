@@ -1,104 +1,119 @@
-"""Recipes in forks of one process that has imported everything, so that dozens of them can be killed and resumed.
+"""Real processes that are killed and started again, dozens of times: forks of one that has imported everything.
 
-The parent imports and computes nothing, and so has one thread. A fork imports `toolkit` anew, for its modules read the rank
-when they are imported.
+A start costs most of a minute of imports on a slow machine, and a fork nothing. What forks is a process of multiprocessing's
+own, which imports (`preloaded`) and computes nothing. A fork imports `toolkit` anew, for its modules read the rank.
 """
 
 import contextlib
+import multiprocessing
 import os
-import random
 import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def warm(recipe: str = "lora") -> None:
+def preload() -> None:
     """Imports what a recipe imports, and forgets the project's own modules."""
-    import torch
-    from transformers import Trainer
-
-    torch.set_num_threads(1)
-    assert Trainer
-    runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="imported")
+    runpy.run_path(str(ROOT / "recipes" / "lora.py"), run_name="imported")
     for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
         del sys.modules[name]
-    names = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
-    others = names - {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}  # pyarrow's allocator knows of forks
-    assert not others, f"a fork would lack the threads {others}"
+    assert threading.active_count() == 1, "a fork would lack all threads but one"
+
+
+def _rank(script: str, argv: list[str], log: Path, env: dict[str, str]) -> None:
+    code: object = 1
+    try:
+        with log.open("w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        os.chdir(ROOT)
+        os.environ |= env
+        sys.argv = [script, *argv]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as left:
+            code = left.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def launched_environment(preset: str, port: int) -> dict[str, str]:
+    """What accelerate's own launcher puts into the environment of two processes under a file of launch/."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    address = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    with contextlib.chdir(ROOT):
+        args = launch_command_parser().parse_args(
+            ["--config_file", f"launch/{preset}.yaml", *address, "recipes/lora.py"]
+        )
+        args, defaults, _ = _validate_launch_command(args)
+        if args.use_deepspeed:
+            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+            return prepare_deepspeed_cmd_env(args)[1]
+        return prepare_multi_gpu_env(args)
 
 
 class Run:
-    """A recipe on `processes` ranks, each a fork whose terminal is a file in `log`."""
+    """A script on `processes` ranks, with the environment that the launcher gives them; `log` gets what they write."""
 
-    def __init__(self, argv: Sequence[str | Path], log: Path, processes: int = 1, script: str = "recipes/lora.py") -> None:
+    def __init__(self, script: str, *argv: str | Path, log: Path, processes: int = 1, preset: str = "ddp") -> None:
         log.mkdir(parents=True, exist_ok=True)
         self.logs = [log / f"rank{rank}.txt" for rank in range(processes)]
+        CONTEXT.set_forkserver_preload(["preloaded"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.codes: dict[int, int] = {}
-        self.pids = [self._fork(list(map(str, argv)), script, rank, processes, port) for rank in range(processes)]
-
-    def _fork(self, argv: list[str], script: str, rank: int, processes: int, port: int) -> int:
-        if pid := os.fork():
-            return pid
-        code = 1
-        try:
-            with self.logs[rank].open("w") as stream:
-                os.dup2(stream.fileno(), 1)
-                os.dup2(stream.fileno(), 2)
+        env = launched_environment(preset, port) if processes > 1 else {}
+        self.ranks = []
+        for rank, file in enumerate(self.logs):
             if processes > 1:
-                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank}
-                address |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
-                # as a launcher gives it; what says an error says it once for all
-                address |= {"TORCHELASTIC_ERROR_FILE": self.logs[0].parent / str(rank) / "error.json"}
-                os.environ |= {name: str(value) for name, value in address.items()}
-            sys.argv = [script, *argv]
-            try:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            except SystemExit as left:
-                code = left.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else 1)
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+                (log / str(rank)).mkdir(
+                    exist_ok=True
+                )  # whoever says an error leaves a mark beside this, for the others
+                env |= {"TORCHELASTIC_ERROR_FILE": str(log / str(rank) / "error.json")}
+            arguments = (script, [str(a) for a in argv], file, dict(env))
+            self.ranks.append(CONTEXT.Process(target=_rank, args=arguments, daemon=True))
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(ROOT)])):  # of what forks
+            for rank in self.ranks:
+                rank.start()
 
     def wait(self, seconds: float = 300) -> list[int]:
-        """The exit code of each rank (-9: killed); those that have not ended in time are killed, and an error."""
+        """The exit code of each rank (-9: killed). Those that still run when the time is over are killed: an error."""
         end = time.monotonic() + seconds
-        while len(self.codes) < len(self.pids) and time.monotonic() < end:
-            self.poll()
-            time.sleep(0.01)
-        late = [rank for rank, pid in enumerate(self.pids) if pid not in self.codes]
-        self.kill()
-        assert not late, f"rank {late} still ran after {seconds} s:\n{self.text()}"
-        return [self.codes[pid] for pid in self.pids]
+        for rank in self.ranks:
+            rank.join(max(0.0, end - time.monotonic()))
+        late = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
+        self.signal(signal.SIGKILL)
+        assert not late, f"ranks {late} still ran after {seconds} s:\n{self.text()}"
+        return [rank.exitcode for rank in self.ranks]
 
-    def poll(self) -> bool:
-        """Whether some rank runs."""
-        for pid in set(self.pids) - set(self.codes):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                self.codes[pid] = os.waitstatus_to_exitcode(status)
-        return len(self.codes) < len(self.pids)
+    @property
+    def runs(self) -> bool:
+        """Whether any rank runs."""
+        return any(rank.is_alive() for rank in self.ranks)
 
-    def kill(self, ranks: Sequence[int] | None = None, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to `ranks`, or to all."""
-        for rank in range(len(self.pids)) if ranks is None else ranks:
-            if self.pids[rank] not in self.codes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.pids[rank], number)
+    def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        """Sends a signal to `ranks`, or to all that run."""
+        for rank in self.ranks if ranks is None else [self.ranks[number] for number in ranks]:
+            if rank.is_alive():
+                os.kill(rank.pid, number)
 
     def text(self) -> str:
         """What all ranks have written."""

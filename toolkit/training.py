@@ -50,6 +50,7 @@ class FineTuner(Trainer):
     """
 
     guards: Guards | None = None  # a shadow step has none
+    written_to: Path | None = None  # while a checkpoint is being written, its parent folder
 
     def __init__(
         self,
@@ -60,7 +61,6 @@ class FineTuner(Trainer):
     ) -> None:
         self.guards = Guards()
         self.data = data
-        self.written_to: Path | None = None  # while a checkpoint is being written, its parent folder
         metrics = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
         callbacks = [ProgressCallback(), metrics, self.guards, Preemption(), *(callbacks or [])]
         if args.early_stopping_patience is not None:

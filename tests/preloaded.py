@@ -1,0 +1,5 @@
+"""Imported by the process that forks for `reliability`."""
+
+from reliability import preload
+
+preload()

@@ -1,0 +1,427 @@
+"""Runs that are stopped in every way, and go on: whole checkpoints, kills, SIGTERM, a full disk, a rank that hangs."""
+
+import datetime
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+from reliability import Run
+from safetensors.torch import load_file
+
+from toolkit.checkpoints import (
+    ASIDE,
+    MANIFEST,
+    Origin,
+    check_goes_on,
+    damage,
+    newest_first,
+    resume_point,
+    written_whole,
+)
+from toolkit.config import parse_config
+from toolkit.embedded import MODEL_DIR
+from toolkit.errors import UserError
+from toolkit.files import write_aside
+from toolkit.memory.environment import stack_versions
+from toolkit.methods.lora import Lora
+from toolkit.preparation import prepare
+
+RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
+COMMAND = "python -m pytest tests/test_survival.py -k twenty --matrix"
+ORIGIN = Origin("no engine", 1, True, 4, 42, "rows")
+LENGTHS = ("--max_length", "48", "--max_target_length", "8", "--max_train_samples", "16", "--max_eval_samples", "1")
+STEPS = ("--max_steps", "6", "--save_strategy", "steps", "--save_steps", "1", "--per_device_train_batch_size", "2")
+SMALL = ("--use_cpu", *LENGTHS, *STEPS)
+TRAIN = "tests/train_only.py"
+RESUME = "--resume_from_checkpoint"
+
+
+# ---- checkpoints
+
+
+def checkpoint(folder, step, origin=ORIGIN):
+    """A checkpoint of two small files, one in a folder of its own."""
+    with written_whole(folder / f"checkpoint-{step}", origin, is_main=True, wait=lambda: None) as aside:
+        (aside / "trainer_state.json").write_text("{}")
+        (aside / "shards").mkdir()
+        (aside / "shards" / "rank0.pt").write_bytes(bytes(range(100)))
+    return folder / f"checkpoint-{step}"
+
+
+def test_nothing_is_called_a_checkpoint_before_it_is_whole(tmp_path):
+    final = tmp_path / "checkpoint-2"
+    with written_whole(final, ORIGIN, is_main=True, wait=lambda: None) as aside:
+        (aside / "weights").write_bytes(b"1234")
+        assert aside.is_dir() and not final.exists() and not newest_first(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    kept = json.loads((final / MANIFEST).read_text())
+    # echo -n 1234 | sha256sum
+    sha256 = "03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4"
+    assert kept["files"] == {"weights": {"bytes": 4, "sha256": sha256}} and kept["run"]["data"] == "rows"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        written_whole(tmp_path / "checkpoint-4", ORIGIN, is_main=True, wait=lambda: None) as aside,
+    ):
+        (aside / "weights").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_rank_that_is_not_the_first_waits_and_renames_nothing(tmp_path):
+    waited = []
+
+    def first_rank_renames():
+        waited.append(True)
+        if len(waited) == 2:
+            (tmp_path / ASIDE / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+
+    with written_whole(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as aside:
+        (aside / "rank1.pt").touch()
+    assert len(waited) == 2 and not (tmp_path / ASIDE).exists()
+    assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["rank1.pt"]
+
+
+def test_a_truncated_an_altered_and_a_missing_file_are_named(tmp_path):
+    whole = checkpoint(tmp_path, 1)
+    file = whole / "shards" / "rank0.pt"
+    content = file.read_bytes()
+    assert damage(whole) is None
+    file.write_bytes(content[:99])
+    assert damage(whole) == "shards/rank0.pt has 99 bytes instead of 100"
+    file.write_bytes(content[:50] + b"\xff" + content[51:])
+    assert damage(whole).startswith("shards/rank0.pt was altered")
+    file.unlink()
+    assert damage(whole) == "shards/rank0.pt is missing"
+    (whole / MANIFEST).write_text("{")
+    assert damage(whole) == "manifest.json is missing or cannot be read"
+
+
+def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named_and_moved(tmp_path, capsys):
+    for step in (2, 4, 10):
+        checkpoint(tmp_path, step)
+    (tmp_path / ASIDE / "checkpoint-12").mkdir(parents=True)
+    assert resume_point("true", tmp_path) == tmp_path / "checkpoint-10" and not (tmp_path / ASIDE).exists()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}}")
+    with pytest.raises(UserError, match=r"checkpoint-10: trainer_state.json has 3 bytes instead of 2; give another"):
+        resume_point(str(tmp_path / "checkpoint-10"), tmp_path)
+    capsys.readouterr()
+    assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-10: trainer_state.json has 3 bytes instead of 2; it is now damaged-checkpoint-10" in said
+    assert newest_first(tmp_path) == [tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"]
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    with pytest.raises(UserError, match=r"is whole \(checkpoint-4: trainer_state.json is missing\)"):
+        resume_point("true", tmp_path)
+    assert len(newest_first(tmp_path)) == 2
+    with pytest.raises(UserError, match="no checkpoint there"):
+        resume_point(str(tmp_path / "checkpoint-3"), tmp_path)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / ASIDE / "checkpoint-1").mkdir(parents=True)
+    assert resume_point("true", tmp_path) is None and not (tmp_path / ASIDE).exists()
+    (tmp_path / "empty").mkdir()
+    assert resume_point("true", tmp_path / "empty") is None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    for folder in ("other", "misspelt"):
+        with pytest.raises(UserError, match="no checkpoint in"):
+            resume_point("true", tmp_path / folder)
+
+
+def test_what_cannot_go_on_is_refused_before_a_model_is_loaded(tmp_path):
+    kept = checkpoint(tmp_path, 2)
+    check_goes_on(kept, ORIGIN, allow_changed_data=False)
+    check_goes_on(kept, replace(ORIGIN, engine="DDP", processes=4), allow_changed_data=False)
+    for change, said in (
+        ({"data": "others"}, "the training rows"),
+        ({"seed": 1}, "--seed or --data_seed 1 instead of 42"),
+        ({"rows_a_step": 8}, "a step has 8 rows instead of 4"),
+    ):
+        with pytest.raises(UserError, match=f"{said}.*--allow_changed_data"):
+            check_goes_on(kept, replace(ORIGIN, **change), allow_changed_data=False)
+        check_goes_on(kept, replace(ORIGIN, **change), allow_changed_data=True)
+    with pytest.raises(UserError, match="was written by no engine on 1 processes, and cannot be read by FSDP2 on 2"):
+        check_goes_on(kept, replace(ORIGIN, engine="FSDP2", processes=2), allow_changed_data=True)
+    zero = replace(ORIGIN, engine="ZeRO-2", processes=2)
+    kept = checkpoint(tmp_path, 4, zero)
+    for change in ({"processes": 4}, {"engine": "ZeRO-3"}, {"engine": "DDP"}):
+        with pytest.raises(UserError, match="was written by ZeRO-2 on 2 processes"):
+            check_goes_on(kept, replace(zero, **change), allow_changed_data=True)
+    kept = checkpoint(tmp_path, 6, replace(ORIGIN, engine="FSDP2", processes=2))
+    check_goes_on(kept, replace(ORIGIN, engine="FSDP2", processes=4), allow_changed_data=False)
+    kept = checkpoint(tmp_path, 8, replace(ORIGIN, whole_state=False))
+    with pytest.raises(UserError, match="--save_only_model"):
+        check_goes_on(kept, ORIGIN, allow_changed_data=True)
+
+
+def test_the_flags_of_resuming_that_have_no_effect_are_refused():
+    assert parse_config(Lora, ["--output_dir", "x", RESUME]).training.resume_from_checkpoint == "true"
+    assert parse_config(Lora, [RESUME, "1", "--output_dir", "x"]).training.resume_from_checkpoint == "true"
+    assert parse_config(Lora, [RESUME, "false"]).training.resume_from_checkpoint is None
+    assert parse_config(Lora, [RESUME, "a/checkpoint-2"]).training.output_dir == "a"
+    with pytest.raises(UserError, match="--allow_changed_data has no effect without --resume_from_checkpoint"):
+        parse_config(Lora, ["--allow_changed_data"])
+    with pytest.raises(UserError, match="--enable_jit_checkpoint has no effect here: SIGTERM always"):
+        parse_config(Lora, ["--enable_jit_checkpoint"])
+
+
+def test_the_fingerprint_of_the_rows_sees_tokens_and_order():
+    rows = prepare(parse_config(Lora, ["--max_train_samples", "4", "--max_eval_samples", "1"])).data
+    same = prepare(parse_config(Lora, ["--max_train_samples", "4", "--max_eval_samples", "2", "--seed", "3"])).data
+    cut = prepare(
+        parse_config(Lora, ["--max_train_samples", "4", "--max_eval_samples", "1", "--max_length", "40"])
+    ).data
+    assert rows.train_fingerprint == same.train_fingerprint != cut.train_fingerprint
+    turned = replace(rows, train=rows.train.select([1, 0, 2, 3]))
+    assert turned.train_fingerprint != rows.train_fingerprint
+
+
+# ---- real processes
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def furthest(one, two):
+    """The largest difference between two sets of weights, of the largest weight."""
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    largest = max(tensor.abs().max() for tensor in one.values())
+    return float(max((one[name] - two[name]).abs().max() for name in one) / largest)
+
+
+def trained(folder, *more, script=(TRAIN,), processes=1, preset="ddp", codes=0):
+    """Runs to the end; returns what was written."""
+    run = Run(
+        *script,
+        *SMALL,
+        "--output_dir",
+        folder,
+        *more,
+        log=folder.with_suffix(".log"),
+        processes=processes,
+        preset=preset,
+    )
+    assert run.wait() == [codes] * processes, run.text()
+    return run.text()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Runs that nothing interrupts, by the number of processes: folder and seconds."""
+    runs = {}
+
+    def run_of(processes):
+        if processes not in runs:
+            folder = tmp_path_factory.mktemp("whole") / f"{processes}"
+            began = time.monotonic()
+            trained(folder, processes=processes)
+            runs[processes] = folder, time.monotonic() - began
+        return runs[processes]
+
+    return run_of
+
+
+def when(condition, run, seconds=300):
+    """Waits until `condition`, while `run` runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert run.runs and time.monotonic() < end, run.text()
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves_with_143_and_what_goes_on_ends_with_the_same_weights(whole, tmp_path):
+    folder = tmp_path / "run"
+    run = Run("recipes/lora.py", *SMALL, "--output_dir", folder, log=tmp_path / "log")
+    when((folder / "checkpoint-2").exists, run)
+    run.signal(signal.SIGTERM)
+    assert run.wait(120) == [143], run.text()
+    last = newest_first(folder)[0]
+    assert f"stopped  by SIGTERM, with {last.name}" in run.text() and "Traceback" not in run.text()
+    assert damage(last) is None and not (folder / ASIDE).exists()
+    if last.name != "checkpoint-6":
+        assert not (folder / "adapter_model.safetensors").exists()
+    assert "resuming  from" in trained(folder, RESUME)
+    assert furthest(whole(1)[0], folder) == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_in_one_line_and_earlier_checkpoints_stay(whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk is a tmpfs, which only root can mount")
+    try:
+        folder = disk / "run"
+        said = trained(folder, "--save_total_limit", "9", codes=2)
+        lines = [line for line in said.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and "Traceback" not in said, said
+        kept = newest_first(folder)
+        assert f"could not be written to {folder}" in lines[0] and "are free there, and a checkpoint takes" in lines[0]
+        assert f"go on from {kept[0].name} with --resume_from_checkpoint true" in lines[0]
+        assert len(kept) == 2 and [damage(one) for one in kept] == [None, None] and not (folder / ASIDE).exists()
+        subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
+        trained(folder, RESUME)
+        assert furthest(whole(1)[0], folder) == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_answer_is_named_and_all_end(tmp_path):
+    stopped = tmp_path / "stopped"
+    limit = ("--ddp_timeout", "8", "--output_dir", tmp_path / "run")
+    run = Run("tests/failing_rank.py", "hang", stopped, TRAIN, *SMALL, *limit, log=tmp_path / "log", processes=2)
+    when(stopped.exists, run)
+    run.ranks[0].join(60)
+    run.signal(signal.SIGTERM, [1])  # as the launcher does where a rank has failed
+    assert run.wait(30) == [1, 1], run.text()
+    assert time.time() - float(stopped.read_text()) < 8 + 30
+    assert run.text().count("error: ") == 1 and "Traceback" not in run.text(), run.text()
+    assert "error: rank 1 did not answer within --ddp_timeout, so all ranks end" in run.text()
+
+
+def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages):
+    """Kills a run of `seconds` at a random moment, spoils a file where asked to, and lets it go on to its end.
+
+    Returns: what was killed when, whether a checkpoint was being written, which file was spoilt, and the bytes of
+    checkpoints that were whole and are not: those that a kill, not we, have spoilt.
+    """
+    log = folder.with_suffix(".killed")
+    run = Run(TRAIN, *SMALL, "--output_dir", folder, log=log, processes=processes)
+    began = time.monotonic()
+    if while_saving:
+        step = chance.randint(1, 6)
+        aside = folder / ASIDE / f"checkpoint-{step}"
+        when(lambda: aside.exists() or (folder / f"checkpoint-{step}").exists(), run)
+        time.sleep(chance.uniform(0, 0.1))
+    else:
+        time.sleep(chance.uniform(0, seconds))
+    ranks = chance.choice([[rank] for rank in range(processes)] + [list(range(processes))])
+    run.signal(signal.SIGKILL, ranks)
+    moment = time.monotonic() - began
+    codes = run.wait(60)
+    saving = (folder / ASIDE).exists()
+    found = newest_first(folder)
+    lost = sum(file.stat().st_size for one in found if damage(one) for file in one.rglob("*") if file.is_file())
+    spoilt = None
+    if damages and len(found) > 1:
+        file = chance.choice(sorted(path for path in found[0].iterdir() if path.is_file() and path.stat().st_size))
+        content = file.read_bytes()
+        place = chance.randrange(len(content))
+        file.write_bytes(
+            content[:place] + (bytes([content[place] ^ 1]) + content[place + 1 :] if damages == "alter" else b"")
+        )
+        spoilt = f"{damages} {found[0].name}/{file.name}"
+    said = trained(folder, *([RESUME] if folder.exists() else []), processes=processes)
+    if spoilt:
+        assert f"{found[1].name} is used" in said, said
+    return {
+        "processes": processes,
+        "killed_ranks": ranks if -9 in codes else [],
+        "after_seconds": round(moment, 2),
+        "while_saving": saving,
+        "checkpoints_there": len(found),
+        "damaged": spoilt,
+        "bytes_lost": lost,
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_from_the_checkpoint_before_a_truncated_one(whole, tmp_path):
+    reference, seconds = whole(1)
+    case = killed_and_resumed(tmp_path / "run", 1, seconds, random.Random(4), while_saving=True, damages="truncate")
+    assert case["bytes_lost"] == 0 and furthest(reference, tmp_path / "run") == 0, case
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_some_were_killed_go_on_to_the_same_weights(whole, tmp_path):
+    reference, seconds = whole(2)
+    case = killed_and_resumed(tmp_path / "run", 2, seconds, random.Random(5), while_saving=True, damages=None)
+    assert case["bytes_lost"] == 0 and furthest(reference, tmp_path / "run") <= 1e-6, case
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_twenty_kills_lose_nothing_and_every_run_goes_on_to_the_same_weights(whole, tmp_path, request):
+    chance = random.Random(datetime.date.today().toordinal())
+    cases = []
+    for number in range(20):
+        processes = 1 if number % 5 < 3 else 2
+        reference, seconds = whole(processes)
+        damages = (None, None, "truncate", None, "alter")[number % 5]
+        folder = tmp_path / f"{number}"
+        case = killed_and_resumed(folder, processes, seconds, chance, number % 2 == 0, damages)
+        case["difference"] = furthest(reference, folder)
+        cases.append(case)
+        print(json.dumps(case), file=sys.__stderr__, flush=True)
+        shutil.rmtree(folder)
+    limits = {1: 0.0, 2: 1e-6}
+    figures = {
+        "kills": sum(bool(case["killed_ranks"]) for case in cases),
+        "while_saving": sum(case["while_saving"] for case in cases),
+        "damaged_files": sum(bool(case["damaged"]) for case in cases),
+        "resumes_equal": sum(case["difference"] <= limits[case["processes"]] for case in cases),
+        "runs": len(cases),
+        "bytes_lost": sum(case["bytes_lost"] for case in cases),
+    }
+    if request.config.getoption("--matrix"):
+        date = datetime.date.today().isoformat()
+        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "versions": stack_versions()}
+        content = {"command": COMMAND, "date": date, **machine, "figures": figures, "cases": cases}
+        write_aside(RESULTS, json.dumps(content, indent=1) + "\n")
+    assert figures["resumes_equal"] == figures["runs"] == 20 and figures["bytes_lost"] == 0, cases
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_one_process_goes_on_from_a_checkpoint_of_two(tmp_path):
+    """Without dropout, whose random numbers each process has of its own; the rows of a step are the same."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
+    plain = ("--model_name_or_path", model, "--lora_dropout", "0")
+    two, one = tmp_path / "two", tmp_path / "one"
+    trained(two, *plain, "--save_total_limit", "9", processes=2)
+    more = ("--output_dir", one, RESUME, two / "checkpoint-3", "--gradient_accumulation_steps", "2")
+    trained(two, *plain, *more)
+    assert furthest(two, one) <= 1e-6
+    refused = trained(two, *plain, "--output_dir", one, RESUME, codes=2)
+    assert "a step has 2 rows instead of 4" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["zero2", "zero3", "fsdp2"])
+def test_engines_that_share_states_go_on_to_the_same_weights(preset, tmp_path):
+    script = (TRAIN,)
+    if preset == "fsdp2":
+        script = ("tests/fsdp_on_cpu.py", TRAIN)
+    never, stopped = tmp_path / "never", tmp_path / "stopped"
+    trained(never, script=script, processes=2, preset=preset)
+    run = Run(*script, *SMALL, "--output_dir", stopped, log=tmp_path / "log", processes=2, preset=preset)
+    when((stopped / "checkpoint-2").exists, run)
+    run.signal(signal.SIGTERM, [1])
+    assert run.wait(120) == [143, 143], run.text()
+    trained(stopped, RESUME, script=script, processes=2, preset=preset)
+    assert furthest(never, stopped) <= 1e-6
+    if preset == "zero2":
+        said = trained(stopped, RESUME, "--per_device_train_batch_size", "4", codes=2)
+        assert "was written by ZeRO-2 on 2 processes, and cannot be read by no engine on 1" in said

@@ -1,0 +1,25 @@
+"""LoRA as its recipe trains it, without the prediction before and the scores around it, which take most of a short run's time.
+
+python tests/train_only.py --use_cpu --max_steps 4 --output_dir runs/trained
+"""
+
+from toolkit.config import parse_config
+from toolkit.methods.lora import Lora
+from toolkit.models import load_model
+from toolkit.preparation import prepare
+from toolkit.ranks import exits_cleanly
+from toolkit.run_folder import RunFolder
+from toolkit.training import FineTuner, train
+
+
+@exits_cleanly
+def main() -> None:
+    config = parse_config(Lora)
+    ready = prepare(config)
+    RunFolder.create(config, ready)
+    model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))
+    train(FineTuner(model, config.training, ready.data))
+
+
+if __name__ == "__main__":
+    main()
