@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -101,8 +100,11 @@ def test_a_truncated_an_altered_and_a_missing_file_are_named(tmp_path):
     assert damage(whole).startswith("shards/rank0.pt was altered")
     file.unlink()
     assert damage(whole) == "shards/rank0.pt is missing"
-    (whole / MANIFEST).write_text("{")
-    assert damage(whole) == "manifest.json is missing or cannot be read"
+    manifest = (whole / MANIFEST).read_text()
+    (whole / MANIFEST).write_text(manifest.replace('"seed": 42', '"seed": 43'))
+    assert damage(whole) == "manifest.json is missing or was altered"
+    (whole / MANIFEST).write_text(manifest[:-9])
+    assert damage(whole) == "manifest.json is missing or was altered"
 
 
 def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named_and_moved(tmp_path, capsys):
@@ -221,15 +223,15 @@ def trained(folder, *more, script=(TRAIN,), processes=1, preset="ddp", codes=0):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """Runs that nothing interrupts, by the number of processes: folder and seconds."""
+    """Runs that nothing interrupts, by the number of processes: folder, and seconds from its first file to its last."""
     runs = {}
 
     def run_of(processes):
         if processes not in runs:
             folder = tmp_path_factory.mktemp("whole") / f"{processes}"
-            began = time.monotonic()
             trained(folder, processes=processes)
-            runs[processes] = folder, time.monotonic() - began
+            times = [path.stat().st_mtime for path in folder.rglob("*")]
+            runs[processes] = folder, max(times) - min(times)
         return runs[processes]
 
     return run_of
@@ -285,25 +287,26 @@ def test_a_full_disk_is_said_in_one_line_and_earlier_checkpoints_stay(whole, tmp
 @pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_named_and_all_end(tmp_path):
     stopped = tmp_path / "stopped"
-    limit = ("--ddp_timeout", "8", "--output_dir", tmp_path / "run")
+    limit = ("--ddp_timeout", "25", "--output_dir", tmp_path / "run")
     run = Run("tests/failing_rank.py", "hang", stopped, TRAIN, *SMALL, *limit, log=tmp_path / "log", processes=2)
     when(stopped.exists, run)
-    run.ranks[0].join(60)
+    run.ranks[0].join(120)
     run.signal(signal.SIGTERM, [1])  # as the launcher does where a rank has failed
     assert run.wait(30) == [1, 1], run.text()
-    assert time.time() - float(stopped.read_text()) < 8 + 30
+    assert time.time() - float(stopped.read_text()) < 25 + 30
     assert run.text().count("error: ") == 1 and "Traceback" not in run.text(), run.text()
     assert "error: rank 1 did not answer within --ddp_timeout, so all ranks end" in run.text()
 
 
 def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages):
-    """Kills a run of `seconds` at a random moment, spoils a file where asked to, and lets it go on to its end.
+    """Kills a run, at a random moment of the `seconds` that it takes or while it saves, spoils a file where asked to, and lets it go on to its end.
 
     Returns: what was killed when, whether a checkpoint was being written, which file was spoilt, and the bytes of
     checkpoints that were whole and are not: those that a kill, not we, have spoilt.
     """
     log = folder.with_suffix(".killed")
     run = Run(TRAIN, *SMALL, "--output_dir", folder, log=log, processes=processes)
+    when(folder.exists, run)
     began = time.monotonic()
     if while_saving:
         step = chance.randint(1, 6)
@@ -315,7 +318,7 @@ def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages
     ranks = chance.choice([[rank] for rank in range(processes)] + [list(range(processes))])
     run.signal(signal.SIGKILL, ranks)
     moment = time.monotonic() - began
-    codes = run.wait(60)
+    codes = run.wait(120)
     saving = (folder / ASIDE).exists()
     found = newest_first(folder)
     lost = sum(file.stat().st_size for one in found if damage(one) for file in one.rglob("*") if file.is_file())
@@ -328,7 +331,7 @@ def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages
             content[:place] + (bytes([content[place] ^ 1]) + content[place + 1 :] if damages == "alter" else b"")
         )
         spoilt = f"{damages} {found[0].name}/{file.name}"
-    said = trained(folder, *([RESUME] if folder.exists() else []), processes=processes)
+    said = trained(folder, RESUME, processes=processes)
     if spoilt:
         assert f"{found[1].name} is used" in said, said
     return {
@@ -361,31 +364,28 @@ def test_two_processes_of_which_some_were_killed_go_on_to_the_same_weights(whole
 @pytest.mark.timeout(5400)
 def test_twenty_kills_lose_nothing_and_every_run_goes_on_to_the_same_weights(whole, tmp_path, request):
     chance = random.Random(datetime.date.today().toordinal())
-    cases = []
+    cases: list[dict] = []
     for number in range(20):
         processes = 1 if number % 5 < 3 else 2
         reference, seconds = whole(processes)
-        damages = (None, None, "truncate", None, "alter")[number % 5]
+        damages = (None, "alter", "truncate", None, None)[number % 5]
         folder = tmp_path / f"{number}"
         case = killed_and_resumed(folder, processes, seconds, chance, number % 2 == 0, damages)
-        case["difference"] = furthest(reference, folder)
+        case["equal"] = furthest(reference, folder) <= (0.0 if processes == 1 else 1e-6)
         cases.append(case)
-        print(json.dumps(case), file=sys.__stderr__, flush=True)
         shutil.rmtree(folder)
-    limits = {1: 0.0, 2: 1e-6}
-    figures = {
-        "kills": sum(bool(case["killed_ranks"]) for case in cases),
-        "while_saving": sum(case["while_saving"] for case in cases),
-        "damaged_files": sum(bool(case["damaged"]) for case in cases),
-        "resumes_equal": sum(case["difference"] <= limits[case["processes"]] for case in cases),
-        "runs": len(cases),
-        "bytes_lost": sum(case["bytes_lost"] for case in cases),
-    }
-    if request.config.getoption("--matrix"):
-        date = datetime.date.today().isoformat()
-        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "versions": stack_versions()}
-        content = {"command": COMMAND, "date": date, **machine, "figures": figures, "cases": cases}
-        write_aside(RESULTS, json.dumps(content, indent=1) + "\n")
+        figures = {
+            "runs": len(cases),
+            "kills": sum(bool(case["killed_ranks"]) for case in cases),
+            "while_saving": sum(case["while_saving"] for case in cases),
+            "damaged_files": sum(bool(case["damaged"]) for case in cases),
+            "resumes_equal": sum(case["equal"] for case in cases),
+            "bytes_lost": sum(case["bytes_lost"] for case in cases),
+        }
+        if request.config.getoption("--matrix"):
+            machine = {"cores": os.cpu_count(), "python": platform.python_version(), "versions": stack_versions()}
+            content = {"command": COMMAND, "date": datetime.date.today().isoformat(), **machine, "figures": figures}
+            write_aside(RESULTS, json.dumps(content | {"cases": cases}, indent=1) + "\n")
     assert figures["resumes_equal"] == figures["runs"] == 20 and figures["bytes_lost"] == 0, cases
 
 

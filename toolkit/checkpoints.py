@@ -102,8 +102,9 @@ def _write_manifest(folder: Path, origin: Origin) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _to_disk(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    content = {"run": asdict(origin), "files": files}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"run": asdict(origin), "files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=1) + "\n", encoding="utf-8")
     _to_disk(manifest)
 
 
@@ -119,6 +120,11 @@ def _to_disk(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    """That of a manifest's content, which vouches for the others."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_write_failure(error: BaseException) -> bool:
@@ -151,18 +157,21 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
-    """What stands in the manifest, with nothing in it where it is missing or no JSON."""
+    """What stands in the manifest: `run` and `files`, of which there are none where it is missing or was altered."""
     try:
-        return {"files": {}} | json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return {"files": {}}
+        content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if content.pop("sha256") == _sha256_of(content):
+            return content
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        pass
+    return {"files": {}}
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of `checkpoint`, in a few words with the file's name; None where it is whole."""
     files = _manifest(checkpoint)["files"]
     if not files:
-        return f"{MANIFEST} is missing or cannot be read"
+        return f"{MANIFEST} is missing or was altered"
     for name, kept in files.items():
         path = checkpoint / name
         if not path.is_file():

@@ -12,7 +12,7 @@ import sys
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -285,6 +285,9 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
     training.output_dir = decided_by_main(lambda: training.output_dir)  # its time stamp must be one for all ranks
+    if training.use_cpu and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # TrainingArguments passes it on for GPUs alone
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=training.ddp_timeout))
     training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; torch's DataParallel is never what runs
     return training
 
