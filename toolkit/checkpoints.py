@@ -193,6 +193,7 @@ def resume_point(asked: str | None, output_dir: Path) -> Path | None:
     """
     if asked is None:
         return None
+    shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
     if asked != NEWEST:
         if not (Path(asked) / "trainer_state.json").is_file():
             raise UserError(
@@ -210,7 +211,6 @@ def resume_point(asked: str | None, output_dir: Path) -> Path | None:
             f"--resume_from_checkpoint: no checkpoint in {output_dir}; give --output_dir of the run to resume, "
             "or the path of one of its checkpoint-N folders"
         )
-    shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
     if not found:
         say("resuming", f"{output_dir} has no checkpoint yet, so the run starts from its beginning")
         return None
