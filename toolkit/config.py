@@ -278,8 +278,8 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
     if resume is not None and resume.lower() in ("true", "1", "false", "0"):
         resume = settings["resume_from_checkpoint"] = NEWEST if resume.lower() in ("true", "1") else None
     if not settings.get("output_dir"):
-        named = resume is not None and resume != NEWEST
-        settings["output_dir"] = str(Path(resume).parent) if named else _new_output_dir(method, model)
+        names_folder = resume is not None and resume != NEWEST
+        settings["output_dir"] = str(Path(str(resume)).parent) if names_folder else _new_output_dir(method, model)
     try:
         training = _build(TrainArguments, settings)
     except (ValueError, ImportError) as error:
