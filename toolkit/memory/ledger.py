@@ -32,6 +32,7 @@ CATEGORIES = {
     "activations_logits_loss": "the same, of the logits and the loss",
     "inputs": "the batch: ids, masks, labels",
     "temporaries": "results that live within one pass, gradients of activations among them",
+    "communication": "buckets of gradients and gathered weights, which processes send each other",
     "workspaces": "buffers that libraries and kernels take unseen",
     "allocator_slack": "the allocator's rounding of each block",
     "cached_unused": "reserved by the allocator, free at the peak",

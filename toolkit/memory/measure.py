@@ -33,6 +33,7 @@ from toolkit.memory.cuda_meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
 from toolkit.memory.recording import Counter, Meter, Recording
+from toolkit.memory.resizing import resizes_seen_by
 from toolkit.memory.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class MemoryCallback(TrainerCallback):
         self._recording = Recording(self._meter)
         self._trace = new_trace(self._meter, self._recording)
         self.load(self._trace, model)
+        self._trace.on_phase = self._on_phase
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -91,10 +93,12 @@ class MemoryCallback(TrainerCallback):
             return
         self._began = time.perf_counter()
         census.label_model(self._trace, model)
+        self._optimizer = optimizer
         census.label_optimizer_state(self._trace, optimizer)
         self._trace.step = number
         self._trace.enter_phase("forward")
         self._open.enter_context(self._trace.modules_of(model, census.head_of(model)))
+        self._open.enter_context(resizes_seen_by(self._trace))
         hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
         self._open.callback(hook.remove)
         self._open.enter_context(self._trace)
@@ -156,6 +160,11 @@ class MemoryCallback(TrainerCallback):
         if self._trace.phase != "forward":
             self._trace.enter_phase("forward")
         self._trace.after_backward = "optimizer_step" if GradientState().sync_gradients else "backward"
+
+    def _on_phase(self, phase: str, step: int) -> None:
+        """DeepSpeed steps within the Trainer's backward; what it keeps of the gradients is there when its step begins."""
+        if phase == "optimizer_step" and self._active is not None:
+            census.label_optimizer_state(self._active, self._optimizer)
 
     def abort(self) -> None:
         """Ends tracing at once and without a ledger: for whoever catches an exception out of `Trainer.train`."""

@@ -23,6 +23,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "optimizer state": ("red", ("optimizer_state",)),
     "activations": ("green", ("activations_saved", "activations_logits_loss", "inputs")),
     "temporaries": ("yellow", ("temporaries", "workspaces")),
+    "communication": ("cyan", ("communication",)),
     "slack and cache": ("bright_black", ("allocator_slack", "cached_unused")),
 }
 

@@ -31,7 +31,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from toolkit.errors import UserError
-from toolkit.memory import census, meta_ops
+from toolkit.memory import census, meta_ops, sharding
 from toolkit.memory.fake import make_fake
 from toolkit.memory.isolation import isolated
 from toolkit.memory.ledger import Ledger
@@ -140,11 +140,12 @@ def predict(
     began = time.perf_counter()
     refuse_unsupported(arguments)
     with ExitStack() as stack:
-        stack.enter_context(isolated())
+        if not sharding.in_world():
+            stack.enter_context(isolated())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         model = build()
         model.train()
-        make_fake(model)
+        fake_mode = make_fake(model)
         callback = ShadowCallback(device, config)
         if arguments.fp16:
             stack.enter_context(_fp16_autocast())
@@ -154,6 +155,8 @@ def predict(
         stack.enter_context(_real_losses())
         stack.enter_context(device.running())
         stack.callback(callback.abort)
+        if sharding.in_world():
+            stack.enter_context(sharding.engine_on_fakes(fake_mode))
         with _explained():
             shadow.train()
     assert callback.ledger is not None
@@ -187,9 +190,10 @@ def shadow_arguments(arguments: TrainingArguments, folder: str) -> TrainingArgum
         "use_cpu": True,
         "_n_gpu": 0,
         "_setup_devices": torch.device("cpu"),
-        "deepspeed_plugin": None,
         "mixed_precision": "bf16" if arguments.bf16 or arguments.fp16 else "no",
     }
+    if not sharding.in_world():
+        changes["deepspeed_plugin"] = None
     for name, value in changes.items():
         shadow.__dict__[name] = value
     return shadow
@@ -233,7 +237,7 @@ def _real_losses() -> Iterator[None]:
 
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step(self, *args, **kwargs)
-        return torch.zeros((), dtype=loss.dtype)
+        return torch.tensor(0.0, dtype=loss.dtype)  # not `zeros`: what an engine makes anew is fake
 
     Trainer.training_step = training_step
     try:
