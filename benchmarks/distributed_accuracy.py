@@ -55,7 +55,11 @@ class Configuration:
 
 BF16 = {"dtype": "bfloat16", "flags": {"bf16": True}}
 GRID = [
-    *(Configuration(launch, 2, method) for launch in ("zero1", "zero2", "zero3", "fsdp2") for method in ("full", "lora")),
+    *(
+        Configuration(launch, 2, method)
+        for launch in ("zero1", "zero2", "zero3", "fsdp2")
+        for method in ("full", "lora")
+    ),
     *(Configuration("ddp", 2, method, {"ddp_bucket_cap_mb": 1}) for method in ("full", "lora")),
     *(Configuration(launch, 2, **BF16) for launch in ("zero1", "zero2", "zero3", "fsdp2")),
     *(Configuration(launch, 4) for launch in ("zero2", "zero3", "fsdp2")),
@@ -68,11 +72,11 @@ GRID = [
 
 def launch_of(configuration: Configuration, folder: Path, rank: int) -> dict[str, str]:
     """The environment of `rank`; with settings of its own, from a copy of the launch file in `folder`."""
-    from toolkit.memory.sharding import launch_environment
+    from toolkit.launch import read_launch
 
-    env = launch_environment(ROOT / "launch" / f"{configuration.launch}.yaml", configuration.processes, rank)
+    env = read_launch(configuration.launch, configuration.processes).of_rank(rank)
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in env:
-        settings = json.loads((ROOT / env["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
+        settings = json.loads(Path(env["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
         settings["zero_optimization"] |= configuration.zero
         path = folder / "deepspeed.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
@@ -169,7 +173,9 @@ def measured(configuration: Configuration, folder: Path) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    codes = in_children([lambda rank=rank: measured_by(rank, configuration, folder, port) for rank in range(configuration.processes)])
+    codes = in_children(
+        [lambda rank=rank: measured_by(rank, configuration, folder, port) for rank in range(configuration.processes)]
+    )
     if any(codes):
         raise RuntimeError(f"{configuration.name}: the ranks ended with {codes}")
     return [Ledger.load(folder / f"rank{rank}.json") for rank in range(configuration.processes)]
@@ -202,6 +208,7 @@ def states(ledger: Any) -> dict[str, int]:
 
 def compared(before: Any, after: Any) -> dict[str, Any]:
     """A predicted and a measured ledger: states in bytes, peaks by phase, and the errors in percent of the measured."""
+
     def percent(a: int, b: int) -> float:
         return round(100 * (a / b - 1), 4) if b else float(a != b)
 
@@ -292,7 +299,7 @@ def main() -> int:
         for configuration in GRID:
             if args.only is None or args.only in configuration.name:
                 rows.append(row(configuration))
-                worst = [max((abs(rank["error_percent"][k]) for rank in rows[-1]["ranks"])) for k in ("states", "peak")]
+                worst = [max(abs(rank["error_percent"][k]) for rank in rows[-1]["ranks"]) for k in ("states", "peak")]
                 print(f"{configuration.name}: states {worst[0]} %, peak {worst[1]} %", flush=True)
         if args.only is not None:
             print(json.dumps(rows, indent=1))

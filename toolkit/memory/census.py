@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from toolkit.memory.trace import Trace
 
-
 # What DeepSpeed's optimizers (stage_1_and_2.py, stage3.py, bf16_optimizer.py) keep beside the moments, by attribute.
 ZERO = {
     "optimizer_state": (

@@ -89,6 +89,10 @@ class Ledger:
     budget_bytes: int | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    processes: int = 1  # of which this is one; `device` is its own
+    engine: str = "no engine"
+    host_bytes: int = 0  # what the engine keeps in the memory of one machine, for all of its processes
+    nvme_bytes: int = 0  # and on its disks
 
     def __post_init__(self) -> None:
         if self.source not in ("predicted", "measured"):
@@ -154,6 +158,10 @@ class Ledger:
             "parameters": dict(self.parameters),
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
+            "processes": self.processes,
+            "engine": self.engine,
+            "host_bytes": self.host_bytes,
+            "nvme_bytes": self.nvme_bytes,
             "seconds": round(self.seconds, 3),
             "notes": list(self.notes),
             "timeline": [list(row) for row in self.timeline],
@@ -185,6 +193,10 @@ class Ledger:
                 budget_bytes=data["budget_bytes"],
                 seconds=data["seconds"],
                 notes=tuple(data["notes"]),
+                processes=data.get("processes", 1),
+                engine=data.get("engine", "no engine"),
+                host_bytes=data.get("host_bytes", 0),
+                nvme_bytes=data.get("nvme_bytes", 0),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not a ledger: {type(error).__name__} {error}") from error

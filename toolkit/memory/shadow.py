@@ -115,7 +115,10 @@ class ShadowCallback(MemoryCallback):
         return self.device.meter(), lambda *sinks: Trace(*sinks, overlay=self.device.overlay())
 
     def load(self, trace: Trace, model: nn.Module) -> None:
-        self.device.load(trace, model)
+        if sharding.in_world():  # the engine has taken the model apart already
+            census.label_model(trace, model)
+        else:
+            self.device.load(trace, model)
 
     def refused(self, error: AssertionError) -> None:
         raise error  # a prediction that does not add up is a bug, and nobody's training depends on it
@@ -146,6 +149,8 @@ def predict(
         model = build()
         model.train()
         fake_mode = make_fake(model)
+        if sharding.in_world():
+            del model._apply  # DeepSpeed casts a model to bf16 itself
         callback = ShadowCallback(device, config)
         if arguments.fp16:
             stack.enter_context(_fp16_autocast())

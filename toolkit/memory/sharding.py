@@ -1,6 +1,6 @@
 """One rank of several, in one process: the real engine (DDP, ZeRO, FSDP2) on fake tensors and a process group that sends nothing.
 
-    with world(launch_environment("launch/zero3.yaml", 4)):
+    with world(read_launch("zero3", 4).of_rank(0)):
         ledger = predict(build, trainer, arguments, device)
 
 Inside, accelerate finds what `accelerate launch` would have left in the environment of rank 0, `torch.distributed` has its own
@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,16 @@ from toolkit.memory.isolation import isolated
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _FACTORIES = {
     f"aten::{name}"
-    for name in ("empty.memory_format", "empty_strided", "zeros", "ones", "full", "zeros_like", "ones_like", "empty_like")
+    for name in (
+        "empty.memory_format",
+        "empty_strided",
+        "zeros",
+        "ones",
+        "full",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+    )
 }
 _open: list[Mapping[str, str]] = []  # the launch of the world that is open
 
@@ -37,6 +45,11 @@ _open: list[Mapping[str, str]] = []  # the launch of the world that is open
 def in_world() -> bool:
     """Whether the shadow step is a rank of several."""
     return bool(_open)
+
+
+def processes() -> int:
+    """How many ranks there are; 1 outside of a world."""
+    return int(_open[-1]["WORLD_SIZE"]) if _open else 1
 
 
 @contextmanager
@@ -160,22 +173,3 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
-
-
-def launch_environment(path: str | Path, processes: int, rank: int = 0) -> dict[str, str]:
-    """What accelerate's own launcher leaves in the environment of `rank` of `processes`, for the launch file `path`."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils import launch
-
-    arguments = ["--config_file", str(path), "--num_processes", str(processes)]
-    arguments += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500", "train.py"]
-    with _replaced(launch, "is_port_in_use", lambda port: False):
-        args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-        if args.use_deepspeed:
-            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-            _, env = launch.prepare_deepspeed_cmd_env(args)
-        else:
-            env = launch.prepare_multi_gpu_env(args)
-    new = {name: value for name, value in env.items() if os.environ.get(name) != value}
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": 29500}
-    return new | {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
