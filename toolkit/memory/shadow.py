@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +74,8 @@ class _Straight:
     """Every operator as it is, by the short way."""
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
+        if op.namespace == "c10d":
+            sharding.gloo_buffers(trace, op, args)
         return meta_ops.run(op, args, kwargs)
 
 
@@ -150,7 +153,7 @@ def predict(
         model.train()
         fake_mode = make_fake(model)
         if sharding.in_world():
-            del model._apply  # DeepSpeed casts a model to bf16 itself
+            model._apply = partial(sharding.applied, model)  # DeepSpeed casts a model to bf16 itself
         callback = ShadowCallback(device, config)
         if arguments.fp16:
             stack.enter_context(_fp16_autocast())

@@ -12,7 +12,7 @@ engine makes is fake like the parameters (`Fakes`), and what it would read out o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.memory.isolation import isolated
+from toolkit.memory.trace import Trace
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _FACTORIES = {
@@ -85,6 +86,17 @@ def engine_on_fakes(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+def applied(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` on fake tensors (its own swaps whole tensors, which are referred to weakly here)."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = fn(parameter.data)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else fn(buffer)
+    return model
+
+
 class Fakes(TorchDispatchMode):
     """Makes every new floating-point tensor fake, and reads a zero out of every fake one."""
 
@@ -115,6 +127,13 @@ class Fakes(TorchDispatchMode):
 def _address(tensor: torch.Tensor) -> int:
     """Stands for where a fake tensor's data would be: engines tell tensors apart by it."""
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+def gloo_buffers(trace: Trace, op: Any, args: tuple) -> None:
+    """What the CPU's process group takes unseen: it scatters sums out of a copy of its input (ProcessGroupGloo.cpp,
+    `reduce_scatter_tensor_coalesced`); NCCL does not."""
+    if op.name() == "c10d::_reduce_scatter_base_":
+        trace.passing(args[1].numel() * args[1].element_size(), "gloo")
 
 
 def _with_hook(begin: Any) -> Any:
