@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "distributed_accuracy.json"
-UNEVEN = ("zero1", "zero2", "fsdp2")  # whose ranks keep other gradients, or shards of other sizes
+UNEVEN = ("zero1", "zero2", "zero2_offload", "fsdp2")  # whose ranks keep other gradients, or shards of other sizes
 STATES = ("parameters_trainable", "parameters_frozen", "gradients", "optimizer_state")
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"intermediate_size": 346, "vocab_size": 2003}
@@ -70,10 +70,10 @@ GRID = [
     Configuration("zero3", zero=SMALL),
     Configuration("fsdp2", flags=BF16),
     Configuration("zero2", flags={"gradient_accumulation_steps": 2}),
-    Configuration("zero1", flags=BF16),
     Configuration("fsdp2", method="lora"),
-    Configuration("ddp", method="lora", flags={"ddp_bucket_cap_mb": 1}),
     Configuration("zero3", flags={"gradient_checkpointing": True}),
+    Configuration("zero2_offload", flags=BF16),
+    Configuration("zero3_offload", flags=BF16),
 ]
 
 
@@ -226,9 +226,11 @@ def compared(before: Any, after: Any) -> dict[str, Any]:
             name: [ledger.phases[name].categories["communication"] for ledger in (before, after)] for name in names
         },
         "peak_bytes": {"predicted": before.allocated_bytes, "measured": after.allocated_bytes},
+        "host_bytes": {"predicted": before.host_bytes, "measured": after.host_bytes},
         "error_percent": {
             "states": percent(sum(states(before).values()), sum(states(after).values())),
             "peak": percent(before.allocated_bytes, after.allocated_bytes),
+            "host": percent(before.host_bytes, after.host_bytes),
             **{
                 name: percent(before.phases[name].allocated_peak_bytes, after.phases[name].allocated_peak_bytes)
                 for name in names
@@ -299,18 +301,18 @@ def main() -> int:
     """Runs the grid and writes the results; `--show` prints the committed ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--show", action="store_true")
-    parser.add_argument("--only", help="only configurations whose name holds this; nothing is written")
+    parser.add_argument("--only", nargs="+", help="only configurations of these names; prints their rows, writes nothing")
     args = parser.parse_args()
     if not args.show:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         rows = []
         for configuration in GRID:
-            if args.only is None or args.only in configuration.name:
+            if args.only is None or configuration.name in args.only:
                 rows.append(row(configuration))
                 worst = [max(abs(rank["error_percent"][k]) for rank in rows[-1]["ranks"]) for k in ("states", "peak")]
-                print(f"{configuration.name}: states {worst[0]} %, peak {worst[1]} %", flush=True)
+                print(f"{configuration.name}: states {worst[0]} %, peak {worst[1]} %", file=sys.stderr, flush=True)
         if args.only is not None:
-            print(json.dumps(rows, indent=1))
+            print(json.dumps(rows))
             return 0
         result = {"date": datetime.date.today().isoformat(), "summary_percent": summary(rows), "rows": rows}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

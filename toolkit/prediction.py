@@ -99,8 +99,12 @@ def _refuse_unpredicted(engine: Engine, config: Config) -> None:
         return
     if engine.kind not in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"):
         raise UserError(f"memory under {engine.kind} is not predicted; DDP, ZeRO-1 to ZeRO-3 and FSDP2 are")
-    if (engine.optimizer_state, engine.parameters) != ("with the model", "with the model"):
-        raise UserError(f"memory under {engine} is not predicted yet; launch files without offload are")
+    offload = {engine.optimizer_state, engine.parameters} - {"with the model"}
+    if "nvme" in offload or (offload and engine.kind == "FSDP2"):
+        raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
+    optim = str(getattr(config.training.optim, "value", config.training.optim))
+    if offload and not optim.startswith("adamw_torch"):
+        raise UserError(f"--optim {optim}: memory of an offloaded optimizer is predicted for adamw_torch_fused alone")
     if engine.processes_a_row > 1:
         raise UserError("memory where processes share the tokens of a row is not predicted yet; --launch zero3 is")
     if config.training.fp16 and engine.kind.startswith("ZeRO"):

@@ -24,6 +24,15 @@ ZERO = {
     ),
     "gradients": ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat"),
 }
+# Of these, and of its buffers, what it keeps in the host's memory where the optimizer is offloaded.
+OFFLOADED = (
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer",
+    "param_buffer_of_bit16_for_cpu_offload_groups",
+    "temp_grad_buffer_for_cpu_offload",
+    "accumulated_grads_in_cpu",
+)
 
 
 def label_model(trace: Trace, model: nn.Module) -> None:
@@ -73,6 +82,26 @@ def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
             for tensor in nested_tensors(getattr(zero, name, None)):
                 if tensor.numel() and not tensor.is_meta:
                     trace.adopt(tensor, category)
+    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        _label_offloaded(trace, optimizer, zero)
+    if getattr(zero, "offload_param", False):
+        _offload(trace, [getattr(p, "ds_tensor", None) for p in zero.module.parameters()])
+
+
+def _label_offloaded(trace: Trace, optimizer: Any, zero: Any) -> None:
+    """DeepSpeed's offloaded optimizer: its state, master weights and their gradients, and pinned buffers."""
+    held = [getattr(zero, name, None) for name in OFFLOADED]
+    masters = list(nested_tensors(held[:2]))
+    gradients = [master.grad for master in masters if master.grad is not None]
+    for tensor in gradients:
+        trace.adopt(tensor, "gradients")
+    _offload(trace, [held, gradients, list(optimizer.state.values())])
+
+
+def _offload(trace: Trace, tensors: Any) -> None:
+    for tensor in nested_tensors(tensors):
+        if tensor.numel() and not tensor.is_meta and (block := trace.track(tensor, op="")) is not None:
+            block.offloaded = True
 
 
 def quantization_tensors(module: nn.Module) -> Iterator[torch.Tensor]:

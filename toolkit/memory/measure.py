@@ -16,6 +16,7 @@ own scatter. On a GPU it was not measured.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from transformers import TrainerCallback
 from toolkit.memory import census
 from toolkit.memory.cuda_meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
+from toolkit.memory.host import on_device
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
 from toolkit.memory.recording import Counter, Meter, Recording
 from toolkit.memory.resizing import resizes_seen_by
@@ -180,15 +182,20 @@ class MemoryCallback(TrainerCallback):
     def _finish(self, model: Any) -> None:
         assert self._trace is not None
         context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
+        recording, host = self._recording, 0
+        if any(event.block.offloaded for event in recording.events):  # seen only where the host's memory is traced too
+            recording.close()
+            recording, host = on_device(recording, self.new_trace(model)[0])
         try:
             self.ledger = ledger_of(
-                self._recording,
+                recording,
                 source=self.source,
                 device=self.device_name or device_name(self._device),
                 stack=stack_versions(),
                 config=self.config,
                 parameters=census.count_parameters(model),
                 context_bytes=context,
+                host_bytes=host * int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
                 seconds=self._seconds,
             )
         except LedgerError as error:

@@ -169,16 +169,31 @@ def _begin_as_on_gpus(begin: Any) -> Any:
 
 @contextmanager
 def _deepspeed() -> Iterator[None]:
-    """DeepSpeed joins the group, and leaves it."""
+    """DeepSpeed joins the group, and leaves it; its optimizer for the CPU keeps what it keeps, without compiled code."""
     import deepspeed
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     from toolkit.engine import join_deepspeed
 
     join_deepspeed()
     try:
-        yield
+        with _replaced(DeepSpeedCPUAdam, "__init__", _adam_begins), _replaced(DeepSpeedCPUAdam, "step", _adam_steps):
+            yield
     finally:
         deepspeed.comm.comm.cdb = None
+
+
+def _adam_begins(self: Any, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, **options: Any) -> None:
+    defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8, "bias_correction": True}
+    torch.optim.Optimizer.__init__(self, params, defaults)
+
+
+def _adam_steps(self: Any, closure: Any = None) -> None:
+    """cpu_adam.py, `step`: moments in float32, made at the first step; the update itself is in place."""
+    for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+        if not self.state[parameter]:
+            moments = [torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2)]
+            self.state[parameter] = {"step": 0, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Block:
     at_head: bool  # born at or after the output embedding, in the forward pass: logits and loss
     category: str | None = None  # of `ledger.CATEGORIES` where it is known, else `recording` infers it from its life
     died_in_segment: int | None = None
+    offloaded: bool = False  # in the host's memory, where the engine says so
     handle: Any = None  # for the meter's own use
 
 
