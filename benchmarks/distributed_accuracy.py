@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import socket
@@ -301,7 +302,9 @@ def main() -> int:
     """Runs the grid and writes the results; `--show` prints the committed ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--show", action="store_true")
-    parser.add_argument("--only", nargs="+", help="only configurations of these names; prints their rows, writes nothing")
+    parser.add_argument(
+        "--only", nargs="+", help="only configurations of these names; prints their rows, writes nothing"
+    )
     args = parser.parse_args()
     if not args.show:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -314,7 +317,8 @@ def main() -> int:
         if args.only is not None:
             print(json.dumps(rows))
             return 0
-        result = {"date": datetime.date.today().isoformat(), "summary_percent": summary(rows), "rows": rows}
+        stack = {"deepspeed": importlib.metadata.version("deepspeed")}
+        result = {"date": datetime.date.today().isoformat(), **stack, "summary_percent": summary(rows), "rows": rows}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(json.loads(RESULTS.read_text(encoding="utf-8"))["summary_percent"], indent=1))
     return 0

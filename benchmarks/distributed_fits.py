@@ -33,7 +33,7 @@ MODELS = {  # of the catalogue; billions of parameters
 }
 METHODS = ("lora", "full")
 LAUNCHES = ("single", "ddp", "zero2", "zero3")
-FLAGS = "--max_length 1024 --per_device_train_batch_size 1 --bf16 --gradient_checkpointing".split()
+FLAGS = ["--max_length", "1024", "--per_device_train_batch_size", "1", "--bf16", "--gradient_checkpointing"]
 
 
 def least_states(billions: float, method: str, launch: str, cards: int) -> float:

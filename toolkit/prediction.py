@@ -71,7 +71,12 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         return ShadowTuner(model, arguments, batches, callback)
 
     ledger = predict(build, trainer, training, device, config.as_dict())
-    return replace(ledger, processes=processes(), engine=engine.kind)
+    notes = ledger.notes
+    if engine.kind != "no engine" and device is not CPU:
+        notes += ("what NCCL and other streams hold is not counted: it was not measured",)
+        if ledger.host_bytes:
+            notes += ("pinned host memory is counted as asked for; PyTorch may round each buffer up to a power of two",)
+    return replace(ledger, processes=processes(), engine=engine.kind, notes=notes)
 
 
 def predict_launch(
@@ -90,7 +95,13 @@ def predict_launch(
         config = parse_config(method, flags, card)
     last = launch.engine.kind in ("ZeRO-1", "ZeRO-2")
     with world(launch.of_rank(launch.processes - 1 if last else 0)):
-        return predict_run(config, device)
+        try:
+            return predict_run(config, device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # an engine's, on fake tensors
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"memory of {config.method.name} under {launch.engine} cannot be predicted: {type(error).__name__}: {reason}"
+            ) from error
 
 
 def _refuse_unpredicted(engine: Engine, config: Config) -> None:
@@ -172,7 +183,10 @@ def show_prediction(config: Config) -> None:
 def _refuse_several_processes(config: Config) -> None:
     engine = asked_engine(config.training.deepspeed, config.training.fsdp)
     if config.training.world_size > 1 or engine.kind not in ("no engine", "DDP"):
-        raise UserError("memory of several processes, which may share the model's states, is not predicted yet")
+        raise UserError(
+            "memory of several processes is predicted before they are launched: footprint predict METHOD, with the same flags "
+            "and --launch FILE --num_processes N"
+        )
 
 
 def say_prediction(config: Config) -> None:

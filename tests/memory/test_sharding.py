@@ -24,8 +24,6 @@ sys.path.append(str(ROOT / "benchmarks"))
 import distributed_accuracy
 import distributed_fits
 
-SHARDED = [*(c.name for c in distributed_accuracy.GRID)]
-
 
 def build():
     with torch.device("meta"), without_partitioning():
@@ -52,6 +50,7 @@ def weights() -> int:
     return sum(p.numel() for p in build().parameters())
 
 
+@pytest.mark.slow
 def test_ddp_holds_all_states_and_as_many_bytes_of_buckets_again(tmp_path):
     found, whole = ledger("ddp", 2, tmp_path), 4 * weights()
     assert states(found)["parameters_trainable"] == states(found)["gradients"] == whole
@@ -60,15 +59,15 @@ def test_ddp_holds_all_states_and_as_many_bytes_of_buckets_again(tmp_path):
     assert found.phases["forward"].categories["communication"] == whole
 
 
+@pytest.mark.slow
 def test_zero2_shares_master_weights_and_moments_out_with_padding(tmp_path):
     found = ledger("zero2", 3, tmp_path, rank=2)
     share = -(-weights() // 6) * 6 // 3  # flat buffers are padded to 2 elements a rank
     assert states(found)["parameters_trainable"] >= 4 * weights()
     assert states(found)["optimizer_state"] == pytest.approx(3 * 4 * share, abs=64)
-    # reduced in buckets of hidden_size squared elements: the table of 256 x 64 is larger than one
-    assert found.phases["backward"].allocated_peak_bytes < ledger("ddp", 3, tmp_path).allocated_bytes
 
 
+@pytest.mark.slow
 def test_zero3_and_fsdp2_share_everything_out(tmp_path):
     whole = 4 * weights()
     for launch, copies in (("zero3", 3), ("fsdp2", 2)):  # ZeRO keeps master weights beside the weights
@@ -120,9 +119,8 @@ def test_real_ranks_have_the_states_that_were_predicted_and_a_peak_within_3_perc
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
 @pytest.mark.long
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", [c.name for c in distributed_accuracy.GRID])
 def test_every_engine_is_predicted(name):
     check_real_ranks(name)
 
