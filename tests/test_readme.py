@@ -1,5 +1,6 @@
 """README: its commands run, and its figures are those of the committed results."""
 
+import itertools
 import json
 import re
 import shlex
@@ -124,7 +125,7 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
 def test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds():
     """It takes minutes, so here it is read, and its result is the one that was committed."""
     words = shlex.split(COMMANDS[7])
-    given = dict(zip(words[3::1], words[4::1], strict=False))
+    given = dict(itertools.pairwise(words))
     launch = read_launch(given["--launch"], int(given["--num_processes"]))
     assert (words[:3], str(launch.engine)) == (["footprint", "predict", "full"], "ZeRO-3 on 4 processes")
     rows = json.loads((ROOT / "benchmarks" / "results" / "distributed_fits.json").read_text())["rows"]
