@@ -126,7 +126,10 @@ def prediction_speed() -> str:
 def distributed_accuracy() -> str:
     """Predicted against real ranks, the greatest errors by launch file, beside DeepSpeed's own estimators."""
     result = json.loads((RESULTS / "distributed_accuracy.json").read_text(encoding="utf-8"))
-    lines = ["| | runs | states, worst | peak, worst | DeepSpeed's estimate of states, worst |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| | runs | states, worst | peak, worst | DeepSpeed's estimate of states, worst |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for launch, errors in result["summary_percent"].items():
         runs = sum(row["launch"] == launch for row in result["rows"])
         peer = f"{errors['deepspeed_states']:.0f} %" if "deepspeed_states" in errors else ""
@@ -148,7 +151,10 @@ def distributed_fits() -> str:
 
     result = fits.load()
     found = fits.table(result["rows"])
-    lines = ["| | " + " | ".join(f"`{launch}`" for launch in fits.LAUNCHES) + " |", "|---|" + "---|" * len(fits.LAUNCHES)]
+    lines = [
+        "| | " + " | ".join(f"`{launch}`" for launch in fits.LAUNCHES) + " |",
+        "|---|" + "---|" * len(fits.LAUNCHES),
+    ]
     for method in fits.METHODS:
         for model in fits.MODELS:
             cells = [found[model, method, launch] for launch in fits.LAUNCHES]

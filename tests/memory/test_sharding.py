@@ -78,6 +78,15 @@ def test_zero3_and_fsdp2_share_everything_out(tmp_path):
         assert found.parameters == {"trainable": weights(), "all": weights()}
 
 
+@pytest.mark.slow
+def test_what_zero2_offloads_is_in_the_host_memory_and_not_on_the_card(tmp_path):
+    found = ledger("zero2_offload", 2, tmp_path)
+    assert states(found)["optimizer_state"] == 0
+    assert found.allocated_bytes < ledger("zero2", 2, tmp_path).allocated_bytes
+    # of all ranks: master weights, their gradients and two moments in fp32, the weights' way back, a table's gradient
+    assert 20 * weights() <= found.host_bytes <= 1.1 * 20 * weights() + 2 * 4 * 256 * 64
+
+
 def test_a_world_leaves_no_trace(tmp_path):
     environment, address = dict(os.environ), FakeTensor.data_ptr
     with pytest.raises(ZeroDivisionError), world(read_launch("zero3", 2).of_rank(1)):

@@ -90,7 +90,7 @@ class Ledger:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     processes: int = 1  # of which this is one; `device` is its own
-    engine: str = "no engine"
+    engine: str | None = None  # "ZeRO-3"; None where nobody said
     host_bytes: int = 0  # what the engine keeps in the memory of one machine, for all of its processes
     nvme_bytes: int = 0  # and on its disks
 
@@ -194,7 +194,7 @@ class Ledger:
                 seconds=data["seconds"],
                 notes=tuple(data["notes"]),
                 processes=data.get("processes", 1),
-                engine=data.get("engine", "no engine"),
+                engine=data.get("engine"),
                 host_bytes=data.get("host_bytes", 0),
                 nvme_bytes=data.get("nvme_bytes", 0),
             )

@@ -195,6 +195,7 @@ class MemoryCallback(TrainerCallback):
                 config=self.config,
                 parameters=census.count_parameters(model),
                 context_bytes=context,
+                processes=int(os.environ.get("WORLD_SIZE", "1")),
                 host_bytes=host * int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
                 seconds=self._seconds,
             )

@@ -168,7 +168,8 @@ def _headline(ledger: Ledger) -> str:
         parts.append(f"{format_bytes(ledger.process_bytes)} with the CUDA context")
     if ledger.budget_bytes is not None:
         parts.append(f"{'fits' if ledger.fits else 'does not fit'} {format_bytes(ledger.budget_bytes)}")
-    whose = f", each of {ledger.processes} processes ({ledger.engine})" if ledger.processes > 1 else ""
+    engine = f" ({ledger.engine})" if ledger.engine else ""
+    whose = f", each of {ledger.processes} processes{engine}" if ledger.processes > 1 else ""
     lines = [f"{ledger.source}{whose}: " + ", ".join(parts)]
     for nbytes, where in ((ledger.host_bytes, "host memory"), (ledger.nvme_bytes, "on disk")):
         if nbytes:

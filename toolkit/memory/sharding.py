@@ -169,22 +169,31 @@ def _begin_as_on_gpus(begin: Any) -> Any:
 
 @contextmanager
 def _deepspeed() -> Iterator[None]:
-    """DeepSpeed joins the group, and leaves it; its optimizer for the CPU keeps what it keeps, without compiled code."""
+    """DeepSpeed joins the group, and leaves it."""
     import deepspeed
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     from toolkit.engine import join_deepspeed
 
     join_deepspeed()
     try:
-        with _replaced(DeepSpeedCPUAdam, "__init__", _adam_begins), _replaced(DeepSpeedCPUAdam, "step", _adam_steps):
+        with uncompiled_adam():
             yield
     finally:
         deepspeed.comm.comm.cdb = None
 
 
+@contextmanager
+def uncompiled_adam() -> Iterator[None]:
+    """DeepSpeed's optimizer for the CPU keeps what it keeps, and updates nothing: its update is compiled C++, in place."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    with _replaced(DeepSpeedCPUAdam, "__init__", _adam_begins), _replaced(DeepSpeedCPUAdam, "step", _adam_steps):
+        yield
+
+
 def _adam_begins(self: Any, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, **options: Any) -> None:
-    defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8, "bias_correction": True}
+    defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+    defaults |= {"bias_correction": True, "amsgrad": False}
     torch.optim.Optimizer.__init__(self, params, defaults)
 
 
