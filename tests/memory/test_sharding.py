@@ -70,9 +70,10 @@ def test_zero2_shares_master_weights_and_moments_out_with_padding(tmp_path):
 @pytest.mark.slow
 def test_zero3_and_fsdp2_share_everything_out(tmp_path):
     whole = 4 * weights()
-    for launch, copies in (("zero3", 3), ("fsdp2", 2)):  # ZeRO keeps master weights beside the weights
+    norms = 4 * 5 * 64  # smaller than ZeRO's persistence threshold of 10 x hidden_size: gathered, they stay so
+    for launch, copies, stays in (("zero3", 3, norms), ("fsdp2", 2, 0)):  # ZeRO keeps master weights beside the weights
         found = ledger(launch, 4, tmp_path)
-        assert states(found)["parameters_trainable"] == pytest.approx(whole / 4, rel=0.01), launch
+        assert states(found)["parameters_trainable"] == whole // 4 + stays, launch
         assert states(found)["optimizer_state"] == pytest.approx(copies * whole / 4, rel=0.01), launch
         assert found.phases["forward"].categories["communication"] > 0, launch
         assert found.parameters == {"trainable": weights(), "all": weights()}

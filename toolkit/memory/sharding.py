@@ -11,6 +11,7 @@ engine makes is fake like the parameters (`Fakes`), and what it would read out o
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -174,12 +175,15 @@ def _deepspeed() -> Iterator[None]:
 
     from toolkit.engine import join_deepspeed
 
+    groups = vars(deepspeed.utils.groups)  # where it remembers process groups
+    kept = {name: copy.copy(value) for name, value in groups.items() if name.isupper()}
     join_deepspeed()
     try:
         with uncompiled_adam():
             yield
     finally:
         deepspeed.comm.comm.cdb = None
+        groups.update(kept)
 
 
 @contextmanager
