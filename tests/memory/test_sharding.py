@@ -80,6 +80,7 @@ def test_zero3_and_fsdp2_share_everything_out(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_zero2_offloads_is_in_the_host_memory_and_not_on_the_card(tmp_path):
     found = ledger("zero2_offload", 2, tmp_path)
     assert states(found)["optimizer_state"] == 0
@@ -107,7 +108,7 @@ def test_a_world_leaves_no_trace(tmp_path):
         ("single", 2, "starts one process, not 2"),
         ("ddp", 1, "at least 2 processes"),
         ("two_machines", 3, "cannot be started on 2 machines"),
-        ("README.md", 2, "no settings of accelerate"),
+        ("./README.md", 2, "README.md cannot be read"),
     ],
 )
 def test_launch_files_that_start_nothing_are_refused(name, number, says, monkeypatch):
