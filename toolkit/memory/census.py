@@ -76,7 +76,7 @@ def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
     for value in optimizer.state.values():
         for tensor in nested_tensors(value):
             trace.adopt(local(tensor), "optimizer_state")
-    zero = getattr(optimizer, "optimizer", None)
+    zero: Any = getattr(optimizer, "optimizer", None)
     for category, names in ZERO.items():
         for name in names:
             for tensor in nested_tensors(getattr(zero, name, None)):
