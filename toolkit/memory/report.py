@@ -30,7 +30,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 def grouped(categories: Mapping[str, int]) -> dict[str, int]:
     """Bytes by group, in the order of `GROUPS`."""
-    return {name: sum(categories[one] for one in parts) for name, (_, parts) in GROUPS.items()}
+    return {name: sum(categories.get(one, 0) for one in parts) for name, (_, parts) in GROUPS.items()}
 
 
 def bar(groups: Mapping[str, int], total: int, width: int = 60) -> Text:
