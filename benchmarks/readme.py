@@ -160,7 +160,7 @@ def distributed_fits() -> str:
             cells = [found[model, method, launch] for launch in fits.LAUNCHES]
             lines.append(f"| `{method}` {model.split('/')[1]} | {' | '.join(cells)} |")
     dates = sorted(row["date"] for row in result["rows"])
-    lines += ["", f"{len(dates)} predictions, {dates[-1]}; made by `python benchmarks/distributed_fits.py`."]
+    lines += ["", f"{len(dates)} predicted so far, {dates[-1]}; made by `python benchmarks/distributed_fits.py`."]
     return "\n".join(lines)
 
 
