@@ -139,7 +139,50 @@ def reliability() -> str:
     )
 
 
+def distributed_accuracy() -> str:
+    """Predicted against real ranks, the greatest errors by launch file, beside DeepSpeed's own estimators."""
+    result = json.loads((RESULTS / "distributed_accuracy.json").read_text(encoding="utf-8"))
+    lines = [
+        "| | runs | states, worst | peak, worst | DeepSpeed's estimate of states, worst |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for launch, errors in result["summary_percent"].items():
+        runs = sum(row["launch"] == launch for row in result["rows"])
+        peer = f"{errors['deepspeed_states']:.0f} %" if "deepspeed_states" in errors else ""
+        states = "exact" if errors["states"] == 0 else f"{errors['states']:.3f} %"
+        lines.append(f"| `{launch}` | {runs} | {states} | {errors['peak']:.3f} % | {peer} |")
+    stack = result["rows"][0]["stack"]
+    lines += [
+        "",
+        f"{result['date']}, torch {stack['torch']}, transformers {stack['transformers']}, DeepSpeed {result['deepspeed']}; made by "
+        "`python benchmarks/distributed_accuracy.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def distributed_fits() -> str:
+    """The fewest cards of 24 GB on which a run fits, by model, method and launch file."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import distributed_fits as fits
+
+    result = fits.load()
+    found = fits.table(result["rows"])
+    lines = [
+        "| | " + " | ".join(f"`{launch}`" for launch in fits.LAUNCHES) + " |",
+        "|---|" + "---|" * len(fits.LAUNCHES),
+    ]
+    for method in fits.METHODS:
+        for model in fits.MODELS:
+            cells = [found[model, method, launch] for launch in fits.LAUNCHES]
+            lines.append(f"| `{method}` {model.split('/')[1]} | {' | '.join(cells)} |")
+    dates = sorted(row["date"] for row in result["rows"])
+    lines += ["", f"{len(dates)} predicted so far, {dates[-1]}; made by `python benchmarks/distributed_fits.py`."]
+    return "\n".join(lines)
+
+
 PARTS = {
+    "distributed accuracy": distributed_accuracy,
+    "distributed fits": distributed_fits,
     "demo output": demo_output,
     "embedded scores": embedded_scores,
     "t4 accuracy": t4_accuracy,

@@ -59,6 +59,20 @@ def test_a_card_that_is_not_here_is_predicted_with_its_allocator_and_context(con
     assert peak["process_bytes"] == peak["reserved_bytes"] + peak["context_bytes"]
 
 
+@pytest.mark.slow
+def test_one_of_several_gpus_is_predicted_under_a_launch_file(config_only, capfd):
+    arguments = flags(config_only, "--launch", "zero2", "--num_processes", "3", "--bf16", "--gpu", "RTX 4090", "--json")
+    code, out, _ = run(capfd, "predict", "full", *arguments)
+    ledger = json.loads(out)
+    assert code == 0
+    assert (ledger["processes"], ledger["engine"], ledger["host_bytes"], ledger["nvme_bytes"]) == (3, "ZeRO-2", 0, 0)
+    count = ledger["parameters"]["all"]
+    step = ledger["phases"]["optimizer_step"]["cells"]
+    assert sum(step["parameters_trainable"].values()) >= 2 * count  # bf16 on every GPU
+    share = -(-count // 6) * 6 // 3
+    assert sum(step["optimizer_state"].values()) == pytest.approx(3 * 4 * share, abs=64)
+
+
 def test_what_does_not_fit_exits_with_1(config_only, capfd):
     code, out, _ = run(capfd, "predict", "full", *flags(config_only, "--gpu_memory", "16MiB", "--json"))
     assert (code, json.loads(out)["fits"]) == (1, False)
@@ -75,6 +89,14 @@ def test_what_does_not_fit_exits_with_1(config_only, capfd):
         ("lora", ["--bf16", "--fp16"], "exclude each other"),
         ("full", ["--load_in_4bit"], "quantized"),
         ("lora", ["--torch_compile"], "torch_compile"),
+        ("lora", ["--num_processes", "2"], "no effect without --launch"),
+        ("lora", ["--launch", "zero33"], "did you mean zero3"),
+        ("lora", ["--launch", "zero3_nvme"], "memory under ZeRO-3 on 2 processes, optimizer state on nvme"),
+        ("lora", ["--launch", "sequence_parallel"], "share the tokens of a row"),
+        ("lora", ["--launch", "zero2", "--fp16", "--gpu", "T4"], "--bf16"),
+        ("lora", ["--launch", "zero2_offload", "--optim", "sgd"], "--optim sgd"),
+        ("qlora", ["--launch", "fsdp2_qlora", "--bf16", "--gpu", "T4"], "4-bit base under FSDP2 is not predicted yet"),
+        ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be shared out"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(method, more, says, config_only, capfd):

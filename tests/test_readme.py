@@ -1,5 +1,6 @@
 """README: its commands run, and its figures are those of the committed results."""
 
+import itertools
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from comparison_folder import write_in_context, write_run
 from conftest import ROOT, recipe, run, write_csv
 
 from toolkit.cli import main
+from toolkit.launch import read_launch
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -29,7 +31,7 @@ def test_the_generated_parts_are_what_the_committed_results_say():
 
 def test_every_command_is_covered_here():
     assert COMMANDS[:2] == ["make demo", "make test"]
-    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"] * 7
+    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"] * 8
 
 
 def test_the_file_tree_names_what_is_there():
@@ -110,7 +112,7 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
     base, tuned = (float(re.search(rf"│ {who} +│ +([\d.]+)", done.stdout)[1]) for who in ("base", "tuned"))
     assert tuned > base + 0.1
     (tmp_path / "typed").write_text("#Person1#: Is it raining?\n")
-    for number in (7, 8, 9):
+    for number in (8, 9, 10):
         words = shlex.split(
             COMMANDS[number].replace("RUN_DIR", str(tmp_path / "run")).replace("RUN_B", str(tmp_path / "run"))
         )
@@ -118,6 +120,19 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
             written = run(*words, stdin=typed)
         assert written.returncode == 0 and written.stdout.strip(), written.stderr
     assert (tmp_path / "run-merged" / "model.safetensors").exists()
+
+
+def test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds():
+    """It takes minutes, so here it is read, and its result is the one that was committed."""
+    words = shlex.split(COMMANDS[7])
+    given = dict(itertools.pairwise(words))
+    launch = read_launch(given["--launch"], int(given["--num_processes"]))
+    assert (words[:3], str(launch.engine)) == (["footprint", "predict", "full"], "ZeRO-3 on 4 processes")
+    rows = json.loads((ROOT / "benchmarks" / "results" / "distributed_fits.json").read_text())["rows"]
+    wanted = (given["--model_name_or_path"], "full", "zero3", 4)
+    assert [row["fits"] for row in rows if (row["model"], row["method"], row["launch"], row["cards"]) == wanted] == [
+        True
+    ]
 
 
 def test_the_compare_commands_plan_every_run_and_show_what_is_there(monkeypatch, tmp_path, capfd):
@@ -132,7 +147,7 @@ def test_the_compare_commands_plan_every_run_and_show_what_is_there(monkeypatch,
                 write_run(one.folder, one.method, one.seed, rows=60)
 
     monkeypatch.setattr("toolkit.compare.command.run_all", leave_results)
-    for number in (10, 11):
+    for number in (11, 12):
         with pytest.raises(SystemExit) as caught:
             main([word.replace("runs/comparison", str(tmp_path / "c")) for word in shlex.split(COMMANDS[number])[1:]])
         assert not caught.value.code

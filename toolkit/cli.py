@@ -134,11 +134,12 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "predict",
-        help="show what memory a run will need, on this machine or on a GPU that is not in it",
-        usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB] [--json]",
+        help="show what memory a run will need, on this machine, or on a GPU or several that are not in it",
+        usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB]\n"
+        "                         [--launch zero3 | --launch FILE.yaml] [--num_processes N] [--json]",
     )
     command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora")
-    command.add_argument("flags", nargs=argparse.REMAINDER, help="the recipe's flags, and --gpu, --gpu_memory, --json")
+    command.add_argument("flags", nargs=argparse.REMAINDER, help="the recipe's flags, and these")
     command.set_defaults(run=predict)
 
     command = commands.add_parser("report", help="show where the memory of one run went, or of several side by side")

@@ -302,8 +302,13 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def build_on_meta(args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights: shapes, names and quantized layers, in about a second for any size."""
+def build_on_meta(
+    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, sharded: bool = False
+) -> PreTrainedModel:
+    """The model without weights: shapes, names and quantized layers, in about a second for any size.
+
+    `sharded`: see `quantization_config`.
+    """
     try:
         with without_partitioning():
             return model_on_meta(
@@ -311,7 +316,7 @@ def build_on_meta(args: ModelArguments, config: PreTrainedConfig, dtype: torch.d
                 copy.deepcopy(config),
                 dtype,
                 args.attn_implementation,
-                quantization_config(args, config, dtype),
+                quantization_config(args, config, dtype, sharded),
             )
     except (ValueError, ImportError) as error:
         raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None

@@ -24,10 +24,16 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
     own = _Parser(add_help=False, allow_abbrev=False)
     own.add_argument("--gpu")
     own.add_argument("--gpu_memory")
+    own.add_argument("--launch")
+    own.add_argument("--num_processes", type=int)
     own.add_argument("--json", action="store_true")
     args, rest = own.parse_known_args(list(flags))
     if args.gpu and args.gpu_memory:
         raise UserError("--gpu and --gpu_memory exclude each other; give one of them")
+    if args.num_processes is not None and args.launch is None:
+        raise UserError(
+            "--num_processes has no effect without --launch; add for instance --launch zero3, or leave it out"
+        )
     with _stdout_kept_clean() as out:
         from rich.console import Console
 
@@ -35,7 +41,7 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
         from toolkit.memory.report import print_ledger
         from toolkit.memory.shadow import CPU, Device
         from toolkit.methods import METHODS
-        from toolkit.prediction import predict_run
+        from toolkit.prediction import predict_launch, predict_run
 
         if method not in METHODS:
             raise UserError(
@@ -49,7 +55,13 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
 
             card = find_card(args.gpu) if args.gpu else generic_card(args.gpu_memory)
             device = Cuda(card)
-        ledger = predict_run(parse_config(METHODS[method], rest, card), device)
+        if args.launch is not None:
+            from toolkit.launch import read_launch
+
+            launch = read_launch(args.launch, args.num_processes)
+            ledger = predict_launch(METHODS[method], rest, launch, card, device)
+        else:
+            ledger = predict_run(parse_config(METHODS[method], rest, card), device)
         if args.json:
             print(json.dumps(ledger.to_json()), file=out)
         else:

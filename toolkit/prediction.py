@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +11,24 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
-from toolkit.config import Config
+from toolkit.config import Config, parse_config
 from toolkit.console import console, is_main, say
 from toolkit.data import label_names, lengths
-from toolkit.engine import asked_engine
+from toolkit.engine import Engine, asked_engine, without_partitioning
 from toolkit.errors import UserError
+from toolkit.launch import Launch
 from toolkit.memory import catalogue
-from toolkit.memory.cards import card_of_device
+from toolkit.memory.cards import Card, card_of_device
 from toolkit.memory.cuda import Cuda
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow import CPU, STEPS, Device, predict
+from toolkit.memory.sharding import processes, world
 from toolkit.memory.units import format_bytes
+from toolkit.methods import Method
 from toolkit.models import build_on_meta, has_head, load_model_config, set_head, weights_dtype
+from toolkit.preparation import check_combination
 from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
 
@@ -32,6 +38,8 @@ UNMARKED = 5  # a token that no tokenizer in use gives to padding, to a beginnin
 
 def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | None = None) -> Ledger:
     """The ledger of two optimizer steps over `batches` (one for each forward pass), by default over the worst batch.
+
+    In a `sharding.world` it is that of the world's rank, which takes those batches like every other.
 
     Raises: UserError for a model or an option whose memory cannot be predicted.
     """
@@ -45,20 +53,75 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     if kind == "head":
         names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"])
         set_head(model_config, names, model_config.pad_token_id or 0)
+    engine = asked_engine(training.deepspeed, training.fsdp)
+    _refuse_unpredicted(engine, config)
+    check_combination(engine, config, model_config)
     dtype, _ = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
     passes = STEPS * training.gradient_accumulation_steps
     batches = batches or [worst_batch(config, model_config)] * passes
+    batches = [batch for batch in batches for _ in range(processes())]  # ranks take turns
 
     def build() -> PreTrainedModel:
-        model = build_on_meta(config.model, model_config, dtype)
+        model = build_on_meta(config.model, model_config, dtype, sharded=engine.shards_parameters)
         catalogue.separate_head(model, config.model.source)
-        with torch.device("meta"):
+        with torch.device("meta"), without_partitioning():
             return config.method.attach(model)
 
     def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> Trainer:
         return ShadowTuner(model, arguments, batches, callback)
 
-    return predict(build, trainer, training, device, config.as_dict())
+    ledger = predict(build, trainer, training, device, config.as_dict())
+    notes = ledger.notes
+    if engine.kind != "no engine" and device is not CPU:
+        notes += ("what NCCL and other streams hold is not counted: it was not measured",)
+        if ledger.host_bytes:
+            notes += ("pinned host memory is counted as asked for; PyTorch may round each buffer up to a power of two",)
+    return replace(ledger, processes=processes(), engine=engine.kind, notes=notes)
+
+
+def predict_launch(
+    method: type[Method], flags: Sequence[str], launch: Launch, card: Card | None = None, device: Device = CPU
+) -> Ledger:
+    """The ledger of the rank that needs the most, under a launch file; its processes are of one kind of `device`.
+
+    Under ZeRO-1 and ZeRO-2 that is the last rank: it keeps the gradients of the last layers, which come first in the
+    backward pass, when most activations are still there. Else ranks differ by padding alone, and none has more than the first.
+
+    Raises: UserError for what cannot be predicted or is no configuration.
+    """
+    if launch.engine.kind == "no engine":
+        return predict_run(parse_config(method, flags, card), device)
+    with world(launch.of_rank(0)):
+        config = parse_config(method, flags, card)
+    last = launch.engine.kind in ("ZeRO-1", "ZeRO-2")
+    with world(launch.of_rank(launch.processes - 1 if last else 0)):
+        try:
+            return predict_run(config, device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # an engine's, on fake tensors
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"memory of {config.method.name} under {launch.engine} cannot be predicted: {type(error).__name__}: {reason}"
+            ) from error
+
+
+def _refuse_unpredicted(engine: Engine, config: Config) -> None:
+    """Raises UserError for engines and their options whose memory the shadow step does not know."""
+    if processes() == 1 and engine.kind == "no engine":
+        return
+    if engine.kind not in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"):
+        raise UserError(f"memory under {engine.kind} is not predicted; DDP, ZeRO-1 to ZeRO-3 and FSDP2 are")
+    offload = {engine.optimizer_state, engine.parameters} - {"with the model"}
+    if "nvme" in offload or (offload and engine.kind == "FSDP2"):
+        raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
+    optim = str(getattr(config.training.optim, "value", config.training.optim))
+    if offload and not optim.startswith("adamw_torch"):
+        raise UserError(f"--optim {optim}: memory of an offloaded optimizer is predicted for adamw_torch_fused alone")
+    if engine.processes_a_row > 1:
+        raise UserError("memory where processes share the tokens of a row is not predicted yet; --launch zero3 is")
+    if engine.shards_parameters and config.model.load_in_4bit:
+        raise UserError(f"memory of a 4-bit base under {engine.kind} is not predicted yet; --launch zero2 is")
+    if config.training.fp16 and engine.kind.startswith("ZeRO"):
+        raise UserError("memory under ZeRO is predicted for --bf16, not for --fp16; their sizes are the same")
 
 
 def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
@@ -122,7 +185,10 @@ def show_prediction(config: Config) -> None:
 def _refuse_several_processes(config: Config) -> None:
     engine = asked_engine(config.training.deepspeed, config.training.fsdp)
     if config.training.world_size > 1 or engine.kind not in ("no engine", "DDP"):
-        raise UserError("memory of several processes, which may share the model's states, is not predicted yet")
+        raise UserError(
+            "memory of several processes is predicted before they are launched: footprint predict METHOD, with the same flags "
+            "and --launch FILE --num_processes N"
+        )
 
 
 def say_prediction(config: Config) -> None:

@@ -175,6 +175,8 @@ ENTRIES: tuple[Entry, ...] = (
         tied=True,
     ),
     _decoder("Qwen/Qwen2.5-7B Qwen/Qwen2.5-7B-Instruct", "qwen2", 7_615_616_512, "3584 18944 28 28 4 152064", 32768),
+    _decoder("Qwen/Qwen2.5-14B Qwen/Qwen2.5-14B-Instruct", "qwen2", 14_770_033_664, "5120 13824 48 40 8 152064", 32768),
+    _decoder("Qwen/Qwen2.5-32B Qwen/Qwen2.5-32B-Instruct", "qwen2", 32_763_876_352, "5120 27648 64 40 8 152064", 32768),
     _decoder("Qwen/Qwen3-0.6B", "qwen3", 596_049_920, "1024 3072 28 16 8 151936", 40960, tied=True, head_dim=128),
     _decoder("Qwen/Qwen3-1.7B", "qwen3", 1_720_574_976, "2048 6144 28 16 8 151936", 40960, tied=True, head_dim=128),
     _decoder("Qwen/Qwen3-4B", "qwen3", 4_022_468_096, "2560 9728 36 32 8 151936", 40960, tied=True, head_dim=128),

@@ -11,8 +11,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from toolkit.memory.trace import Trace
+
+# What DeepSpeed's optimizers (stage_1_and_2.py, stage3.py, bf16_optimizer.py) keep beside the moments, by attribute.
+ZERO = {
+    "optimizer_state": (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+    ),
+    "gradients": ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat"),
+}
+# Of these, and of its buffers, what it keeps in the host's memory where the optimizer is offloaded.
+OFFLOADED = (
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer",
+    "param_buffer_of_bit16_for_cpu_offload_groups",
+    "temp_grad_buffer_for_cpu_offload",
+    "accumulated_grads_in_cpu",
+)
 
 
 def label_model(trace: Trace, model: nn.Module) -> None:
@@ -22,7 +42,10 @@ def label_model(trace: Trace, model: nn.Module) -> None:
             if parameter is None:
                 continue
             kind = "parameters_trainable" if parameter.requires_grad else "parameters_frozen"
-            trace.adopt(parameter.detach(), kind, path)
+            trace.adopt(local(parameter.detach()), kind, path)
+            shard = getattr(parameter, "ds_tensor", None)
+            if shard is not None:
+                trace.adopt(shard, kind, path)
         for tensor in quantization_tensors(module):
             block = trace.block_of(tensor)
             if block is None or not (block.category or "").startswith("parameters_"):
@@ -37,14 +60,48 @@ def label_gradients(trace: Trace, model: nn.Module) -> None:
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.grad is not None:
-                trace.adopt(parameter.grad, "gradients", path)
+                trace.adopt(local(parameter.grad), "gradients", path)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of `tensor` this process holds: all of it, or FSDP2's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
-    """Every tensor that the optimizer keeps between steps, whatever it calls it."""
+    """Every tensor that the optimizer keeps between steps, whatever it calls it; of ZeRO's also the master weights.
+
+    ZeRO's partition of the gradients is labelled with them: it is the optimizer that keeps it.
+    """
     for value in optimizer.state.values():
         for tensor in nested_tensors(value):
-            trace.adopt(tensor, "optimizer_state")
+            trace.adopt(local(tensor), "optimizer_state")
+    zero: Any = getattr(optimizer, "optimizer", None)
+    for category, names in ZERO.items():
+        for name in names:
+            for tensor in nested_tensors(getattr(zero, name, None)):
+                if tensor.numel() and not tensor.is_meta:
+                    trace.adopt(tensor, category)
+    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        _label_offloaded(trace, optimizer, zero)
+    if getattr(zero, "offload_param", False):
+        _offload(trace, [getattr(p, "ds_tensor", None) for p in zero.module.parameters()])
+
+
+def _label_offloaded(trace: Trace, optimizer: Any, zero: Any) -> None:
+    """DeepSpeed's offloaded optimizer: its state, master weights and their gradients, and pinned buffers."""
+    held = [getattr(zero, name, None) for name in OFFLOADED]
+    masters = list(nested_tensors(held[:2]))
+    gradients = [master.grad for master in masters if master.grad is not None]
+    for tensor in gradients:
+        trace.adopt(tensor, "gradients")
+    _offload(trace, [held, gradients, list(optimizer.state.values())])
+
+
+def _offload(trace: Trace, tensors: Any) -> None:
+    for tensor in nested_tensors(tensors):
+        if tensor.numel() and not tensor.is_meta and (block := trace.track(tensor, op="")) is not None:
+            block.offloaded = True
 
 
 def quantization_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -103,7 +160,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     counts = {"trainable": 0, "all": 0}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        number = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+        whole = getattr(parameter, "ds_numel", None) or parameter.numel()  # under ZeRO-3 it is empty between uses
+        number = whole if state is None else int(torch.Size(state.shape).numel())
         counts["all"] += number
         counts["trainable"] += number if parameter.requires_grad else 0
     return counts

@@ -32,6 +32,7 @@ CATEGORIES = {
     "activations_logits_loss": "the same, of the logits and the loss",
     "inputs": "the batch: ids, masks, labels",
     "temporaries": "results that live within one pass, gradients of activations among them",
+    "communication": "buckets of gradients and gathered weights, which processes send each other",
     "workspaces": "buffers that libraries and kernels take unseen",
     "allocator_slack": "the allocator's rounding of each block",
     "cached_unused": "reserved by the allocator, free at the peak",
@@ -88,6 +89,10 @@ class Ledger:
     budget_bytes: int | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    processes: int = 1  # of which this is one; `device` is its own
+    engine: str | None = None  # "ZeRO-3"; None where nobody said
+    host_bytes: int = 0  # what the engine keeps in the memory of one machine, for all of its processes
+    nvme_bytes: int = 0  # and on its disks
 
     def __post_init__(self) -> None:
         if self.source not in ("predicted", "measured"):
@@ -153,6 +158,10 @@ class Ledger:
             "parameters": dict(self.parameters),
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
+            "processes": self.processes,
+            "engine": self.engine,
+            "host_bytes": self.host_bytes,
+            "nvme_bytes": self.nvme_bytes,
             "seconds": round(self.seconds, 3),
             "notes": list(self.notes),
             "timeline": [list(row) for row in self.timeline],
@@ -184,6 +193,10 @@ class Ledger:
                 budget_bytes=data["budget_bytes"],
                 seconds=data["seconds"],
                 notes=tuple(data["notes"]),
+                processes=data.get("processes", 1),
+                engine=data.get("engine"),
+                host_bytes=data.get("host_bytes", 0),
+                nvme_bytes=data.get("nvme_bytes", 0),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not a ledger: {type(error).__name__} {error}") from error

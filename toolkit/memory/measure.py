@@ -16,6 +16,7 @@ own scatter. On a GPU it was not measured.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -31,8 +32,10 @@ from transformers import TrainerCallback
 from toolkit.memory import census
 from toolkit.memory.cuda_meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
+from toolkit.memory.host import on_device
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
 from toolkit.memory.recording import Counter, Meter, Recording
+from toolkit.memory.resizing import resizes_seen_by
 from toolkit.memory.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -82,6 +85,7 @@ class MemoryCallback(TrainerCallback):
         self._recording = Recording(self._meter)
         self._trace = new_trace(self._meter, self._recording)
         self.load(self._trace, model)
+        self._trace.on_phase = self._on_phase
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -91,10 +95,12 @@ class MemoryCallback(TrainerCallback):
             return
         self._began = time.perf_counter()
         census.label_model(self._trace, model)
+        self._optimizer = optimizer
         census.label_optimizer_state(self._trace, optimizer)
         self._trace.step = number
         self._trace.enter_phase("forward")
         self._open.enter_context(self._trace.modules_of(model, census.head_of(model)))
+        self._open.enter_context(resizes_seen_by(self._trace))
         hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
         self._open.callback(hook.remove)
         self._open.enter_context(self._trace)
@@ -157,6 +163,11 @@ class MemoryCallback(TrainerCallback):
             self._trace.enter_phase("forward")
         self._trace.after_backward = "optimizer_step" if GradientState().sync_gradients else "backward"
 
+    def _on_phase(self, phase: str, step: int) -> None:
+        """DeepSpeed steps within the Trainer's backward; what it keeps of the gradients is there when its step begins."""
+        if phase == "optimizer_step" and self._active is not None:
+            census.label_optimizer_state(self._active, self._optimizer)
+
     def abort(self) -> None:
         """Ends tracing at once and without a ledger: for whoever catches an exception out of `Trainer.train`."""
         self._close()
@@ -171,15 +182,21 @@ class MemoryCallback(TrainerCallback):
     def _finish(self, model: Any) -> None:
         assert self._trace is not None
         context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
+        recording, host = self._recording, 0
+        if any(event.block.offloaded for event in recording.events):  # seen only where the host's memory is traced too
+            recording.close()
+            recording, host = on_device(recording, self.new_trace(model)[0])
         try:
             self.ledger = ledger_of(
-                self._recording,
+                recording,
                 source=self.source,
                 device=self.device_name or device_name(self._device),
                 stack=stack_versions(),
                 config=self.config,
                 parameters=census.count_parameters(model),
                 context_bytes=context,
+                processes=int(os.environ.get("WORLD_SIZE", "1")),
+                host_bytes=host * int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
                 seconds=self._seconds,
             )
         except LedgerError as error:

@@ -23,13 +23,14 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "optimizer state": ("red", ("optimizer_state",)),
     "activations": ("green", ("activations_saved", "activations_logits_loss", "inputs")),
     "temporaries": ("yellow", ("temporaries", "workspaces")),
+    "communication": ("cyan", ("communication",)),
     "slack and cache": ("bright_black", ("allocator_slack", "cached_unused")),
 }
 
 
 def grouped(categories: Mapping[str, int]) -> dict[str, int]:
     """Bytes by group, in the order of `GROUPS`."""
-    return {name: sum(categories[one] for one in parts) for name, (_, parts) in GROUPS.items()}
+    return {name: sum(categories.get(one, 0) for one in parts) for name, (_, parts) in GROUPS.items()}
 
 
 def bar(groups: Mapping[str, int], total: int, width: int = 60) -> Text:
@@ -167,7 +168,15 @@ def _headline(ledger: Ledger) -> str:
         parts.append(f"{format_bytes(ledger.process_bytes)} with the CUDA context")
     if ledger.budget_bytes is not None:
         parts.append(f"{'fits' if ledger.fits else 'does not fit'} {format_bytes(ledger.budget_bytes)}")
-    return f"{ledger.source}: " + ", ".join(parts)
+    engine = f" ({ledger.engine})" if ledger.engine else ""
+    whose = f", each of {ledger.processes} processes{engine}" if ledger.processes > 1 else ""
+    lines = [f"{ledger.source}{whose}: " + ", ".join(parts)]
+    for nbytes, where in ((ledger.host_bytes, "host memory"), (ledger.nvme_bytes, "on disk")):
+        if nbytes:
+            lines.append(
+                f"{where}: {format_bytes(nbytes)} of model states and their buffers, all processes of a machine together"
+            )
+    return "\n".join(lines)
 
 
 def _label(category: str, meaning: str = "") -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from toolkit.errors import UserError
-from toolkit.memory import census, meta_ops
+from toolkit.memory import census, meta_ops, sharding
 from toolkit.memory.fake import make_fake
 from toolkit.memory.isolation import isolated
 from toolkit.memory.ledger import Ledger
@@ -73,6 +74,8 @@ class _Straight:
     """Every operator as it is, by the short way."""
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
+        if op.namespace == "c10d":
+            sharding.gloo_buffers(trace, op, args)
         return meta_ops.run(op, args, kwargs)
 
 
@@ -115,7 +118,10 @@ class ShadowCallback(MemoryCallback):
         return self.device.meter(), lambda *sinks: Trace(*sinks, overlay=self.device.overlay())
 
     def load(self, trace: Trace, model: nn.Module) -> None:
-        self.device.load(trace, model)
+        if sharding.in_world():  # the engine has taken the model apart already
+            census.label_model(trace, model)
+        else:
+            self.device.load(trace, model)
 
     def refused(self, error: AssertionError) -> None:
         raise error  # a prediction that does not add up is a bug, and nobody's training depends on it
@@ -140,11 +146,14 @@ def predict(
     began = time.perf_counter()
     refuse_unsupported(arguments)
     with ExitStack() as stack:
-        stack.enter_context(isolated())
+        if not sharding.in_world():
+            stack.enter_context(isolated())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         model = build()
         model.train()
-        make_fake(model)
+        fake_mode = make_fake(model)
+        if sharding.in_world():
+            model._apply = partial(sharding.applied, model)  # DeepSpeed casts a model to bf16 itself
         callback = ShadowCallback(device, config)
         if arguments.fp16:
             stack.enter_context(_fp16_autocast())
@@ -154,6 +163,8 @@ def predict(
         stack.enter_context(_real_losses())
         stack.enter_context(device.running())
         stack.callback(callback.abort)
+        if sharding.in_world():
+            stack.enter_context(sharding.engine_on_fakes(fake_mode))
         with _explained():
             shadow.train()
     assert callback.ledger is not None
@@ -187,9 +198,10 @@ def shadow_arguments(arguments: TrainingArguments, folder: str) -> TrainingArgum
         "use_cpu": True,
         "_n_gpu": 0,
         "_setup_devices": torch.device("cpu"),
-        "deepspeed_plugin": None,
         "mixed_precision": "bf16" if arguments.bf16 or arguments.fp16 else "no",
     }
+    if not sharding.in_world():
+        changes["deepspeed_plugin"] = None
     for name, value in changes.items():
         shadow.__dict__[name] = value
     return shadow
@@ -233,7 +245,7 @@ def _real_losses() -> Iterator[None]:
 
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step(self, *args, **kwargs)
-        return torch.zeros((), dtype=loss.dtype)
+        return torch.tensor(0.0, dtype=loss.dtype)  # not `zeros`: what an engine makes anew is fake
 
     Trainer.training_step = training_step
     try:

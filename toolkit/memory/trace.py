@@ -26,9 +26,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PHASES = ("load", "forward", "backward", "optimizer_step")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _NO_SEQUENCE_NUMBER = 2**63  # AccumulateGrad nodes carry 2**64 - 1: they belong to no point of the forward pass
 
 
@@ -46,6 +48,7 @@ class Block:
     at_head: bool  # born at or after the output embedding, in the forward pass: logits and loss
     category: str | None = None  # of `ledger.CATEGORIES` where it is known, else `recording` infers it from its life
     died_in_segment: int | None = None
+    offloaded: bool = False  # in the host's memory, where the engine says so
     handle: Any = None  # for the meter's own use
 
 
@@ -138,7 +141,17 @@ class Trace(TorchDispatchMode):
                     block.category = category
                 return block
             self._forget(key, block)  # resized in place
-        block = self._new_block(storage.nbytes(), self._op if op is None else op, category)
+        return self._watch(storage, self._op if op is None else op, category)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage that is known has another size now: engines let gathered weights go, and take them back, like that."""
+        block = self._blocks.get(storage._cdata)
+        if block is not None and block.nbytes != storage.nbytes():
+            self._forget(storage._cdata, block)
+            self._watch(storage, "resize_", "communication")
+
+    def _watch(self, storage: torch.UntypedStorage, op: str, category: str | None) -> Block:
+        key, block = storage._cdata, self._new_block(storage.nbytes(), op, category)
         self._blocks[key] = block
         self._watches[key] = weakref.ref(storage, partial(self._on_death, key, block))
         self._announce(block)
@@ -218,6 +231,10 @@ class Trace(TorchDispatchMode):
         return False  # nothing here is compiled, and the wrapper that this leaves out runs for every operator
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it asks again, for its shard
+        if torch._C._get_dispatch_mode(_FAKE) is not None:  # DTensor tries an operator on tensors of no substance
+            return op(*args, **(kwargs or {}))
         if op is torch.ops.prim.device.default:  # the autograd engine asks each fake tensor where it is, many times
             return getattr(args[0], "fake_device", None) or op(*args)
         kwargs = kwargs or {}
@@ -226,10 +243,19 @@ class Trace(TorchDispatchMode):
         for tensor in _tensors((args, *kwargs.values())):
             if self.block_of(tensor) is None:  # made outside: a batch, a library's table
                 self.adopt(tensor, "buffers" if tensor.is_floating_point() else "inputs")
+        if op.namespace == "c10d":
+            self._label_sent((args, *kwargs.values()))
         result = op(*args, **kwargs) if self.overlay is None else self.overlay.run(self, op, args, kwargs)
         for tensor in _tensors(result):
             self.track(tensor)
         return result
+
+    def _label_sent(self, arguments: Any) -> None:
+        """What a collective operation sends or fills, and nothing else claims, is a buffer of communication."""
+        for tensor in _tensors(arguments):
+            block = self.block_of(tensor)
+            if block is not None and (block.category is None or (block.category == "buffers" and not block.module)):
+                block.category = "communication"
 
     # ---- modules
 

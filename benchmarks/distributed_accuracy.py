@@ -1,0 +1,332 @@
+"""How far predictions for several processes are from real ones: each rank's memory on 2 and 4 gloo processes of this machine.
+
+    python benchmarks/distributed_accuracy.py              # goes on where it was stopped
+    python benchmarks/distributed_accuracy.py --show       # the committed results
+
+A Llama of 1.3 million weights whose sizes no number of processes divides, under the engines as launch/ sets them up: with `auto`
+ZeRO's buckets are 16,384 weights, DDP's are made 1 MiB, so that all of them bind. Each rank trains two steps and traces both with
+the callback that measures every run; the prediction runs one rank in one process, on fake tensors. Compared are the first and the
+last rank, each with its own prediction where they differ. Model states are the weights,
+gradients and optimizer state at the end of a step; the peak is all of it, over both steps.
+
+Beside ours stand DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_model_states_mem_needs`), which
+know of model states alone. With offload, the ranks leave out the update that DeepSpeed would compile for the CPU. Ranks are forked,
+so that what takes half a minute to import is imported once. gloo's threads let go of their buffers when they get to it: on a busy
+machine that can show as some percent on one rank's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "distributed_accuracy.json"
+UNEVEN = ("zero1", "zero2", "zero2_offload", "fsdp2")  # whose ranks keep other gradients, or shards of other sizes
+STATES = ("parameters_trainable", "parameters_frozen", "gradients", "optimizer_state")
+SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"intermediate_size": 346, "vocab_size": 2003}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One run: an engine by its launch file, a number of processes, and what is trained how."""
+
+    launch: str
+    processes: int = 2
+    method: str = "full"
+    flags: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
+    zero: dict[str, Any] = field(default_factory=dict)  # instead of what the launch file's DeepSpeed JSON says
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """Unique within `GRID`."""
+        own = [f"{k}={v}" for k, v in (self.flags | self.zero).items() if k != "ddp_bucket_cap_mb"]
+        return " ".join([self.launch, f"x{self.processes}", self.method, self.dtype, *own])
+
+
+BF16 = {"bf16": True}
+SMALL = {"stage3_max_live_parameters": 200_000, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+GRID = [
+    Configuration("zero3", flags=BF16),
+    Configuration("zero2", flags=BF16),
+    Configuration("zero2_offload", flags=BF16),
+    Configuration("zero3_offload", flags=BF16),
+    Configuration("ddp", flags={"ddp_bucket_cap_mb": 1}),
+    Configuration("fsdp2"),
+    Configuration("zero1"),
+    Configuration("zero3", 4),
+    Configuration("zero3", zero=SMALL),
+    Configuration("zero3", method="lora"),
+    Configuration("zero2", 4),
+    Configuration("fsdp2", 4),
+    Configuration("zero2", method="lora"),
+    Configuration("zero2", flags={"gradient_accumulation_steps": 2}),
+    Configuration("fsdp2", method="lora"),
+    Configuration("fsdp2", flags=BF16),
+    Configuration("zero3", flags={"gradient_checkpointing": True}),
+]
+
+
+def launch_of(configuration: Configuration, folder: Path, rank: int) -> dict[str, str]:
+    """The environment of `rank`; with settings of its own, from a copy of the launch file in `folder`."""
+    from toolkit.launch import read_launch
+
+    env = read_launch(configuration.launch, configuration.processes).of_rank(rank)
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in env:
+        settings = json.loads(Path(env["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
+        settings["zero_optimization"] |= configuration.zero
+        path = folder / "deepspeed.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+    return env
+
+
+def build(configuration: Configuration) -> Any:
+    """The model with its method, whole: engines partition it. On the meta device where that is the default."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from toolkit.engine import without_partitioning
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SIZES)
+    with without_partitioning():
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, configuration.dtype))
+        if configuration.method == "lora":
+            model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"]))
+    return model
+
+
+def arguments(configuration: Configuration, folder: Path) -> Any:
+    """The same for the prediction and for the ranks."""
+    from toolkit.config import TrainArguments
+
+    settings = {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
+    if configuration.flags.get("gradient_checkpointing"):
+        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return TrainArguments(**settings, **configuration.flags)
+
+
+def batches(configuration: Configuration) -> list[dict[str, Any]]:
+    """One for each forward pass of each process: 2 rows of 32 tokens."""
+    import torch
+
+    ids = torch.arange(64).reshape(2, 32) + 3
+    passes = 2 * configuration.flags.get("gradient_accumulation_steps", 1) * configuration.processes
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}] * passes
+
+
+def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
+    """The ledger that one process predicts for `rank`."""
+    import torch
+
+    from toolkit.memory.shadow import CPU, predict
+    from toolkit.memory.sharding import world
+    from toolkit.prediction import ShadowTuner
+
+    def on_meta() -> Any:
+        with torch.device("meta"):
+            return build(configuration)
+
+    with world(launch_of(configuration, folder, rank)):
+        args = arguments(configuration, folder)
+        return predict(on_meta, lambda m, a, callback: ShadowTuner(m, a, batches(configuration), callback), args, CPU)
+
+
+def measured_by(rank: int, configuration: Configuration, folder: Path, port: int) -> None:
+    """One real rank: trains two steps and writes its ledger to `folder`."""
+    from accelerate.state import AcceleratorState
+
+    from toolkit.engine import EngineCheck
+    from toolkit.memory import sharding
+    from toolkit.memory.measure import MemoryCallback
+    from toolkit.prediction import ShadowTuner
+    from toolkit.preparation import check_engine
+
+    os.environ.update(launch_of(configuration, folder, rank))
+    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    AcceleratorState.__init__ = sharding._begin_as_on_gpus(AcceleratorState.__init__)
+    args = arguments(configuration, folder)
+    check_engine(args)
+    memory = MemoryCallback()
+    with sharding.uncompiled_adam():
+        trainer = ShadowTuner(build(configuration), args, batches(configuration), memory)
+        trainer.add_callback(EngineCheck(trainer))
+        trainer.train()
+    memory.ledger.save(folder / f"rank{rank}.json")
+    torch_distributed = sys.modules["torch.distributed"]
+    torch_distributed.barrier()
+    torch_distributed.destroy_process_group()
+
+
+def measured(configuration: Configuration, folder: Path) -> list[Any]:
+    """The ledgers of all ranks.
+
+    Raises: RuntimeError where a rank fails; its traceback is on stderr.
+    """
+    from toolkit.memory.ledger import Ledger
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    codes = in_children(
+        [lambda rank=rank: measured_by(rank, configuration, folder, port) for rank in range(configuration.processes)]
+    )
+    if any(codes):
+        raise RuntimeError(f"{configuration.name}: the ranks ended with {codes}")
+    return [Ledger.load(folder / f"rank{rank}.json") for rank in range(configuration.processes)]
+
+
+def in_children(tasks: Iterable[Any]) -> list[int]:
+    """Runs each task in a process forked from this one, all at once; their exit codes."""
+    children = []
+    for task in tasks:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                task()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def states(ledger: Any) -> dict[str, int]:
+    """Bytes of the model's states in the steady step; gradients where most of them are kept."""
+    phases = [use.categories for name, use in ledger.phases.items() if name != "load"]
+    return {name: max(phase[name] for phase in phases) for name in STATES}
+
+
+def compared(before: Any, after: Any) -> dict[str, Any]:
+    """A predicted and a measured ledger: states in bytes, peaks by phase, and the errors in percent of the measured."""
+
+    def percent(a: int, b: int) -> float:
+        return round(100 * (a / b - 1), 4) if b else float(a != b)
+
+    names = [*after.phases]
+    return {
+        "states_bytes": {"predicted": states(before), "measured": states(after)},
+        "communication_bytes": {
+            name: [ledger.phases[name].categories["communication"] for ledger in (before, after)] for name in names
+        },
+        "peak_bytes": {"predicted": before.allocated_bytes, "measured": after.allocated_bytes},
+        "host_bytes": {"predicted": before.host_bytes, "measured": after.host_bytes},
+        "error_percent": {
+            "states": percent(sum(states(before).values()), sum(states(after).values())),
+            "peak": percent(before.allocated_bytes, after.allocated_bytes),
+            "host": percent(before.host_bytes, after.host_bytes),
+            **{
+                name: percent(before.phases[name].allocated_peak_bytes, after.phases[name].allocated_peak_bytes)
+                for name in names
+            },
+        },
+    }
+
+
+def estimated(configuration: Configuration) -> int | None:
+    """What DeepSpeed's own estimator says a GPU needs for model states, bytes; None for stages that it has none for."""
+    import torch
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs, model_to_params
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    if configuration.launch not in ("zero2", "zero3"):
+        return None
+    model = build(configuration)
+    total, largest = model_to_params(model)
+    assert not any(p.device == torch.device("meta") for p in model.parameters())
+    if configuration.launch == "zero2":
+        return estimate_zero2_model_states_mem_needs(total, configuration.processes, cpu_offload=False)[1]
+    return estimate_zero3_model_states_mem_needs(
+        total, largest, configuration.processes, cpu_offload=False, cpu_offload_params=False, zero_init=True
+    )[1]
+
+
+def row(configuration: Configuration) -> dict[str, Any]:
+    """One configuration, predicted and measured on all of its ranks."""
+    from toolkit.memory.ledger import Ledger
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        last = configuration.processes - 1
+        before = {}
+        for rank in (0, last) if configuration.launch in UNEVEN else (0,):
+            path = folder / f"predicted{rank}.json"
+            (code,) = in_children([lambda rank=rank, path=path: predicted(configuration, folder, rank).save(path)])
+            if code:
+                raise RuntimeError(f"{configuration.name}: not predicted")
+            before[rank] = Ledger.load(path)
+        ranks = measured(configuration, folder)
+        return {
+            "name": configuration.name,
+            "launch": configuration.launch,
+            "processes": configuration.processes,
+            "ranks": [{"rank": rank, **compared(before.get(rank, before[0]), ranks[rank])} for rank in (0, last)],
+            "deepspeed_estimate_bytes": estimated(configuration),
+            "stack": dict(ranks[0].stack),
+        }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By launch file, over all ranks: the greatest error on states and on the peak, and DeepSpeed's on states, percent."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in rows:
+        own = found.setdefault(entry["launch"], {"states": 0.0, "peak": 0.0})
+        for rank in entry["ranks"]:
+            for name in ("states", "peak"):
+                own[name] = max(own[name], abs(rank["error_percent"][name]))
+            if entry["deepspeed_estimate_bytes"] is not None:
+                whole = sum(rank["states_bytes"]["measured"].values())
+                error = round(100 * abs(entry["deepspeed_estimate_bytes"] / whole - 1), 1)
+                own["deepspeed_states"] = max(own.get("deepspeed_states", 0.0), error)
+    return found
+
+
+def main() -> int:
+    """Runs the grid and writes the results; `--show` prints the committed ones."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--show", action="store_true")
+    parser.add_argument(
+        "--only", nargs="+", help="only configurations of these names; prints their rows, writes nothing"
+    )
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.only is not None:
+        print(json.dumps([row(configuration) for configuration in GRID if configuration.name in args.only]))
+        return 0
+    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"rows": []}
+    done = {entry["name"] for entry in result["rows"]}
+    for configuration in GRID if not args.show else ():
+        if configuration.name not in done:
+            result["rows"].append(row(configuration))
+            result["date"] = datetime.date.today().isoformat()
+            result["deepspeed"] = importlib.metadata.version("deepspeed")
+            result["summary_percent"] = summary(result["rows"])
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            errors = [rank["error_percent"] for rank in result["rows"][-1]["ranks"]]
+            print(configuration.name, *[f"states {e['states']} %, peak {e['peak']} %" for e in errors], flush=True)
+    print(json.dumps(result["summary_percent"], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Which runs fit on 1, 2, 4 and 8 cards of 24 GB, by predictions under the files of launch/.
+
+    python benchmarks/distributed_fits.py              # goes on where it was stopped; an hour and more
+    python benchmarks/distributed_fits.py --show       # the committed results
+
+One row of 1,024 tokens a card, bf16, gradient checkpointing, an RTX 3090's 24 GB; LoRA with the recipe's own rank. For each model,
+method and launch file the fewest cards that fit are sought, from the fewest up: more cards never hold more each. No prediction is
+made where the model's states alone exceed the card (`least_states`), which needs no prediction to be known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "distributed_fits.json"
+CARD = "RTX 3090"
+CARD_BYTES = 24 * 2**30
+CARDS = (1, 2, 4, 8)
+MODELS = {  # of the catalogue; billions of parameters
+    "meta-llama/Llama-3.2-1B": 1.24,
+    "meta-llama/Llama-3.2-3B": 3.21,
+    "meta-llama/Llama-3.1-8B": 8.03,
+    "Qwen/Qwen2.5-14B": 14.77,
+    "Qwen/Qwen2.5-32B": 32.76,
+    "meta-llama/Llama-3.1-70B": 70.55,
+}
+METHODS = ("lora", "full")
+LAUNCHES = ("single", "ddp", "zero2", "zero3")
+FLAGS = ["--max_length", "1024", "--per_device_train_batch_size", "1", "--bf16", "--gradient_checkpointing"]
+
+
+def least_states(billions: float, method: str, launch: str, cards: int) -> float:
+    """Bytes that the model's states take at the least: weights for LoRA; for full fine-tuning weights, gradients and AdamW.
+
+    Without ZeRO weights, gradients and both moments are in fp32; with it weights and gradients are in bf16, and what is shared
+    out are master weights and moments in fp32, under stage 2 also gradients, under stage 3 all (arXiv:1910.02054, section 5).
+    """
+    whole, shared = {
+        ("lora", "zero3"): (0, 2),
+        ("full", "zero3"): (0, 16),
+        ("full", "zero2"): (2, 14),
+        ("full", "single"): (16, 0),
+        ("full", "ddp"): (16, 0),
+    }.get((method, launch), (2, 0))
+    return billions * 1e9 * (whole + shared / cards)
+
+
+def predict(model: str, method: str, launch: str, cards: int, path: Path) -> None:
+    """Writes the ledger of one card to `path`."""
+    from toolkit.launch import read_launch
+    from toolkit.memory.cards import find_card
+    from toolkit.memory.cuda import Cuda
+    from toolkit.methods import METHODS as ALL
+    from toolkit.prediction import predict_launch
+
+    card = find_card(CARD)
+    flags = ["--model_name_or_path", model, *FLAGS]
+    predict_launch(ALL[method], flags, read_launch(launch, cards), card, Cuda(card)).save(path)
+
+
+def predicted(model: str, method: str, launch: str, cards: int) -> dict[str, Any]:
+    """A row of the results, from a forked process, so that each starts alike and imports are paid once."""
+    from distributed_accuracy import in_children
+
+    from toolkit.memory.ledger import Ledger
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.json"
+        (code,) = in_children([lambda: predict(model, method, launch, cards, path)])
+        if code:
+            raise RuntimeError(f"{model} {method} {launch} on {cards}: not predicted")
+        ledger = Ledger.load(path)
+    row = {"model": model, "method": method, "launch": launch, "cards": cards, "fits": ledger.fits}
+    row |= {"process_bytes": ledger.process_bytes, "allocated_bytes": ledger.allocated_bytes}
+    return row | {"date": datetime.date.today().isoformat(), "stack": dict(ledger.stack)}
+
+
+def load() -> dict[str, Any]:
+    """The results so far."""
+    if not RESULTS.is_file():
+        return {"card": CARD, "flags": FLAGS, "rows": []}
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def table(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
+    """(model, method, launch) -> what is known: the fewest cards and what each needs, that none of up to 8 fit, or nothing."""
+    found = {}
+    for model, billions in MODELS.items():
+        for method in METHODS:
+            for launch in LAUNCHES:
+                own = [row for row in rows if (row["model"], row["method"], row["launch"]) == (model, method, launch)]
+                fitting = min((row for row in own if row["fits"]), key=lambda row: row["cards"], default=None)
+                tried = {row["cards"] for row in own}
+                open_ = [n for n in _candidates(billions, method, launch) if n not in tried]
+                if fitting is not None:
+                    text = f"{fitting['cards']} ({fitting['process_bytes'] / 2**30:.1f} GiB)"
+                else:
+                    text = "not predicted" if open_ else "no"
+                found[model, method, launch] = text
+    return found
+
+
+def _candidates(billions: float, method: str, launch: str) -> list[int]:
+    """The numbers of cards on which the states leave room, fewest first."""
+    numbers = (1,) if launch == "single" else (2,) if launch == "ddp" else CARDS[1:]  # DDP: on 8 as on 2
+    return [n for n in numbers if least_states(billions, method, launch, n) < CARD_BYTES]
+
+
+def main() -> int:
+    """Makes the predictions that are missing; `--show` prints what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--show", action="store_true")
+    args = parser.parse_args()
+    result = load()
+    if not args.show:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        for model, billions in MODELS.items():
+            for launch in reversed(LAUNCHES):
+                for method in METHODS:
+                    for cards in _candidates(billions, method, launch):
+                        key = (model, method, launch, cards)
+                        known = [r for r in result["rows"] if (r["model"], r["method"], r["launch"], r["cards"]) == key]
+                        if not known:
+                            known = [predicted(*key)]
+                            result["rows"] += known
+                            RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                            print(*key, known[0]["fits"], f"{known[0]['process_bytes'] / 2**30:.2f} GiB", flush=True)
+                        if known[0]["fits"]:
+                            break
+    for key, text in table(result["rows"]).items():
+        print(*key, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

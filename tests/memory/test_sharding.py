@@ -1,0 +1,163 @@
+"""One rank of several in one process: its states by the papers' arithmetic, and against real ranks."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from tiny_models import rows, tiny_config
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from toolkit.engine import asked_engine, without_partitioning
+from toolkit.errors import UserError
+from toolkit.launch import read_launch
+from toolkit.memory.ledger import Ledger
+from toolkit.memory.shadow import predict
+from toolkit.memory.sharding import in_world, processes, world
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import distributed_accuracy
+import distributed_fits
+
+
+def build():
+    with torch.device("meta"), without_partitioning():
+        return AutoModelForCausalLM.from_config(tiny_config("llama"))
+
+
+def ledger(launch: str, number: int, folder: Path, rank: int = 0) -> Ledger:
+    """A tiny Llama in fp32, 2 rows of 32 tokens a rank, plain AdamW."""
+    with world(read_launch(launch, number).of_rank(rank)):
+        settings = {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": [], "max_steps": 2}
+        args = TrainingArguments(output_dir=str(folder), dataloader_pin_memory=False, **settings)
+
+        def trainer(model, arguments, callback):
+            return Trainer(model, arguments, train_dataset=rows("llama", 16 * number), callbacks=[callback])
+
+        return predict(build, trainer, args)
+
+
+def states(found: Ledger) -> dict[str, int]:
+    return distributed_accuracy.states(found)
+
+
+def weights() -> int:
+    return sum(p.numel() for p in build().parameters())
+
+
+@pytest.mark.slow
+def test_ddp_holds_all_states_and_as_many_bytes_of_buckets_again(tmp_path):
+    found, whole = ledger("ddp", 2, tmp_path), 4 * weights()
+    assert states(found)["parameters_trainable"] == states(found)["gradients"] == whole
+    moments = states(found)["optimizer_state"] - 2 * whole
+    assert 0 < moments < 4 * 64  # a step count for each parameter
+    assert found.phases["forward"].categories["communication"] == whole
+
+
+@pytest.mark.slow
+def test_zero2_shares_master_weights_and_moments_out_with_padding(tmp_path):
+    found = ledger("zero2", 3, tmp_path, rank=2)
+    share = -(-weights() // 6) * 6 // 3  # flat buffers are padded to 2 elements a rank
+    assert states(found)["parameters_trainable"] >= 4 * weights()
+    assert states(found)["optimizer_state"] == pytest.approx(3 * 4 * share, abs=64)
+
+
+@pytest.mark.slow
+def test_zero3_and_fsdp2_share_everything_out(tmp_path):
+    whole = 4 * weights()
+    norms = 4 * 5 * 64  # smaller than ZeRO's persistence threshold of 10 x hidden_size: gathered, they stay so
+    for launch, copies, stays in (("zero3", 3, norms), ("fsdp2", 2, 0)):  # ZeRO keeps master weights beside the weights
+        found = ledger(launch, 4, tmp_path)
+        assert states(found)["parameters_trainable"] == whole // 4 + stays, launch
+        assert states(found)["optimizer_state"] == pytest.approx(copies * whole / 4, rel=0.01), launch
+        assert found.phases["forward"].categories["communication"] > 0, launch
+        assert found.parameters == {"trainable": weights(), "all": weights()}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_what_zero2_offloads_is_in_the_host_memory_and_not_on_the_card(tmp_path):
+    found = ledger("zero2_offload", 2, tmp_path)
+    assert states(found)["optimizer_state"] == 0
+    assert found.allocated_bytes < ledger("zero2", 2, tmp_path).allocated_bytes
+    # of all ranks: master weights, their gradients and two moments in fp32, the weights' way back, a table's gradient
+    assert 20 * weights() <= found.host_bytes <= 1.1 * 20 * weights() + 2 * 4 * 256 * 64
+
+
+def test_a_world_leaves_no_trace(tmp_path):
+    environment, address = dict(os.environ), FakeTensor.data_ptr
+    with pytest.raises(ZeroDivisionError), world(read_launch("zero3", 2).of_rank(1)):
+        assert (in_world(), processes(), torch.distributed.get_rank()) == (True, 2, 1)
+        assert str(asked_engine()) == "ZeRO-3 on 2 processes"
+        _ = 1 / 0
+    assert (in_world(), processes(), torch.distributed.is_initialized()) == (False, 1, False)
+    assert dict(os.environ) == environment
+    assert FakeTensor.data_ptr is address
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "says"),
+    [
+        ("zero4", 2, "did you mean zero"),
+        ("none.yaml", 2, "no such launch file"),
+        ("single", 2, "starts one process, not 2"),
+        ("ddp", 1, "at least 2 processes"),
+        ("two_machines", 3, "cannot be started on 2 machines"),
+        ("./README.md", 2, "README.md cannot be read"),
+    ],
+)
+def test_launch_files_that_start_nothing_are_refused(name, number, says, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=says):
+        read_launch(name, number)
+
+
+def test_a_launch_file_of_ones_own_is_read_with_its_own_number_of_processes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("distributed_type: FSDP\nnum_processes: 6\nfsdp_config:\n  fsdp_version: 2\n")
+    launch = read_launch(str(path))
+    assert (launch.processes, launch.engine.kind, launch.of_rank(5)["LOCAL_RANK"]) == (6, "FSDP2", "5")
+
+
+@pytest.mark.slow
+def test_real_ranks_have_the_states_that_were_predicted_and_a_peak_within_3_percent():
+    check_real_ranks("zero3 x2 full float32 bf16=True")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", [c.name for c in distributed_accuracy.GRID])
+def test_every_engine_is_predicted(name):
+    check_real_ranks(name)
+
+
+def check_real_ranks(name):
+    done = run("python", "benchmarks/distributed_accuracy.py", "--only", name, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-4000:]
+    (row,) = json.loads(done.stdout.splitlines()[-1])
+    for rank in row["ranks"]:
+        assert rank["states_bytes"]["predicted"] == rank["states_bytes"]["measured"], name
+        assert abs(rank["error_percent"]["peak"]) < 3, name
+        for phase, (before, after) in rank["communication_bytes"].items():
+            assert before == pytest.approx(after, rel=0.03), (name, phase)
+
+
+def test_the_committed_accuracy_holds_what_is_promised():
+    result = json.loads(distributed_accuracy.RESULTS.read_text(encoding="utf-8"))
+    assert {row["processes"] for row in result["rows"]} >= {2, 4}
+    for errors in result["summary_percent"].values():
+        assert errors["states"] == 0
+        assert errors["peak"] < 3
+
+
+def test_more_cards_never_need_more_for_states_and_lora_needs_less():
+    for launch in distributed_fits.LAUNCHES:
+        needs = [distributed_fits.least_states(8, "full", launch, n) for n in (1, 2, 4, 8)]
+        assert needs == sorted(needs, reverse=True)
+        assert distributed_fits.least_states(8, "lora", launch, 2) <= needs[1]
+    assert distributed_fits.least_states(8, "full", "zero3", 8) == 16e9

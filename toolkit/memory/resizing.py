@@ -1,0 +1,27 @@
+"""Storages that are resized in place: FSDP2 lets go of gathered weights so, and takes them back, and no operator tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from toolkit.memory.trace import Trace
+
+
+@contextmanager
+def resizes_seen_by(trace: Trace) -> Iterator[None]:
+    """While open, `trace` hears of each storage that Python code resizes (torch's `alloc_storage` and `free_storage`)."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        result = resize(self, size)
+        trace.resized(self)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_
+    try:
+        yield
+    finally:
+        del torch.UntypedStorage.resize_

@@ -1,0 +1,222 @@
+"""One rank of several, in one process: the real engine (DDP, ZeRO, FSDP2) on fake tensors and a process group that sends nothing.
+
+    with world(read_launch("zero3", 4).of_rank(0)):
+        ledger = predict(build, trainer, arguments, device)
+
+Inside, accelerate finds what `accelerate launch` would have left in the environment of rank 0, `torch.distributed` has its own
+fake group of that many ranks, and the shadow step goes the way that a rank goes: the very code of DeepSpeed and of PyTorch
+flattens, partitions, pads, gathers, prefetches, buckets and reduces, so that no buffer of theirs is a formula here. What an
+engine makes is fake like the parameters (`Fakes`), and what it would read out of its values is a zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolkit.memory.isolation import isolated
+from toolkit.memory.trace import Trace
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_FACTORIES = {
+    f"aten::{name}"
+    for name in (
+        "empty.memory_format",
+        "empty_strided",
+        "zeros",
+        "ones",
+        "full",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+    )
+}
+_open: list[Mapping[str, str]] = []  # the launch of the world that is open
+
+
+def in_world() -> bool:
+    """Whether the shadow step is a rank of several."""
+    return bool(_open)
+
+
+def processes() -> int:
+    """How many ranks there are; 1 outside of a world."""
+    return int(_open[-1]["WORLD_SIZE"]) if _open else 1
+
+
+@contextmanager
+def world(launch: Mapping[str, str]) -> Iterator[None]:
+    """Inside, this process is the rank that `launch` (its environment variables) describes."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    with ExitStack() as stack:
+        stack.enter_context(isolated())
+        PartialState._shared_state.clear()
+        os.environ.update(launch)
+        rank, size = int(launch["RANK"]), int(launch["WORLD_SIZE"])
+        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        stack.callback(distributed.destroy_process_group)
+        stack.enter_context(_replaced(AcceleratorState, "__init__", _begin_as_on_gpus(AcceleratorState.__init__)))
+        if launch.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            stack.enter_context(_deepspeed())
+        _open.append(launch)
+        stack.callback(_open.pop)
+        PartialState(cpu=True)
+        yield
+
+
+@contextmanager
+def engine_on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Open while a rank's shadow step runs: what its engine makes is fake too."""
+    ddp = nn.parallel.DistributedDataParallel
+    with (
+        _replaced(ddp, "__init__", _with_hook(ddp.__init__)),
+        _replaced(FakeTensor, "data_ptr", _address),
+        Fakes(mode),
+    ):
+        yield
+
+
+def applied(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` on fake tensors (its own swaps whole tensors, which are referred to weakly here)."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = fn(parameter.data)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else fn(buffer)
+    return model
+
+
+class Fakes(TorchDispatchMode):
+    """Makes every new floating-point tensor fake, and reads a zero out of every fake one."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if DTensor in types:
+            return NotImplemented  # it asks again for what it holds
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return op(*args, **kwargs)
+        name = op.name()
+        if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if name in _FACTORIES and not any(isinstance(arg, FakeTensor) for arg in args):
+            dtype = kwargs.get("dtype") or (args[0].dtype if isinstance(args[0], torch.Tensor) else None)
+            device = kwargs.get("device")
+            if (dtype or torch.get_default_dtype()).is_floating_point and (device is None or device.type == "cpu"):
+                if isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu":
+                    return op(*args, **kwargs)
+                meta_args = [arg.to(_META) if isinstance(arg, torch.Tensor) else arg for arg in args]
+                return FakeTensor(self.mode, op(*meta_args, **(kwargs | {"device": _META, "pin_memory": False})), _CPU)
+        return op(*args, **kwargs)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Stands for where a fake tensor's data would be: engines tell tensors apart by it."""
+    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+def gloo_buffers(trace: Trace, op: Any, args: tuple) -> None:
+    """What the CPU's process group takes unseen: it scatters sums out of a copy of its input (ProcessGroupGloo.cpp,
+    `reduce_scatter_tensor_coalesced`); NCCL does not."""
+    if op.name() == "c10d::_reduce_scatter_base_":
+        trace.passing(args[1].numel() * args[1].element_size(), "gloo")
+
+
+def _with_hook(begin: Any) -> Any:
+    """DDP's own all-reduce takes its result from the process group, which here has none: a hook gives the bucket back."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.register_comm_hook(None, lambda state, bucket: _reduced(bucket.buffer()))
+
+    return __init__
+
+
+def _reduced(bucket: torch.Tensor) -> torch.futures.Future:
+    distributed.all_reduce(bucket)
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(bucket)
+    return future
+
+
+def _begin_as_on_gpus(begin: Any) -> Any:
+    """accelerate makes a process group an FSDP group on GPUs alone."""
+
+    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    return __init__
+
+
+@contextmanager
+def _deepspeed() -> Iterator[None]:
+    """DeepSpeed joins the group, and leaves it."""
+    import deepspeed
+
+    from toolkit.engine import join_deepspeed
+
+    groups = vars(deepspeed.utils.groups)  # where it remembers process groups
+    kept = {name: copy.copy(value) for name, value in groups.items() if name.isupper()}
+    join_deepspeed()
+    try:
+        with uncompiled_adam():
+            yield
+    finally:
+        deepspeed.comm.comm.cdb = None
+        groups.update(kept)
+
+
+@contextmanager
+def uncompiled_adam() -> Iterator[None]:
+    """DeepSpeed's optimizer for the CPU keeps what it keeps, and updates nothing: its update is compiled C++, in place."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    with _replaced(DeepSpeedCPUAdam, "__init__", _adam_begins), _replaced(DeepSpeedCPUAdam, "step", _adam_steps):
+        yield
+
+
+def _adam_begins(self: Any, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, **options: Any) -> None:
+    defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+    defaults |= {"bias_correction": True, "amsgrad": False}
+    torch.optim.Optimizer.__init__(self, params, defaults)
+
+
+def _adam_steps(self: Any, closure: Any = None) -> None:
+    """cpu_adam.py, `step`: moments in float32, made at the first step; the update itself is in place."""
+    for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+        if not self.state[parameter]:
+            moments = [torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2)]
+            self.state[parameter] = {"step": 0, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
