@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -65,8 +66,29 @@ def t4_accuracy() -> str:
         f"{result['runs']} measured runs have been predicted so far ({result['date']}). On the same ones, mean error on allocated memory: "
         f"fitcheck-llm {peers['fitcheck_allocated']['mean']:.2f} %, accelerate {peers['accelerate']['mean']:.0f} %, "
         f"DeepSpeed {peers['deepspeed']['mean']:.0f} %; made by `python benchmarks/t4_accuracy.py`.",
+        "",
+        _session(result),
     ]
     return "\n".join(lines)
+
+
+def _session(result: dict[str, Any]) -> str:
+    """The same people's other session on that card, and how far runs of one configuration are from each other."""
+    session = json.loads((RESULTS / "t4_session.json").read_text(encoding="utf-8"))
+    rows = session["rows"]
+    errors = [abs(row["error_percent"]["peak_reserved"]) for row in rows]
+    exact = sum(row["predicted_mib"]["peak_reserved"] == row["measured_mib"]["peak_reserved"] for row in rows)
+    measured: dict[tuple, list[float]] = {}
+    for row in (*rows, *(row for row in result["rows"] if row["quantization"] == "nf4")):
+        key = (row["model"], row["attention"], int(row["batch_size"]), int(row["seq_len"]))
+        measured.setdefault(key, []).append(row["measured_mib"]["peak_reserved"])
+    spread = max((max(found) / min(found) - 1, key) for key, found in measured.items())[1]
+    return (
+        f"Of the {len(rows)} NF4 runs of an earlier session on that card (predicted {session['date']}, `--session`), the reserved memory of "
+        f"{exact} was predicted to the MiB; mean error {sum(errors) / len(errors):.2f} %, worst {max(errors):.2f} %. What was measured "
+        f"differs between sessions: for {spread[0].split('/')[1]}, {spread[1]}, {spread[2]} x {spread[3]} tokens it was "
+        f"{' and '.join(f'{mib:,.0f}' for mib in sorted(measured[spread]))} MiB."
+    )
 
 
 def methods() -> str:

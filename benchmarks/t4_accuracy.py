@@ -2,6 +2,7 @@
 
     python benchmarks/t4_accuracy.py ../shared/data/memory/t4_lora_measured.csv
     python benchmarks/t4_accuracy.py --show                # the table of the committed results
+    python benchmarks/t4_accuracy.py --session fitcheck_llm-0.3.1/data/measurements/t4-qlora-2026-09-01.json
 
 The runs are those of fitcheck-llm 0.3.1 (MIT; Kaggle T4). No constant of the predictor was fitted to them. The predictor is
 the one behind `footprint predict --gpu T4`: `meta` builds the model, `fake` makes its parameters fake, `cuda.Cuda` gives
@@ -14,6 +15,9 @@ allocator, overlay and loading; only the loop is not Trainer's, because theirs w
 - SDPA pinned to its memory-efficient kernel, keys and values repeated for each query head before it;
 - rotary embeddings of transformers 5.0 and 5.17 multiply matrices, so that cuBLAS takes its workspace before the first
   layer. The installed version does not; a 1 x 1 product at that point stands for it.
+
+`--session` takes the ten NF4 runs of an earlier session on the same card, which the CSV leaves out (their source distribution
+has them: peaks alone, in whole MiB). Their shapes are those of our catalogue, their LoRA is that of the CSV.
 
 Beside ours stand the peers' predictions: fitcheck-llm's own (its formulas and the overheads that it fitted to this card;
 shown if the package is installed), `accelerate estimate-memory` and DeepSpeed's ZeRO-2 estimator on one GPU.
@@ -36,6 +40,7 @@ from typing import Any
 
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results" / "t4_accuracy.json"
+SESSION = Path(__file__).parent / "results" / "t4_session.json"
 PHASES = ("after_load", "forward", "backward", "optimizer_step")
 COLUMNS = {  # ours -> theirs
     "after_load": "after_load_allocated_mib",
@@ -243,6 +248,61 @@ def run_one(index: int, row: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def session_rows(path: Path) -> list[dict[str, str]]:
+    """The runs of an archived session in the form of the CSV's rows, with `peak_allocated_mib` and `peak_reserved_mib`."""
+    from toolkit.memory.catalogue import config_of
+
+    rows = []
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        settings, config = run["run"], config_of(run["model_id"])
+        assert config is not None, f"{run['model_id']} is not in the catalogue"
+        row = {
+            "model": run["model_id"],
+            "architecture": config.model_type,
+            "hidden_size": config.hidden_size,
+            "num_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "tied_embeddings": config.tie_word_embeddings,
+            "quantization": settings["quantization"],
+            "attention": settings["attn_impl"],
+            "lora_rank": settings["lora_rank"],
+            "batch_size": settings["batch_size"],
+            "seq_len": settings["seq_len"],
+            "stack": "torch 2.10.0+cu128, transformers 5.0.0, peft 0.19.1",
+            **{name: run["measured"][name] for name in ("peak_allocated_mib", "peak_reserved_mib")},
+        }
+        rows.append({name: str(value) for name, value in row.items()})
+    return rows
+
+
+def predict_session(path: Path) -> None:
+    """Predicts an archived session's runs, and writes both peaks of each beside the measured ones."""
+    from importlib.metadata import version
+
+    entries = []
+    for row in session_rows(path):
+        predicted = predict(row)
+        peaks = {name: (float(row[f"{name}_mib"]), predicted[name]) for name in ("peak_allocated", "peak_reserved")}
+        entries.append(
+            {name: row[name] for name in ("model", "attention", "batch_size", "seq_len")}
+            | {"measured_mib": {name: pair[0] for name, pair in peaks.items()}}
+            | {"predicted_mib": {name: pair[1] for name, pair in peaks.items()}}
+            | {"error_percent": {name: round(error(p, m), 3) for name, (m, p) in peaks.items()}}
+        )
+        print(entries[-1], flush=True)
+    content = {
+        "what": "predicted against measured on a Tesla T4; NF4 runs of fitcheck-llm's session of 2026-09-01",
+        "date": datetime.date.today().isoformat(),
+        "predicted_with": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "rows": entries,
+    }
+    SESSION.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def summary(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Group -> column -> mean and worst absolute error in percent."""
     groups: dict[str, list[dict[str, Any]]] = {"all": entries}
@@ -312,7 +372,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="print the results file and do nothing else")
+    parser.add_argument(
+        "--session", type=Path, metavar="JSON", help="predict the runs of this archived session instead"
+    )
     args = parser.parse_args()
+    if args.session:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        predict_session(args.session)
+        return 0
     if not args.show:
         if args.data is None:
             parser.error("give the CSV of measured runs, or --show")
