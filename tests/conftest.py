@@ -23,7 +23,7 @@ import transformers  # noqa: F401 - its log handler must not keep the streams of
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
-SAMPLE = 5  # `make test` runs so many cases of each long sweep, others each day; `make matrix` runs them all
+SAMPLE = 3  # `make test` runs so many cases of each long sweep, others each day; `make matrix` runs them all
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -286,6 +286,7 @@ def test_a_full_disk_is_said_in_one_line_and_earlier_checkpoints_stay(whole, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_does_not_answer_is_named_and_all_end(tmp_path):
     stopped = tmp_path / "stopped"
     limit = ("--ddp_timeout", "25", "--output_dir", tmp_path / "run")
