@@ -53,6 +53,45 @@ def demo_output() -> str:
     return "\n".join(["```", *result["demo"], "```"])
 
 
+def comparison() -> str:
+    """Every trained method on the embedded task over three seeds: the headline score, and what it costs."""
+    sys.path.insert(0, str(ROOT))
+    from toolkit.memory.units import format_bytes
+
+    data = json.loads((RESULTS / "comparison.json").read_text(encoding="utf-8"))
+    metric = data["headline"]
+    lines = [
+        "| | trained parameters | ROUGE-L, mean ± 95 % over seeds | above the base | against full | memory, peak | seconds |",
+        "|---|---:|---:|---|---|---:|---:|",
+    ]
+
+    def against(entry: dict[str, Any], other: str) -> str:
+        found = entry["difference"].get(other)
+        return "" if found is None else f"{found['mean']:+.3f}" + ("" if found["more_than_noise"] else " (noise)")
+
+    for entry in sorted(data["entries"], key=lambda entry: -entry["scores"][metric]["mean"]):
+        score = entry["scores"][metric]
+        half = f" ± {score['half']:.3f}" if score.get("half") is not None else ""
+        cells = ["", f"{score['mean']:.3f}{half}", against(entry, "base"), against(entry, "full"), "", ""]
+        if entry["method"] != "base":
+            peak = entry["memory"]["measured"]["reserved_bytes"]
+            cells[0], cells[4], cells[5] = (
+                f"{entry['trainable']:,}",
+                format_bytes(peak),
+                f"{entry['seconds']['mean']:.0f}",
+            )
+        lines.append(f"| {entry['method']} | {' | '.join(cells)} |")
+    rows, versions = data["data"]["rows"]["test"], data["versions"]
+    lines += [
+        "",
+        f"Test split of {rows} rows, {data['seeds']} seeds, each recipe on its defaults; differences by paired bootstrap over the rows, "
+        f"`noise` where their 95 % interval holds 0. {data['date']}, a busy CPU, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, peft {versions['peft']}; made by `footprint compare --methods "
+        f"{','.join(e['method'] for e in data['entries'] if e['method'] != 'base')} --seeds {data['seeds']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def t4_accuracy() -> str:
     """Predicted against measured on a Tesla T4, with the peers' predictions of the same runs; errors in percent."""
     result = json.loads((RESULTS / "t4_accuracy.json").read_text(encoding="utf-8"))
@@ -205,6 +244,7 @@ def distributed_fits() -> str:
 PARTS = {
     "distributed accuracy": distributed_accuracy,
     "distributed fits": distributed_fits,
+    "comparison": comparison,
     "demo output": demo_output,
     "embedded scores": embedded_scores,
     "t4 accuracy": t4_accuracy,
