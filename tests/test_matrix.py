@@ -97,7 +97,7 @@ def run_cell(cell: Cell, folder: Path, output: Path) -> dict[str, str]:
     done = recipe(
         cell.method,
         *("--model_name_or_path", folder / cell.architecture, "--dataset_name", folder / cell.task),
-        *("--task", TASKS[cell.task], "--max_length", "40", "--output_dir", output, "--use_cpu", "--max_steps", "2"),
+        *("--task", TASKS[cell.task], "--max_length", "64", "--output_dir", output, "--use_cpu", "--max_steps", "2"),
         *(("--max_target_length", "8") if cell.task == "generation" else ()),
         *(
             "--per_device_train_batch_size",
