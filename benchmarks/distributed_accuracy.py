@@ -160,7 +160,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
 
     os.environ.update(launch_of(configuration, folder, rank))
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    AcceleratorState.__init__ = sharding._begin_as_on_gpus(AcceleratorState.__init__)
+    AcceleratorState.__init__ = sharding.begin_as_on_gpus(AcceleratorState.__init__)
     args = arguments(configuration, folder)
     check_engine(args)
     memory = MemoryCallback()

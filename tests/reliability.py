@@ -4,7 +4,6 @@ A start costs most of a minute of imports on a slow machine, and a fork nothing.
 own, which imports (`preloaded`) and computes nothing. A fork imports `toolkit` anew, for its modules read the rank.
 """
 
-import contextlib
 import multiprocessing
 import os
 import runpy
@@ -17,6 +16,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
+
+from toolkit.launch import read_launch
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -51,23 +52,6 @@ def _rank(script: str, argv: list[str], log: Path, env: dict[str, str]) -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def launched_environment(preset: str, port: int) -> dict[str, str]:
-    """What accelerate's own launcher puts into the environment of two processes under a file of launch/."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    address = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    with contextlib.chdir(ROOT):
-        args = launch_command_parser().parse_args(
-            ["--config_file", f"launch/{preset}.yaml", *address, "recipes/lora.py"]
-        )
-        args, defaults, _ = _validate_launch_command(args)
-        if args.use_deepspeed:
-            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-            return prepare_deepspeed_cmd_env(args)[1]
-        return prepare_multi_gpu_env(args)
-
-
 class Run:
     """A script on `processes` ranks, with the environment that the launcher gives them; `log` gets what they write."""
 
@@ -78,17 +62,16 @@ class Run:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        env = launched_environment(preset, port) if processes > 1 else {}
         self.ranks = []
         for rank, file in enumerate(self.logs):
+            env = {}
             if processes > 1:
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+                env = read_launch(preset, processes).of_rank(rank) | {"MASTER_PORT": str(port)}
                 (log / str(rank)).mkdir(
                     exist_ok=True
                 )  # whoever says an error leaves a mark beside this, for the others
                 env |= {"TORCHELASTIC_ERROR_FILE": str(log / str(rank) / "error.json")}
-            arguments = (script, [str(a) for a in argv], file, dict(env))
+            arguments = (script, [str(a) for a in argv], file, env)
             self.ranks.append(CONTEXT.Process(target=_rank, args=arguments, daemon=True))
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(ROOT)])):  # of what forks
             for rank in self.ranks:

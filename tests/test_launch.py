@@ -25,6 +25,7 @@ from toolkit.engine import Engine, asked_engine, read_deepspeed
 from toolkit.errors import UserError
 from toolkit.evaluation import generate
 from toolkit.finished_run import FinishedRun
+from toolkit.launch import read_launch
 from toolkit.methods import METHODS
 from toolkit.methods.lora import Lora
 from toolkit.preparation import check_combination
@@ -111,22 +112,9 @@ def test_accelerate_reads_each_preset_and_none_fixes_a_precision_or_batch(name):
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("single",)])
-def test_what_a_preset_asks_for_is_what_its_name_says(name, monkeypatch):
+def test_what_a_preset_asks_for_is_what_its_name_says(name):
     """The environment is the one that accelerate's own launcher prepares for the file."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
-    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29511"]
-    args = launch_command_parser().parse_args(["--config_file", f"launch/{name}.yaml", *address, "recipes/lora.py"])
-    args, defaults, _ = _validate_launch_command(args)
-    if args.use_deepspeed:
-        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        _, env = prepare_deepspeed_cmd_env(args)
-    else:
-        env = prepare_multi_gpu_env(args)
-    assert asked_engine(env=env | {"WORLD_SIZE": "2"}) == ENGINES[name]
+    assert read_launch(name, 2).engine == ENGINES[name]
 
 
 # ---- two processes

@@ -1,7 +1,7 @@
 """What an engine offloads: it lives in the host's memory, so the card's account is told anew without it.
 
 On a CPU, where runs are rehearsed and predicted, host and device are the same memory: only the engine knows which of its
-tensors would be where. Once it has said so (`census.label_offloaded`), what was recorded is replayed to a fresh meter.
+tensors would be where. Once it has said so (`census.label_optimizer_state`), what was recorded is replayed to a fresh meter.
 """
 
 from __future__ import annotations

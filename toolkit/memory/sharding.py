@@ -66,7 +66,7 @@ def world(launch: Mapping[str, str]) -> Iterator[None]:
         rank, size = int(launch["RANK"]), int(launch["WORLD_SIZE"])
         distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         stack.callback(distributed.destroy_process_group)
-        stack.enter_context(_replaced(AcceleratorState, "__init__", _begin_as_on_gpus(AcceleratorState.__init__)))
+        stack.enter_context(_replaced(AcceleratorState, "__init__", begin_as_on_gpus(AcceleratorState.__init__)))
         if launch.get("ACCELERATE_USE_DEEPSPEED") == "true":
             stack.enter_context(_deepspeed())
         _open.append(launch)
@@ -154,8 +154,8 @@ def _reduced(bucket: torch.Tensor) -> torch.futures.Future:
     return future
 
 
-def _begin_as_on_gpus(begin: Any) -> Any:
-    """accelerate makes a process group an FSDP group on GPUs alone."""
+def begin_as_on_gpus(begin: Any) -> Any:
+    """`AcceleratorState.__init__` (`begin`) that makes a CPU's process group an FSDP group, as accelerate 1.15 does on GPUs alone."""
 
     def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
