@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import io
 import os
 import random
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= {case for number, case in enumerate(cases) if number % days != day % days}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Whatever has been imported by now stays: accelerate's `free_memory` would search all of it for garbage in every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
