@@ -146,28 +146,26 @@ def combinations() -> str:
     if not cells:
         return "No cell has been run yet: `make matrix`."
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
-    reasons: dict[str, dict[str, None]] = {}
+    reasons: dict[tuple[str, str], list[list[str]]] = {}
     for name, outcome in cells.items():
         method, weights, *where = name.split("-")
         groups.setdefault((method, weights), []).append(outcome)
         if outcome["outcome"] == "refused":
-            reasons.setdefault(outcome["reason"], {})[f"{method} {weights} ({' '.join(where)})"] = None
+            reasons.setdefault((method, outcome["reason"]), []).append([weights, *where])
     kinds = ("unquantized", "int8", "nf4")
     lines = ["| | unquantized | 8-bit | NF4 |", "|---|---:|---:|---:|"]
     for method in sorted({method for method, _ in groups}):
         found = [groups.get((method, kind), []) for kind in kinds]
         counts = [f"{sum(o['outcome'] == 'trains' for o in f)} of {len(f)}" if f else "not run" for f in found]
         lines.append(f"| `{method}` | {' | '.join(counts)} |")
-    dates = sorted(outcome["date"] for outcome in cells.values())
-    lines += [
-        "",
-        f"{len(cells)} cells run, {dates[0]} to {dates[-1]}; `make matrix` runs all. Refused, with the recipe's own words:",
-        "",
-    ]
-    for reason, places in reasons.items():
-        shown = ", ".join(list(places)[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-        lines.append(f"- {shown}: {reason}")
-    return "\n".join(lines if reasons else lines[:-2])
+    dates = sorted({outcome["date"] for outcome in cells.values()})
+    lines += ["", f"{len(cells)} cells run, {' to '.join(dates[:: max(len(dates) - 1, 1)])}; `make matrix` runs all."]
+    if reasons:
+        lines += ["Refused, in the recipe's own words, with what those cells have in common:", ""]
+    for (method, reason), places in reasons.items():
+        common = [values[0] for values in zip(*places, strict=True) if len(set(values)) == 1]
+        lines.append(f"- `{method}`, {', '.join(common)} ({len(places)} cells): {reason}")
+    return "\n".join(lines)
 
 
 def prediction_speed() -> str:
