@@ -198,6 +198,31 @@ def reliability() -> str:
     )
 
 
+def engines_equal() -> str:
+    """How far two processes are from one of the same global batch: any loss of 20 steps, by engine and method."""
+    path = RESULTS / "engines_equal.json"
+    if not path.is_file():
+        return "The engines have not been compared yet: `make matrix`."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    worst: dict[tuple[str, str], float] = {}
+    for name, found in result["cells"].items():
+        preset, _, method = name.split("-")
+        worst[preset, method] = max(found["loss"], worst.get((preset, method), 0.0))
+    methods = ("full", "lora", "qlora")
+    lines = ["| | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---:|---:|---:|"]
+    for preset in dict.fromkeys(preset for preset, _ in worst):
+        cells = [f"{worst[preset, method]:.1e}" if (preset, method) in worst else "not run" for method in methods]
+        lines.append(f"| `{preset}` | {' | '.join(cells)} |")
+    gradient = max(found["gradient"] for found in result["cells"].values())
+    dates, stack = sorted(found["date"] for found in result["cells"].values()), result["stack"]
+    lines += [
+        "",
+        f"The gradient of the first step differs by at most {gradient:.1e}. {dates[-1]}, torch {stack['torch']}, transformers "
+        f"{stack['transformers']}, DeepSpeed {stack['deepspeed']}; made by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def distributed_accuracy() -> str:
     """Predicted against real ranks, the greatest errors by launch file, beside DeepSpeed's own estimators."""
     result = json.loads((RESULTS / "distributed_accuracy.json").read_text(encoding="utf-8"))
@@ -242,6 +267,7 @@ def distributed_fits() -> str:
 PARTS = {
     "distributed accuracy": distributed_accuracy,
     "distributed fits": distributed_fits,
+    "engines equal": engines_equal,
     "comparison": comparison,
     "demo output": demo_output,
     "embedded scores": embedded_scores,
