@@ -199,22 +199,20 @@ def reliability() -> str:
 
 
 def engines_equal() -> str:
-    """How far two processes are from one of the same global batch: any loss of 20 steps, by engine and method."""
+    """How far two processes are from one of the same global batch: any loss of 20 steps, by engine, model and method."""
     path = RESULTS / "engines_equal.json"
     if not path.is_file():
         return "The engines have not been compared yet: `make matrix`."
     result = json.loads(path.read_text(encoding="utf-8"))
-    worst: dict[tuple[str, str], float] = {}
-    for name, found in result["cells"].items():
-        preset, _, method = name.split("-")
-        worst[preset, method] = max(found["loss"], worst.get((preset, method), 0.0))
-    methods = ("full", "lora", "qlora")
-    lines = ["| | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---:|---:|---:|"]
-    for preset in dict.fromkeys(preset for preset, _ in worst):
-        cells = [f"{worst[preset, method]:.1e}" if (preset, method) in worst else "not run" for method in methods]
-        lines.append(f"| `{preset}` | {' | '.join(cells)} |")
-    gradient = max(found["gradient"] for found in result["cells"].values())
-    dates, stack = sorted(found["date"] for found in result["cells"].values()), result["stack"]
+    cells, methods = result["cells"], ("full", "lora", "qlora")
+    lines = ["| | | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---|---:|---:|---:|"]
+    for engine in dict.fromkeys(name.split("-")[0] for name in cells):
+        for kind, title in (("t5", "T5"), ("llama", "Llama")):
+            found = [cells.get(f"{engine}-{kind}-{method}") for method in methods]
+            shown = [f"{cell['loss']:.1e}" if cell else "not run" for cell in found]
+            lines.append(f"| `{engine}` | {title} | {' | '.join(shown)} |")
+    gradient = max(found["gradient"] for found in cells.values())
+    dates, stack = sorted(found["date"] for found in cells.values()), result["stack"]
     lines += [
         "",
         f"The gradient of the first step differs by at most {gradient:.1e}. {dates[-1]}, torch {stack['torch']}, transformers "
