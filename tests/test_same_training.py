@@ -17,6 +17,7 @@ from reliability import Run
 from safetensors.torch import load_file
 
 from toolkit.files import write_aside
+from toolkit.launch import read_launch
 from toolkit.memory.environment import stack_versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "engines_equal.json"
@@ -146,6 +147,15 @@ def test_two_processes_train_as_one_does_and_save_what_one_process_reads(cell, a
 def test_fsdp2_with_qlora_is_fsdp2_so_that_what_holds_for_one_holds_for_the_other():
     plain, qlora = (yaml.safe_load((ROOT / "launch" / f"{name}.yaml").read_text()) for name in ("fsdp2", "fsdp2_qlora"))
     assert plain == qlora
+
+
+def test_each_file_of_zero3_has_the_model_shared_out_while_it_is_loaded():
+    stages = {
+        path.stem: read_launch(path.stem, 2) for path in (ROOT / "launch").glob("*.yaml") if path.stem != "single"
+    }
+    three = [launch for launch in stages.values() if launch.engine.kind == "ZeRO-3"]
+    assert len(three) == 4
+    assert {launch.env.get("ACCELERATE_DEEPSPEED_ZERO3_INIT") for launch in three} == {"true"}
 
 
 def test_every_difference_belongs_to_a_cell_and_is_within_its_bound(results):
