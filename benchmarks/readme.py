@@ -198,6 +198,29 @@ def reliability() -> str:
     )
 
 
+def engines_equal() -> str:
+    """How far two processes are from one of the same global batch: any loss of 20 steps, by engine, model and method."""
+    path = RESULTS / "engines_equal.json"
+    if not path.is_file():
+        return "The engines have not been compared yet: `make matrix`."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    cells, methods = result["cells"], ("full", "lora", "qlora")
+    lines = ["| | | " + " | ".join(f"`{method}`" for method in methods) + " |", "|---|---|---:|---:|---:|"]
+    for engine in dict.fromkeys(name.split("-")[0] for name in cells):
+        for kind, title in (("t5", "T5"), ("llama", "Llama")):
+            found = [cells.get(f"{engine}-{kind}-{method}") for method in methods]
+            shown = [f"{cell['loss']:.1e}" if cell else "not run" for cell in found]
+            lines.append(f"| `{engine}` | {title} | {' | '.join(shown)} |")
+    gradient = max(found["gradient"] for found in cells.values())
+    dates, stack = sorted(found["date"] for found in cells.values()), result["stack"]
+    lines += [
+        "",
+        f"The gradient of the first step differs by at most {gradient:.1e}. {dates[-1]}, torch {stack['torch']}, transformers "
+        f"{stack['transformers']}, DeepSpeed {stack['deepspeed']}; made by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def distributed_accuracy() -> str:
     """Predicted against real ranks, the greatest errors by launch file, beside DeepSpeed's own estimators."""
     result = json.loads((RESULTS / "distributed_accuracy.json").read_text(encoding="utf-8"))
@@ -242,6 +265,7 @@ def distributed_fits() -> str:
 PARTS = {
     "distributed accuracy": distributed_accuracy,
     "distributed fits": distributed_fits,
+    "engines equal": engines_equal,
     "comparison": comparison,
     "demo output": demo_output,
     "embedded scores": embedded_scores,

@@ -14,16 +14,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import BIN, ROOT, recipe, run
-from gradients import rows
-from one_step import CASES, RATE, Writer, batch, build, one_step
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, T5Config
 
 from toolkit.embedded import MODEL_DIR
 from toolkit.engine import Engine, asked_engine, read_deepspeed
 from toolkit.errors import UserError
-from toolkit.evaluation import generate
 from toolkit.finished_run import FinishedRun
 from toolkit.launch import read_launch
 from toolkit.methods import METHODS
@@ -33,7 +29,6 @@ from toolkit.preparation import check_combination
 PRESETS = sorted(path.stem for path in (ROOT / "launch").glob("*.yaml"))
 TINY = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_steps", "2", "--per_device_train_batch_size", "2")
 SHORT = (*TINY, "--max_target_length", "8", "--logging_steps", "1", "--save_strategy", "no")
-GRADIENTS = 1e-5  # relative, in fp32
 ENGINES = {  # what each preset must turn into on two processes
     "ddp": Engine(2, "DDP"),
     "fsdp2": Engine(2, "FSDP2"),
@@ -131,71 +126,6 @@ def test_lora_runs_under_zero2_and_only_rank_0_speaks_and_writes(tmp_path):
     assert record["finished"] and record["processes"] == 2
     assert sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values()) == 172_032
     assert "Traceback" not in done.stderr and "Warning" not in done.stdout
-
-
-def reference(tmp_path):
-    return {case: one_step(*case, tmp_path / "one" / "-".join(case), batch_size=8) for case in CASES}
-
-
-def saved(folder):
-    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
-    return load_file(folder / name)
-
-
-def reloaded(kind, method, folder):
-    """The model on this process alone, from what was saved."""
-    base = build(kind, "full")
-    if method == "lora":
-        return PeftModel.from_pretrained(base, folder)
-    return type(base).from_pretrained(folder)
-
-
-def check_one_step(preset, tmp_path):
-    """Two processes take the step of one, save all of it, and write what the saved model writes."""
-    together = tmp_path / "two"
-    together.mkdir()
-    done = launched(preset, *on_cpu(preset, "tests/one_step.py"), together, "--use_cpu")
-    assert done.returncode == 0, done.stderr[-4000:]
-    for case, alone in reference(tmp_path).items():
-        kind, method = case
-        name = "-".join(case)
-        found = [torch.load(together / f"{name}.{rank}.pt") for rank in (0, 1)]
-        for rank in found:
-            assert rank["loss"] == pytest.approx(alone["loss"], rel=1e-5), case
-        one, two = saved(tmp_path / "one" / name), saved(together / name)
-        assert one.keys() == two.keys(), case
-        before = {n: p.detach() for n, p in start(kind, method).items()}
-        steps = [torch.cat([(before[n] - weights[n]).flatten() / RATE for n in sorted(one)]) for weights in (one, two)]
-        assert steps[0].norm() > 0.01
-        assert (steps[1] - steps[0]).norm() / steps[0].norm() < GRADIENTS, case
-        model = reloaded(kind, method, together / name).eval()
-        with torch.no_grad():
-            logits = model(**batch(kind)).logits
-        for rank in found:
-            torch.testing.assert_close(rank["logits"], logits, rtol=1e-5, atol=1e-5)
-        prompts = [ids[: 4 + n] for n, ids in enumerate(rows(kind)["input_ids"][:3])]
-        texts = generate(model, Writer(), prompts, batch_size=1, max_new_tokens=6)
-        assert [rank["texts"] for rank in found] == [texts, texts], case
-
-
-def start(kind, method):
-    """The trained parameters before the step, by the names that they are saved under."""
-    model = build(kind, method)
-    if method == "full":
-        return model.state_dict()
-    return get_peft_model_state_dict(model)
-
-
-@pytest.mark.slow
-def test_zero3_takes_the_step_of_one_process_and_saves_whole_models(tmp_path):
-    check_one_step("zero3", tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("preset", ["ddp", "zero1", "zero2", "fsdp2"])
-def test_every_engine_takes_the_step_of_one_process_and_saves_whole_models(preset, tmp_path):
-    check_one_step(preset, tmp_path)
 
 
 @pytest.mark.slow
