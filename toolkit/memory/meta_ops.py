@@ -1,15 +1,17 @@
 """Operators on fake tensors without the detour: a fake tensor is a meta tensor that says "cpu", so its meta kernel is asked.
 
 `FakeTensorMode` does the same after some hundred microseconds of questions that a shadow step has no use for (symbolic
-shapes, caches, constants, devices). Only operators that write to none of their arguments and have a meta kernel go this
+shapes, caches, constants, devices). Operators that write to none of their arguments and have a meta kernel go this
 way; whatever a meta kernel refuses goes the long way from then on. Layers repeat, and so do operators on tensors of the
 same shapes: what an operator returned once is remembered by its shapes, unless it shares storage with an argument.
+What an operator writes into a fake tensor, in place, is nothing: it gives back what it was given.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -17,11 +19,28 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _refused: set[Any] = set()  # operators whose meta kernel raised once
+_templates: WeakKeyDictionary[FakeTensorMode, FakeTensor] = WeakKeyDictionary()
 _remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (shape, stride, dtype) of its results
 
 
 @cache
+def _in_place(op: Any) -> str:
+    """ "self" for an operator that writes into its first argument and returns it, "nothing" for one that writes and returns
+    nothing, else "": also where it changes a size or stride."""
+    writes = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if op.namespace != "aten" or not writes or any(a.kwarg_only for a in writes) or torch.Tag.inplace_view in op.tags:
+        return ""
+    if not op._schema.returns:
+        return "nothing" if op.name().startswith(("aten::_foreach_", "aten::_fused_")) else ""
+    returned = op._schema.returns[0].alias_info
+    alone = len(op._schema.returns) == 1 and returned is not None and returned.is_write
+    return "self" if alone and writes == [op._schema.arguments[0]] else ""
+
+
+@cache
 def _has_meta_kernel(op: Any) -> bool:
+    if op.namespace == "c10d":
+        return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "Meta")
     if op.namespace != "aten" or any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments):
         return False
     name = op.name()
@@ -33,9 +52,17 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
     """`op(*args, **kwargs)`, with every tensor of the result fake if one of the arguments' is."""
     if op.name() in _INDEXING:
         args = (args[0], _places(args[1]), *args[2:])
+    in_place = _in_place(op)
+    if in_place == "self" and isinstance(args[0], FakeTensor):
+        return args[0]
+    if in_place == "nothing" and all(isinstance(tensor, FakeTensor) for tensor in args[0]):
+        return None
     if op in _refused or not _has_meta_kernel(op):
         return op(*args, **kwargs)
     fakes: list[FakeTensor] = []
+    if op.namespace == "c10d":
+        _signature(args, fakes)
+        return _run_meta(op, args, kwargs) if fakes else op(*args, **kwargs)
     signature = (op, _signature(args, fakes), *((name, _signature(value, fakes)) for name, value in kwargs.items()))
     if not fakes:
         return op(*args, **kwargs)
@@ -84,7 +111,19 @@ def _made(known: Any, mode: FakeTensorMode) -> Any:
     if known is None:
         return None
     shape, stride, dtype = known
-    return FakeTensor(mode, torch.empty_strided(shape, stride, dtype=dtype, device=_META), _CPU)
+    return fake(mode, torch.empty_strided(shape, stride, dtype=dtype, device=_META))
+
+
+def fake(mode: FakeTensorMode, meta: torch.Tensor) -> FakeTensor:
+    """`FakeTensor(mode, meta, "cpu")` with the attributes of one that was made so before: asking for each anew takes longer."""
+    if mode not in _templates:
+        _templates[mode] = FakeTensor(mode, torch.empty(0, device=_META), _CPU)
+    tensor = torch.Tensor._make_subclass(
+        FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=_CPU
+    )
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    tensor.__dict__.update(_templates[mode].__dict__)
+    return tensor
 
 
 def _run_meta(op: Any, args: tuple, kwargs: dict) -> Any:
@@ -129,7 +168,7 @@ def _as_fake(value: Any, mode: FakeTensorMode) -> Any:
     if isinstance(value, FakeTensor) or value is None:
         return value
     if isinstance(value, torch.Tensor):
-        return FakeTensor(mode, value, _CPU)
+        return fake(mode, value)
     if isinstance(value, (list, tuple)):
         return type(value)(_as_fake(item, mode) for item in value)
     return value
