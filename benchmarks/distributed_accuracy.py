@@ -27,7 +27,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,26 @@ class Configuration:
     flags: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
     zero: dict[str, Any] = field(default_factory=dict)  # instead of what the launch file's DeepSpeed JSON says
     dtype: str = "float32"
+    quantization: str = ""  # "nf4" (with double quantization) or "int8" of the frozen base
+    sizes: dict[str, int] = field(default_factory=dict)  # of the model, instead of `SIZES`
 
     @property
     def name(self) -> str:
         """Unique within `GRID`."""
-        own = [f"{k}={v}" for k, v in (self.flags | self.zero).items() if k != "ddp_bucket_cap_mb"]
-        return " ".join([self.launch, f"x{self.processes}", self.method, self.dtype, *own])
+        own = [
+            k if isinstance(v, dict) else f"{k}={v}"
+            for k, v in (self.flags | self.zero).items()
+            if k != "ddp_bucket_cap_mb"
+        ]
+        return " ".join(
+            [self.launch, f"x{self.processes}", self.method, self.dtype, *filter(None, [self.quantization]), *own]
+        )
 
 
 BF16 = {"bf16": True}
+# DeepSpeed keeps 1e9 weights in memory unless told, and everything of less than 1 MiB.
+WIDE = {"hidden_size": 1024, "num_hidden_layers": 2}
+ON_DISK = {"device": "nvme", "nvme_path": "", "buffer_count": 24, "buffer_size": 1_100_000, "max_in_cpu": 0}
 SMALL = {"stage3_max_live_parameters": 200_000, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
 GRID = [
     Configuration("zero3", flags=BF16),
@@ -77,6 +88,13 @@ GRID = [
     Configuration("fsdp2", method="lora"),
     Configuration("fsdp2", flags=BF16),
     Configuration("zero3", flags={"gradient_checkpointing": True}),
+    Configuration("zero2", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
+    Configuration("zero2", method="lora", quantization="int8"),
+    Configuration("ddp", method="lora", flags={"ddp_bucket_cap_mb": 1}, quantization="nf4"),
+    Configuration("ddp", method="lora", flags={"ddp_bucket_cap_mb": 1}, quantization="int8"),
+    Configuration("zero1", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
+    Configuration("zero1", method="lora", quantization="int8"),
+    Configuration("zero3_nvme", flags=BF16, zero={"offload_param": ON_DISK}, sizes=WIDE),
 ]
 
 
@@ -88,27 +106,48 @@ def launch_of(configuration: Configuration, folder: Path, rank: int) -> dict[str
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in env:
         settings = json.loads(Path(env["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
         settings["zero_optimization"] |= configuration.zero
+        for name in ("offload_optimizer", "offload_param"):
+            if "nvme_path" in settings["zero_optimization"].get(name, {}):
+                settings["zero_optimization"][name] |= {"nvme_path": str(folder / "swap")}
         path = folder / "deepspeed.json"
         path.write_text(json.dumps(settings), encoding="utf-8")
         env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
     return env
 
 
-def build(configuration: Configuration) -> Any:
-    """The model with its method, whole: engines partition it. On the meta device where that is the default."""
+def build(configuration: Configuration, base: Path | None = None) -> Any:
+    """The model with its method, whole: engines partition it. On the meta device where that is the default.
+
+    A quantized base is loaded from `base` (`save_base`), for it is quantized while it is loaded; on the meta device from nowhere.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     from toolkit.engine import without_partitioning
+    from toolkit.memory.meta import model_on_meta
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SIZES)
+    config, dtype = AutoConfig.for_model("llama", **SIZES | configuration.sizes), getattr(torch, configuration.dtype)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    kinds = {"nf4": nf4 | {"bnb_4bit_compute_dtype": dtype}, "int8": {"load_in_8bit": True}}
     with without_partitioning():
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, configuration.dtype))
+        if not configuration.quantization:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        elif base is None:
+            quantization = BitsAndBytesConfig(**kinds[configuration.quantization])
+            model = model_on_meta(AutoModelForCausalLM, config, dtype, quantization_config=quantization)
+        else:
+            options = {"quantization_config": BitsAndBytesConfig(**kinds[configuration.quantization])}
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map={"": "cpu"}, **options)
         if configuration.method == "lora":
             model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"]))
     return model
+
+
+def save_base(configuration: Configuration, base: Path) -> None:
+    """The weights that a quantized model is loaded from."""
+    build(replace(configuration, quantization="", method="full")).save_pretrained(base)
 
 
 def arguments(configuration: Configuration, folder: Path) -> Any:
@@ -136,7 +175,7 @@ def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
     import torch
 
     from toolkit.memory.shadow import CPU, predict
-    from toolkit.memory.sharding import world
+    from toolkit.memory.sharding import swapped_bytes, world
     from toolkit.prediction import ShadowTuner
 
     def on_meta() -> Any:
@@ -145,7 +184,8 @@ def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
 
     with world(launch_of(configuration, folder, rank)):
         args = arguments(configuration, folder)
-        return predict(on_meta, lambda m, a, callback: ShadowTuner(m, a, batches(configuration), callback), args, CPU)
+        ledger = predict(on_meta, lambda m, a, callback: ShadowTuner(m, a, batches(configuration), callback), args, CPU)
+        return replace(ledger, nvme_bytes=swapped_bytes())
 
 
 def measured_by(rank: int, configuration: Configuration, folder: Path, port: int) -> None:
@@ -165,7 +205,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     check_engine(args)
     memory = MemoryCallback()
     with sharding.uncompiled_adam():
-        trainer = ShadowTuner(build(configuration), args, batches(configuration), memory)
+        trainer = ShadowTuner(build(configuration, folder / "base"), args, batches(configuration), memory)
         trainer.add_callback(EngineCheck(trainer))
         trainer.train()
     memory.ledger.save(folder / f"rank{rank}.json")
@@ -181,6 +221,8 @@ def measured(configuration: Configuration, folder: Path) -> list[Any]:
     """
     from toolkit.memory.ledger import Ledger
 
+    if configuration.quantization:
+        in_children([lambda: save_base(configuration, folder / "base")])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -231,10 +273,12 @@ def compared(before: Any, after: Any) -> dict[str, Any]:
         },
         "peak_bytes": {"predicted": before.allocated_bytes, "measured": after.allocated_bytes},
         "host_bytes": {"predicted": before.host_bytes, "measured": after.host_bytes},
+        "nvme_bytes": {"predicted": before.nvme_bytes, "measured": after.nvme_bytes},
         "error_percent": {
             "states": percent(sum(states(before).values()), sum(states(after).values())),
             "peak": percent(before.allocated_bytes, after.allocated_bytes),
             "host": percent(before.host_bytes, after.host_bytes),
+            "nvme": percent(before.nvme_bytes, after.nvme_bytes),
             **{
                 name: percent(before.phases[name].allocated_peak_bytes, after.phases[name].allocated_peak_bytes)
                 for name in names
@@ -251,6 +295,8 @@ def estimated(configuration: Configuration) -> int | None:
 
     if configuration.launch not in ("zero2", "zero3"):
         return None
+    if configuration.quantization:
+        return None  # it knows weights of one size alone
     model = build(configuration)
     total, largest = model_to_params(model)
     assert not any(p.device == torch.device("meta") for p in model.parameters())

@@ -5,7 +5,8 @@
 
 One row of 1,024 tokens a card, bf16, gradient checkpointing, an RTX 3090's 24 GB; LoRA with the recipe's own rank. For each model,
 method and launch file the fewest cards that fit are sought, from the fewest up: more cards never hold more each. No prediction is
-made where the model's states alone exceed the card (`least_states`), which needs no prediction to be known.
+made where the model's states alone exceed the card (`least_states`), which needs no prediction to be known. Optimizers are the
+recipes' own, on cards or offloaded. A prediction takes a minute or more on a slow core, and longer the more layers there are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ MODELS = {  # of the catalogue; billions of parameters
     "meta-llama/Llama-3.1-70B": 70.55,
 }
 METHODS = ("lora", "full")
-LAUNCHES = ("single", "ddp", "zero2", "zero3")
+LAUNCHES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
+FIRST = ("single", "ddp", "zero2", "zero1", "fsdp2", "zero2_offload", "zero3", "zero3_offload")  # quick ones first
+SMALL = 9  # billions of parameters: larger models come after all else
 FLAGS = ["--max_length", "1024", "--per_device_train_batch_size", "1", "--bf16", "--gradient_checkpointing"]
 
 
@@ -42,10 +45,16 @@ def least_states(billions: float, method: str, launch: str, cards: int) -> float
     Without ZeRO weights, gradients and both moments are in fp32; with it weights and gradients are in bf16, and what is shared
     out are master weights and moments in fp32, under stage 2 also gradients, under stage 3 all (arXiv:1910.02054, section 5).
     """
+    if launch == "fsdp2":  # whole on each card while it is loaded (launch/fsdp2.yaml)
+        return billions * 1e9 * (max(4, 16 / cards) if method == "full" else 2)
     whole, shared = {
         ("lora", "zero3"): (0, 2),
         ("full", "zero3"): (0, 16),
+        ("lora", "zero3_offload"): (0, 0),
+        ("full", "zero3_offload"): (0, 0),
+        ("full", "zero2_offload"): (2, 0),
         ("full", "zero2"): (2, 14),
+        ("full", "zero1"): (4, 12),
         ("full", "single"): (16, 0),
         ("full", "ddp"): (16, 0),
     }.get((method, launch), (2, 0))
@@ -79,6 +88,7 @@ def predicted(model: str, method: str, launch: str, cards: int) -> dict[str, Any
         ledger = Ledger.load(path)
     row = {"model": model, "method": method, "launch": launch, "cards": cards, "fits": ledger.fits}
     row |= {"process_bytes": ledger.process_bytes, "allocated_bytes": ledger.allocated_bytes}
+    row["host_bytes"] = ledger.host_bytes
     return row | {"date": datetime.date.today().isoformat(), "stack": dict(ledger.stack)}
 
 
@@ -90,7 +100,7 @@ def load() -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
-    """(model, method, launch) -> what is known: the fewest cards and what each needs, that none of up to 8 fit, or nothing."""
+    """(model, method, launch) -> what is known: the fewest cards with each one's GiB (+ the machine's), "no", or an open question."""
     found = {}
     for model, billions in MODELS.items():
         for method in METHODS:
@@ -100,17 +110,33 @@ def table(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
                 tried = {row["cards"] for row in own}
                 open_ = [n for n in _candidates(billions, method, launch) if n not in tried]
                 if fitting is not None:
-                    text = f"{fitting['cards']} ({fitting['process_bytes'] / 2**30:.1f} GiB)"
+                    host = fitting.get("host_bytes", 0)
+                    text = f"{fitting['cards']} ({fitting['process_bytes'] / 2**30:.1f}" + (
+                        f" + {host / 2**30:.0f})" if host else ")"
+                    )
                 else:
-                    text = "not predicted" if open_ else "no"
+                    text = f"≥ {open_[0]}" if open_ else "no"
                 found[model, method, launch] = text
     return found
 
 
 def _candidates(billions: float, method: str, launch: str) -> list[int]:
     """The numbers of cards on which the states leave room, fewest first."""
-    numbers = (1,) if launch == "single" else (2,) if launch == "ddp" else CARDS[1:]  # DDP: on 8 as on 2
+    if launch == "single":
+        numbers: tuple[int, ...] = (1,)
+    elif launch == "ddp":
+        numbers = (2,)  # on 8 as on 2
+    else:
+        numbers = CARDS if launch.endswith("_offload") else CARDS[1:]  # one card has nobody to share with but the host
     return [n for n in numbers if least_states(billions, method, launch, n) < CARD_BYTES]
+
+
+def order() -> list[tuple[str, str, str]]:
+    """(model, launch, method), small models first; of large ones only what `_candidates` leaves is ever tried."""
+    small = [model for model, billions in MODELS.items() if billions < SMALL]
+    rest = [model for model in MODELS if model not in small]
+    cells = [(model, launch, method) for launch in FIRST for model in small for method in METHODS]
+    return cells + [(model, launch, method) for model in rest for launch in FIRST for method in METHODS]
 
 
 def main() -> int:
@@ -120,20 +146,24 @@ def main() -> int:
     args = parser.parse_args()
     result = load()
     if not args.show:
+        from toolkit.files import write_aside
+
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        for model, billions in MODELS.items():
-            for launch in reversed(LAUNCHES):
-                for method in METHODS:
-                    for cards in _candidates(billions, method, launch):
-                        key = (model, method, launch, cards)
-                        known = [r for r in result["rows"] if (r["model"], r["method"], r["launch"], r["cards"]) == key]
-                        if not known:
-                            known = [predicted(*key)]
-                            result["rows"] += known
-                            RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                            print(*key, known[0]["fits"], f"{known[0]['process_bytes'] / 2**30:.2f} GiB", flush=True)
-                        if known[0]["fits"]:
-                            break
+        for model, launch, method in order():
+            for cards in _candidates(MODELS[model], method, launch):
+                key = (model, method, launch, cards)
+                known = [r for r in result["rows"] if (r["model"], r["method"], r["launch"], r["cards"]) == key]
+                if not known:
+                    try:
+                        known = [predicted(*key)]
+                    except RuntimeError as error:  # the child's traceback stands above it
+                        print(error, flush=True)
+                        break
+                    result["rows"] += known
+                    write_aside(RESULTS, json.dumps(result, indent=1) + "\n")
+                    print(*key, known[0]["fits"], f"{known[0]['process_bytes'] / 2**30:.2f} GiB", flush=True)
+                if known[0]["fits"]:
+                    break
     for key, text in table(result["rows"]).items():
         print(*key, text)
     return 0

@@ -20,11 +20,11 @@ from toolkit.launch import Launch
 from toolkit.memory import catalogue
 from toolkit.memory.cards import Card, card_of_device
 from toolkit.memory.cuda import Cuda
-from toolkit.memory.ledger import Ledger
+from toolkit.memory.ledger import Ledger, LedgerError
 from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow import CPU, STEPS, Device, predict
-from toolkit.memory.sharding import processes, world
+from toolkit.memory.sharding import processes, swapped_bytes, world
 from toolkit.memory.units import format_bytes
 from toolkit.methods import Method
 from toolkit.models import build_on_meta, has_head, load_model_config, set_head, weights_dtype
@@ -76,7 +76,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         notes += ("what NCCL and other streams hold is not counted: it was not measured",)
         if ledger.host_bytes:
             notes += ("pinned host memory is counted as asked for; PyTorch may round each buffer up to a power of two",)
-    return replace(ledger, processes=processes(), engine=engine.kind, notes=notes)
+    return replace(ledger, processes=processes(), engine=engine.kind, nvme_bytes=swapped_bytes(), notes=notes)
 
 
 def predict_launch(
@@ -97,7 +97,10 @@ def predict_launch(
     with world(launch.of_rank(launch.processes - 1 if last else 0)):
         try:
             return predict_run(config, device)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # an engine's, on fake tensors
+        except LedgerError:
+            raise
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # an engine's, on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"memory of {config.method.name} under {launch.engine} cannot be predicted: {type(error).__name__}: {reason}"
@@ -111,7 +114,7 @@ def _refuse_unpredicted(engine: Engine, config: Config) -> None:
     if engine.kind not in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"):
         raise UserError(f"memory under {engine.kind} is not predicted; DDP, ZeRO-1 to ZeRO-3 and FSDP2 are")
     offload = {engine.optimizer_state, engine.parameters} - {"with the model"}
-    if "nvme" in offload or (offload and engine.kind == "FSDP2"):
+    if offload and engine.kind == "FSDP2":
         raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
     optim = str(getattr(config.training.optim, "value", config.training.optim))
     if offload and not optim.startswith("adamw_torch"):

@@ -7,6 +7,7 @@ and by the shadow step alike, so that both mean the same by each category.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,13 +86,29 @@ def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
     if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
         _label_offloaded(trace, optimizer, zero)
     if getattr(zero, "offload_param", False):
-        _offload(trace, [getattr(p, "ds_tensor", None) for p in zero.module.parameters()])
+        parameters = list(zero.module.parameters())
+        _offload(trace, [getattr(p, "ds_tensor", None) for p in parameters])
+        for swapper in {getattr(p, "nvme_swapper", None) for p in parameters} - {None}:
+            _offload(trace, [swapper.buffers, swapper.partitioned_swap_buffer])
+
+
+def swapped_bytes(optimizer: Any) -> int:
+    """Size of this rank's files in the folders that DeepSpeed swaps to (ZeRO-Infinity), in bytes."""
+    zero: Any = getattr(optimizer, "optimizer", None)
+    swappers = (
+        {getattr(p, "nvme_swapper", None) for p in zero.module.parameters()} if hasattr(zero, "module") else set()
+    )
+    swappers.add(getattr(zero, "optimizer_swapper", None))
+    files = [file for swapper in swappers - {None} for file in Path(swapper.swap_folder).glob("*.swp")]
+    return sum(file.stat().st_size for file in files)
 
 
 def _label_offloaded(trace: Trace, optimizer: Any, zero: Any) -> None:
     """DeepSpeed's offloaded optimizer: its state, master weights and their gradients, and pinned buffers."""
     held = [getattr(zero, name, None) for name in OFFLOADED]
     masters = list(nested_tensors(held[:2]))
+    swapper = getattr(zero, "optimizer_swapper", None)
+    held.append(getattr(getattr(swapper, "swap_buffer_manager", None), "all_buffers", None))
     gradients = [master.grad for master in masters if master.grad is not None]
     for tensor in gradients:
         trace.adopt(tensor, "gradients")

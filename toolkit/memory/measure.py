@@ -78,6 +78,7 @@ class MemoryCallback(TrainerCallback):
         self.ledger, self.problem, self.batches = None, None, []
         self._first_step = state.global_step
         self._seconds = 0.0
+        self._optimizer: Any = None
         self._device = next(model.parameters()).device
         if self.snapshot is not None and self._device.type == "cuda":
             torch.cuda.memory._record_memory_history()
@@ -182,7 +183,7 @@ class MemoryCallback(TrainerCallback):
     def _finish(self, model: Any) -> None:
         assert self._trace is not None
         context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
-        recording, host = self._recording, 0
+        recording, host, local = self._recording, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if any(event.block.offloaded for event in recording.events):  # seen only where the host's memory is traced too
             recording.close()
             recording, host = on_device(recording, self.new_trace(model)[0])
@@ -196,7 +197,8 @@ class MemoryCallback(TrainerCallback):
                 parameters=census.count_parameters(model),
                 context_bytes=context,
                 processes=int(os.environ.get("WORLD_SIZE", "1")),
-                host_bytes=host * int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                host_bytes=host * local,
+                nvme_bytes=census.swapped_bytes(self._optimizer) * local,
                 seconds=self._seconds,
             )
         except LedgerError as error:

@@ -12,9 +12,14 @@ engine makes is fake like the parameters (`Fakes`), and what it would read out o
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from toolkit.memory import meta_ops
 from toolkit.memory.isolation import isolated
 from toolkit.memory.trace import Trace
 
@@ -41,6 +47,10 @@ _FACTORIES = {
         "empty_like",
     )
 }
+_files: dict[str, int] = {}  # what this rank has written to its disk: path -> bytes
+_pinned: set[int] = (
+    set()
+)  # buffers between memory and disk, which live as long as the engine: addresses of their StorageImpl
 _open: list[Mapping[str, str]] = []  # the launch of the world that is open
 
 
@@ -63,6 +73,7 @@ def world(launch: Mapping[str, str]) -> Iterator[None]:
         stack.enter_context(isolated())
         PartialState._shared_state.clear()
         os.environ.update(launch)
+        _swap_elsewhere(stack)
         rank, size = int(launch["RANK"]), int(launch["WORLD_SIZE"])
         distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         stack.callback(distributed.destroy_process_group)
@@ -73,6 +84,32 @@ def world(launch: Mapping[str, str]) -> Iterator[None]:
         stack.callback(_open.pop)
         PartialState(cpu=True)
         yield
+
+
+def swapped_bytes() -> int:
+    """Size of all files that the ranks of one machine have written since the world was opened (ZeRO-Infinity), in bytes."""
+    return sum(_files.values()) * int(_open[-1]["LOCAL_WORLD_SIZE"]) if _open else 0
+
+
+def _swap_elsewhere(stack: ExitStack) -> None:
+    """DeepSpeed empties the folder that it swaps to: here it is given one of no use to anybody."""
+    from toolkit.engine import read_deepspeed
+
+    _files.clear()
+    _pinned.clear()
+    source = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    settings = copy.deepcopy(read_deepspeed(source)) if source else {}
+    zero = settings.get("zero_optimization", {})
+    swapping = [
+        zero[name] for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("nvme_path")
+    ]
+    if swapping:
+        folder = stack.enter_context(TemporaryDirectory())
+        for part in swapping:
+            part["nvme_path"] = folder
+        path = Path(folder) / "deepspeed.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
 
 
 @contextmanager
@@ -121,8 +158,8 @@ class Fakes(TorchDispatchMode):
                 if isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu":
                     return op(*args, **kwargs)
                 meta_args = [arg.to(_META) if isinstance(arg, torch.Tensor) else arg for arg in args]
-                return FakeTensor(self.mode, op(*meta_args, **(kwargs | {"device": _META, "pin_memory": False})), _CPU)
-        return op(*args, **kwargs)
+                return meta_ops.fake(self.mode, op(*meta_args, **(kwargs | {"device": _META, "pin_memory": False})))
+        return meta_ops.run(op, args, kwargs)
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -172,6 +209,12 @@ def begin_as_on_gpus(begin: Any) -> Any:
 def _deepspeed() -> Iterator[None]:
     """DeepSpeed joins the group, and leaves it."""
     import deepspeed
+    from deepspeed.runtime.swap_tensor import (
+        partitioned_optimizer_swapper,
+        partitioned_param_swapper,
+        pipelined_optimizer_swapper,
+    )
+    from deepspeed.utils import numa
 
     from toolkit.engine import join_deepspeed
 
@@ -179,11 +222,54 @@ def _deepspeed() -> Iterator[None]:
     kept = {name: copy.copy(value) for name, value in groups.items() if name.isupper()}
     join_deepspeed()
     try:
-        with uncompiled_adam():
+        # it counts a CPU's sockets, by a process of its own, each time that it reduces a gradient
+        with ExitStack() as stack:
+            stack.enter_context(uncompiled_adam())
+            stack.enter_context(_replaced(numa, "get_numa_cores", cache(numa.get_numa_cores)))
+            for swapper in (partitioned_optimizer_swapper, partitioned_param_swapper, pipelined_optimizer_swapper):
+                stack.enter_context(_replaced(swapper, "AsyncIOBuilder", _DiskBuilder))
             yield
     finally:
         deepspeed.comm.comm.cdb = None
         groups.update(kept)
+
+
+class _Disk:
+    """DeepSpeed's compiled handle of a disk (csrc/aio): pins buffers that are fake, and knows how large each file has become."""
+
+    def __init__(self, **options: Any) -> None:
+        self._pending = 0
+
+    def new_cpu_locked_tensor(self, numel: int, like: torch.Tensor) -> torch.Tensor:
+        tensor = torch.empty(numel, dtype=like.dtype)
+        _pinned.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in _pinned
+
+    def async_pwrite(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        _files[path] = max(_files.get(path, 0), offset + tensor.numel() * tensor.element_size())
+        self._pending += 1
+        return 0
+
+    def async_pread(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        self._pending += 1
+        return 0
+
+    def wait(self) -> int:
+        done, self._pending = self._pending, 0
+        return done
+
+
+class _DiskBuilder:
+    """Stands for `AsyncIOBuilder`, which compiles."""
+
+    def load(self, verbose: bool = True) -> Any:
+        return SimpleNamespace(aio_handle=_Disk)
 
 
 @contextmanager
