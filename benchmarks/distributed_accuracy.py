@@ -10,7 +10,8 @@ last rank, each with its own prediction where they differ. Model states are the 
 gradients and optimizer state at the end of a step; the peak is all of it, over both steps.
 
 Beside ours stand DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_model_states_mem_needs`), which
-know of model states alone. With offload, the ranks leave out the update that DeepSpeed would compile for the CPU. Ranks are forked,
+know of model states alone. With offload, the ranks leave out the update that DeepSpeed would compile for the CPU, and on a disk Python
+writes and reads the files, where DeepSpeed would compile that too. Ranks are forked,
 so that what takes half a minute to import is imported once. gloo's threads let go of their buffers when they get to it: on a busy
 machine that can show as some percent on one rank's peak.
 """
@@ -33,7 +34,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "distributed_accuracy.json"
-UNEVEN = ("zero1", "zero2", "zero2_offload", "fsdp2")  # whose ranks keep other gradients, or shards of other sizes
+UNEVEN = (
+    "zero1",
+    "zero2",
+    "zero2_offload",
+    "fsdp2",
+    "fsdp2_qlora",
+)  # whose ranks keep other gradients, or shards of other sizes
 STATES = ("parameters_trainable", "parameters_frozen", "gradients", "optimizer_state")
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"intermediate_size": 346, "vocab_size": 2003}
@@ -94,6 +101,8 @@ GRID = [
     Configuration("ddp", method="lora", flags={"ddp_bucket_cap_mb": 1}, quantization="int8"),
     Configuration("zero1", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
     Configuration("zero1", method="lora", quantization="int8"),
+    Configuration("zero3", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
+    Configuration("fsdp2_qlora", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
     Configuration("zero3_nvme", flags=BF16, zero={"offload_param": ON_DISK}, sizes=WIDE),
 ]
 
@@ -130,6 +139,8 @@ def build(configuration: Configuration, base: Path | None = None) -> Any:
     torch.manual_seed(0)
     config, dtype = AutoConfig.for_model("llama", **SIZES | configuration.sizes), getattr(torch, configuration.dtype)
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    if configuration.launch in ("zero3", "fsdp2_qlora"):
+        nf4 |= {"bnb_4bit_quant_storage": dtype}  # as `toolkit.models` sets it, for what is shared out is of one dtype
     kinds = {"nf4": nf4 | {"bnb_4bit_compute_dtype": dtype}, "int8": {"load_in_8bit": True}}
     with without_partitioning():
         if not configuration.quantization:
@@ -204,7 +215,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     args = arguments(configuration, folder)
     check_engine(args)
     memory = MemoryCallback()
-    with sharding.uncompiled_adam():
+    with sharding.uncompiled_adam(), sharding.uncompiled_disk(real_files()):
         trainer = ShadowTuner(build(configuration, folder / "base"), args, batches(configuration), memory)
         trainer.add_callback(EngineCheck(trainer))
         trainer.train()
@@ -212,6 +223,26 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     torch_distributed = sys.modules["torch.distributed"]
     torch_distributed.barrier()
     torch_distributed.destroy_process_group()
+
+
+def real_files() -> type:
+    """What stands for DeepSpeed's compiled handle of a disk, and writes real files."""
+    from toolkit.memory.sharding import Disk
+
+    class Files(Disk):
+        def async_pwrite(self, tensor: Any, path: str, offset: int) -> int:
+            tensor.detach().view(torch.uint8).numpy().tofile(path)
+            return super().async_pwrite(tensor, path, offset)
+
+        def async_pread(self, tensor: Any, path: str, offset: int) -> int:
+            nbytes = tensor.numel() * tensor.element_size()
+            tensor.detach().view(torch.uint8).numpy()[:] = numpy.fromfile(path, dtype=numpy.uint8, count=nbytes)
+            return super().async_pread(tensor, path, offset)
+
+    import numpy
+    import torch
+
+    return Files
 
 
 def measured(configuration: Configuration, folder: Path) -> list[Any]:

@@ -95,7 +95,6 @@ def test_what_does_not_fit_exits_with_1(config_only, capfd):
         ("lora", ["--launch", "sequence_parallel"], "share the tokens of a row"),
         ("lora", ["--launch", "zero2", "--fp16", "--gpu", "T4"], "--bf16"),
         ("lora", ["--launch", "zero2_offload", "--optim", "sgd"], "--optim sgd"),
-        ("qlora", ["--launch", "fsdp2_qlora", "--bf16", "--gpu", "T4"], "4-bit base under FSDP2 is not predicted yet"),
         ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be shared out"),
     ],
 )

@@ -121,8 +121,6 @@ def _refuse_unpredicted(engine: Engine, config: Config) -> None:
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is predicted for adamw_torch_fused alone")
     if engine.processes_a_row > 1:
         raise UserError("memory where processes share the tokens of a row is not predicted yet; --launch zero3 is")
-    if engine.shards_parameters and config.model.load_in_4bit:
-        raise UserError(f"memory of a 4-bit base under {engine.kind} is not predicted yet; --launch zero2 is")
     if config.training.fp16 and engine.kind.startswith("ZeRO"):
         raise UserError("memory under ZeRO is predicted for --bf16, not for --fp16; their sizes are the same")
 

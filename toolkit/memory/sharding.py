@@ -115,8 +115,11 @@ def _swap_elsewhere(stack: ExitStack) -> None:
 @contextmanager
 def engine_on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Open while a rank's shadow step runs: what its engine makes is fake too."""
+    from bitsandbytes.nn import modules as quantized
+
     ddp = nn.parallel.DistributedDataParallel
     with (
+        _replaced(quantized, "fix_4bit_weight_quant_state_from_module", _keep_quant_state),
         _replaced(ddp, "__init__", _with_hook(ddp.__init__)),
         _replaced(FakeTensor, "data_ptr", _address),
         Fakes(mode),
@@ -160,6 +163,11 @@ class Fakes(TorchDispatchMode):
                 meta_args = [arg.to(_META) if isinstance(arg, torch.Tensor) else arg for arg in args]
                 return meta_ops.fake(self.mode, op(*meta_args, **(kwargs | {"device": _META, "pin_memory": False})))
         return meta_ops.run(op, args, kwargs)
+
+
+def _keep_quant_state(module: Any) -> None:
+    """bitsandbytes gives a weight that FSDP gathered its class and its scales back; a fake tensor has a class of its own."""
+    module.weight.quant_state = module.quant_state
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -209,11 +217,6 @@ def begin_as_on_gpus(begin: Any) -> Any:
 def _deepspeed() -> Iterator[None]:
     """DeepSpeed joins the group, and leaves it."""
     import deepspeed
-    from deepspeed.runtime.swap_tensor import (
-        partitioned_optimizer_swapper,
-        partitioned_param_swapper,
-        pipelined_optimizer_swapper,
-    )
     from deepspeed.utils import numa
 
     from toolkit.engine import join_deepspeed
@@ -226,16 +229,15 @@ def _deepspeed() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(uncompiled_adam())
             stack.enter_context(_replaced(numa, "get_numa_cores", cache(numa.get_numa_cores)))
-            for swapper in (partitioned_optimizer_swapper, partitioned_param_swapper, pipelined_optimizer_swapper):
-                stack.enter_context(_replaced(swapper, "AsyncIOBuilder", _DiskBuilder))
+            stack.enter_context(uncompiled_disk(Disk))
             yield
     finally:
         deepspeed.comm.comm.cdb = None
         groups.update(kept)
 
 
-class _Disk:
-    """DeepSpeed's compiled handle of a disk (csrc/aio): pins buffers that are fake, and knows how large each file has become."""
+class Disk:
+    """DeepSpeed's compiled handle of a disk (csrc/aio) that writes nothing: it pins buffers, and knows how large each file becomes."""
 
     def __init__(self, **options: Any) -> None:
         self._pending = 0
@@ -265,11 +267,20 @@ class _Disk:
         return done
 
 
-class _DiskBuilder:
-    """Stands for `AsyncIOBuilder`, which compiles."""
+@contextmanager
+def uncompiled_disk(handle: type[Disk]) -> Iterator[None]:
+    """DeepSpeed swaps through `handle`."""
+    from deepspeed.runtime.swap_tensor import (
+        partitioned_optimizer_swapper,
+        partitioned_param_swapper,
+        pipelined_optimizer_swapper,
+    )
 
-    def load(self, verbose: bool = True) -> Any:
-        return SimpleNamespace(aio_handle=_Disk)
+    builder = SimpleNamespace(load=lambda verbose=True: SimpleNamespace(aio_handle=handle))
+    with ExitStack() as stack:
+        for swapper in (partitioned_optimizer_swapper, partitioned_param_swapper, pipelined_optimizer_swapper):
+            stack.enter_context(_replaced(swapper, "AsyncIOBuilder", lambda: builder))
+        yield
 
 
 @contextmanager
