@@ -95,6 +95,7 @@ def test_what_does_not_fit_exits_with_1(config_only, capfd):
         ("lora", ["--launch", "sequence_parallel"], "share the tokens of a row"),
         ("lora", ["--launch", "zero2", "--fp16", "--gpu", "T4"], "--bf16"),
         ("lora", ["--launch", "zero2_offload", "--optim", "sgd"], "--optim sgd"),
+        ("qlora", ["--launch", "fsdp2_qlora", "--optim", "paged_adamw_8bit"], "--optim paged_adamw_8bit under FSDP2"),
         ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be shared out"),
     ],
 )

@@ -210,6 +210,8 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     engine = asked_engine(named.get("deepspeed"), named.get("fsdp"))
     if optim and card is None and engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model":
         optim, why = None, "its state is offloaded, so that it need not be small or paged"
+    if optim and engine.kind == "FSDP2":
+        optim, why = None, "bitsandbytes' optimizers do not update FSDP2's shards"
     settings = method.defaults(given) | ({"optim": optim} if optim else {}) | named
     if settings.get("optim") == "prodigy" and "learning_rate" not in named:
         settings["learning_rate"] = 1.0  # it finds the step size itself, and this multiplies it

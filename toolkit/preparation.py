@@ -99,6 +99,13 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             f"--init_lora_weights {getattr(config.method, 'init_lora_weights', '')} under {engine.kind}: it starts from whole "
             "weights, of which each process has a share; use launch/zero2.yaml, or leave it out"
         )
+    if engine.kind == "FSDP2":
+        optim = str(getattr(config.training.optim, "value", config.training.optim))
+        if any(part in optim for part in ("8bit", "paged", "bnb")):
+            raise UserError(
+                f"--optim {optim} under FSDP2: bitsandbytes' optimizers do not update shards (DTensors); use adamw_torch_fused, "
+                "or launch/zero2.yaml"
+            )
     if engine.processes_a_row > 1:
         heads = getattr(model_config.get_text_config(), "num_attention_heads", 0)
         if model_config.is_encoder_decoder or heads % engine.processes_a_row:
