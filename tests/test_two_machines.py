@@ -14,9 +14,9 @@ from test_survival import RESUME, SMALL, TRAIN, furthest, trained
 from toolkit.checkpoints import damage, newest_first
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-LIMIT = 60  # seconds that a rank waits for another
+LIMIT = 90  # seconds that a rank waits for another
 SETTINGS = {"GLOO_SOCKET_IFNAME": "lan"}
-STEPS = ("--max_steps", "30", "--save_steps", "2", "--ddp_timeout", str(LIMIT))
+STEPS = ("--max_steps", "16", "--save_steps", "2", "--ddp_timeout", str(LIMIT))
 
 
 def ip(*words):
@@ -80,23 +80,24 @@ class Launch:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_machines_of_which_one_is_lost_go_on_to_the_same_weights(hosts, tmp_path):
     """Whoever is left waits for the lost machine no longer than --ddp_timeout, and names its rank.
 
     It is begun by accelerate's launcher on both, and begun again by forks, which need not import everything once more.
     """
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    trained(whole, "--max_steps", "30", "--save_steps", "30", processes=2)
+    trained(whole, "--max_steps", "16", "--save_steps", "16", processes=2)
     argv = (TRAIN, *SMALL, *STEPS, "--output_dir", folder)
     run = Launch(hosts, tmp_path / "first", *argv)
     began = time.monotonic()
     while not (folder / "checkpoint-2").exists():
-        assert all(one.poll() is None for one in run.launchers) and time.monotonic() < began + 300, run.text()
+        assert all(one.poll() is None for one in run.launchers) and time.monotonic() < began + 900, run.text()
         time.sleep(0.01)
     ip("-n", hosts[1], "link", "set", "lan", "down")
     end(hosts[1])
     lost = time.monotonic()
-    assert run.launchers[0].wait(LIMIT + 60) == 1, run.text()
+    assert run.launchers[0].wait(LIMIT + 120) == 1, run.text()
     assert time.monotonic() < lost + LIMIT + 30
     said = run.logs[0].read_text()
     assert said.count("error: ") == 1 and "error: rank 1 did not answer within --ddp_timeout" in said, said
