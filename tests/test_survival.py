@@ -17,6 +17,7 @@ from one_step import CASES
 from reliability import Run
 from safetensors.torch import load_file
 
+from toolkit import ranks
 from toolkit.checkpoints import (
     ASIDE,
     MANIFEST,
@@ -196,6 +197,21 @@ def test_the_fingerprint_of_the_rows_sees_tokens_and_order():
     assert rows.train_fingerprint == same.train_fingerprint != cut.train_fingerprint
     turned = replace(rows, train=rows.train.select([1, 0, 2, 3]))
     assert turned.train_fingerprint != rows.train_fingerprint
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 25000ms for recv operation to complete",
+        "Application timeout caused pair closure",
+        "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
+    ],
+)
+def test_a_time_out_is_known_by_what_each_backend_says(said, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    lost = ranks._time_out(RuntimeError(said))
+    assert lost.startswith("the rank or launcher that keeps the store did not answer within --ddp_timeout")
+    assert ranks._time_out(RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer")) is None
 
 
 # ---- real processes
