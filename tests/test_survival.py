@@ -204,7 +204,7 @@ def test_the_fingerprint_of_the_rows_sees_tokens_and_order():
     [
         "[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 25000ms for recv operation to complete",
         "Application timeout caused pair closure",
-        "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
+        "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE, Timeout(ms)=25000) ran for 25001 ms",
     ],
 )
 def test_a_time_out_is_known_by_what_each_backend_says(said, monkeypatch):
@@ -249,7 +249,7 @@ def gone_on(preset, out, *begun, processes=2):
     script = ("tests/fsdp_on_cpu.py",) if preset.startswith("fsdp") else ()
     argv = (*script, "tests/going_on.py", out, *begun, "--use_cpu")
     run = Run(*argv, log=out.with_suffix(".log"), processes=processes, preset=preset)
-    assert run.wait(600) == [0] * processes, run.text()
+    assert run.wait(1500) == [0] * processes, run.text()
 
 
 @pytest.fixture(scope="session")
@@ -456,8 +456,11 @@ def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2"])
 def test_full_and_lora_of_t5_and_llama_go_on_to_the_same_weights_under(preset, tmp_path):
+    if preset.endswith("offload") and shutil.which("c++") is None:
+        pytest.skip("offloading compiles C++ code, and there is no compiler")
     gone_on(preset, tmp_path / "two")
     for kind, method in CASES:
         case = f"{kind}-{method}"
