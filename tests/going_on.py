@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from gradients import rows
 from one_step import CASES, Writer, build
 
@@ -25,7 +24,7 @@ from toolkit.training import FineTuner, train
 ROWS_A_STEP = 4
 
 
-def steps(kind: str, method: str, folder: Path, begun: Path | None, dropout: float) -> None:
+def steps(kind: str, method: str, folder: Path, begun: Path | None) -> None:
     """The run in `folder`, from its beginning or from the checkpoint-2 in `begun`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = TrainArguments(
@@ -48,11 +47,7 @@ def steps(kind: str, method: str, folder: Path, begun: Path | None, dropout: flo
     if begun is not None:
         args.resume_from_checkpoint = str(resume_point(str(begun / "checkpoint-2"), folder))
         check_goes_on(begun / "checkpoint-2", Origin.of(asked_engine(), args, data), allow_changed_data=False)
-    model = build(kind, method)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
-    train(FineTuner(model, args, data))
+    train(FineTuner(build(kind, method), args, data))
 
 
 @exits_cleanly
@@ -62,8 +57,8 @@ def main() -> None:
     for kind, method in CASES:
         name = f"{kind}-{method}"
         if begun is None:
-            steps(kind, method, out / name, None, dropout=0.0)
-        steps(kind, method, out / f"{name}-again", (begun or out) / name, dropout=0.0)
+            steps(kind, method, out / name, None)
+        steps(kind, method, out / f"{name}-again", (begun or out) / name)
 
 
 if __name__ == "__main__":
