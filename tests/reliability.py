@@ -4,6 +4,7 @@ A start costs most of a minute of imports on a slow machine, and a fork nothing.
 own, which imports (`preloaded`) and computes nothing. A fork imports `toolkit` anew, for its modules read the rank.
 """
 
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from toolkit.launch import read_launch
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 def preload() -> None:
@@ -31,12 +33,22 @@ def preload() -> None:
     assert threading.active_count() == 1, "a fork would lack all threads but one"
 
 
-def _rank(script: str, argv: list[str], log: Path, env: dict[str, str]) -> None:
+def enter(host: str) -> None:
+    """Moves this process into the network namespace `host`, as `ip netns exec` does."""
+    with Path("/run/netns", host).open() as namespace:
+        libc = ctypes.CDLL(None, use_errno=True)  # os.setns is newer than Python 3.11
+        if libc.setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns into {host}")
+
+
+def _rank(script: str, argv: list[str], log: Path, env: dict[str, str], host: str | None) -> None:
     code: object = 1
     try:
         with log.open("w") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
+        if host is not None:
+            enter(host)
         os.chdir(ROOT)
         os.environ |= env
         sys.argv = [script, *argv]
@@ -53,9 +65,21 @@ def _rank(script: str, argv: list[str], log: Path, env: dict[str, str]) -> None:
 
 
 class Run:
-    """A script on `processes` ranks, with the environment that the launcher gives them; `log` gets what they write."""
+    """A script on `processes` ranks, with the environment that the launcher gives them; `log` gets what they write.
 
-    def __init__(self, script: str, *argv: str | Path, log: Path, processes: int = 1, preset: str = "ddp") -> None:
+    `hosts` are the network namespaces of the ranks, where they have some of their own, and `settings` more environment.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        *argv: str | Path,
+        log: Path,
+        processes: int = 1,
+        preset: str = "ddp",
+        hosts: Sequence[str] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         log.mkdir(parents=True, exist_ok=True)
         self.logs = [log / f"rank{rank}.txt" for rank in range(processes)]
         CONTEXT.set_forkserver_preload(["preloaded"])
@@ -64,14 +88,15 @@ class Run:
             port = probe.getsockname()[1]
         self.ranks = []
         for rank, file in enumerate(self.logs):
-            env = {}
+            env: dict[str, str] = {}
             if processes > 1:
                 env = read_launch(preset, processes).of_rank(rank) | {"MASTER_PORT": str(port)}
                 (log / str(rank)).mkdir(
                     exist_ok=True
                 )  # whoever says an error leaves a mark beside this, for the others
                 env |= {"TORCHELASTIC_ERROR_FILE": str(log / str(rank) / "error.json")}
-            arguments = (script, [str(a) for a in argv], file, env)
+            env |= settings or {}
+            arguments = (script, [str(a) for a in argv], file, env, hosts[rank] if hosts else None)
             self.ranks.append(CONTEXT.Process(target=_rank, args=arguments, daemon=True))
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), str(ROOT)])):  # of what forks
             for rank in self.ranks:

@@ -13,9 +13,11 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT
+from one_step import CASES
 from reliability import Run
 from safetensors.torch import load_file
 
+from toolkit import ranks
 from toolkit.checkpoints import (
     ASIDE,
     MANIFEST,
@@ -161,9 +163,15 @@ def test_what_cannot_go_on_is_refused_before_a_model_is_loaded(tmp_path):
     for change in ({"processes": 4}, {"engine": "ZeRO-3"}, {"engine": "DDP"}):
         with pytest.raises(UserError, match="was written by ZeRO-2 on 2 processes"):
             check_goes_on(kept, replace(zero, **change), allow_changed_data=True)
-    kept = checkpoint(tmp_path, 6, replace(ORIGIN, engine="FSDP2", processes=2))
-    with pytest.raises(UserError, match="FSDP2, whose checkpoints cannot be gone on from yet"):
-        check_goes_on(kept, replace(ORIGIN, engine="FSDP2", processes=2), allow_changed_data=False)
+    fsdp = replace(ORIGIN, engine="FSDP2", processes=2)
+    kept = checkpoint(tmp_path, 6, fsdp)
+    for processes in (2, 4):
+        check_goes_on(kept, replace(fsdp, processes=processes), allow_changed_data=False)
+    with pytest.raises(UserError, match="was written by FSDP2 on 2 processes, and cannot be read by DDP on 2"):
+        check_goes_on(kept, replace(fsdp, engine="DDP"), allow_changed_data=True)
+    kept = checkpoint(tmp_path, 7, replace(fsdp, engine="FSDP1"))
+    with pytest.raises(UserError, match="FSDP1, whose checkpoints cannot be gone on from"):
+        check_goes_on(kept, replace(fsdp, engine="FSDP1"), allow_changed_data=True)
     kept = checkpoint(tmp_path, 8, replace(ORIGIN, whole_state=False))
     with pytest.raises(UserError, match="--save_only_model"):
         check_goes_on(kept, ORIGIN, allow_changed_data=True)
@@ -191,11 +199,27 @@ def test_the_fingerprint_of_the_rows_sees_tokens_and_order():
     assert turned.train_fingerprint != rows.train_fingerprint
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 25000ms for recv operation to complete",
+        "Application timeout caused pair closure",
+        "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE, Timeout(ms)=25000) ran for 25001 ms",
+    ],
+)
+def test_a_time_out_is_known_by_what_each_backend_says(said, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    lost = ranks._time_out(RuntimeError(said))
+    assert lost.startswith("the rank or launcher that keeps the store did not answer within --ddp_timeout")
+    assert ranks._time_out(RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer")) is None
+
+
 # ---- real processes
 
 
 def weights(folder):
-    return load_file(folder / "adapter_model.safetensors")
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else folder / "model.safetensors")
 
 
 def furthest(one, two):
@@ -206,20 +230,26 @@ def furthest(one, two):
     return float(max((one[name] - two[name]).abs().max() for name in one) / largest)
 
 
-def trained(folder, *more, processes=1, preset="ddp", codes=0):
+def started(folder, *more, processes=1, preset="ddp", method="lora"):
+    """A run that begins."""
+    script = ("tests/fsdp_on_cpu.py", TRAIN) if preset.startswith("fsdp") else (TRAIN,)
+    argv = (*script, method, *SMALL, "--output_dir", folder, *more)
+    return Run(*argv, log=folder.with_suffix(".log"), processes=processes, preset=preset)
+
+
+def trained(folder, *more, codes=0, **settings):
     """Runs to the end; returns what was written."""
-    run = Run(
-        TRAIN,
-        *SMALL,
-        "--output_dir",
-        folder,
-        *more,
-        log=folder.with_suffix(".log"),
-        processes=processes,
-        preset=preset,
-    )
-    assert run.wait() == [codes] * processes, run.text()
+    run = started(folder, *more, **settings)
+    assert run.wait() == [codes] * len(run.ranks), run.text()
     return run.text()
+
+
+def gone_on(preset, out, *begun, processes=2):
+    """Runs tests/going_on.py."""
+    script = ("tests/fsdp_on_cpu.py",) if preset.startswith("fsdp") else ()
+    argv = (*script, "tests/going_on.py", out, *begun, "--use_cpu")
+    run = Run(*argv, log=out.with_suffix(".log"), processes=processes, preset=preset)
+    assert run.wait(1500) == [0] * processes, run.text()
 
 
 @pytest.fixture(scope="session")
@@ -422,3 +452,41 @@ def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_
     assert furthest(never, stopped) <= 1e-6
     said = trained(stopped, RESUME, "--per_device_train_batch_size", "4", codes=2)
     assert "was written by ZeRO-2 on 2 processes, and cannot be read by no engine on 1" in said
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2"])
+def test_full_and_lora_of_t5_and_llama_go_on_to_the_same_weights_under(preset, tmp_path):
+    if preset.endswith("offload") and shutil.which("c++") is None:
+        pytest.skip("offloading compiles C++ code, and there is no compiler")
+    gone_on(preset, tmp_path / "two")
+    for kind, method in CASES:
+        case = f"{kind}-{method}"
+        assert furthest(tmp_path / "two" / case, tmp_path / "two" / f"{case}-again") <= 1e-6, case
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_four_processes_go_on_from_what_fsdp2_saved_on_two(tmp_path):
+    gone_on("fsdp2", tmp_path / "two")
+    gone_on("fsdp2", tmp_path / "four", tmp_path / "two", processes=4)
+    for kind, method in CASES:
+        case = f"{kind}-{method}"
+        assert furthest(tmp_path / "two" / case, tmp_path / "four" / f"{case}-again") <= 1e-6, case
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(("preset", "method"), [("zero2", "lora"), ("zero3", "full"), ("fsdp2", "lora")])
+def test_two_processes_that_were_both_killed_go_on_to_the_same_weights_under(preset, method, tmp_path):
+    settings = {"processes": 2, "preset": preset, "method": method}
+    never, killed = tmp_path / "never", tmp_path / "killed"
+    trained(never, **settings)
+    run = started(killed, **settings)
+    when((killed / "checkpoint-2").exists, run)
+    run.signal(signal.SIGKILL)
+    assert run.wait(60) == [-signal.SIGKILL] * 2, run.text()
+    assert "resuming  from" in trained(killed, RESUME, **settings)
+    assert furthest(never, killed) <= 1e-6

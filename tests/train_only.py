@@ -1,9 +1,12 @@
-"""LoRA as its recipe trains it, without the prediction before and the scores around it, which take most of a short run's time.
+"""A method as its recipe trains it, without the prediction before and the scores around it, which take most of a short run's time.
 
-python tests/train_only.py --use_cpu --max_steps 4 --output_dir runs/trained
+python tests/train_only.py [full|lora] --use_cpu --max_steps 4 --output_dir runs/trained
 """
 
+import sys
+
 from toolkit.config import parse_config
+from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
 from toolkit.models import load_model
 from toolkit.preparation import prepare
@@ -14,7 +17,8 @@ from toolkit.training import FineTuner, train
 
 @exits_cleanly
 def main() -> None:
-    config = parse_config(Lora)
+    method = {"full": Full, "lora": Lora}[sys.argv.pop(1) if sys.argv[1] in ("full", "lora") else "lora"]
+    config = parse_config(method)
     ready = prepare(config)
     RunFolder.create(config, ready)
     model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))

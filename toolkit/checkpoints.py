@@ -235,8 +235,8 @@ def resume_point(asked: str | None, output_dir: Path) -> Path | None:
 def check_goes_on(checkpoint: Path, now: Origin, allow_changed_data: bool) -> None:
     """Raises UserError where a run like `now` cannot go on from `checkpoint`, or would silently see other rows.
 
-    The files of one process and of DDP are the same. ZeRO's are the shares of one number of processes, and of one stage. Those
-    of FSDP are not read back: with accelerate 1.15 and torch 2.13 loading LoRA on T5 ends in a KeyError for its tied tables.
+    The files of one process and of DDP are the same, and FSDP2's are read by any number of processes. ZeRO's are the shares of
+    one number of processes, and of one stage. Those of FSDP1, for which there is no launch file, are accelerate's, and not tried.
     """
     kept = _manifest(checkpoint)
     then = Origin(**kept["run"])
@@ -245,10 +245,10 @@ def check_goes_on(checkpoint: Path, now: Origin, allow_changed_data: bool) -> No
             f"--resume_from_checkpoint: {checkpoint} was saved with --save_only_model, without the optimizer's state; start "
             "anew from its weights"
         )
-    if then.engine.startswith("FSDP"):
+    if then.engine == "FSDP1":
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} was written by {then.engine}, whose checkpoints cannot be gone on from yet; "
-            "start anew, and choose launch/ddp.yaml or launch/zero2.yaml for runs that may be interrupted"
+            f"--resume_from_checkpoint: {checkpoint} was written by FSDP1, whose checkpoints cannot be gone on from; start anew "
+            "with launch/fsdp2.yaml"
         )
     same = then.engine == now.engine or {then.engine, now.engine} <= set(REPLICATED_FILES)
     if not same or (then.engine.startswith("ZeRO") and then.processes != now.processes):

@@ -19,6 +19,8 @@ from toolkit.errors import UserError
 
 FIRST_SECONDS = 1.0  # how long the other ranks let rank 0 say an error that all of them have met
 ROLL_CALL_SECONDS = 4.0  # how long after its own time-out a rank lets the others meet theirs
+# What NCCL and gloo say, and gloo within a backward pass.
+TIMED_OUT = r"(gloo|NCCL|ProcessGroup)[\s\S]*(timed out|time-?out)|Application timeout caused pair closure"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 TERMINATED = 128 + signal.SIGTERM  # 143, as shells call a process that SIGTERM ended
 
@@ -137,7 +139,7 @@ def _time_out(error: Exception) -> str | None:
     Each rank that meets its time-out says so in the store through which all have found each other; after a while those
     that have not are the ones that hang. Where the store does not answer either, it hangs with the rank or machine that keeps it.
     """
-    if not re.search(r"(gloo|NCCL|ProcessGroup)[\s\S]*(timed out|time-?out)", str(error), re.IGNORECASE):
+    if not re.search(TIMED_OUT, str(error), re.IGNORECASE):
         return None
     from torch.distributed import TCPStore, get_rank, get_world_size
 

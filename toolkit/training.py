@@ -22,7 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from toolkit.checkpoints import Origin, newest_first, readable_write_errors, written_whole
@@ -38,6 +38,7 @@ from toolkit.methods.lora import save_over_original_base
 from toolkit.optimizers import Prodigy, prodigy_arguments
 from toolkit.progress import ProgressCallback
 from toolkit.ranks import Preempted, on_any_rank, sigterm
+from toolkit.shards import load_optimizer_shards, load_weight_shards, save_shards
 from toolkit.tasks.tokenization import MASKED
 
 
@@ -181,6 +182,41 @@ class FineTuner(Trainer):
             self._push_from_checkpoint(str(final))
         if args.should_save:
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """What training goes on with beside the weights; under FSDP2 each rank's share of both (`shards`)."""
+        if not self._is_fsdp2:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(self.model, self.optimizer.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint."""
+        if self._is_fsdp2:
+            load_weight_shards(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The rest of a checkpoint."""
+        if not self._is_fsdp2 or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer_shards(self.model, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        """Puts the weights of the best checkpoint into the model."""
+        if self._is_fsdp2:
+            load_weight_shards(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _is_fsdp2(self) -> bool:
+        return asked_engine(self.args.deepspeed, self.args.fsdp).kind == "FSDP2"
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes checkpoints, and looks for those to delete."""

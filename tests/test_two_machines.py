@@ -1,0 +1,112 @@
+"""Two network namespaces as two machines: rendezvous by the flags of launch/two_machines.yaml, the loss of one, a restart of both."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import BIN, ROOT
+from reliability import Run
+from test_survival import RESUME, SMALL, TRAIN, furthest, trained
+
+from toolkit.checkpoints import damage, newest_first
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+LIMIT = 90  # seconds that a rank waits for another
+SETTINGS = {"GLOO_SOCKET_IFNAME": "lan"}
+STEPS = ("--max_steps", "16", "--save_steps", "2", "--ddp_timeout", str(LIMIT))
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def hosts():
+    """The names of two namespaces that are joined by one cable, `lan` in both; whatever runs there is killed in the end."""
+    names = [f"footprint{os.getpid()}-{number}" for number in (0, 1)]
+    made = []
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                made.append(name)
+            ip("link", "add", "lan", "netns", names[0], "type", "veth", "peer", "name", "lan", "netns", names[1])
+            for name, address in zip(names, ADDRESSES, strict=True):
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", "lan")
+                for device in ("lo", "lan"):
+                    ip("-n", name, "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
+            pytest.skip(f"network namespaces cannot be made here: they take root and `ip` of iproute2 ({reason})")
+        yield names
+    finally:
+        for name in made:
+            end(name)
+            ip("netns", "del", name)
+
+
+def end(host):
+    """Kills whatever runs on `host`."""
+    for pid in ip("netns", "pids", host).split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+class Launch:
+    """The same command on both machines, but for the machine's rank, by accelerate's own launcher; `folder` gets what each writes."""
+
+    def __init__(self, hosts, folder, *argv):
+        folder.mkdir()
+        self.logs = [folder / f"{rank}.txt" for rank in (0, 1)]
+        self.launchers = []
+        for rank, host in enumerate(hosts):
+            meet = ("--machine_rank", str(rank), "--main_process_ip", ADDRESSES[0], "--main_process_port", "29500")
+            command = [BIN / "accelerate", "launch", "--config_file", "launch/two_machines.yaml", *meet, *argv]
+            env = {**os.environ, **SETTINGS, "PYTHONPATH": str(ROOT)}
+            with self.logs[rank].open("w") as log:
+                started = subprocess.Popen(
+                    ["ip", "netns", "exec", host, *map(str, command)],
+                    cwd=ROOT,
+                    env=env,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            self.launchers.append(started)
+
+    def text(self):
+        return "\n".join(log.read_text() for log in self.logs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_machines_of_which_one_is_lost_go_on_to_the_same_weights(hosts, tmp_path):
+    """Whoever is left waits for the lost machine no longer than --ddp_timeout, and names its rank.
+
+    It is begun by accelerate's launcher on both, and begun again by forks, which need not import everything once more.
+    """
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    trained(whole, "--max_steps", "16", "--save_steps", "16", processes=2)
+    argv = (TRAIN, *SMALL, *STEPS, "--output_dir", folder)
+    run = Launch(hosts, tmp_path / "first", *argv)
+    began = time.monotonic()
+    while not (folder / "checkpoint-2").exists():
+        assert all(one.poll() is None for one in run.launchers) and time.monotonic() < began + 900, run.text()
+        time.sleep(0.01)
+    ip("-n", hosts[1], "link", "set", "lan", "down")
+    end(hosts[1])
+    lost = time.monotonic()
+    assert run.launchers[0].wait(LIMIT + 120) == 1, run.text()
+    assert time.monotonic() < lost + LIMIT + 30
+    said = run.logs[0].read_text()
+    assert said.count("error: ") == 1 and "error: rank 1 did not answer within --ddp_timeout" in said, said
+    run.launchers[1].wait(60)
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert all(damage(kept) is None for kept in newest_first(folder))
+    ip("-n", hosts[1], "link", "set", "lan", "up")
+    meet = SETTINGS | {"MASTER_ADDR": ADDRESSES[0]}
+    again = Run(*argv, RESUME, log=tmp_path / "again", processes=2, preset="two_machines", hosts=hosts, settings=meet)
+    assert again.wait() == [0, 0], again.text()
+    assert re.search(r"resuming +from .*checkpoint-\d+", again.text())
+    assert furthest(whole, folder) <= 1e-6
