@@ -141,24 +141,28 @@ def arguments(folder: Path, batch_size: int, **settings: Any) -> TrainArguments:
     return TrainArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_size,
-        save_strategy="no",
         logging_steps=1,
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **settings,
+        **{"save_strategy": "no"} | settings,
+    )
+
+
+def task_data(kind: str) -> SimpleNamespace:
+    """As much of `data.TaskData` as training asks for."""
+    return SimpleNamespace(
+        task=SimpleNamespace(model_kind="generating"),
+        train=rows(kind),
+        validation=rows(kind),
+        encoder=SimpleNamespace(tokenizer=Writer()),
+        train_fingerprint="the same",
     )
 
 
 def trained(kind: str, method: str, bases: Path, args: TrainArguments) -> tuple[FineTuner, dict[str, int]]:
     """The trainer after training, its model saved in the run's folder; and the `packed` weights of its base as loaded."""
     check_engine(args)
-    data = SimpleNamespace(
-        task=SimpleNamespace(model_kind="generating"),
-        train=rows(kind),
-        validation=rows(kind),
-        encoder=SimpleNamespace(tokenizer=Writer()),
-    )
     base = load(bases / kind, method, args)
     packed: dict[str, int] = {}
     for parameter in base.parameters():
@@ -166,7 +170,7 @@ def trained(kind: str, method: str, bases: Path, args: TrainArguments) -> tuple[
             how = "shared out" if hasattr(parameter, "ds_tensor") else "whole"
             stored = f"{str(parameter.dtype).removeprefix('torch.')}, {how}"
             packed[stored] = packed.get(stored, 0) + 1
-    trainer = FineTuner(attach(base, kind, method), args, data)
+    trainer = FineTuner(attach(base, kind, method), args, task_data(kind))
     train(trainer)
     return trainer, packed
 

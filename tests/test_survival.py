@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT
-from one_step import CASES
+from going_on import CASES
 from reliability import Run
 from safetensors.torch import load_file
+from same_training import save_bases
 
 from toolkit import ranks
 from toolkit.checkpoints import (
@@ -244,10 +245,18 @@ def trained(folder, *more, codes=0, **settings):
     return run.text()
 
 
-def gone_on(preset, out, *begun, processes=2):
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """The models that tests/going_on.py begins with."""
+    folder = tmp_path_factory.mktemp("bases")
+    save_bases(folder)
+    return folder
+
+
+def gone_on(preset, bases, out, *begun, processes=2):
     """Runs tests/going_on.py."""
     script = ("tests/fsdp_on_cpu.py",) if preset.startswith("fsdp") else ()
-    argv = (*script, "tests/going_on.py", out, *begun, "--use_cpu")
+    argv = (*script, "tests/going_on.py", bases, out, *begun)
     run = Run(*argv, log=out.with_suffix(".log"), processes=processes, preset=preset)
     assert run.wait(1500) == [0] * processes, run.text()
 
@@ -458,10 +467,10 @@ def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2"])
-def test_full_and_lora_of_t5_and_llama_go_on_to_the_same_weights_under(preset, tmp_path):
+def test_full_and_lora_of_t5_and_llama_go_on_to_the_same_weights_under(preset, bases, tmp_path):
     if preset.endswith("offload") and shutil.which("c++") is None:
         pytest.skip("offloading compiles C++ code, and there is no compiler")
-    gone_on(preset, tmp_path / "two")
+    gone_on(preset, bases, tmp_path / "two")
     for kind, method in CASES:
         case = f"{kind}-{method}"
         assert furthest(tmp_path / "two" / case, tmp_path / "two" / f"{case}-again") <= 1e-6, case
@@ -469,9 +478,9 @@ def test_full_and_lora_of_t5_and_llama_go_on_to_the_same_weights_under(preset, t
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_four_processes_go_on_from_what_fsdp2_saved_on_two(tmp_path):
-    gone_on("fsdp2", tmp_path / "two")
-    gone_on("fsdp2", tmp_path / "four", tmp_path / "two", processes=4)
+def test_four_processes_go_on_from_what_fsdp2_saved_on_two(bases, tmp_path):
+    gone_on("fsdp2", bases, tmp_path / "two")
+    gone_on("fsdp2", bases, tmp_path / "four", tmp_path / "two", processes=4)
     for kind, method in CASES:
         case = f"{kind}-{method}"
         assert furthest(tmp_path / "two" / case, tmp_path / "four" / f"{case}-again") <= 1e-6, case
