@@ -112,8 +112,9 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             what = (
                 "an encoder-decoder model" if model_config.is_encoder_decoder else f"a model of {heads} attention heads"
             )
+            name = config.model.model_name_or_path or "the embedded tiny T5"
             raise UserError(
-                f"{config.model.source} is {what}; sharing rows among {engine.processes_a_row} processes takes a GPT-like model "
+                f"{name} is {what}; sharing rows among {engine.processes_a_row} processes takes a GPT-like model "
                 "whose number of heads they divide: choose another model or launch file"
             )
 
