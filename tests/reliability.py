@@ -1,10 +1,13 @@
-"""Real processes that are killed and started again, dozens of times: forks of one that has imported everything.
+"""Real ranks under the files of launch/, dozens of times, also killed: forks of one process that has imported everything.
 
 A start costs most of a minute of imports on a slow machine, and a fork nothing. What forks is a process of multiprocessing's
 own, which imports (`preloaded`) and computes nothing. A fork imports `toolkit` anew, for its modules read the rank.
 """
 
+import contextlib
 import ctypes
+import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -18,19 +21,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
-from toolkit.launch import read_launch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+from toolkit.launch import FOLDER, read_launch
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CLONE_NEWNET = 0x40000000  # linux/sched.h
+LATER = (  # what a recipe imports once it knows that it needs it
+    "bitsandbytes",
+    "deepspeed",
+    "evaluate",
+    "peft.tuners.lora.bnb",
+    "rouge_score.rouge_scorer",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.t5.modeling_t5",
+    "transformers.models.t5.tokenization_t5",
+)
 
 
 def preload() -> None:
     """Imports what a recipe imports, and forgets the project's own modules."""
     runpy.run_path(str(ROOT / "recipes" / "lora.py"), run_name="imported")
+    for name in LATER:
+        with contextlib.suppress(ImportError):  # not every system has them
+            importlib.import_module(name)
     for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
         del sys.modules[name]
     assert threading.active_count() == 1, "a fork would lack all threads but one"
+    gc.freeze()  # a fork that collected what was imported would copy all of its memory
 
 
 def enter(host: str) -> None:
@@ -64,8 +86,17 @@ def _rank(script: str, argv: list[str], log: Path, env: dict[str, str], host: st
         os._exit(code if isinstance(code, int) else 1)
 
 
+def _single() -> dict[str, str]:
+    """What accelerate's launcher adds to the environment under launch/single.yaml."""
+    arguments = ["--config_file", str(FOLDER / "single.yaml"), "train.py"]
+    _, env = prepare_simple_launcher_cmd_env(_validate_launch_command(launch_command_parser().parse_args(arguments))[0])
+    return {name: value for name, value in env.items() if os.environ.get(name) != value}
+
+
 class Run:
     """A script on `processes` ranks, with the environment that the launcher gives them; `log` gets what they write.
+
+    One process has that of launch/single.yaml where `preset` says so, and else none: it is not launched.
 
     `hosts` are the network namespaces of the ranks, where they have some of their own, and `settings` more environment.
     """
@@ -88,7 +119,7 @@ class Run:
             port = probe.getsockname()[1]
         self.ranks = []
         for rank, file in enumerate(self.logs):
-            env: dict[str, str] = {}
+            env: dict[str, str] = _single() if preset == "single" else {}
             if processes > 1:
                 env = read_launch(preset, processes).of_rank(rank) | {"MASTER_PORT": str(port)}
                 (log / str(rank)).mkdir(

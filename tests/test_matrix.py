@@ -15,11 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, recipe
 from ledgers import assert_same
-from tiny_models import ENCODER_DECODERS, tiny_config
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from tiny_models import save_with_tokenizer, tiny_config
 
 from toolkit import prediction
-from toolkit.embedded import MODEL_DIR
 from toolkit.files import write_aside
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
@@ -73,14 +71,8 @@ CELLS = [
 def folder(tmp_path_factory) -> Path:
     """Tiny models of each architecture with random weights and the embedded model's tokenizer, and two data sets."""
     place = tmp_path_factory.mktemp("matrix")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     for name in ARCHITECTURES:
-        config = tiny_config(name)
-        config.vocab_size, config.eos_token_id = len(tokenizer) + 5, tokenizer.eos_token_id
-        config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
-        family = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
-        family.from_config(config).save_pretrained(place / name)
-        tokenizer.save_pretrained(place / name)
+        save_with_tokenizer(tiny_config(name), place / name)
     texts = [f"#Person1#: I saw {n} cats.\n#Person2#: Really, {n} cats?" for n in range(2, 14)]
     for task, names, answers in (
         ("generation", ("dialogue", "summary"), [f"Person1 saw {n} cats." for n in range(2, 14)]),

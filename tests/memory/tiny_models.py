@@ -1,7 +1,11 @@
 """Tiny models of the five architectures that the tests run on; real classes of transformers, random weights."""
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedConfig
+
+from toolkit.embedded import MODEL_DIR
 
 CONFIGS = {
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 256},
@@ -48,6 +52,18 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **kwargs):
     torch.manual_seed(0)
     family = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
     return family.from_config(tiny_config(name), dtype=dtype, **kwargs)
+
+
+def save_with_tokenizer(config: PreTrainedConfig, folder: Path) -> Path:
+    """Leaves in `folder` a model of `config` with random weights, and the embedded model's tokenizer, to which it is fitted."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    config.vocab_size, config.eos_token_id = len(tokenizer) + 5, tokenizer.eos_token_id
+    config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
+    family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    torch.manual_seed(0)
+    family.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def rows(name: str, number: int, length: int = 32, target_length: int = 16) -> list[dict]:
