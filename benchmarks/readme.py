@@ -168,6 +168,47 @@ def combinations() -> str:
     return "\n".join(lines)
 
 
+def launches() -> str:
+    """Which recipe runs under which file of launch/, and how its ranks ended; why others do not."""
+    path = RESULTS / "launch_matrix.json"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+    if not cells:
+        return "No cell has been run yet: `make matrix`."
+    columns = ("full", "lora", "qlora")
+    rows: dict[str, dict[str, str]] = {}
+    others: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        preset, method, *model = name.split("-")
+        row = f"`{preset}`" + (f", {model[0]} model" if model else "")
+        found = rows.setdefault(row, {})
+        if method in columns:
+            found[method] = cell["outcome"]
+        else:
+            others.setdefault(row, []).append(cell["outcome"])
+        if cell["outcome"] == "refused":
+            reasons.setdefault(cell["reason"], []).append(f"{row} `{method}`")
+    lines = ["| | `full` | `lora` | `qlora` | the other recipes |", "|---|---|---|---|---|"]
+    for row, found in rows.items():
+        rest = others.get(row, [])
+        last = f"{rest.count('runs')} of {len(rest)} run" if rest else ""
+        lines.append(f"| {row} | {' | '.join(found.get(column, 'not run') for column in columns)} | {last} |")
+    together = [cell for cell in cells.values() if cell["processes"] > 1 and cell["outcome"] != "refused"]
+    codes = [code for cell in together for code in cell["codes"]]
+    swapped = [cell["swapped_bytes"] for cell in cells.values() if "swapped_bytes" in cell]
+    dates = sorted(cell["date"] for cell in cells.values())
+    disk = f"; under `zero3_nvme` each left {min(swapped) / 2**20:.0f} MiB or more on the disk" if swapped else ""
+    lines += [
+        "",
+        f"{len(together)} runs of 2 processes: exit code 0 on {codes.count(0)} of {len(codes)} ranks, {sum(code < 0 for code in codes)} "
+        f"aborts{disk}. {len(cells)} cells, {dates[0]} to {dates[-1]}; `make matrix` runs all.",
+    ]
+    if reasons:
+        lines += ["Refused, with the recipe's own words:", ""]
+        lines += [f"- {', '.join(places)}: {reason}" for reason, places in reasons.items()]
+    return "\n".join(lines)
+
+
 def prediction_speed() -> str:
     """Seconds of CPU for a prediction, by model and by number of layers."""
     result = json.loads((RESULTS / "prediction_speed.json").read_text(encoding="utf-8"))
@@ -273,6 +314,7 @@ PARTS = {
     "prediction speed": prediction_speed,
     "methods": methods,
     "combinations": combinations,
+    "launches": launches,
     "reliability": reliability,
 }
 

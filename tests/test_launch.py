@@ -1,10 +1,8 @@
 """The files of launch/ as they stand, on two real processes: they train, save whole models, and end together."""
 
-import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 from types import SimpleNamespace
@@ -14,15 +12,13 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import BIN, ROOT, recipe, run
+from reliability import Run
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, T5Config
+from transformers import LlamaConfig, T5Config
 
-from toolkit.embedded import MODEL_DIR
 from toolkit.engine import Engine, asked_engine, read_deepspeed
 from toolkit.errors import UserError
-from toolkit.finished_run import FinishedRun
 from toolkit.launch import read_launch
-from toolkit.methods import METHODS
 from toolkit.methods.lora import Lora
 from toolkit.preparation import check_combination
 
@@ -195,44 +191,17 @@ def test_two_processes_that_become_one_are_refused_before_anything_is_loaded(tmp
     assert done.stderr.count("error: several processes were asked for, and 1 runs") == 1
 
 
-SWEEP = [
-    (preset, name)
-    for preset in ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2", "fsdp2_qlora")
-    for name in sorted(METHODS)
-    if name in ("full", "lora", "qlora") or preset in ("ddp", "zero2")
-]
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize(("preset", "name"), SWEEP)
-def test_recipes_run_under_presets(preset, name, tmp_path):
-    if preset.endswith("offload") and shutil.which("c++") is None:
-        pytest.skip("offloading compiles C++ code, and there is no compiler")
-    folder = tmp_path / "run"
-    steps = SHORT if METHODS[name].trains else TINY[:4]
-    done = launched(preset, *on_cpu(preset, f"recipes/{name}.py"), "--use_cpu", *steps, "--output_dir", folder)
-    assert done.returncode == 0, done.stderr[-4000:]
-    record = json.loads((folder / "run.json").read_text())
-    assert record["finished"] and record["processes"] == 2
-    if METHODS[name].trains:
-        assert re.search(rf"^ +engine  {ENGINES[preset].kind} on 2 processes", done.stdout, re.M)
-        alone = FinishedRun(folder)  # on this process, from what was saved
-        with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                assert alone.generate([row["text"]]) == [row["tuned"].strip()]
-
-
 @pytest.mark.slow
 @pytest.mark.long
 def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv, tmp_path):
     model = ("--model_name_or_path", data / "models" / "stories260k", "--lora_dropout", "0")
     rows_of = ("--dataset_name", small_csv, *SHORT[:6], "--per_device_train_batch_size", "1", *SHORT[8:])
     together, alone = tmp_path / "two", tmp_path / "one"
-    done = launched("sequence_parallel", "recipes/lora.py", "--use_cpu", *model, *rows_of, "--output_dir", together)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert re.search(r"^ +engine  ZeRO-3 on 2 processes, 2 sharing each row$", done.stdout, re.M)
-    done = recipe("lora", *model, *rows_of, "--output_dir", alone)
+    shared = ("--use_cpu", *model, *rows_of, "--output_dir")
+    run = Run("recipes/lora.py", *shared, together, log=tmp_path / "log", processes=2, preset="sequence_parallel")
+    assert run.wait() == [0, 0], run.text()
+    assert re.search(r"^ +engine  ZeRO-3 on 2 processes, 2 sharing each row$", run.text(), re.M)
+    done = recipe("lora", *shared, alone)
     assert done.returncode == 0, done.stderr
     first = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] for folder in (together, alone)]
     assert first[0] == pytest.approx(first[1], rel=1e-4)
@@ -243,10 +212,13 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
     asked = asked_engine()
-    model = SimpleNamespace(load_in_8bit=False, source="a-model")
+    model = SimpleNamespace(load_in_8bit=False, model_name_or_path="a-model")
     config, lora = T5Config(num_heads=4), Lora()
     with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
         check_combination(asked, SimpleNamespace(model=model, method=lora), config)
+    default = SimpleNamespace(load_in_8bit=False, model_name_or_path=None)
+    with pytest.raises(UserError, match="the embedded tiny T5 is an encoder-decoder model"):
+        check_combination(asked, SimpleNamespace(model=default, method=lora), config)
     with pytest.raises(UserError, match="a model of 3 attention heads"):
         check_combination(
             asked, SimpleNamespace(model=model, method=lora), LlamaConfig(num_attention_heads=3, hidden_size=48)
@@ -260,30 +232,3 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):
         check_combination(Engine(2, "FSDP2"), pissa, config)
     check_combination(Engine(2, "ZeRO-2"), pissa, config)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_nvme_offload_leaves_bytes_in_its_folder(small_csv, tmp_path):
-    """A share of the embedding is 2 MiB: DeepSpeed keeps tensors of less than 1 MiB in memory."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if shutil.which("c++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("NVMe offload needs a C++ compiler and libaio")
-    folder = tmp_path / "wide"
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    tokenizer.save_pretrained(folder)
-    special = {"decoder_start_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
-    width = 4 * 2**20 // 4 // len(tokenizer) // 64 * 64 + 64
-    T5Config(
-        d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4, vocab_size=len(tokenizer), **special
-    ).save_pretrained(folder)
-    model = ("--model_name_or_path", folder, "--random_weights", "--dataset_name", small_csv)
-    began = time.time()
-    done = launched("zero3_nvme", "recipes/full.py", "--use_cpu", *model, *SHORT, "--output_dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert re.search(
-        r"^ +engine  ZeRO-3 on 2 processes, optimizer state on nvme, parameters on nvme$", done.stdout, re.M
-    )
-    swapped = [path for path in (ROOT / "runs" / "swap").rglob("*") if path.is_file() and path.stat().st_mtime > began]
-    assert sum(path.stat().st_size for path in swapped) > 4 * 2**20
