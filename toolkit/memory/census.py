@@ -6,7 +6,7 @@ and by the shadow step alike, so that both mean the same by each category.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +88,22 @@ def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
     if getattr(zero, "offload_param", False):
         parameters = list(zero.module.parameters())
         _offload(trace, [getattr(p, "ds_tensor", None) for p in parameters])
-        for swapper in {getattr(p, "nvme_swapper", None) for p in parameters} - {None}:
+        for swapper in _swappers(parameters):
             _offload(trace, [swapper.buffers, swapper.partitioned_swap_buffer])
 
 
 def swapped_bytes(optimizer: Any) -> int:
     """Size of this rank's files in the folders that DeepSpeed swaps to (ZeRO-Infinity), in bytes."""
     zero: Any = getattr(optimizer, "optimizer", None)
-    swappers = (
-        {getattr(p, "nvme_swapper", None) for p in zero.module.parameters()} if hasattr(zero, "module") else set()
-    )
-    swappers.add(getattr(zero, "optimizer_swapper", None))
-    files = [file for swapper in swappers - {None} for file in Path(swapper.swap_folder).glob("*.swp")]
+    swappers = _swappers(zero.module.parameters()) if hasattr(zero, "module") else []
+    swappers += filter(None, [getattr(zero, "optimizer_swapper", None)])
+    files = [file for swapper in swappers for file in Path(swapper.swap_folder).glob("*.swp")]
     return sum(file.stat().st_size for file in files)
+
+
+def _swappers(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """What moves `parameters` between memory and disk: DeepSpeed has one for all."""
+    return list({p.nvme_swapper: None for p in parameters if getattr(p, "nvme_swapper", None) is not None})
 
 
 def _label_offloaded(trace: Trace, optimizer: Any, zero: Any) -> None:
