@@ -232,3 +232,14 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):
         check_combination(Engine(2, "FSDP2"), pissa, config)
     check_combination(Engine(2, "ZeRO-2"), pissa, config)
+
+
+def test_a_4_bit_base_goes_to_a_disk_in_bf16_alone():
+    """In fp32 the matrices beside it would meet bf16 in the first product."""
+    nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
+    model, config = SimpleNamespace(load_in_8bit=False, load_in_4bit=True), T5Config(num_heads=4)
+    with pytest.raises(UserError, match=r"--load_in_4bit in fp32 under ZeRO-3 on 2 processes, .* add --bf16"):
+        check_combination(
+            nvme, SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(bf16=False)), config
+        )
+    check_combination(nvme, SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(bf16=True)), config)

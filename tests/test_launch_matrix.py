@@ -65,14 +65,15 @@ def models(tmp_path_factory) -> Path:
     """A tiny Llama, and a T5 so wide that a process's share of its embedding is more than `SWAPPED` bytes."""
     place = tmp_path_factory.mktemp("models")
     save_with_tokenizer(tiny_config("llama"), place / "llama")
-    save_with_tokenizer(T5Config(d_model=1024, d_kv=16, d_ff=64, num_layers=1, num_heads=4), place / "wide")
+    save_with_tokenizer(T5Config(d_model=1536, d_kv=16, d_ff=64, num_layers=1, num_heads=4), place / "wide")
     return place
 
 
 def flags(cell: Cell, models: Path, data: Path) -> tuple[str | Path, ...]:
     model = () if cell.model == "embedded" else ("--model_name_or_path", models / cell.model)
     steps = SHORT if METHODS[cell.method].trains else TINY[:4]
-    return ("--use_cpu", "--dataset_name", data, "--max_length", "64", *model, *steps)
+    precision = ("--bf16",) if (cell.preset, cell.method) == ("zero3_nvme", "qlora") else ()  # refused without
+    return ("--use_cpu", "--dataset_name", data, "--max_length", "64", *model, *steps, *precision)
 
 
 def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:

@@ -99,6 +99,11 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             f"--init_lora_weights {getattr(config.method, 'init_lora_weights', '')} under {engine.kind}: it starts from whole "
             "weights, of which each process has a share; use launch/zero2.yaml, or leave it out"
         )
+    if engine.parameters == "nvme" and config.model.load_in_4bit and not config.training.bf16:
+        raise UserError(
+            f"--load_in_4bit in fp32 under {engine}: what DeepSpeed 0.19 reads back from the disk is bf16 there; add --bf16, or use "
+            "launch/zero3_offload.yaml"
+        )
     if engine.kind == "FSDP2":
         optim = str(getattr(config.training.optim, "value", config.training.optim))
         if any(part in optim for part in ("8bit", "paged", "bnb")):
