@@ -65,13 +65,10 @@ def predict(model: str, method: str, launch: str, cards: int, path: Path) -> Non
     """Writes the ledger of one card to `path`."""
     from toolkit.launch import read_launch
     from toolkit.memory.cards import find_card
-    from toolkit.memory.cuda import Cuda
-    from toolkit.methods import METHODS as ALL
-    from toolkit.prediction import predict_launch
+    from toolkit.prediction import Launched
 
-    card = find_card(CARD)
     flags = ["--model_name_or_path", model, *FLAGS]
-    predict_launch(ALL[method], flags, read_launch(launch, cards), card, Cuda(card)).save(path)
+    Launched(method, flags, read_launch(launch, cards), find_card(CARD)).predict().save(path)
 
 
 def predicted(model: str, method: str, launch: str, cards: int) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Which recipe runs under which file of launch/. A cell is a run of the recipe itself on real ranks: two steps, saved whole,
-read back on one process, and all ranks gone with exit code 0, or refused with the recipe's own reason.
+read back on one process, held to its prediction, and all ranks gone with exit code 0, or refused with the recipe's own reason.
 
 `make matrix` runs every cell and writes benchmarks/results/launch_matrix.json, from which README's table is made; without
 `--matrix` a few cells that change daily are run and compared with that file.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, recipe
+from ledgers import assert_same
 from reliability import Run
 from test_launch import PRESETS, SHORT, TINY, on_cpu
 from tiny_models import save_with_tokenizer, tiny_config
@@ -25,6 +26,7 @@ from toolkit.files import write_aside
 from toolkit.finished_run import FinishedRun
 from toolkit.launch import read_launch
 from toolkit.memory.environment import stack_versions
+from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
 
 RESULTS = ROOT / "benchmarks" / "results" / "launch_matrix.json"
@@ -104,6 +106,10 @@ def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
         home = {what: "with the model" for what, where in moved.items() if where == "cpu"}  # of a CPU, the same memory
         engine = replace(engine, **home)
         assert re.findall(r"^ +engine  (.*)$", said, re.M) == [str(engine)], said
+    if cell.preset == "sequence_parallel":
+        assert said.count("not predicted: memory where processes share the tokens of a row") == 2, said
+    else:
+        assert_same(Ledger.load(folder / "predicted_memory.json"), Ledger.load(folder / "memory.json"))  # of rank 0
     alone = FinishedRun(folder)  # on this process, from what was saved
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))

@@ -208,10 +208,12 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     named = from_file | given
     optim, why = method.optimizer(_on_gpu(named, card))
     engine = asked_engine(named.get("deepspeed"), named.get("fsdp"))
-    if optim and card is None and engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model":
+    if optim and engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model":
         optim, why = None, "its state is offloaded, so that it need not be small or paged"
     if optim and engine.kind == "FSDP2":
         optim, why = None, "bitsandbytes' optimizers do not update FSDP2's shards"
+    if card is None and not named.get("use_cpu"):
+        _check_gpus()
     settings = method.defaults(given) | ({"optim": optim} if optim else {}) | named
     if settings.get("optim") == "prodigy" and "learning_rate" not in named:
         settings["learning_rate"] = 1.0  # it finds the step size itself, and this multiplies it
@@ -231,6 +233,16 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     return Config(own, model, data, _build_training(settings, own, model), reason, why, predict)
 
 
+def _check_gpus() -> None:
+    """Raises UserError where two processes of this machine would take the same GPU."""
+    local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < there < local:
+        raise UserError(
+            f"{local} processes were started on this machine, which has {there} GPU{'s' if there > 1 else ''}: launch with "
+            f"--num_processes {there}"
+        )
+
+
 def _on_gpu(settings: dict[str, Any], card: Card | None) -> bool:
     return card is not None or (torch.cuda.is_available() and not settings.get("use_cpu"))
 
@@ -244,7 +256,7 @@ def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tupl
     if bf16 and fp16:
         raise UserError("--bf16 and --fp16 exclude each other; give one of them")
     on_gpu = _on_gpu(settings, card)
-    launched = "no" if card is not None else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if bf16 is None and fp16 is None and launched in ("bf16", "fp16"):
         return launched == "bf16", launched == "fp16", f"{launched}: the launch configuration"
     if fp16 and not on_gpu:
@@ -254,8 +266,11 @@ def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tupl
         return bool(bf16), bool(fp16), f"{name}: as asked for"
     if not on_gpu:
         return False, False, "fp32: " + ("--use_cpu" if settings.get("use_cpu") else "no GPU")
-    major, minor = card.capability if card else torch.cuda.get_device_capability()
-    has_bf16 = card.has_bf16 if card else torch.cuda.is_bf16_supported(including_emulation=False)
+    if card is not None:
+        (major, minor), has_bf16 = card.capability, card.has_bf16
+    else:
+        major, minor = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))  # not chosen yet
+        has_bf16 = major >= 8  # Ampere and later
     return has_bf16, False, f"{'bf16' if has_bf16 else 'fp32'}: compute capability {major}.{minor}"
 
 

@@ -20,7 +20,6 @@ FOLDER = Path(__file__).resolve().parents[1] / "launch"
 class Launch:
     """A launch file as accelerate understands it, for a number of processes."""
 
-    path: Path
     processes: int
     machines: int
     env: Mapping[str, str]  # what accelerate's launcher leaves in the environment of rank 0
@@ -70,7 +69,18 @@ def read_launch(name: str, processes: int | None = None) -> Launch:
         beside = path.parent.parent / source  # paths in launch/ are read from the repository's root
         env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(beside if beside.is_file() else Path(source).resolve())
         read_deepspeed(env["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
-    return Launch(path, processes, machines, env)
+    return Launch(processes, machines, env)
+
+
+ONE_PROCESS = Launch(1, 1, {})
+
+
+def current_launch() -> Launch:
+    """The one that this process is a rank of."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    ranks = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(local)}
+    return Launch(processes, processes // local, {**os.environ, **ranks})
 
 
 def _find(name: str) -> Path:

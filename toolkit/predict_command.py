@@ -35,33 +35,27 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
             "--num_processes has no effect without --launch; add for instance --launch zero3, or leave it out"
         )
     with _stdout_kept_clean() as out:
+        import torch
         from rich.console import Console
 
-        from toolkit.config import parse_config
+        from toolkit.launch import ONE_PROCESS, read_launch
+        from toolkit.memory.cards import find_card, generic_card
         from toolkit.memory.report import print_ledger
-        from toolkit.memory.shadow import CPU, Device
         from toolkit.methods import METHODS
-        from toolkit.prediction import predict_launch, predict_run
+        from toolkit.prediction import Launched, this_card
 
         if method not in METHODS:
             raise UserError(
                 f"unknown method {method!r}{did_you_mean(method, METHODS)}; there are: {', '.join(sorted(METHODS))}"
             )
-        card = None
-        device: Device = CPU
         if args.gpu or args.gpu_memory:
-            from toolkit.memory.cards import find_card, generic_card
-            from toolkit.memory.cuda import Cuda
-
             card = find_card(args.gpu) if args.gpu else generic_card(args.gpu_memory)
-            device = Cuda(card)
-        if args.launch is not None:
-            from toolkit.launch import read_launch
-
-            launch = read_launch(args.launch, args.num_processes)
-            ledger = predict_launch(METHODS[method], rest, launch, card, device)
         else:
-            ledger = predict_run(parse_config(METHODS[method], rest, card), device)
+            card = None if "--use_cpu" in rest else this_card()
+        launch = read_launch(args.launch, args.num_processes) if args.launch is not None else ONE_PROCESS
+        launched = Launched(method, rest, launch, card)
+        apart = launch.engine.kind != "no engine" and torch.cuda.is_available()
+        ledger = launched.predict_apart() if apart else launched.predict()
         if args.json:
             print(json.dumps(ledger.to_json()), file=out)
         else:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from toolkit.config import Config, parse_config
 from toolkit.console import console, is_main, say
 from toolkit.data import label_names, lengths
-from toolkit.engine import Engine, asked_engine, without_partitioning
+from toolkit.engine import Engine, asked_engine, share_tied_tables, without_partitioning
 from toolkit.errors import UserError
-from toolkit.launch import Launch
+from toolkit.launch import Launch, current_launch
 from toolkit.memory import catalogue
 from toolkit.memory.cards import Card, card_of_device
 from toolkit.memory.cuda import Cuda
@@ -26,9 +32,10 @@ from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow import CPU, STEPS, Device, predict
 from toolkit.memory.sharding import processes, swapped_bytes, world
 from toolkit.memory.units import format_bytes
-from toolkit.methods import Method
+from toolkit.methods import METHODS
 from toolkit.models import build_on_meta, has_head, load_model_config, set_head, weights_dtype
 from toolkit.preparation import check_combination
+from toolkit.ranks import decided_by_main
 from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
 
@@ -79,32 +86,69 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     return replace(ledger, processes=processes(), engine=engine.kind, nvme_bytes=swapped_bytes(), notes=notes)
 
 
-def predict_launch(
-    method: type[Method], flags: Sequence[str], launch: Launch, card: Card | None = None, device: Device = CPU
-) -> Ledger:
-    """The ledger of the rank that needs the most, under a launch file; its processes are of one kind of `device`.
+@dataclass(frozen=True)
+class Launched:
+    """A recipe under a launch file: what is needed to predict it, in any process."""
 
-    Under ZeRO-1 and ZeRO-2 that is the last rank: it keeps the gradients of the last layers, which come first in the
-    backward pass, when most activations are still there. Else ranks differ by padding alone, and none has more than the first.
+    method: str
+    flags: Sequence[str]  # of the recipe
+    launch: Launch
+    card: Card | None = None  # None: the processes compute on CPUs
+    batches: list[Batch] | None = None  # of rank 0, whose ledger is meant then; else that of the rank that needs most
 
-    Raises: UserError for what cannot be predicted or is no configuration.
-    """
-    if launch.engine.kind == "no engine":
-        return predict_run(parse_config(method, flags, card), device)
-    with world(launch.of_rank(0)):
-        config = parse_config(method, flags, card)
-    last = launch.engine.kind in ("ZeRO-1", "ZeRO-2")
-    with world(launch.of_rank(launch.processes - 1 if last else 0)):
-        try:
-            return predict_run(config, device)
-        except LedgerError:
-            raise
-        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            # an engine's, on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"memory of {config.method.name} under {launch.engine} cannot be predicted: {type(error).__name__}: {reason}"
-            ) from error
+    def predict(self) -> Ledger:
+        """The ledger of one rank.
+
+        Under ZeRO-1 and ZeRO-2 the last rank needs most: it keeps the gradients of the last layers, which come first in the
+        backward pass, when most activations are still there. Else ranks differ by padding alone, and none has more than the first.
+
+        Raises: UserError for what cannot be predicted or is no configuration.
+        """
+        device = CPU if self.card is None else Cuda(self.card)
+        method, engine = METHODS[self.method], self.launch.engine
+        if engine.kind == "no engine":
+            return predict_run(parse_config(method, self.flags, self.card), device, self.batches)
+        with world(self.launch.of_rank(0)):
+            config = parse_config(method, self.flags, self.card)
+        last = engine.kind in ("ZeRO-1", "ZeRO-2") and self.batches is None
+        with world(self.launch.of_rank(self.launch.processes - 1 if last else 0)):
+            try:
+                return predict_run(config, device, self.batches)
+            except LedgerError:
+                raise
+            except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                # an engine's, on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"memory of {self.method} under {engine} cannot be predicted: {type(error).__name__}: {reason}"
+                ) from error
+
+    def predict_apart(self) -> Ledger:
+        """`predict` in a process of its own that sees no GPU: a rank has a process group already, and engines use GPUs they see.
+
+        Raises: UserError as `predict` does, and where that process comes to another end.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "launched").write_bytes(pickle.dumps(self))
+            command = [sys.executable, "-P", "-c", f"from {__name__} import answer; answer({name!r})"]
+            env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if (folder / "ledger.json").exists():
+                return Ledger.load(folder / "ledger.json")
+            if (folder / "refused").exists():
+                raise UserError((folder / "refused").read_text(encoding="utf-8"))
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise UserError(f"the process that predicts ended with {done.returncode}: {said[-1][:200]}")
+
+
+def answer(folder: str) -> None:
+    """The other end of `Launched.predict_apart`: leaves a ledger, or why there is none, in its folder."""
+    launched = pickle.loads((Path(folder) / "launched").read_bytes())
+    try:
+        launched.predict().save(Path(folder) / "ledger.json")
+    except UserError as error:
+        (Path(folder) / "refused").write_text(str(error), encoding="utf-8")
 
 
 def _refuse_unpredicted(engine: Engine, config: Config) -> None:
@@ -154,6 +198,8 @@ class ShadowTuner(FineTuner):
     ) -> None:
         args.per_device_train_batch_size = 1
         args.remove_unused_columns = False
+        if asked_engine(args.deepspeed, args.fsdp).kind == "FSDP2":
+            share_tied_tables(model)
         Trainer.__init__(
             self, model=model, args=args, data_collator=_only_one, train_dataset=batches, callbacks=[callback]
         )
@@ -166,12 +212,24 @@ def _only_one(rows: list[Any]) -> Any:
     return {name: tensor.clone() for name, tensor in rows[0].items()}
 
 
-def this_device(config: Config) -> Device:
-    """The device that training would run on here: a GPU of this machine as a card, or the CPU."""
-    if config.training.device.type != "cuda":
-        return CPU
-    gpu = torch.cuda.get_device_properties(config.training.device)
-    return Cuda(card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, gpu.total_memory))
+def this_card() -> Card | None:
+    """The GPU of this machine that this process would train on; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, gpu.total_memory)
+
+
+def _predicted_here(config: Config, batches: list[Batch] | None = None) -> Ledger:
+    """The ledger of the run that this process is, or is a rank of, on the device that it has."""
+    card = this_card() if config.training.device.type == "cuda" else None
+    if asked_engine(config.training.deepspeed, config.training.fsdp).kind == "no engine":
+        return predict_run(config, CPU if card is None else Cuda(card), batches)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "config.yaml"
+        settings.write_text(yaml.safe_dump(config.as_dict() | {"memory_snapshot": False}), encoding="utf-8")
+        flags = ("--config", str(settings))
+        return Launched(config.method.name, flags, current_launch(), card, batches).predict_apart()
 
 
 def show_prediction(config: Config) -> None:
@@ -179,17 +237,7 @@ def show_prediction(config: Config) -> None:
 
     Raises: UserError where it cannot be predicted.
     """
-    _refuse_several_processes(config)
-    print_ledger(console, predict_run(config, this_device(config)))
-
-
-def _refuse_several_processes(config: Config) -> None:
-    engine = asked_engine(config.training.deepspeed, config.training.fsdp)
-    if config.training.world_size > 1 or engine.kind not in ("no engine", "DDP"):
-        raise UserError(
-            "memory of several processes is predicted before they are launched: footprint predict METHOD, with the same flags "
-            "and --launch FILE --num_processes N"
-        )
+    decided_by_main(lambda: print_ledger(console, _predicted_here(config)))
 
 
 def say_prediction(config: Config) -> None:
@@ -197,8 +245,7 @@ def say_prediction(config: Config) -> None:
     if not is_main:
         return
     try:
-        _refuse_several_processes(config)
-        ledger = predict_run(config, this_device(config))
+        ledger = _predicted_here(config)
     except UserError as error:
         say("memory", f"not predicted: {error}")
         return
@@ -211,8 +258,7 @@ def show_comparison(config: Config, memory: MemoryCallback) -> None:
     if not is_main or memory.ledger is None or "labels" not in memory.batches[0]:
         return
     try:
-        _refuse_several_processes(config)
-        predicted = predict_run(config, this_device(config), memory.batches)
+        predicted = _predicted_here(config, memory.batches)
         predicted.save(Path(config.training.output_dir) / "predicted_memory.json")
         print_comparison(console, predicted, memory.ledger)
     except UserError as error:
