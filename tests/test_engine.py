@@ -7,10 +7,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import PartialState
+from conftest import ROOT
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from toolkit import engine, ranks
-from toolkit.engine import Engine, asked_engine, check_builds, read_deepspeed
+from toolkit import engine, preparation, ranks
+from toolkit.config import parse_config
+from toolkit.engine import Engine, asked_engine, check_builds, check_disk, read_deepspeed
 from toolkit.errors import UserError
+from toolkit.methods.lora import Lora
 from toolkit.preparation import check_engine
 
 
@@ -124,9 +130,12 @@ def test_an_error_is_said_by_the_first_rank_that_asks_and_by_no_other(tmp_path, 
     assert speaks == [True, False, False]
 
 
-def test_without_a_launcher_the_only_rank_says_its_errors(monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "who"), [(None, ""), ("0", ""), ("3", "rank 3: ")])
+def test_without_a_launchers_folder_each_rank_says_its_errors(rank, who, monkeypatch, capsys):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
 
     @ranks.exits_cleanly
     def main():
@@ -135,4 +144,97 @@ def test_without_a_launcher_the_only_rank_says_its_errors(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: no such thing\n"
+    assert capsys.readouterr().err == f"error: {who}no such thing\n"
+
+
+def test_a_rank_that_hears_no_signal_ends_soon_after_another_has_said_an_error(tmp_path):
+    """As one that waits for a GPU: Python's handlers run between two of its own instructions, and there is none."""
+    mark = tmp_path / "1" / "error.json"
+    script = """
+import signal, time
+from toolkit import ranks
+ranks.LAST_SECONDS = 0.2
+@ranks.exits_cleanly
+def main():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    print("waits", flush=True)
+    time.sleep(60)
+main()
+"""
+    env = {**os.environ, "RANK": "1", "TORCHELASTIC_ERROR_FILE": str(mark)}
+    rank = subprocess.Popen([sys.executable, "-c", script], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert rank.stdout.readline() == "waits\n"
+        rank.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(3)
+        (tmp_path / "error_was_said").touch()
+        assert rank.wait(20) == 1
+    finally:
+        rank.kill()
+        rank.wait()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes .* has 1 GPU: launch with --num_processes 1"):
+        parse_config(Lora, [])
+    parse_config(Lora, ["--use_cpu"])
+
+
+def test_processes_that_would_compute_in_different_precisions_are_refused(monkeypatch):
+    chosen = ["bf16: compute capability 8.6", "fp32: compute capability 7.5"]
+    monkeypatch.setattr(preparation, "gather_object", lambda own: chosen)
+    config = SimpleNamespace(precision_reason=chosen[0], training=SimpleNamespace(world_size=2))
+    with pytest.raises(UserError, match=r"different precisions \(bf16: .*8.6; fp32: .*7.5\); give --bf16"):
+        preparation._check_same_precision(config)
+    chosen[1] = "bf16: compute capability 8.9"
+    preparation._check_same_precision(config)
+
+
+NVME = Engine(2, "ZeRO-3", "nvme", "nvme")
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """DeepSpeed's configuration of a folder to swap to; async_io could be compiled."""
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    monkeypatch.setattr(engine, "_locks", [])
+    part = {"device": "nvme", "nvme_path": str(tmp_path / "swap")}
+    return {"zero_optimization": {"stage": 3, "offload_optimizer": part, "offload_param": part}}
+
+
+def test_one_run_at_a_time_swaps_to_a_folder(disk):
+    check_disk(NVME, disk)
+    with pytest.raises(
+        UserError, match=r"another run swaps to .*swap; wait for its end, or give this one another nvme_path"
+    ):
+        check_disk(NVME, disk)
+    for lock in engine._locks:
+        lock.close()
+    check_disk(NVME, disk)
+
+
+def test_a_disk_takes_libaio_and_on_a_gpu_the_cuda_toolkit(disk, monkeypatch):
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    with pytest.raises(UserError, match="without libaio"):
+        check_disk(NVME, disk)
+    check_disk(Engine(2, "ZeRO-3", "cpu", "cpu"), disk)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine, "CUDA_HOME", None)
+    with pytest.raises(UserError, match="there is no CUDA toolkit here"):
+        check_disk(NVME, disk)
+
+
+def test_what_one_rank_refuses_all_refuse(monkeypatch):
+    def check():
+        raise UserError("this machine is too small")
+
+    with pytest.raises(UserError, match="too small"):
+        ranks.refused_anywhere(check)
+    monkeypatch.setattr(PartialState(), "num_processes", 2)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, "the other one is"])
+    with pytest.raises(UserError, match="the other one is"):
+        ranks.refused_anywhere(lambda: None)

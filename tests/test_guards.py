@@ -1,19 +1,22 @@
 """Each guard stops a real training that it is there to stop, and lets good ones pass."""
 
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from memory.tiny_models import tiny_model
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 
+from toolkit.checksums import checksums
 from toolkit.config import TrainArguments
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
-from toolkit.guards import check_saved, checksums
+from toolkit.guards import FIRST_STEPS, Guards, check_saved
 from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
 
@@ -136,3 +139,39 @@ def test_a_checksum_sees_one_changed_bit_a_scaling_and_a_tail(dtype):
         module.weight.data = torch.zeros(size, dtype=dtype)
         seen |= set(checksums(module, trainable=False).values())
         assert len(seen) == 3 and not checksums(module, trainable=True)
+
+
+def test_an_update_that_16_bits_round_away_is_judged_at_the_end_alone():
+    """DeepSpeed updates a copy in fp32, of which the model's weights are roundings."""
+    model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    guards, nothing = Guards(), SimpleNamespace()
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}])
+    guards.on_train_begin(nothing, nothing, nothing, model=model)
+    for _ in range(FIRST_STEPS + 1):
+        guards.gradient(1.0)
+        guards.on_pre_optimizer_step(nothing, nothing, nothing, optimizer=optimizer)
+        guards.on_step_end(nothing, nothing, nothing, model=model)
+    with pytest.raises(UserError, match="guard 'update': after 3 steps no trained weight has changed"):
+        guards.on_train_end(nothing, nothing, nothing, model=model)
+    with torch.no_grad():
+        model.bias += 1
+    guards.on_train_end(nothing, nothing, nothing, model=model)
+
+
+def test_the_run_folder_is_pushed_as_it_stands_by_rank_0_alone(monkeypatch, tmp_path):
+    pushed = []
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options))
+    args = SimpleNamespace(output_dir=str(tmp_path), hub_token=None, hub_revision=None)
+    for is_main in (False, True):
+        trainer = object.__new__(FineTuner)
+        trainer.args, trainer.hub_model_id, trainer.push_in_progress = args, "someone/a-run", None
+        trainer.is_world_process_zero = lambda is_main=is_main: is_main
+        trainer.push_to_hub()
+    (options,) = pushed
+    assert (options["repo_id"], options["folder_path"]) == ("someone/a-run", str(tmp_path))
+
+    def left_out(name):
+        return any(fnmatch(name, pattern) for pattern in options["ignore_patterns"])
+
+    assert all(left_out(f"{name}/x") for name in ("checkpoint-2", "abandoned-checkpoint-2", ".saving/checkpoint-3"))
+    assert not left_out("adapter_model.safetensors") and not left_out("README.md")

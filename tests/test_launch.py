@@ -125,6 +125,14 @@ def test_lora_runs_under_zero2_and_only_rank_0_speaks_and_writes(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_launched_recipe_shows_what_each_of_its_processes_will_need_and_does_not_run(tmp_path):
+    more = ("--use_cpu", "--predict", *SHORT, "--output_dir", tmp_path / "run")
+    run = Run("recipes/full.py", *more, log=tmp_path / "log", processes=2, preset="zero3")
+    assert run.wait() == [0, 0], run.text()
+    assert run.text().count("predicted, each of 2 processes (ZeRO-3)") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_of_them_and_is_said_once(tmp_path):
     check_failing_rank("user", "error: rank 1: no room is left", tmp_path)
 
@@ -234,12 +242,28 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     check_combination(Engine(2, "ZeRO-2"), pissa, config)
 
 
+def test_the_best_of_several_checkpoints_is_not_read_back_from_a_disk():
+    nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
+    model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
+    config = SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(load_best_model_at_end=True))
+    with pytest.raises(UserError, match=r"--load_best_model_at_end under ZeRO-3 .* reads back .* only a part"):
+        check_combination(nvme, config, T5Config(num_heads=4))
+
+
 def test_a_4_bit_base_goes_to_a_disk_in_bf16_alone():
     """In fp32 the matrices beside it would meet bf16 in the first product."""
     nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
     model, config = SimpleNamespace(load_in_8bit=False, load_in_4bit=True), T5Config(num_heads=4)
     with pytest.raises(UserError, match=r"--load_in_4bit in fp32 under ZeRO-3 on 2 processes, .* add --bf16"):
         check_combination(
-            nvme, SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(bf16=False)), config
+            nvme,
+            SimpleNamespace(
+                model=model, method=Lora(), training=SimpleNamespace(bf16=False, load_best_model_at_end=False)
+            ),
+            config,
         )
-    check_combination(nvme, SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(bf16=True)), config)
+    check_combination(
+        nvme,
+        SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(bf16=True, load_best_model_at_end=False)),
+        config,
+    )

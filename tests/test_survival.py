@@ -5,11 +5,13 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -18,7 +20,7 @@ from reliability import Run
 from safetensors.torch import load_file
 from same_training import save_bases
 
-from toolkit import ranks
+from toolkit import checkpoints, ranks, run_folder
 from toolkit.checkpoints import (
     ASIDE,
     MANIFEST,
@@ -27,6 +29,7 @@ from toolkit.checkpoints import (
     damage,
     newest_first,
     resume_point,
+    set_later_ones_aside,
     written_whole,
 )
 from toolkit.config import parse_config
@@ -36,6 +39,7 @@ from toolkit.files import write_aside
 from toolkit.memory.environment import stack_versions
 from toolkit.methods.lora import Lora
 from toolkit.preparation import prepare
+from toolkit.training import MetricsFile
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
 COMMAND = "python -m pytest tests/test_survival.py -k twenty --matrix"
@@ -173,9 +177,61 @@ def test_what_cannot_go_on_is_refused_before_a_model_is_loaded(tmp_path):
     kept = checkpoint(tmp_path, 7, replace(fsdp, engine="FSDP1"))
     with pytest.raises(UserError, match="FSDP1, whose checkpoints cannot be gone on from"):
         check_goes_on(kept, replace(fsdp, engine="FSDP1"), allow_changed_data=True)
+    nvme = replace(ORIGIN, engine="ZeRO-3", processes=2, state_on_disk=True)
+    kept = checkpoint(tmp_path, 9, nvme)
+    for now in (nvme, replace(nvme, state_on_disk=False)):
+        with pytest.raises(
+            UserError, match=r"reads back from a checkpoint only a part.*checkpoint-9 was written with it on a disk"
+        ):
+            check_goes_on(kept, now, allow_changed_data=True)
+    kept = checkpoint(tmp_path, 10, replace(nvme, state_on_disk=False))
+    with pytest.raises(UserError, match="this launch file puts it on a disk"):
+        check_goes_on(kept, nvme, allow_changed_data=True)
     kept = checkpoint(tmp_path, 8, replace(ORIGIN, whole_state=False))
     with pytest.raises(UserError, match="--save_only_model"):
         check_goes_on(kept, ORIGIN, allow_changed_data=True)
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
+    kept = checkpoint(tmp_path, 2)
+    monkeypatch.setattr(checkpoints, "_manifest", lambda folder: {"run": asdict(ORIGIN) | {"phase_of_the_moon": 3}})
+    with pytest.raises(UserError, match="written by another version of footprint"):
+        check_goes_on(kept, ORIGIN, allow_changed_data=False)
+
+
+def test_checkpoints_after_the_one_that_is_gone_on_from_are_set_aside(tmp_path, capsys):
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    set_later_ones_aside(tmp_path / "checkpoint-6", tmp_path)
+    set_later_ones_aside(tmp_path / "checkpoint-2", tmp_path / "another")
+    assert [path.name for path in newest_first(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    set_later_ones_aside(tmp_path / "checkpoint-4", tmp_path)
+    assert "checkpoint-6 is now abandoned-checkpoint-6" in " ".join(capsys.readouterr().out.split())
+    assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
+    assert (tmp_path / "abandoned-checkpoint-6" / MANIFEST).is_file()
+
+
+def test_a_folder_that_only_some_machines_see_is_refused_where_all_must(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    plain = {"deepspeed": None, "fsdp": None, "resume_from_checkpoint": None, "load_best_model_at_end": False}
+    plain |= {"save_strategy": "epoch"}
+    run_folder._check_shared(tmp_path / ".claimed", SimpleNamespace(**plain))
+    best = SimpleNamespace(**plain | {"load_best_model_at_end": True})
+    with pytest.raises(UserError, match=r"is not what rank 1 finds by that name, and --load_best_model_at_end must"):
+        run_folder._check_shared(tmp_path / ".claimed", best)
+    zero = SimpleNamespace(**plain | {"deepspeed": {"zero_optimization": {"stage": 2}}})
+    with pytest.raises(UserError, match="checkpoints under ZeRO-2 must be"):
+        run_folder._check_shared(tmp_path / ".claimed", zero)
+    (tmp_path / ".claimed").touch()
+    run_folder._check_shared(tmp_path / ".claimed", zero)
+
+
+def test_the_metrics_of_a_run_that_was_ended_while_it_wrote_them_go_on(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    state = SimpleNamespace(is_world_process_zero=True, global_step=2, num_input_tokens_seen=0)
+    MetricsFile(file).on_train_begin(None, state, None)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
 
 
 def test_the_flags_of_resuming_that_have_no_effect_are_refused():
@@ -464,6 +520,19 @@ def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_two_processes_keep_the_weights_of_the_checkpoint_that_the_validation_split_chooses(preset, tmp_path):
+    chooses = ("--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--eval_strategy", "steps")
+    wild = ("--learning_rate", "1", "--lr_scheduler_type", "constant", "--save_total_limit", "9", "--max_steps", "4")
+    folder = tmp_path / "run"
+    said = trained(folder, *chooses, "--eval_steps", "1", *wild, processes=2, preset=preset)
+    (chosen,) = re.findall(r"chosen  (checkpoint-\d): best eval_loss", said)
+    assert chosen != "checkpoint-4", "nothing was chosen but the last"
+    assert furthest(folder, folder / chosen) == 0 < furthest(folder, folder / "checkpoint-4")
+
+
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2"])
@@ -473,7 +542,10 @@ def test_full_and_lora_of_t5_and_llama_go_on_to_the_same_weights_under(preset, b
     gone_on(preset, bases, tmp_path / "two")
     for kind, method in CASES:
         case = f"{kind}-{method}"
-        assert furthest(tmp_path / "two" / case, tmp_path / "two" / f"{case}-again") <= 1e-6, case
+        # DeepSpeed's Adam for the CPU takes powers of its betas anew when it goes on, where it had multiplied them up (csrc,
+        # cpu_adam.h, IncrementStep): a rounding, which a ReLU of T5 at the edge of 0 magnifies.
+        limit = 1e-3 if preset.endswith("offload") and case == "t5-full" else 1e-6
+        assert furthest(tmp_path / "two" / case, tmp_path / "two" / f"{case}-again") <= limit, case
 
 
 @pytest.mark.slow

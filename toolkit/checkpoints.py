@@ -3,6 +3,7 @@
     checkpoint-N/manifest.json   bytes and SHA-256 of every other file, and what run wrote them
     .saving/checkpoint-N         one that is being written; what a kill leaves there is removed when the run goes on
     damaged-checkpoint-N         one whose files were not those of its manifest when the run went on
+    abandoned-checkpoint-N       one that was written after the one that the run was told to go on from
 
 Writing costs one more reading of what was written, for the hashes (and waits for the disk to have it); so does resuming.
 """
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint import CheckpointException
 from toolkit.config import NEWEST, TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData
-from toolkit.engine import Engine
+from toolkit.engine import NOT_READ_BACK, Engine
 from toolkit.errors import UserError
 from toolkit.memory.units import format_bytes
 
@@ -44,6 +45,7 @@ class Origin:
     rows_a_step: int
     seed: int
     data: str  # SHA-256 over the rows that are trained on, as token ids, in their order
+    state_on_disk: bool = False  # the optimizer's, under ZeRO-Infinity
 
     @classmethod
     def of(cls, engine: Engine, training: TrainArguments, data: TaskData) -> "Origin":
@@ -56,6 +58,7 @@ class Origin:
             batch * engine.processes // engine.processes_a_row,
             training.seed if training.data_seed is None else training.data_seed,
             data.train_fingerprint,
+            engine.optimizer_state == "nvme",
         )
 
 
@@ -232,14 +235,38 @@ def resume_point(asked: str | None, output_dir: Path) -> Path | None:
     )
 
 
+def set_later_ones_aside(checkpoint: Path, output_dir: Path) -> None:
+    """Renames what the run wrote after `checkpoint`: it goes on from there on another way, which `true` must find again."""
+    if checkpoint.resolve().parent != output_dir.resolve():
+        return
+    for later in newest_first(output_dir):
+        if later.name == checkpoint.name:
+            return
+        moved = later.with_name(f"abandoned-{later.name}")
+        shutil.rmtree(moved, ignore_errors=True)
+        later.rename(moved)
+        say("resuming", f"{later.name} is now {moved.name}: the run goes on from an earlier one")
+
+
 def check_goes_on(checkpoint: Path, now: Origin, allow_changed_data: bool) -> None:
     """Raises UserError where a run like `now` cannot go on from `checkpoint`, or would silently see other rows.
 
     The files of one process and of DDP are the same, and FSDP2's are read by any number of processes. ZeRO's are the shares of
     one number of processes, and of one stage. Those of FSDP1, for which there is no launch file, are accelerate's, and not tried.
     """
-    kept = _manifest(checkpoint)
-    then = Origin(**kept["run"])
+    try:
+        then = Origin(**_manifest(checkpoint)["run"])
+    except TypeError:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} was written by another version of footprint, whose manifest this one does not "
+            "know; go on with that version"
+        ) from None
+    if then.state_on_disk or now.state_on_disk:
+        whose = f"{checkpoint} was written with it" if then.state_on_disk else "this launch file puts it"
+        raise UserError(
+            f"--resume_from_checkpoint: {NOT_READ_BACK} ({whose} on a disk); choose launch/zero3_offload.yaml for runs that must be "
+            "resumed"
+        )
     if not then.whole_state:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} was saved with --save_only_model, without the optimizer's state; start "

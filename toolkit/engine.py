@@ -12,22 +12,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import psutil
 import torch
 from torch import nn
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils.cpp_extension import CUDA_HOME, get_default_build_root
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from toolkit.checksums import checksums
 from toolkit.console import say
 from toolkit.errors import UserError
-from toolkit.guards import checksums
 from toolkit.ranks import exits_cleanly
 
 Place = Literal["with the model", "cpu", "nvme"]
 REPLICATED = ("DDP", "ZeRO-1", "ZeRO-2")  # engines under which every rank holds the whole model
 OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "lion_32bit")  # that DeepSpeed has for the CPU
+_locks: list[IO] = []  # of folders that are this process's until it ends
+NOT_READ_BACK = (
+    "of a state on NVMe, DeepSpeed 0.19 reads back from a checkpoint only a part, and goes on with the rest as it began"
+)
 YOUNG_SECONDS = 20.0  # a build has its compiler running this soon after it took its lock
 
 
@@ -68,8 +72,7 @@ def asked_engine(
     alone = "WORLD_SIZE" not in env and "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env
     processes = 2 if alone else int(env.get("WORLD_SIZE", "1"))
     if deepspeed or env.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        source = deepspeed or env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        zero = read_deepspeed(source).get("zero_optimization", {}) if source else _zero_of(env)
+        zero = _asked_zero(deepspeed, env)
         row = int(env.get("PARALLELISM_CONFIG_SP_SIZE", "1"))
         return Engine(
             processes, f"ZeRO-{zero.get('stage', 0)}", _asked_place(zero, "optimizer"), _asked_place(zero, "param"), row
@@ -81,8 +84,10 @@ def asked_engine(
     return Engine(processes, "DDP" if processes > 1 else "no engine")
 
 
-def _zero_of(env: Mapping[str, str]) -> dict[str, Any]:
-    """ZeRO's settings as accelerate's own YAML gives them, in the form of DeepSpeed's configuration."""
+def _asked_zero(deepspeed: str | dict[str, Any] | None, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """`zero_optimization` of DeepSpeed's configuration; where accelerate's own YAML holds the settings, in the same form."""
+    if source := deepspeed or env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        return read_deepspeed(source).get("zero_optimization", {})
     names = {
         "optimizer": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
         "param": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
@@ -307,18 +312,68 @@ def gathered_in_use(model: nn.Module) -> Iterator[None]:
     from transformers.integrations.deepspeed import deepspeed_config
 
     settings = deepspeed_config() or {}
-    offload = settings.get("zero_optimization", {}).get("offload_param")
+    zero = settings.get("zero_optimization", {})
+    offload = zero.get("offload_param")
+    limits = {
+        name: zero[f"stage3_{name}"]
+        for name in ("max_live_parameters", "max_reuse_distance")
+        if f"stage3_{name}" in zero
+    }
     hooks = DeepSpeedZeRoOffload(
         model,
         timers=NoopTimer(),
         ds_config=settings,
         param_persistence_threshold=0,  # so that every parameter is let go again
         offload_param_config=DeepSpeedZeroOffloadParamConfig(**offload) if offload else None,
+        **limits,
     )
-    yield
-    hooks.partition_all_parameters()
-    hooks.destroy()
-    del model.ds_inflight_param_registry
+    try:
+        yield
+    finally:
+        hooks.partition_all_parameters()
+        hooks.destroy()
+        del model.ds_inflight_param_registry
+        for (
+            module
+        ) in model.modules():  # else the engine's backward passes would run those of `hooks`, with their limits
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                vars(module).pop(name, None)
+
+
+def check_disk(engine: Engine, deepspeed: str | dict[str, Any] | None = None) -> None:
+    """Takes the folder that DeepSpeed swaps to for this run, until its process ends; called by one process of a machine.
+
+    Raises: UserError where reading and writing the disk cannot be compiled here, or another run swaps to that folder, which
+    each run empties as it begins.
+    """
+    if "nvme" not in (engine.optimizer_state, engine.parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise UserError(
+            f"{engine}: DeepSpeed's async_io cannot be compiled without libaio (Debian, Ubuntu: apt install libaio-dev)"
+        )
+    if torch.cuda.is_available() and CUDA_HOME is None:
+        raise UserError(
+            f"{engine}: DeepSpeed compiles async_io against CUDA's headers, and there is no CUDA toolkit here: install it, or set "
+            "CUDA_HOME to its folder"
+        )
+    import fcntl  # Linux alone, as DeepSpeed is
+
+    zero = _asked_zero(deepspeed)
+    parts = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    for path in {part["nvme_path"] for part in parts if part.get("nvme_path")}:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        lock = (Path(path) / "in_use").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run swaps to {path}; wait for its end, or give this one another nvme_path in a JSON of its own"
+            ) from None
+        _locks.append(lock)
 
 
 def check_builds(engine: Engine) -> None:

@@ -10,7 +10,8 @@
 | | | model: the saved file is read once, into the CPU's memory |
 
 That there are label tokens at all is checked before the run (`tasks`). Weights that ZeRO-3 or FSDP share out are checked
-shard by shard; what they save is only checked for not being empty.
+shard by shard; what they save is only checked for not being empty. Where an engine keeps its own fp32 copy of 16-bit weights,
+a few small steps may round to nothing: there `update` is checked at the end alone.
 """
 
 import math
@@ -23,6 +24,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from toolkit.checksums import checksums
+from toolkit.engine import is_sharded
 from toolkit.errors import UserError
 
 FIRST_STEPS = 3  # LoRA's A moves from the second step on, and a warm-up's first step may have a learning rate of 0
@@ -82,7 +85,7 @@ class Guards(TrainerCallback):
             self._refuse_gradient()
         # A step whose gradients overflowed is skipped by the loss scaler of fp16, and must change nothing.
         self.counted += self.rate > 0 and math.isfinite(self.norms[-1] if self.norms else 0.0)
-        if self.counted == FIRST_STEPS:
+        if self.counted == FIRST_STEPS and not _is_rounded(model):
             self._check_update(model)
 
     def on_train_end(
@@ -98,7 +101,7 @@ class Guards(TrainerCallback):
             return  # resumed where the run had ended: no step was taken
         if self.norms and not any(norm > 0 for norm in self.norms):
             self._refuse_gradient()
-        if self.counted < FIRST_STEPS:
+        if self.counted < FIRST_STEPS or _is_rounded(model):
             self._check_update(model)
         changed = [name for name, now in checksums(model, trainable=False).items() if self.frozen.get(name, now) != now]
         if changed:
@@ -123,29 +126,10 @@ class Guards(TrainerCallback):
         )
 
 
-@torch.no_grad()
-def checksums(model: nn.Module, trainable: bool) -> dict[str, int]:
-    """Name to checksum of the parameters that train (or do not): the sum of their bytes as 64-bit integers, modulo 2**64.
-
-    Any single changed bit changes it, and so does a scaling or a shift of all elements; changes that cancel to the bit
-    do not. It is computed where the weight is, without a copy of it.
-    """
-    found = {name: _checksum(p) for name, p in model.named_parameters() if p.requires_grad == trainable}
-    return {name: int(total) for name, total in found.items()}
-
-
-def _checksum(parameter: nn.Parameter) -> torch.Tensor:
-    tensor = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3: this rank's shard
-    if hasattr(tensor, "to_local"):  # FSDP2
-        tensor = tensor.to_local()
-    flat = tensor.contiguous().view(-1)
-    if not flat.numel():
-        return torch.zeros((), dtype=torch.long)
-    if flat.data_ptr() % 8 or flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()
-    octets = flat.view(torch.uint8)
-    whole = octets.numel() // 8 * 8
-    return octets[:whole].view(torch.long).sum() + octets[whole:].sum(dtype=torch.long)
+def _is_rounded(model: nn.Module | None) -> bool:
+    """Whether all that trains is 16 bits wide, as it is under DeepSpeed with bf16 or fp16, which updates a copy in fp32."""
+    assert model is not None
+    return all(p.dtype.itemsize == 2 for p in model.parameters() if p.requires_grad)
 
 
 def check_saved(trainer: Trainer) -> None:
@@ -157,7 +141,7 @@ def check_saved(trainer: Trainer) -> None:
     if not trainer.is_world_process_zero():
         return
     _check_not_empty(folder)
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if is_sharded(model):
         return
     if isinstance(model, PeftModel):
         _check_adapter(trainer, model, folder)

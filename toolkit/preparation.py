@@ -5,17 +5,27 @@ import shutil
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import gather_object
 from huggingface_hub import whoami
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.training_args import ParallelMode
 
 from toolkit.config import Config, TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData, load_data
-from toolkit.engine import OFFLOADED_OPTIMIZERS, Engine, asked_engine, check_builds, join_deepspeed
+from toolkit.engine import (
+    NOT_READ_BACK,
+    OFFLOADED_OPTIMIZERS,
+    Engine,
+    asked_engine,
+    check_builds,
+    check_disk,
+    join_deepspeed,
+)
 from toolkit.errors import UserError
 from toolkit.models import build_on_meta, load_model_config, load_tokenizer, set_head, weights_dtype
-from toolkit.ranks import decided_by_main
+from toolkit.ranks import decided_by_main, refused_anywhere
 from toolkit.tasks import TASKS
 
 
@@ -38,6 +48,7 @@ def prepare(config: Config) -> Preparation:
     """
     training = config.training
     check_engine(training)
+    _check_same_precision(config)
     kind = TASKS[config.data.task].model_kind
     model_config = load_model_config(config.model, fp16=training.fp16, kind=kind)
     check_combination(asked_engine(training.deepspeed, training.fsdp), config, model_config)
@@ -68,6 +79,11 @@ def check_engine(training: TrainArguments) -> None:
             f"several processes were asked for, and {training.world_size} runs: accelerate's --cpu and MULTI_CPU start one "
             "alone; use a file of launch/, and append --use_cpu to the recipe"
         )
+    if training.world_size > 1 and training.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            f"the launch asked for {engine}, but what runs is no engine on {training.world_size} processes: there is no GPU for "
+            "them; for a trial without GPUs, append --use_cpu to the recipe"
+        )
     offload = engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model"
     if (offload or training.torch_compile) and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         what = "offloading the optimizer" if offload else "--torch_compile"
@@ -81,10 +97,15 @@ def check_engine(training: TrainArguments) -> None:
             f"{', '.join(OFFLOADED_OPTIMIZERS)}, or choose a launch file without offload"
         )
     if engine.kind.startswith("ZeRO"):
-        decided_by_main(lambda: check_builds(engine))
+        refused_anywhere(lambda: _check_machine(engine, training) if training.local_process_index == 0 else None)
         join_deepspeed()
     if training.push_to_hub:
         decided_by_main(lambda: _check_login(training.hub_token))
+
+
+def _check_machine(engine: Engine, training: TrainArguments) -> None:
+    check_disk(engine, training.deepspeed)
+    check_builds(engine)
 
 
 def check_combination(engine: Engine, config: Config, model_config: PreTrainedConfig) -> None:
@@ -99,6 +120,8 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             f"--init_lora_weights {getattr(config.method, 'init_lora_weights', '')} under {engine.kind}: it starts from whole "
             "weights, of which each process has a share; use launch/zero2.yaml, or leave it out"
         )
+    if engine.optimizer_state == "nvme" and config.training.load_best_model_at_end:
+        raise UserError(f"--load_best_model_at_end under {engine}: {NOT_READ_BACK}; leave it out")
     if engine.parameters == "nvme" and config.model.load_in_4bit and not config.training.bf16:
         raise UserError(
             f"--load_in_4bit in fp32 under {engine}: what DeepSpeed 0.19 reads back from the disk is bf16 there; add --bf16, or use "
@@ -122,6 +145,16 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
                 f"{name} is {what}; sharing rows among {engine.processes_a_row} processes takes a GPT-like model "
                 "whose number of heads they divide: choose another model or launch file"
             )
+
+
+def _check_same_precision(config: Config) -> None:
+    """Raises UserError where machines with different cards chose differently."""
+    chosen = gather_object([config.precision_reason]) if config.training.world_size > 1 else []
+    if len({reason.split(":")[0] for reason in chosen}) > 1:
+        raise UserError(
+            f"the processes would compute in different precisions ({'; '.join(sorted(set(chosen)))}); give --bf16 or --fp16, or "
+            "--bf16 false for fp32"
+        )
 
 
 def _check_login(token: str | None) -> None:

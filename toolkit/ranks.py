@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 from toolkit.errors import UserError
 
 FIRST_SECONDS = 1.0  # how long the other ranks let rank 0 say an error that all of them have met
+LAST_SECONDS = 10.0  # how long after an error was said a rank that still computes or waits is left to find its own end
+PATIENCE = 0.9  # of --ddp_timeout: before NCCL's own time-out, which ends a process without asking Python
 ROLL_CALL_SECONDS = 4.0  # how long after its own time-out a rank lets the others meet theirs
-# What NCCL and gloo say, and gloo within a backward pass.
+# What gloo says, and within a backward pass; and NCCL, where it is told to raise an exception.
 TIMED_OUT = r"(gloo|NCCL|ProcessGroup)[\s\S]*(timed out|time-?out)|Application timeout caused pair closure"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 TERMINATED = 128 + signal.SIGTERM  # 143, as shells call a process that SIGTERM ended
@@ -77,15 +79,30 @@ class Sigterm:
 sigterm = Sigterm()
 
 
-def on_any_rank(flag: bool, device: Any) -> bool:
-    """Whether `flag` is set on any rank; asked by all of them at the same place. `device` is the rank's own."""
-    if not _in_group():
-        return flag
-    import torch
+class RollCall:
+    """Asks all ranks something at the same place of each step; called by all of them.
 
-    found = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+    On one machine it goes over gloo: on GPUs that leaves their queue alone, and a rank that does not answer is an exception
+    here, which names it, where NCCL's watchdog would end the process. Between machines it goes over the run's own group,
+    for gloo might take a network of its own choice.
+    """
+
+    def __init__(self, device: Any, timeout: float) -> None:
+        self.device, self.group = device, None
+        if _in_group() and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+            from torch.distributed import new_group
+
+            self.device, self.group = "cpu", new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE * timeout))
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        if not _in_group():
+            return flag
+        import torch
+
+        found = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(found)
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
@@ -98,6 +115,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
 
     @wraps(main)
     def run(*args: Any) -> None:
+        threading.Thread(target=_end_after_an_error, daemon=True).start()
         with sigterm.handled():
             try:
                 code = main(*args)
@@ -122,10 +140,20 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
                 elif _speaks():
                     print(f"{_who()}{traceback.format_exc()}", file=sys.stderr, flush=True, end="")
                 _leave(1)
-            _leave_process_group()
+            leave_process_group()
         sys.exit(code)
 
     return run
+
+
+def _end_after_an_error() -> None:
+    """Ends this rank some seconds after another has said an error: one that waits for a GPU does not hear the launcher's SIGTERM."""
+    mark = _error_mark()
+    while mark is not None:
+        time.sleep(1)
+        if mark.exists():
+            time.sleep(LAST_SECONDS)
+            os._exit(1)
 
 
 def _say_error(text: str) -> None:
@@ -171,13 +199,13 @@ def _who() -> str:
 def _speaks() -> bool:
     """Whether this rank is the one that says the error: the first on this machine to ask, where the launcher gave a folder.
 
-    An error that all ranks meet is said by rank 0, for which the others wait.
+    An error that all ranks meet is said by rank 0, for which the others wait. Without a folder each of them says it.
     """
     rank, mark = os.environ.get("RANK", "0"), _error_mark()
-    if mark is None:
-        return rank == "0"
     if rank != "0":
         time.sleep(FIRST_SECONDS)
+    if mark is None:
+        return True
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
@@ -207,7 +235,8 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
+    """Waits for the other ranks, and leaves them: what a rank does from then on, none waits for."""
     if _in_group():
         distributed = sys.modules["torch.distributed"]
         distributed.barrier()
@@ -231,3 +260,18 @@ def decided_by_main(decide: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def refused_anywhere(check: Callable[[], None]) -> None:
+    """Runs `check` on every rank; a `UserError` that it raises on any of them is raised on all."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    said = None
+    try:
+        check()
+    except UserError as error:
+        said = str(error)
+    found = gather_object([said]) if PartialState().num_processes > 1 else [said]
+    for said in filter(None, found):
+        raise UserError(said)

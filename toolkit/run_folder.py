@@ -16,14 +16,15 @@ import os
 import shlex
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from toolkit import __version__
-from toolkit.checkpoints import Origin, check_goes_on, resume_point
-from toolkit.config import Config
+from toolkit.checkpoints import REPLICATED_FILES, Origin, check_goes_on, resume_point, set_later_ones_aside
+from toolkit.config import Config, TrainArguments
 from toolkit.console import console, is_main, say, table
 from toolkit.engine import asked_engine
 from toolkit.errors import UserError
@@ -35,7 +36,7 @@ from toolkit.memory.report import print_ledger
 from toolkit.metrics import score_title
 from toolkit.model_card import model_card
 from toolkit.preparation import Preparation
-from toolkit.ranks import decided_by_main
+from toolkit.ranks import decided_by_main, refused_anywhere
 
 
 class RunFolder:
@@ -55,12 +56,11 @@ class RunFolder:
         Raises: UserError where the folder cannot be written, is not empty and not resumed, or cannot be gone on from.
         """
         path = Path(config.training.output_dir)
-        checkpoint = decided_by_main(lambda: _claim(path, config, ready))
+        checkpoint, mark = decided_by_main(lambda: _claim(path, config, ready))
         config.training.resume_from_checkpoint = checkpoint
-        if checkpoint and not Path(checkpoint).is_dir():
-            raise UserError(
-                f"{checkpoint} is not on this machine; --output_dir must be on a disk that all machines share"
-            )
+        refused_anywhere(lambda: _check_shared(mark, config.training))
+        if is_main:
+            mark.unlink()
         run = cls(path, _record(config, ready))
         run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
         run.write("run.json", json.dumps(run.record, indent=2))
@@ -96,8 +96,8 @@ class RunFolder:
         say("next", f'footprint generate {self.path} "{example}"')
 
 
-def _claim(path: Path, config: Config, ready: Preparation) -> str | None:
-    """Makes the folder this run's own; returns the checkpoint that it goes on from."""
+def _claim(path: Path, config: Config, ready: Preparation) -> tuple[str | None, Path]:
+    """Makes the folder this run's own; returns the checkpoint that it goes on from, and a file in the folder to look for."""
     training = config.training
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
@@ -105,18 +105,34 @@ def _claim(path: Path, config: Config, ready: Preparation) -> str | None:
     if checkpoint is not None:
         asked = asked_engine(training.deepspeed, training.fsdp)
         check_goes_on(checkpoint, Origin.of(asked, training, ready.data), training.allow_changed_data)
+        set_later_ones_aside(checkpoint, path)
     elif training.resume_from_checkpoint is None and path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
         )
-    probe = path / f".probe.{os.getpid()}"
+    mark = path / f".claimed.{uuid.uuid4().hex}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        mark.touch()
     except OSError as error:
         raise UserError(f"--output_dir {path} cannot be written ({error.strerror}); give a folder that can") from None
-    return str(checkpoint) if checkpoint else None
+    return str(checkpoint) if checkpoint else None, mark
+
+
+def _check_shared(mark: Path, training: TrainArguments) -> None:
+    """Raises UserError where this process does not see the folder of rank 0, and the run needs that."""
+    engine = asked_engine(training.deepspeed, training.fsdp)
+    needs = {
+        "--resume_from_checkpoint": training.resume_from_checkpoint is not None,
+        "--load_best_model_at_end": training.load_best_model_at_end,
+        f"checkpoints under {engine.kind}": engine.kind not in REPLICATED_FILES and training.save_strategy != "no",
+    }
+    needing = [what for what, needed in needs.items() if needed]
+    if needing and not mark.exists():
+        raise UserError(
+            f"--output_dir {mark.parent} of rank 0 is not what rank {os.environ.get('RANK')} finds by that name, and "
+            f"{', '.join(needing)} must be read and written by all: give a folder on a disk that the machines share"
+        )
 
 
 def _record(config: Config, ready: Preparation) -> dict[str, Any]:

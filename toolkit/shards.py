@@ -4,7 +4,8 @@
 
 Accelerate 1.15 gathers both on rank 0 instead, and cannot read back what it wrote of models whose tables are tied: a state dict has
 each of the table's names, and the module tree that it is read by has one (torch 2.13). Here a parameter has one name, as in
-`named_parameters`, and nothing is gathered. Frozen parameters are not written: the base model has them.
+`named_parameters`, and each rank writes its own part. Frozen parameters are not written: the base model has them. (Beside these
+files Trainer gathers and writes the model, for whoever wants to load a checkpoint.)
 """
 
 from pathlib import Path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from peft import PeftType
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -37,7 +38,7 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import save_over_original_base
 from toolkit.optimizers import Prodigy, prodigy_arguments
 from toolkit.progress import ProgressCallback
-from toolkit.ranks import Preempted, on_any_rank, sigterm
+from toolkit.ranks import Preempted, RollCall, leave_process_group, sigterm
 from toolkit.shards import load_optimizer_shards, load_weight_shards, save_shards
 from toolkit.tasks.tokenization import MASKED
 
@@ -234,8 +235,23 @@ class FineTuner(Trainer):
             state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
         super()._save(output_dir, state_dict)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the run's own model card in place; Trainer would write its own over it when pushing to the hub."""
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> None:
+        """Uploads the run folder as it stands, from rank 0, which the others do not wait for: it may take longer than their time-out.
+
+        Trainer would save the model and a model card of its own over what was converted, checked and written.
+        """
+        is_main = self.is_world_process_zero()
+        leave_process_group()
+        if not is_main:
+            return
+        self._finish_current_push()
+        HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            ignore_patterns=["_*", ".*", f"*{PREFIX_CHECKPOINT_DIR}-*"],
+            revision=self.args.hub_revision,
+        )
 
 
 def _follows_virtual_tokens(model: nn.Module) -> bool:
@@ -263,9 +279,10 @@ class Preemption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.leaving = False
+        self.ranks = RollCall(args.device, args.ddp_timeout)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.leaving = on_any_rank(sigterm.received, args.device)
+        self.leaving = self.ranks.any(sigterm.received)
         if self.leaving:
             control.should_training_stop = True
             control.should_evaluate &= (
@@ -308,8 +325,11 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [
+                line for line in lines if line.endswith("}\n")
+            ]  # a run may have been ended in the middle of its last
+            kept = [line.rstrip() for line in whole if json.loads(line)["step"] <= state.global_step]
             write_aside(self.path, "".join(f"{line}\n" for line in kept))
         self.seen, self.durations, self.tokens = state.num_input_tokens_seen, [], []
 
