@@ -48,10 +48,8 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
             raise UserError(
                 f"unknown method {method!r}{did_you_mean(method, METHODS)}; there are: {', '.join(sorted(METHODS))}"
             )
-        if args.gpu or args.gpu_memory:
-            card = find_card(args.gpu) if args.gpu else generic_card(args.gpu_memory)
-        else:
-            card = None if "--use_cpu" in rest else this_card()
+        named = find_card(args.gpu) if args.gpu else generic_card(args.gpu_memory) if args.gpu_memory else None
+        card = named or (None if "--use_cpu" in rest else this_card())
         launch = read_launch(args.launch, args.num_processes) if args.launch is not None else ONE_PROCESS
         launched = Launched(method, rest, launch, card)
         apart = launch.engine.kind != "no engine" and torch.cuda.is_available()
