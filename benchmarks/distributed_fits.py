@@ -107,10 +107,9 @@ def table(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
                 tried = {row["cards"] for row in own}
                 open_ = [n for n in _candidates(billions, method, launch) if n not in tried]
                 if fitting is not None:
-                    host = fitting.get("host_bytes", 0)
-                    text = f"{fitting['cards']} ({fitting['process_bytes'] / 2**30:.1f}" + (
-                        f" + {host / 2**30:.0f})" if host else ")"
-                    )
+                    host = fitting.get("host_bytes", 0) / 2**30
+                    more = f" + {host:.0f}" if host >= 1 else " + <1" if host else ""
+                    text = f"{fitting['cards']} ({fitting['process_bytes'] / 2**30:.1f}{more})"
                 else:
                     text = f"≥ {open_[0]}" if open_ else "no"
                 found[model, method, launch] = text
