@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -233,12 +234,14 @@ def reliability() -> str:
         return "The kill tests have not been run yet: `make matrix`."
     result = json.loads(path.read_text(encoding="utf-8"))
     figures, versions = result["figures"], result["versions"]
+    kinds = Counter(f"`{case['launch']}`" if case.get("launch") else None for case in result["cases"])
+    alone = kinds.pop(None, 0)
+    where = f"{alone} on one process" + "".join(f", {count} on two under {name}" for name, count in kinds.items())
     return (
-        f"{figures['runs']} runs of one and of two processes were stopped by `kill -9`, {figures['kills']} of them before their end "
-        f"({figures['while_saving']} while saving), and {figures['damaged_files']} newest checkpoints spoilt: "
-        f"{figures['resumes_equal']} of {figures['runs']} went on to the weights of a run that was never stopped (the same bits, or "
-        f"within 1e-6 over two processes); bytes of whole checkpoints lost: {figures['bytes_lost']} ({result['date']}, torch "
-        f"{versions['torch']}, `{result['command']}`)."
+        f"{figures['kills']} runs ({where}) were stopped by `kill -9` of a rank or all, {figures['while_saving']} of them while "
+        f"saving, and {figures['damaged_files']} newest checkpoints spoilt: {figures['resumes_equal']} of {figures['runs']} went on "
+        "to the weights of a run that was never stopped (the same bits, or within 1e-6 over two processes); bytes of whole "
+        f"checkpoints lost: {figures['bytes_lost']} ({result['date']}, torch {versions['torch']}, `{result['command']}`)."
     )
 
 
