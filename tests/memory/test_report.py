@@ -1,6 +1,7 @@
 """The report shows the ledger's own figures and nothing else."""
 
 import io
+import re
 from dataclasses import replace
 
 from rich.console import Console
@@ -48,6 +49,11 @@ def test_predicted_beside_measured_says_how_far_off():
     assert "-25.00 %" in text
     assert "exact" in text
     assert format_error(1, 0) == "not measured"
+    assert "offloaded" not in text
+    on_disk = [replace(ledger(1, 1), host_bytes=5 * GIB, nvme_bytes=7 * GIB) for _ in range(2)]
+    text = text_of(print_comparison, *on_disk)
+    assert re.search(r"offloaded to the host +│ +5.00 GiB .* exact", text)
+    assert re.search(r"offloaded to the disk +│ +7.00 GiB .* exact", text)
 
 
 def test_ledgers_side_by_side_explain_their_differences():

@@ -87,12 +87,16 @@ def print_comparison(console: Console, predicted: Ledger, measured: Ledger) -> N
 
 
 def comparison_rows(predicted: Ledger, measured: Ledger) -> list[tuple[str, int, int]]:
-    """(name, predicted bytes, measured bytes): peaks, then phases, then the categories at the peak."""
+    """(name, predicted bytes, measured bytes): peaks, what was offloaded, then phases, then the categories at the peak."""
     rows = [("allocated, peak", predicted.allocated_bytes, measured.allocated_bytes)]
     if measured.reserved_bytes != measured.allocated_bytes:
         rows.append(("reserved, peak", predicted.reserved_bytes, measured.reserved_bytes))
     if predicted.process_bytes is not None and measured.process_bytes is not None:
         rows.append(("process", predicted.process_bytes, measured.process_bytes))
+    for name in ("host", "nvme"):
+        before_bytes, after_bytes = (getattr(ledger, f"{name}_bytes") for ledger in (predicted, measured))
+        if before_bytes or after_bytes:
+            rows.append((f"offloaded to the {'host' if name == 'host' else 'disk'}", before_bytes, after_bytes))
     for phase in PHASES:
         if phase in predicted.phases and phase in measured.phases:
             before, after = predicted.phases[phase], measured.phases[phase]
