@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is a mis
 
 import transformers  # noqa: F401 - its log handler must not keep the streams of the first test that imports it
 
+pytest.register_assert_rewrite("ledgers")
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent

@@ -147,6 +147,23 @@ def test_without_a_launchers_folder_each_rank_says_its_errors(rank, who, monkeyp
     assert capsys.readouterr().err == f"error: {who}no such thing\n"
 
 
+def test_a_full_gpu_is_one_line_that_says_what_needs_less(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+
+    @ranks.exits_cleanly
+    def main():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 7.62 GiB"
+        )
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the GPU's memory is full (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+    assert said.count("\n") == 1 and "--gradient_checkpointing" in said
+
+
 def test_a_rank_that_hears_no_signal_ends_soon_after_another_has_said_an_error(tmp_path):
     """As one that waits for a GPU: Python's handlers run between two of its own instructions, and there is none."""
     mark = tmp_path / "1" / "error.json"
@@ -165,6 +182,7 @@ main()
     rank = subprocess.Popen([sys.executable, "-c", script], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert rank.stdout.readline() == "waits\n"
+        time.sleep(1)  # until it does
         rank.terminate()
         with pytest.raises(subprocess.TimeoutExpired):
             rank.wait(3)

@@ -107,9 +107,10 @@ def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
         engine = replace(engine, **home)
         assert re.findall(r"^ +engine  (.*)$", said, re.M) == [str(engine)], said
     if cell.preset == "sequence_parallel":
-        assert said.count("not predicted: memory where processes share the tokens of a row") == 2, said
-    else:
-        assert_same(Ledger.load(folder / "predicted_memory.json"), Ledger.load(folder / "memory.json"))  # of rank 0
+        assert said.count("not predicted: memory where processes share the tokens of a row") == 1, said
+    else:  # rank 0's; gloo's threads let go of their buffers when they get to it
+        ledgers = (Ledger.load(folder / name) for name in ("predicted_memory.json", "memory.json"))
+        assert_same(*ledgers, peaks=0.03)
     alone = FinishedRun(folder)  # on this process, from what was saved
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))

@@ -157,6 +157,33 @@ def test_a_classification_head_is_trained_and_saved_with_the_method(name, method
         torch.testing.assert_close(again.eval()(**inputs).logits, model.eval()(**inputs).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_over_a_base_of_16_bits_trains_in_fp32_and_reads_back(name, dtype, tmp_path):
+    def classifier():
+        config = tiny_config(name)
+        set_head(config, ["a", "b", "c"], pad_token_id=0)
+        torch.manual_seed(0)
+        return auto_class(config).from_config(config, dtype=dtype)
+
+    model = Lora().attach(classifier())
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32} and any(HEADS[name][0] in key for key in trained)
+    ids = torch.randint(3, 256, (2, 16))
+    ids[:, -1] = 2
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            model(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for key, p in trained.items() if HEADS[name][0] in key
+    )
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(), tmp_path)
+    with torch.no_grad():
+        expected, found = model.eval()(input_ids=ids).logits.float(), again.eval()(input_ids=ids).logits.float()
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()  # the head is rounded to the base's 16 bits
+
+
 # ---- LoRA
 
 

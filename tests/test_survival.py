@@ -528,7 +528,14 @@ def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_
 @pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_processes_keep_the_weights_of_the_checkpoint_that_the_validation_split_chooses(preset, tmp_path):
     chooses = ("--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--eval_strategy", "steps")
-    worst = ("--greater_is_better", "true", "--learning_rate", "1e-2", "--max_steps", "3")  # so that the first is chosen
+    worst = (
+        "--greater_is_better",
+        "true",
+        "--learning_rate",
+        "1e-2",
+        "--max_steps",
+        "3",
+    )  # so that the first is chosen
     folder = tmp_path / "run"
     more = ("--eval_steps", "1", "--save_total_limit", "9")
     said = trained(folder, *chooses, *worst, *more, processes=2, preset=preset)

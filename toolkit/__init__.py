@@ -21,5 +21,5 @@ for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed in the end is said in one line
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 on transformers 5.23
 warnings.filterwarnings("ignore", message="`gradient_checkpointing")  # its newer name does not exist in 5.17
-# torch 2.13 has new names for what DeepSpeed 0.19 calls under ZeRO-3, and says so at each gathering on each rank.
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+_tensor` is deprecated", category=FutureWarning)
+# torch 2.13 has new names for what DeepSpeed 0.19 calls under ZeRO-3 (and transformers where rows are shared), and says so each time.
+warnings.filterwarnings("ignore", message=r"`?torch\.distributed\.[\w.]+`? is deprecated", category=FutureWarning)

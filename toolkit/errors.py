@@ -12,3 +12,9 @@ def did_you_mean(got: str, valid: Iterable[str]) -> str:
     """`" (did you mean --x?)"` for the valid name nearest to `got`, or an empty string where none is near."""
     near = get_close_matches(got, list(valid), n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+LESS_MEMORY = (
+    "to need less: --gradient_checkpointing, a smaller --per_device_train_batch_size (with --gradient_accumulation_steps) or "
+    "--max_length, recipes/qlora.py, or a launch file that offloads"
+)

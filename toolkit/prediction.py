@@ -21,7 +21,7 @@ from toolkit.config import Config, parse_config
 from toolkit.console import console, is_main, say
 from toolkit.data import label_names, lengths
 from toolkit.engine import Engine, asked_engine, share_tied_tables, without_partitioning
-from toolkit.errors import UserError
+from toolkit.errors import LESS_MEMORY, UserError
 from toolkit.launch import Launch, current_launch
 from toolkit.memory import catalogue
 from toolkit.memory.cards import Card, card_of_device
@@ -172,6 +172,7 @@ def _refuse_unpredicted(engine: Engine, config: Config) -> None:
 def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
     """`per_device_train_batch_size` rows of `max_length` real tokens; ids, masks and labels are (rows, length), int64.
 
+    All rows but the first end in one token of padding, as rows of unequal length do: with a mask, kernels for attention need more.
     For T5-like models the labels are `max_target_length` long, and the decoder's inputs go with them; for a head they
     are (rows,), and each text ends with its one end-of-text token, which some heads look for.
 
@@ -180,7 +181,9 @@ def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
     rows = config.training.per_device_train_batch_size
     length, target_length, _ = lengths(config.data, model_config, virtual_tokens=config.method.virtual_tokens)
     ids = torch.full((rows, length), UNMARKED)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    mask = torch.ones_like(ids)
+    mask[1:, -1] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
     if has_head(model_config):
         ids[:, -1] = model_config.eos_token_id or UNMARKED
         return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
@@ -250,7 +253,10 @@ def say_prediction(config: Config) -> None:
         say("memory", f"not predicted: {error}")
         return
     worst = f"{ledger.peak_phase_name.replace('_', ' ')} of the longest batch"
-    say("memory", f"{format_bytes(ledger.reserved_bytes)} at the peak, predicted for the {worst} ({ledger.device})")
+    needed = ledger.reserved_bytes if ledger.process_bytes is None else ledger.process_bytes
+    say("memory", f"{format_bytes(needed)} at the peak, predicted for the {worst} ({ledger.device})")
+    if not ledger.fits and ledger.budget_bytes is not None:
+        say("warning", f"that is more than the {format_bytes(ledger.budget_bytes)} of {ledger.device}; {LESS_MEMORY}")
 
 
 def show_comparison(config: Config, memory: MemoryCallback) -> None:

@@ -15,7 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from toolkit.errors import UserError
+from toolkit.errors import LESS_MEMORY, UserError
 
 FIRST_SECONDS = 1.0  # how long the other ranks let rank 0 say an error that all of them have met
 LAST_SECONDS = 10.0  # how long after an error was said a rank that still computes or waits is left to find its own end
@@ -132,6 +132,9 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
                     _say_error(
                         f"no space is left on the disk{where}; make room, and go on with --resume_from_checkpoint true"
                     )
+                    _leave(2)
+                if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
+                    _say_error(f"the GPU's memory is full ({' '.join(str(error).split())[:160]}); {LESS_MEMORY}")
                     _leave(2)
                 if not _in_group():
                     raise

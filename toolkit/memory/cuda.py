@@ -4,7 +4,7 @@
 
 - `CudaOverlay` runs operators: buffers that kernels take unseen, workspaces, gradients summed in place.
 - `running()` replaces the Python functions that take another path on a GPU: attention (`attention`), softmax, dropout,
-  CUDA's list of operators that autocast runs in float32, and bitsandbytes (`quantized`).
+  the operators that CUDA's autocast runs in float32 (`autocast`), and bitsandbytes (`quantized`).
 - `load()` replays loading (`loading`), `prepare()` makes optimizers use their foreach implementations.
 
 Sources are files of PyTorch 2.14 under aten/src/ATen unless another is named. All sizes are bytes.
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from toolkit.memory import loading, meta_ops, quantized
 from toolkit.memory.allocator import AllocatorMeter
 from toolkit.memory.attention import attention_on
+from toolkit.memory.autocast import cuda_autocast
 from toolkit.memory.cards import Card
 from toolkit.memory.trace import Trace
 
@@ -255,7 +256,7 @@ class Cuda:
         """While open, functions take the paths that they take on this card."""
         replaced = replaced_functions(self.card)
         before = {name: getattr(F, name) for name in replaced}
-        with quantized.cuda_paths():
+        with quantized.cuda_paths(), cuda_autocast():
             for name, function in replaced.items():
                 setattr(F, name, function)
             try:

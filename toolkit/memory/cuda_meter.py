@@ -1,15 +1,35 @@
 """The meter of a real NVIDIA GPU: PyTorch's own counters, beside which a trace's events are held."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from toolkit.memory.trace import Block
+
+_earlier = 0  # bytes: the peak of what came before something that is no part of the account
+
+
+@contextmanager
+def outside_the_account(device: torch.device) -> Iterator[None]:
+    """What runs within is in no phase's peak: scores of the base model, between loading and training."""
+    global _earlier
+    if device.type != "cuda":
+        yield
+        return
+    _earlier = max(_earlier, torch.cuda.max_memory_allocated(device))
+    try:
+        yield
+    finally:
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 class CudaMeter:
     """Reads the caching allocator's statistics of one device; it counts nothing itself.
 
     It also counts what no trace sees: cuBLAS workspaces, buffers inside kernels, other libraries' tensors. Its first
-    peak reaches back to the last `torch.cuda.reset_peak_memory_stats`, or to the start of the process: loading.
+    peak reaches back to the last `torch.cuda.reset_peak_memory_stats`, or to the start of the process: loading, without what
+    was `outside_the_account`.
     """
 
     sees_all = False
@@ -42,7 +62,8 @@ class CudaMeter:
         pass
 
     def take_peak(self) -> int:
-        peak = torch.cuda.max_memory_allocated(self.device)
+        global _earlier
+        peak, _earlier = max(torch.cuda.max_memory_allocated(self.device), _earlier), 0
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 

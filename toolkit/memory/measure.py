@@ -76,6 +76,12 @@ class MemoryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.abort()  # of an earlier attempt, such as a batch size that did not fit
         self.ledger, self.problem, self.batches = None, None, []
+        if args.torch_compile:
+            self.problem = (
+                "--torch_compile and the memory account exclude each other: what is traced would never be compiled"
+            )
+            logger.warning("no measured ledger: %s", self.problem)
+            return
         self._first_step = state.global_step
         self._seconds = 0.0
         self._optimizer: Any = None

@@ -188,6 +188,7 @@ def shadow_arguments(arguments: TrainingArguments, folder: str) -> TrainingArgum
         "save_strategy": SaveStrategy.NO,
         "eval_strategy": "no",
         "do_eval": False,
+        "eval_on_start": False,
         "report_to": [],
         "disable_tqdm": True,
         "load_best_model_at_end": False,

@@ -1,0 +1,36 @@
+"""CUDA's autocast on a CPU."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers.activations import ACT2FN
+
+from toolkit.memory.autocast import FP32, FP32_RESULT, cuda_autocast
+
+HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+
+
+def listed(name):
+    """The operators of one of PyTorch's own lists, as `operator.overload`."""
+    (body,) = re.findall(rf"#define {name}\(_\)((?:.*\\\n)+.*)\n", HEADER.read_text())
+    return {entry.replace(", ", ".") for entry in re.findall(r"_\(([\w, ]+)\)", body)}
+
+
+def test_the_lists_are_those_of_the_installed_pytorch():
+    assert set(FP32) == listed("AT_FORALL_FP32")
+    others = {"softmax.int", "log_softmax.int", *(n for n in listed("AT_FORALL_FP32_SET_OPT_DTYPE") if "norm" in n)}
+    assert set(FP32_RESULT) == listed("AT_FORALL_FP32_SET_OPT_DTYPE") - others
+
+
+def test_gelu_new_makes_what_follows_float32_as_on_a_gpu_and_only_while_it_is_open():
+    x, gelu = torch.ones(2, 3, dtype=torch.bfloat16), ACT2FN["gelu_new"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gelu(x).dtype == torch.bfloat16
+        with cuda_autocast():
+            assert gelu(x).dtype == (x**2).dtype == x.sum().dtype == torch.float32
+            assert x.sum(dtype=torch.bfloat16).dtype == torch.bfloat16
+            assert torch.nn.functional.linear(x, x).dtype == torch.bfloat16
+            with torch.autocast("cpu", enabled=False):
+                assert gelu(x).dtype == torch.bfloat16
+        assert gelu(x).dtype == torch.bfloat16

@@ -1,0 +1,104 @@
+"""CUDA's autocast on a CPU: the operators that it runs in float32, and a CPU's autocast does not.
+
+GPT-2's and T5's `gelu_new` is the common case: its `pow` makes what follows in the feed-forward float32 on a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_KEY = "AutocastCPU"
+# ATen/autocast_mode.h (PyTorch 2.13), AT_FORALL_FP32: all inputs are cast.
+FP32 = (
+    *(
+        "acos",
+        "asin",
+        "cosh",
+        "erfinv",
+        "exp",
+        "expm1",
+        "log",
+        "log10",
+        "log2",
+        "log1p",
+        "reciprocal",
+        "rsqrt",
+        "sinh",
+        "tan",
+    ),
+    *(
+        "pow.Tensor_Scalar",
+        "pow.Tensor_Tensor",
+        "pow.Scalar",
+        "softplus",
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+    ),
+    *("group_norm", "frobenius_norm.dim", "nuclear_norm", "nuclear_norm.dim", "cosine_similarity", "poisson_nll_loss"),
+    *("cosine_embedding_loss", "nll_loss", "nll_loss2d", "hinge_embedding_loss", "kl_div", "l1_loss", "smooth_l1_loss"),
+    *(
+        "huber_loss",
+        "mse_loss",
+        "margin_ranking_loss",
+        "multilabel_margin_loss",
+        "soft_margin_loss",
+        "triplet_margin_loss",
+    ),
+    *("multi_margin_loss", "binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp"),
+    *("upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_nearest2d", "_upsample_nearest_exact2d"),
+    *("upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d"),
+    *("_upsample_bilinear2d_aa", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bicubic2d_aa"),
+)
+# AT_FORALL_FP32_SET_OPT_DTYPE: computed in float32 where the caller names no dtype; the input stays as it is. Softmax, which is
+# among them, is `cuda.replaced_functions`'.
+FP32_RESULT = ("prod", "prod.dim_int", "cumprod", "cumsum", "sum", "sum.dim_IntList")
+
+
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """While open, autocast on a CPU also does what CUDA's does. Operators of which a CPU has a rule of its own keep that."""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        for names, kernel in ((FP32, _in_float32), (FP32_RESULT, _into_float32)):
+            for name in names:
+                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", _KEY):
+                    packet, _, overload = name.partition(".")
+                    library.impl(name, kernel(getattr(getattr(torch.ops.aten, packet), overload or "default")), _KEY)
+        yield
+    finally:
+        library._destroy()
+
+
+def _in_float32(op: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _without_autocast():
+            return op(*map(_cast, args), **{name: _cast(value) for name, value in kwargs.items()})
+
+    return run
+
+
+def _into_float32(op: Any) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dtype") is None and _is_16_bits(args[0]):
+            kwargs["dtype"] = torch.float32
+        with _without_autocast():
+            return op(*args, **kwargs)
+
+    return run
+
+
+def _without_autocast() -> Any:
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY)))
+
+
+def _cast(value: Any) -> Any:
+    return value.float() if _is_16_bits(value) else value
+
+
+def _is_16_bits(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
