@@ -1,10 +1,12 @@
 """The measured ledger of real Trainer runs on the CPU, where every byte can be derived."""
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import rows, tiny_model
 from transformers import Trainer, TrainingArguments
 
+from toolkit.memory import cuda_meter
 from toolkit.memory.ledger import CATEGORIES
 from toolkit.memory.measure import MemoryCallback
 
@@ -111,3 +113,15 @@ def test_other_steps_are_not_traced(tmp_path):
 def test_a_run_of_one_step_has_a_ledger_too(tmp_path):
     ledger = train(tiny_model("llama"), tmp_path, steps=1).ledger
     assert ledger.phases == {"load": ledger.phases["load"]} | ledger.first_step
+
+
+def test_the_peak_of_loading_leaves_out_what_is_outside_the_account(monkeypatch):
+    """With PyTorch's counters replaced: there is no GPU here."""
+    peak = {"now": 100}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["now"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update(now=60))
+    gpu = torch.device("cuda:0")
+    with cuda_meter.outside_the_account(gpu):
+        peak["now"] = 900
+    meter = cuda_meter.CudaMeter(gpu)
+    assert [meter.take_peak(), meter.take_peak()] == [100, 60]
