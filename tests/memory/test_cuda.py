@@ -6,14 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig
 
+from toolkit.config import parse_config
 from toolkit.memory import loading, meta_ops, quantized
 from toolkit.memory.allocator import AllocatorMeter
 from toolkit.memory.attention import choose_kernel
-from toolkit.memory.cards import find_card
+from toolkit.memory.cards import find_card, generic_card
 from toolkit.memory.cuda import Cuda
 from toolkit.memory.fake import fake_like
 from toolkit.memory.trace import Trace
+from toolkit.methods.full import Full
+from toolkit.prediction import predict_run
 
 MIB = 1 << 20
 T4, ADA, HOPPER = find_card("T4"), find_card("4090"), find_card("H200")
@@ -245,3 +249,23 @@ def test_loading_quantized_warms_up_stages_and_casts(fake):
     # staged weight brings a segment of 32 MiB, in which the cast copy (16 MiB) then lies; the block maxima one of 2 MiB.
     assert (meter.peak_reserved, meter.reserved) == (50 * MIB, 50 * MIB)
     assert meter.allocated == 8 * MIB + 1 * MIB + 512 + 16 * MIB
+
+
+def test_what_a_card_reserves_beyond_its_memory_is_given_back_before_a_run_fails(tmp_path):
+    """PyTorch's allocator frees its cached segments when the device is full, and only then gives up."""
+    LlamaConfig(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, vocab_size=8000
+    ).save_pretrained(tmp_path)
+    flags = ["--model_name_or_path", str(tmp_path), "--max_length", "256", "--per_device_train_batch_size", "4"]
+
+    def predicted(budget):
+        card = generic_card(f"{budget}B")
+        return predict_run(parse_config(Full, flags, card), Cuda(card))
+
+    free = predicted(10**12)
+    assert free.reserved_bytes > free.allocated_bytes + (4 << 20)
+    tight = predicted(free.reserved_bytes - (2 << 20))
+    assert tight.fits and tight.reserved_bytes < free.reserved_bytes and "gives its cache back" in " ".join(tight.notes)
+    assert tight.allocated_bytes == free.allocated_bytes
+    none = predicted(free.allocated_bytes - 1)
+    assert not none.fits and none.reserved_bytes == free.reserved_bytes

@@ -247,6 +247,12 @@ class Cuda:
         self._meter = AllocatorMeter(self.expandable_segments)
         return self._meter
 
+    def limited_meter(self) -> AllocatorMeter | None:
+        """The same on a card that has the budget and no more."""
+        if self.budget_bytes is None:
+            return None
+        return AllocatorMeter(self.expandable_segments, capacity=self.budget_bytes - (self.context_bytes or 0))
+
     def overlay(self) -> CudaOverlay:
         """A fresh overlay: no handle has its workspace yet."""
         return CudaOverlay(self.card)

@@ -147,6 +147,10 @@ class MemoryCallback(TrainerCallback):
         """Tells `trace` what loading left behind."""
         census.label_model(trace, model)
 
+    def settled(self, recording: Recording) -> Recording:
+        """What is told of `recording`, which is over."""
+        return recording
+
     def refused(self, error: LedgerError) -> None:
         """The parts do not add up."""
         self.problem = str(error)
@@ -193,6 +197,7 @@ class MemoryCallback(TrainerCallback):
         if any(event.block.offloaded for event in recording.events):  # seen only where the host's memory is traced too
             recording.close()
             recording, host = on_device(recording, self.new_trace(model)[0])
+        recording = self.settled(recording)
         try:
             self.ledger = ledger_of(
                 recording,

@@ -49,8 +49,8 @@ def legend(groups: Mapping[str, int]) -> Text:
     text = Text()
     for name, nbytes in groups.items():
         if nbytes:
-            text.append("■ ", style=GROUPS[name][0])
-            text.append(f"{name} {format_bytes(nbytes)}   ")
+            text.append("■\N{NO-BREAK SPACE}", style=GROUPS[name][0])
+            text.append(f"{name} {format_bytes(nbytes)}".replace(" ", "\N{NO-BREAK SPACE}") + "   ")
     return text
 
 

@@ -33,11 +33,13 @@ from transformers.trainer_utils import SaveStrategy
 
 from toolkit.errors import UserError
 from toolkit.memory import census, meta_ops, sharding
+from toolkit.memory.allocator import AllocatorMeter, OutOfMemory
 from toolkit.memory.fake import make_fake
+from toolkit.memory.host import on_device
 from toolkit.memory.isolation import isolated
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.measure import MemoryCallback
-from toolkit.memory.recording import Counter, Meter
+from toolkit.memory.recording import Counter, Meter, Recording
 from toolkit.memory.trace import Overlay, Trace
 
 STEPS = 2  # the first, in which optimizer state appears, and the steady one
@@ -56,6 +58,9 @@ class Device(Protocol):
 
     def meter(self) -> Meter:
         """Counts allocations as the device's allocator would."""
+
+    def limited_meter(self) -> AllocatorMeter | None:
+        """The same, of a device that has no more than the budget; None where nothing is limited."""
 
     def overlay(self) -> Overlay | None:
         """Runs operators as the device would."""
@@ -90,6 +95,9 @@ class Cpu:
     def meter(self) -> Meter:
         return Counter()
 
+    def limited_meter(self) -> AllocatorMeter | None:
+        return None
+
     def overlay(self) -> Overlay | None:
         return _Straight()
 
@@ -112,6 +120,7 @@ class ShadowCallback(MemoryCallback):
     def __init__(self, device: Device, config: Mapping[str, Any] | None = None):
         super().__init__(steps=tuple(range(1, STEPS + 1)), config=config)
         self.device = device
+        self.notes: tuple[str, ...] = ()
         self.source, self.device_name, self.context_bytes = "predicted", device.name, device.context_bytes
 
     def new_trace(self, model: nn.Module) -> tuple[Meter, Callable[..., Trace]]:
@@ -122,6 +131,22 @@ class ShadowCallback(MemoryCallback):
             census.label_model(trace, model)
         else:
             self.device.load(trace, model)
+
+    def settled(self, recording: Recording) -> Recording:
+        """Where more was reserved than the device has: as it goes there, for the cache is given back before an allocation fails.
+
+        What fails even so is told as if the device had more.
+        """
+        recording.close()
+        limited = self.device.limited_meter()
+        if limited is None or limited.capacity is None or max(e.reserved for e in recording.events) <= limited.capacity:
+            return recording
+        try:
+            recording = on_device(recording, limited)[0]
+        except OutOfMemory:
+            return recording
+        self.notes += ("PyTorch gives its cache back to fit, which costs time: there is next to no room",)
+        return recording
 
     def refused(self, error: AssertionError) -> None:
         raise error  # a prediction that does not add up is a bug, and nobody's training depends on it
@@ -169,7 +194,10 @@ def predict(
             shadow.train()
     assert callback.ledger is not None
     return replace(
-        callback.ledger, seconds=time.perf_counter() - began, budget_bytes=device.budget_bytes, notes=device.notes
+        callback.ledger,
+        seconds=time.perf_counter() - began,
+        budget_bytes=device.budget_bytes,
+        notes=device.notes + callback.notes,
     )
 
 
