@@ -112,6 +112,9 @@ class Run:
         settings: Mapping[str, str] | None = None,
     ) -> None:
         log.mkdir(parents=True, exist_ok=True)
+        (log / "error_was_said").unlink(
+            missing_ok=True
+        )  # of an earlier run with the same `log`: the launcher makes a folder a run
         self.logs = [log / f"rank{rank}.txt" for rank in range(processes)]
         CONTEXT.set_forkserver_preload(["preloaded"])
         with socket.socket() as probe:
