@@ -83,6 +83,8 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         notes += ("what NCCL and other streams hold is not counted: it was not measured",)
         if ledger.host_bytes:
             notes += ("pinned host memory is counted as asked for; PyTorch may round each buffer up to a power of two",)
+    if device is not CPU and "paged" in str(getattr(training.optim, "value", training.optim)):
+        notes += ("a paged optimizer's state is counted as on the card, from which the driver can move it to the host",)
     return replace(ledger, processes=processes(), engine=engine.kind, nvme_bytes=swapped_bytes(), notes=notes)
 
 

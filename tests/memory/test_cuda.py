@@ -251,6 +251,16 @@ def test_loading_quantized_warms_up_stages_and_casts(fake):
     assert meter.allocated == 8 * MIB + 1 * MIB + 512 + 16 * MIB
 
 
+def test_the_allocator_is_the_one_that_the_environment_asks_for(monkeypatch):
+    card = find_card("RTX 3090")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    assert not Cuda(card).expandable_segments
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments:True")
+    assert Cuda(card).expandable_segments and Cuda(card).meter().expandable
+    assert not Cuda(card, expandable_segments=False).expandable_segments
+
+
 def test_what_a_card_reserves_beyond_its_memory_is_given_back_before_a_run_fails(tmp_path):
     """PyTorch's allocator frees its cached segments when the device is full, and only then gives up."""
     LlamaConfig(

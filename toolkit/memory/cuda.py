@@ -12,6 +12,7 @@ Sources are files of PyTorch 2.14 under aten/src/ATen unless another is named. A
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,12 +205,18 @@ def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
     }
 
 
+def _expandable_segments() -> bool:
+    """Whether the environment, which a run from here would have too, asks for them (PYTORCH_CUDA_ALLOC_CONF: the older name)."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return "expandable_segments:true" in settings.replace(" ", "").lower()
+
+
 class Cuda:
     """A card as the shadow step's device.
 
     Args:
         card: whose rules and sizes hold.
-        expandable_segments: the allocator's setting of that name (PYTORCH_CUDA_ALLOC_CONF).
+        expandable_segments: the allocator's setting of that name; by default what PYTORCH_ALLOC_CONF says here.
         budget_bytes: what the process may take, context included; by default all that the card offers.
         adapters_cast_on_device: see `loading.replay`.
         empties_cache_after_casts: whether PEFT gives the cache back after its casts (0.20 and later do).
@@ -218,7 +225,7 @@ class Cuda:
     def __init__(
         self,
         card: Card,
-        expandable_segments: bool = False,
+        expandable_segments: bool | None = None,
         budget_bytes: int | None = None,
         adapters_cast_on_device: bool = False,
         empties_cache_after_casts: bool = True,
@@ -227,10 +234,10 @@ class Cuda:
         self.name = card.name
         self.context_bytes: int | None = card.context_bytes
         self.budget_bytes: int | None = card.total_bytes if budget_bytes is None else budget_bytes
-        self.expandable_segments = expandable_segments
+        self.expandable_segments = _expandable_segments() if expandable_segments is None else expandable_segments
         self.adapters_cast_on_device = adapters_cast_on_device
         self.empties_cache_after_casts = empties_cache_after_casts
-        self._meter = AllocatorMeter(expandable_segments)
+        self._meter = AllocatorMeter(self.expandable_segments)
 
     @property
     def notes(self) -> tuple[str, ...]:
