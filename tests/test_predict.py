@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
+from toolkit import prediction
 from toolkit.cli import main
+from toolkit.memory.cards import find_card
 from toolkit.memory.ledger import Ledger
 from toolkit.predict_command import predict_command
 
@@ -59,8 +62,19 @@ def test_a_card_that_is_not_here_is_predicted_with_its_allocator_and_context(con
     assert peak["process_bytes"] == peak["reserved_bytes"] + peak["context_bytes"]
 
 
+def test_without_a_name_the_card_is_that_of_this_machine(config_only, capfd, monkeypatch):
+    monkeypatch.setattr(prediction, "this_card", lambda: find_card("RTX 4070"))
+    _, out, _ = run(capfd, "predict", "lora", *flags(config_only, "--json"))
+    assert json.loads(out)["device"] == "RTX 4070"
+    _, out, _ = run(capfd, "predict", "lora", *flags(config_only, "--json", "--use_cpu"))
+    assert json.loads(out)["device"] == "cpu"
+
+
 @pytest.mark.slow
-def test_one_of_several_gpus_is_predicted_under_a_launch_file(config_only, capfd):
+@pytest.mark.parametrize("sees_a_gpu", [False, True])
+def test_one_of_several_gpus_is_predicted_under_a_launch_file(sees_a_gpu, config_only, capfd, monkeypatch):
+    """On a machine with a GPU by a process that does not see it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_a_gpu)
     arguments = flags(config_only, "--launch", "zero2", "--num_processes", "3", "--bf16", "--gpu", "RTX 4090", "--json")
     code, out, _ = run(capfd, "predict", "full", *arguments)
     ledger = json.loads(out)
