@@ -117,11 +117,20 @@ def test_sentences_with_labels_are_read_in_latin_1_and_split_by_class(tmp_path, 
     assert loaded.test_texts == loaded.test["sentence"] and loaded.references == loaded.test["label"]
 
 
+@pytest.mark.parametrize("task", ["classification", "text"])
+def test_runs_of_several_seeds_are_scored_on_the_same_held_out_rows(task, tmp_path, llama):
+    rows = [(f"profit {n}", "up" if n % 3 else "down") for n in range(60)]
+    arguments = DataArguments(task, labelled(tmp_path / "d", train=rows), text_column="sentence")
+    one, other = (load_data(arguments, *llama, seed=seed) for seed in (0, 1))
+    assert one.fingerprint == other.fingerprint
+    assert not set(one.test_texts) & set(one.rows["train"]["sentence"])
+
+
 def test_the_whole_financial_phrasebank(data):
     from toolkit.tasks.rows import load_rows
 
     columns = {"text_column": "sentence", "label_column": "label"}
-    splits, remarks = load_rows(str(data / "financial_phrasebank"), None, columns, seed=0)
+    splits, remarks = load_rows(str(data / "financial_phrasebank"), None, columns)
     labels = [label for split in splits for label in splits[split]["label"]]
     assert {name: labels.count(name) for name in sorted(set(labels))} == {
         "negative": 303,

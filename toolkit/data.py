@@ -193,7 +193,7 @@ def load_data(
     """
     task, columns = TASKS[args.task], args.columns
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
-    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns, seed)
+    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns)
     remarks += more
     names = _names(splits["train"], columns)
     template = (args.get("prompt_template") or "{text}").replace("{labels}", ", ".join(names))
@@ -243,7 +243,7 @@ def load_data(
 def label_names(dataset_name: str | None, dataset_config_name: str | None, label_column: str) -> tuple[str, ...]:
     """The classes of a data set, for predicting a head's size without a tokenizer."""
     columns = {"label_column": label_column}
-    return _names(load_rows(dataset_name, dataset_config_name, columns, seed=0)[0]["train"], columns)
+    return _names(load_rows(dataset_name, dataset_config_name, columns)[0]["train"], columns)
 
 
 def lengths(

@@ -23,15 +23,14 @@ SPLIT_NAMES |= {"val": "validation", "dev": "validation", "test": "test", "testi
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "sentences"}
 HELD_OUT_SHARE = 0.1  # of the train split, where a data set brings no validation or test split of its own
 HELD_OUT_MOST = 500
+HELD_OUT_SEED = 42  # not the run's: runs of several seeds are scored on the same rows, or they could not be compared
 
 
-def load_rows(
-    name: str | None, config_name: str | None, columns: dict[str, str], seed: int
-) -> tuple[DatasetDict, list[str]]:
+def load_rows(name: str | None, config_name: str | None, columns: dict[str, str]) -> tuple[DatasetDict, list[str]]:
     """The splits train, validation and test with at least `columns`, and remarks for the user about how they came to be.
 
-    `columns` maps the flag that names a column to the column. Splits that are missing are held out of train by `seed`,
-    with the same share of each class where there is a `label_column`, whose values become text.
+    `columns` maps the flag that names a column to the column. Splits that are missing are held out of train, the same
+    rows in each run, and with the same share of each class where there is a `label_column`, whose values become text.
 
     Raises: UserError for a missing, empty or unreadable file, a missing column, or rows that are all empty.
     """
@@ -62,20 +61,22 @@ def load_rows(
                 raise UserError(
                     f"--dataset_name {name}: {len(splits['train'])} rows cannot be split; give a {split} file"
                 )
-            parts = _hold_out(splits["train"], size, seed, columns.get("label_column"))
+            parts = _hold_out(splits["train"], size, columns.get("label_column"))
             splits["train"], splits[split] = parts["train"], parts["test"]
-            remarks.append(f"no {split} split: {len(parts['test']):,} rows of train held out for it (seed {seed})")
+            remarks.append(
+                f"no {split} split: {len(parts['test']):,} rows of train held out for it, the same ones for every --seed"
+            )
     return DatasetDict({split: splits[split] for split in SPLITS}), remarks
 
 
-def _hold_out(rows: Dataset, size: int, seed: int, label: str | None) -> DatasetDict:
+def _hold_out(rows: Dataset, size: int, label: str | None) -> DatasetDict:
     """`rows` as train and test, the latter of about `size` rows."""
     if label is None:
-        return rows.train_test_split(test_size=size, seed=seed)
+        return rows.train_test_split(test_size=size, seed=HELD_OUT_SEED)
     numbers: dict[str, list[int]] = {}
     for number, value in enumerate(rows[label]):
         numbers.setdefault(value, []).append(number)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(HELD_OUT_SEED)
     held = {
         number
         for name in sorted(numbers)
