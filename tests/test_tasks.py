@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from toolkit.metrics.classification import classification
 from toolkit.models import ModelArguments, auto_class, head_modules, load_model_config, set_head
 from toolkit.prediction import predict_run
 from toolkit.tasks import TASKS, row_scores
+from toolkit.tasks.rows import load_rows
 from toolkit.tasks.tokenization import MASKED
 
 CHATML = (
@@ -63,6 +65,7 @@ def jsonl(folder, rows):
     return str(folder)
 
 
+LABELLED = {"text_column": "sentence", "label_column": "label"}
 GOOD, BAD = [("profit rose", "up")] * 6, [("profit fell", "down")] * 3
 
 
@@ -126,11 +129,49 @@ def test_runs_of_several_seeds_are_scored_on_the_same_held_out_rows(task, tmp_pa
     assert not set(one.test_texts) & set(one.rows["train"]["sentence"])
 
 
-def test_the_whole_financial_phrasebank(data):
-    from toolkit.tasks.rows import load_rows
+@pytest.mark.parametrize(("classes", "rows_each"), [(77, 4), (30, 2), (3, 50)])
+def test_held_out_splits_have_their_size_however_small_the_classes(classes, rows_each, tmp_path):
+    rows = [(f"text {n} of {kind}", f"class{kind:02}") for kind in range(classes) for n in range(rows_each)]
+    splits, _ = load_rows(labelled(tmp_path / "d", train=rows), None, LABELLED)
+    left = len(rows)
+    for split in ("validation", "test"):
+        size = round(0.1 * left)
+        assert len(splits[split]) == size
+        held = Counter(splits[split]["label"])
+        assert max(held.values()) <= -(-size // classes) + 1
+        left -= size
+    assert len(set(splits["train"]["label"])) == classes
+    assert sum(map(len, splits.values())) == len(rows)
+    of_both = {*splits["validation"]["label"], *splits["test"]["label"]}
+    assert len(of_both) >= min(classes, 0.15 * len(rows))
+    assert max(of_both) > f"class{classes // 2:02}"  # not the first classes alone
 
-    columns = {"text_column": "sentence", "label_column": "label"}
-    splits, remarks = load_rows(str(data / "financial_phrasebank"), None, columns)
+
+@pytest.mark.parametrize("kept_back", ["all", "one"])
+def test_rows_whose_class_is_kept_back_are_not_scored(kept_back, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["down", "up"])})
+    for split, labels in {
+        "train": [0, 1] * 20,
+        "validation": [1, 0],
+        "test": [-1] * 3 if kept_back == "all" else [-1, 0, 1],
+    }.items():
+        sentences = [f"{split} {n}" for n in range(len(labels))]
+        table = Dataset.from_dict({"sentence": sentences, "label": labels}, features)
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    splits, remarks = load_rows(str(tmp_path), None, LABELLED)
+    if kept_back == "all":
+        assert remarks[0] == "the test split is not used: none of its rows has a label"
+        assert remarks[1].startswith("no test split: 4 rows of train held out for it")
+        assert Counter(splits["test"]["label"]) == {"up": 2, "down": 2}
+    else:
+        assert remarks == ["1 rows of test left out: empty sentence or label"]
+        assert splits["test"]["label"][:] == ["down", "up"]
+
+
+def test_the_whole_financial_phrasebank(data):
+    splits, remarks = load_rows(str(data / "financial_phrasebank"), None, LABELLED)
     labels = [label for split in splits for label in splits[split]["label"]]
     assert {name: labels.count(name) for name in sorted(set(labels))} == {
         "negative": 303,

@@ -48,11 +48,16 @@ def load_rows(name: str | None, config_name: str | None, columns: dict[str, str]
             "name the files train.csv, validation.csv and test.csv (or .jsonl, .parquet)"
         )
     remarks = []
-    for split in splits:
+    label = columns.get("label_column")
+    for split in list(splits):
+        if split != "train" and label in splits[split].column_names and not any(_told(splits[split], label)):
+            del splits[split]  # as the test splits of GLUE, whose labels are kept back
+            remarks.append(f"the {split} split is not used: none of its rows has a label")
+            continue
         splits[split], dropped = _check_rows(splits[split], columns, f"{name or 'embedded'} ({split})")
         if dropped:
             remarks.append(f"{dropped:,} rows of {split} left out: empty {' or '.join(columns.values())}")
-        if label := columns.get("label_column"):
+        if label:
             splits[split] = _labels_as_text(splits[split], label)
     for split in ("validation", "test"):
         if split not in splits:
@@ -61,7 +66,7 @@ def load_rows(name: str | None, config_name: str | None, columns: dict[str, str]
                 raise UserError(
                     f"--dataset_name {name}: {len(splits['train'])} rows cannot be split; give a {split} file"
                 )
-            parts = _hold_out(splits["train"], size, columns.get("label_column"))
+            parts = _hold_out(splits["train"], size, label)
             splits["train"], splits[split] = parts["train"], parts["test"]
             remarks.append(
                 f"no {split} split: {len(parts['test']):,} rows of train held out for it, the same ones for every --seed"
@@ -70,21 +75,34 @@ def load_rows(name: str | None, config_name: str | None, columns: dict[str, str]
 
 
 def _hold_out(rows: Dataset, size: int, label: str | None) -> DatasetDict:
-    """`rows` as train and test, the latter of about `size` rows."""
+    """`rows` as train and test, the latter of `size` rows; of fewer where a class would lose its last row to it."""
     if label is None:
         return rows.train_test_split(test_size=size, seed=HELD_OUT_SEED)
     numbers: dict[str, list[int]] = {}
     for number, value in enumerate(rows[label]):
         numbers.setdefault(value, []).append(number)
     random = np.random.default_rng(HELD_OUT_SEED)
-    held = {
-        number
-        for name in sorted(numbers)
-        for number in random.permutation(numbers[name])[: round(size * len(numbers[name]) / len(rows))].tolist()
-    } or {0}
+    drawn = {name: random.permutation(numbers[name]).tolist() for name in sorted(numbers)}
     mixed = random.permutation(len(rows)).tolist()  # so that the first N of either are a fair sample
+    shares = _shares({name: len(of_class) for name, of_class in drawn.items()}, size, random)
+    held = {number for name, of_class in drawn.items() for number in of_class[: shares[name]]} or {0}
     kept, out = ([number for number in mixed if (number in held) is wanted] for wanted in (False, True))
     return DatasetDict({"train": rows.select(kept), "test": rows.select(out)})
+
+
+def _shares(counts: dict[str, int], size: int, random: np.random.Generator) -> dict[str, int]:
+    """How many of `size` rows each class gives: in proportion to its `counts`, by largest remainder, and never its last.
+
+    `random` draws among equal remainders, so that of many small classes not only the first ones give a row.
+    """
+    exact = {name: size * count / sum(counts.values()) for name, count in counts.items()}
+    shares = {name: min(int(exact[name]), count - 1) for name, count in counts.items()}
+    ties = dict(zip(counts, random.permutation(len(counts)).tolist(), strict=True))
+    order = sorted(counts, key=lambda name: (int(exact[name]) - exact[name], ties[name]))
+    while (missing := size - sum(shares.values())) > 0 and (able := [n for n in order if shares[n] < counts[n] - 1]):
+        for name in able[:missing]:
+            shares[name] += 1
+    return shares
 
 
 def _labels_as_text(rows: Dataset, label: str) -> Dataset:
@@ -207,10 +225,7 @@ def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dat
             )
     if len(rows) == 0:
         raise UserError(f"{where}: there is a header but no row")
-    full = [
-        all(str(value if value is not None else "").strip() for value in row)
-        for row in zip(*(rows[c] for c in columns.values()), strict=True)
-    ]
+    full = [all(row) for row in zip(*(_told(rows, column) for column in columns.values()), strict=True)]
     if not any(full):
         raise UserError(
             f"{where}: in each of its {len(rows):,} rows {' or '.join(columns.values())} is empty; fill them in"
@@ -218,3 +233,9 @@ def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dat
     if all(full):
         return rows, 0
     return rows.select([i for i, ok in enumerate(full) if ok]), full.count(False)
+
+
+def _told(rows: Dataset, column: str) -> list[bool]:
+    """Whether each row has something in `column`: not nothing, nor blanks, nor the number -1 for a class that is kept back."""
+    missing = -1 if isinstance(rows.features[column], ClassLabel) else None
+    return [value not in (None, missing) and bool(str(value).strip()) for value in rows[column]]
