@@ -244,6 +244,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         raise UserError(f"{source}: no tokenizer can be loaded ({reason}); name one with --tokenizer_name") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # the first token of a text is then predicted from nothing; generation has its own
     return tokenizer
 
 
