@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import shutil
 from collections import Counter
@@ -9,12 +10,13 @@ from collections import Counter
 import pytest
 import torch
 from conftest import recipe
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from toolkit.config import parse_config
 from toolkit.data import DataArguments, load_data
 from toolkit.errors import UserError
-from toolkit.evaluation import classify, losses
+from toolkit.evaluation import classify, generate, losses
 from toolkit.finished_run import FinishedRun
 from toolkit.methods.full import Full
 from toolkit.metrics.classification import classification
@@ -22,7 +24,7 @@ from toolkit.models import ModelArguments, auto_class, head_modules, load_model_
 from toolkit.prediction import predict_run
 from toolkit.tasks import TASKS, row_scores
 from toolkit.tasks.rows import load_rows
-from toolkit.tasks.tokenization import MASKED
+from toolkit.tasks.tokenization import MASKED, Truncation
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
@@ -347,6 +349,97 @@ def test_conversations_that_cannot_be_learned_are_refused(rows, template, expect
     with pytest.raises(UserError, match=expected) as caught:
         chat(data, tmp_path, rows * 2, template)
     assert "\n" not in str(caught.value)
+
+
+CHAT_END = CHATML.replace("</s>", "<|im_end|>")
+
+
+def test_a_turn_ends_with_the_token_that_ends_it_in_the_labels(data):
+    tokenizer = tokenizer_of(data, CHAT_END)
+    assert TASKS["chat"].encoder(tokenizer, "", False, 64, 8).end_tokens() == []  # words are no end
+    tokenizer.add_tokens("<|im_end|>", special_tokens=True)
+    encoder = TASKS["chat"].encoder(tokenizer, "", False, 64, 8)
+    assert encoder.end_tokens() == [512] != [tokenizer.eos_token_id]
+    assert [label for label in encoder.row(TALK[1:2], "Yes.", Truncation())["labels"] if label != MASKED][-1] == 512
+    encoder = TASKS["chat"].encoder(tokenizer_of(data, "{{ raise_exception('no') }}"), "", False, 64, 8)
+    assert encoder.end_tokens() == []
+    assert TASKS["summarization"].encoder(tokenizer, "{text}", False, 64, 8).end_tokens() == []
+
+
+def counting_llama(**settings):
+    """A Llama whose most probable token after n is n + 1 and whose second is n + 7, with a real `generate`."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, pad_token_id=0
+    )
+    model = auto_class(config).from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "layers" in name:
+            parameter.data.zero_()
+    model.model.embed_tokens.weight.data = torch.eye(64)
+    model.lm_head.weight.data = torch.eye(64).roll(1, 0) * 3 + torch.eye(64).roll(7, 0) * 2
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+class Digits:
+    """Of a tokenizer, what `generate` asks for."""
+
+    eos_token_id, pad_token_id = 40, 0
+
+    def pad(self, features, **kwargs):
+        ids = torch.tensor(features["input_ids"])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def batch_decode(self, ids, **kwargs):
+        return [" ".join(str(token) for token in row.tolist() if token) for row in ids]
+
+
+@pytest.mark.parametrize(
+    ("eos", "end_tokens", "last"),
+    [(None, [], 40), ([30, 50], [], 30), (30, [], 30), (50, [25], 25)],
+)
+def test_an_answer_ends_with_the_models_the_tokenizers_or_the_chats_token(eos, end_tokens, last):
+    model = counting_llama(eos_token_id=eos)
+    (text,) = generate(model, Digits(), [[20]], 1, 40, end_tokens=end_tokens)
+    assert text.split() == [str(n) for n in range(21, last + 1)]
+    assert model.generation_config.eos_token_id == eos
+
+
+STEERING = {
+    "min_length": 30,
+    "min_new_tokens": 30,
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "length_penalty": -3.0,
+    "max_length": 26,
+    "do_sample": True,
+    "temperature": 3.0,
+    "top_k": 2,
+    "top_p": 0.5,
+}
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("wrapped", [lambda m: m, lambda m: get_peft_model(m, LoraConfig(target_modules=["q_proj"]))])
+def test_what_a_model_says_of_decoding_does_not_steer_it(num_beams, wrapped):
+    from transformers.utils import logging as transformers_logging
+
+    steering, said = wrapped(counting_llama(**STEERING)), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    transformers_logging.get_logger().addHandler(handler)
+    try:
+        plain, steered = (
+            generate(model, Digits(), [[20, 21, 22, 21], [39, 38, 37, 36]], 2, 24, num_beams)
+            for model in (counting_llama(), steering)
+        )
+    finally:
+        transformers_logging.get_logger().removeHandler(handler)
+    assert steered == plain
+    assert num_beams > 1 or plain == [" ".join(map(str, range(22, 41))), "37 38 39 40"]
+    assert said == []
+    assert all(getattr(steering.generation_config, name) == value for name, value in STEERING.items())
 
 
 # Plain text

@@ -2,11 +2,16 @@
 
 import pytest
 from conftest import write_csv
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, DataCollatorForSeq2Seq
 
 from toolkit.data import DataArguments, load_data
 from toolkit.errors import UserError
+from toolkit.models import ModelArguments, load_tokenizer
+from toolkit.tasks.chat import ChatEncoder
+from toolkit.tasks.sequence_classification import HeadEncoder
 from toolkit.tasks.summarization import Summarization
+from toolkit.tasks.text import TextEncoder
 from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
 
 TEXT = "#Person1#: I saw nine cats. " * 30
@@ -61,6 +66,55 @@ def test_a_cut_target_keeps_its_end_and_is_counted(data, kind):
     labels = [x for x in enc.row("Hi.", "one two three four five six", lost)["labels"] if x != MASKED]
     assert len(labels) == 4 and labels[-1] == enc.tokenizer.eos_token_id
     assert lost.rows == 1 and lost.target_tokens == len(enc.target_ids("one two three four five six")) - 4
+
+
+def test_a_tokenizer_without_a_fast_form_cuts_the_text_as_far_as_it_must(data):
+    tokenizer = ByT5Tokenizer()
+    enc = Encoder(tokenizer, "Say: {text} End.", True, 64, 8)
+    room = 64 - len(tokenizer("Say:  End.").input_ids)  # bytes
+    text = "\u00e9" * 100  # two bytes each
+    lost = Truncation()
+    row = enc.row(text, "ok", lost)
+    assert tokenizer.decode(row["input_ids"]) == f"Say: {'é' * (room // 2)} End.</s>"
+    assert lost == Truncation(1, 2 * (100 - room // 2), 0)
+    assert enc.row(text[: room // 2], "ok", Truncation()) == row
+    with pytest.raises(UserError, match="leaves 8 tokens for a prompt whose own words take"):
+        Encoder(tokenizer, "Say: {text} End.", True, 8, 8).row(text, "ok", Truncation())
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(UserError, match="its tokenizer has no fast form"):
+        ChatEncoder(tokenizer, "", False, 64, 8)
+
+
+def closing(folder, data):
+    """The path of a tokenizer that closes each text, as RoBERTa's, and pads on the left."""
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers/gpt2", pad_token="<|pad|>", padding_side="left")
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_that_closes_each_text_closes_it_where_nothing_is_written_after_it(data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(closing(tmp_path, data))
+    end = tokenizer.eos_token_id
+    assert tokenizer("a cat").input_ids[-1] == end
+    head = HeadEncoder(tokenizer, "{text}", False, 16, 0, ("down", "up"))
+    assert head.row("a cat", "up", Truncation())["input_ids"] == tokenizer("a cat").input_ids
+    cut = head.row("a cat " * 20, "up", Truncation())["input_ids"]
+    assert len(cut) == 16 and cut[-1] == end and cut.count(end) == 1
+    writes = Encoder(tokenizer, "{text}", False, 32, 8)
+    assert writes.prompt("a cat")[0] == tokenizer("a cat").input_ids[:-1]
+    assert writes.row("a cat", "up", Truncation())["input_ids"].count(end) == 1
+
+
+def test_a_tokenizer_that_pads_on_the_left_leaves_the_first_token_of_a_text_in_its_place(data, tmp_path):
+    tokenizer = load_tokenizer(ModelArguments(str(closing(tmp_path, data))))
+    encoder = TextEncoder(tokenizer, "{text}", False, 32, 0)
+    rows = [encoder.row(text, "", Truncation()) for text in ("a cat", "a cat sat on the mat")]
+    batch = DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in rows])
+    predicted = (batch["labels"][:, 1:] != MASKED).sum().item()  # a GPT-like model predicts none from nothing
+    assert predicted == sum(len(row["labels"]) - 1 for row in rows)
+    assert batch["attention_mask"][:, 0].tolist() == [1, 1]
 
 
 def test_a_length_without_room_for_the_prompt_is_refused(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from rich.progress import track
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.console import console, is_main
 from toolkit.engine import gathered_in_use, is_sharded
@@ -21,6 +23,14 @@ if TYPE_CHECKING:  # tasks use this module
     from toolkit.data import TaskData
 
 Answer = TypeVar("Answer")
+
+# What a model's generation_config may say of its decoding, and what is left out, for else the answers of models that ship
+# such settings (BART's summarizers, Qwen's chat models) would not be the most probable ones, or transformers would warn.
+STEERING = (
+    *("max_length", "min_length", "min_new_tokens", "length_penalty"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),  # of sampling
+)
 
 
 @dataclass
@@ -59,18 +69,30 @@ def generate(
     max_new_tokens: int,
     num_beams: int = 1,
     title: str = "",
+    end_tokens: Sequence[int] = (),
 ) -> list[str]:
-    """The model's texts for `prompts` (token ids), in their order, on every rank. Greedy or beam search: no sampling."""
+    """The model's texts for `prompts` (token ids), in their order, on every rank. Greedy or beam search: no sampling.
+
+    A text ends with any token that ends one for the model's generation_config or the tokenizer, or is of `end_tokens`.
+    What else generation_config says of decoding (`STEERING`) is passed over; tokens that it forces or bans stay so.
+    """
+    holder = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings = copy.deepcopy(holder.generation_config)
+    for name in STEERING:
+        setattr(settings, name, None)
+    settings.do_sample, settings.num_beams, settings.max_new_tokens = False, num_beams, max_new_tokens
+    settings.pad_token_id, settings.eos_token_id = tokenizer.pad_token_id, _end_tokens(settings, tokenizer, end_tokens)
 
     def answer(batch: list[Sequence[int]]) -> list[str]:
-        return _generate_batch(model, tokenizer, batch, max_new_tokens, num_beams)
+        return _generate_batch(model, tokenizer, batch)
 
+    shipped = holder.generation_config
     use_cache = model.config.use_cache
-    model.config.use_cache = True
+    model.config.use_cache, holder.generation_config = True, settings
     try:
         return _in_batches(answer, model, prompts, batch_size, title)
     finally:
-        model.config.use_cache = use_cache
+        model.config.use_cache, holder.generation_config = use_cache, shipped
 
 
 def classify(
@@ -153,24 +175,26 @@ def _padded(
     return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
+def _end_tokens(
+    settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, more: Sequence[int]
+) -> list[int] | None:
+    """The ids that end a text, without repetition; None where nothing does."""
+    of_model = settings.eos_token_id
+    told = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id, *more]
+    return sorted({token for token in told if token is not None}) or None
+
+
 def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    num_beams: int,
 ) -> list[str]:
     is_encoder_decoder = model.config.is_encoder_decoder
     side = "right" if is_encoder_decoder else "left"  # a decoder continues from the last position
     inputs = _padded(tokenizer, prompts, side, model.device)
     output = model.generate(
         **inputs,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
         synced_gpus=is_sharded(model),  # transformers sees ZeRO-3 by itself, but not FSDP2 as accelerate sets it up
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     new = output if is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -55,7 +55,7 @@ class Task(ABC):
     ) -> list[str]:
         """What the model answers to each of `prompts` (token ids), in their order, on every rank."""
         length = encoder.max_target_length
-        return generate(model, encoder.tokenizer, prompts, batch_size, length, num_beams, title)
+        return generate(model, encoder.tokenizer, prompts, batch_size, length, num_beams, title, encoder.end_tokens())
 
     def continuations(
         self,

@@ -17,7 +17,7 @@ Messages = list[dict[str, str]]  # as the hub's chat data sets have them: [{"rol
 class ChatEncoder(Encoder):
     """Encodes conversations by the tokenizer's chat template.
 
-    Raises: UserError where the tokenizer has none.
+    Raises: UserError where the tokenizer has none, or cannot tell where in a text its tokens are.
     """
 
     def __post_init__(self) -> None:
@@ -25,6 +25,12 @@ class ChatEncoder(Encoder):
             raise UserError(
                 f"{self.tokenizer.name_or_path}: its tokenizer has no chat template, so it does not say how a conversation "
                 "is written; give a chat model (or its tokenizer with --tokenizer_name), or use --task summarization"
+            )
+
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: its tokenizer has no fast form, without which the assistant's tokens cannot "
+                "be told; name one that has with --tokenizer_name, or use --task summarization"
             )
 
     def prompt(self, text: str | Messages, room: int | None = None) -> tuple[list[int], int]:
@@ -55,6 +61,20 @@ class ChatEncoder(Encoder):
         lost.text_tokens += cut
         ids, labels = encoded.input_ids[: self.max_length], labels[: self.max_length]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    def end_tokens(self) -> list[int]:
+        """The last special or added token of what the template writes after the assistant's words, where there is any.
+
+        It is the last label of each turn, but often not the tokenizer's end-of-text token (ChatML's <|im_end|>).
+        """
+        answer = "Hello"
+        try:
+            written = self._written([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": answer}])
+        except UserError:
+            return []  # the template takes no conversation so plain
+        _, found, after = written.rstrip().rpartition(answer)
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return [token for token in self._ids(after).input_ids if found and token in special][-1:]
 
     def _span(self, messages: Messages, number: int, whole: str) -> tuple[int, int]:
         """Where in the conversation, written `whole`, turn `number` begins and ends, in characters."""

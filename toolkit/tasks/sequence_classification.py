@@ -14,7 +14,9 @@ from toolkit.tasks.tokenization import Encoder, Truncation
 
 @dataclass(frozen=True)
 class HeadEncoder(Encoder):
-    """Rows whose label is the number of a class."""
+    """Rows whose label is the number of a class; a tokenizer that closes each text (RoBERTa's) closes these."""
+
+    goes_on: ClassVar[bool] = False
 
     def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
         """`input_ids` and `attention_mask` of the text, cut to `max_length`, and `labels`, the number of its class."""

@@ -3,8 +3,9 @@
 Only the text inside the prompt is ever shortened: the instruction around it always reaches the model whole.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +38,7 @@ class Encoder:
     max_length: int
     max_target_length: int
     label_names: tuple[str, ...] = ()  # the classes, where the task has any
+    goes_on: ClassVar[bool] = True  # whether something is written after the prompt
 
     def prompt(self, text: Any, room: int | None = None) -> tuple[list[int], int]:
         """The ids of the prompt around `text`, at most `room` of them, and how many tokens of the text were cut off.
@@ -51,6 +53,8 @@ class Encoder:
         whole = len(ids)
         if whole <= room:
             return ids, 0
+        if not self.tokenizer.is_fast:
+            return self._cut_by_characters(text, room, whole)
         inside = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end for _, end in inside["offset_mapping"]]
         keep = len(ends) - (whole - room)
@@ -59,12 +63,7 @@ class Encoder:
             if len(ids) <= room:
                 return ids, whole - len(ids)
             keep -= len(ids) - room
-        ids = self._prompt_ids("")
-        if len(ids) > room:
-            raise UserError(
-                f"--max_length {self.max_length} leaves {room} tokens for a prompt whose own words take {len(ids)}; "
-                "raise it, or shorten --prompt_template or --max_target_length"
-            )
+        ids = self._empty(room)
         return ids, whole - len(ids)
 
     def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
@@ -86,6 +85,23 @@ class Encoder:
             ids, labels = ids + labels, [MASKED] * len(ids) + labels
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
+    def _cut_by_characters(self, text: str, room: int, whole: int) -> tuple[list[int], int]:
+        """As `prompt`, for a tokenizer without a fast form (ByT5's), which does not tell where in the text its tokens are."""
+        self._empty(room)
+        keep = bisect_right(range(1, len(text) + 1), room, key=lambda end: len(self._prompt_ids(text[:end])))
+        ids = self._prompt_ids(text[:keep])
+        return ids, whole - len(ids)
+
+    def _empty(self, room: int) -> list[int]:
+        """The ids of the prompt without a text; raises UserError where they are more than `room`."""
+        ids = self._prompt_ids("")
+        if len(ids) > room:
+            raise UserError(
+                f"--max_length {self.max_length} leaves {room} tokens for a prompt whose own words take {len(ids)}; "
+                "raise it, or shorten --prompt_template or --max_target_length"
+            )
+        return ids
+
     def target_ids(self, target: str) -> list[int]:
         """The target's ids with the end-of-text token, uncut."""
         if self.is_encoder_decoder:
@@ -96,8 +112,12 @@ class Encoder:
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return [*ids, self.tokenizer.eos_token_id]
 
+    def end_tokens(self) -> list[int]:
+        """The ids that end an answer beside the tokenizer's and the model's own end-of-text tokens."""
+        return []
+
     def _prompt_ids(self, text: str) -> list[int]:
         ids = self.tokenizer(self.template.replace("{text}", text), verbose=False).input_ids
-        if not self.is_encoder_decoder and ids[-1:] == [self.tokenizer.eos_token_id]:
+        if self.goes_on and not self.is_encoder_decoder and ids[-1:] == [self.tokenizer.eos_token_id]:
             ids = ids[:-1]  # a tokenizer that closes each text must not close the prompt
         return ids
