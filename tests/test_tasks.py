@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import random
 import shutil
 from collections import Counter
 
@@ -18,10 +19,12 @@ from toolkit.data import DataArguments, load_data
 from toolkit.errors import UserError
 from toolkit.evaluation import classify, generate, losses
 from toolkit.finished_run import FinishedRun
+from toolkit.in_context import prompts_with_examples
 from toolkit.methods.full import Full
 from toolkit.metrics.classification import classification
 from toolkit.models import ModelArguments, auto_class, head_modules, load_model_config, set_head
 from toolkit.prediction import predict_run
+from toolkit.preparation import Preparation
 from toolkit.tasks import TASKS, row_scores
 from toolkit.tasks.rows import load_rows
 from toolkit.tasks.tokenization import MASKED, Truncation
@@ -352,6 +355,30 @@ def test_conversations_that_cannot_be_learned_are_refused(rows, template, expect
 
 
 CHAT_END = CHATML.replace("</s>", "<|im_end|>")
+
+
+def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
+    rows = [{"messages": [*TALK[:2], {"role": "assistant", "content": f"Answer {n}."}]} for n in range(4)]
+    loaded = chat(data, tmp_path, rows, "<|begin|>" + CHATML, max_target_length=8)
+    config = AutoConfig.from_pretrained(data / "models" / "stories260k")
+    ready = Preparation(config, loaded.encoder.tokenizer, loaded, torch.float32, 0, 0)
+    plain, one, two = (prompts_with_examples(ready, number, seed=0) for number in (0, 1, 2))
+    assert plain == loaded.test_prompts
+    picked = random.Random(0).sample(range(4), 4)
+    for prompts, count in ((one, 1), (two, 2)):
+        turns = [
+            turn
+            for index in picked[:count]
+            for turn in (TALK[1], {"role": "assistant", "content": f"Answer {index}."})
+        ]
+        assert prompts == [loaded.encoder.prompt([TALK[0], *turns, TALK[1]], 10_000)[0]] * 4
+        text = loaded.encoder.tokenizer.decode(prompts[0])
+        assert text.count("<|system|>") == text.count("<|begin|>") == 1 and text.count("<|user|>") == count + 1
+    with pytest.raises(UserError, match="--num_shots 5: the train split has 4 rows"):
+        prompts_with_examples(ready, 5, seed=0)
+    config.max_position_embeddings = len(two[0]) + 7  # the answer takes 8
+    with pytest.raises(UserError, match=r"--num_shots 2 makes a prompt of .* give fewer$"):
+        prompts_with_examples(ready, 2, seed=0)
 
 
 def test_a_turn_ends_with_the_token_that_ends_it_in_the_labels(data):

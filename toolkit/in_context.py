@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +13,14 @@ from transformers import PreTrainedModel
 
 from toolkit.config import Config
 from toolkit.console import is_main, say, table
+from toolkit.data import TaskData
 from toolkit.errors import UserError
 from toolkit.evaluation import Completions, evaluate_by_generation
 from toolkit.metrics import score_title
 from toolkit.models import T5_FAMILY, longest_input
 from toolkit.preparation import Preparation
 from toolkit.run_folder import RunFolder
+from toolkit.tasks.chat import ChatEncoder, Messages
 from toolkit.tasks.tokenization import MASKED
 
 
@@ -57,6 +60,7 @@ def prompts_with_examples(ready: Preparation, number: int, seed: int) -> list[li
     """The test split's prompts (token ids), each after the same `number` rows of the train split with their answers.
 
     Fewer examples are the first of more. Tokens that open or close a text stay where they were: at the ends of the whole.
+    In a chat the examples are earlier turns, after what the system says to the question, and the template writes them all.
 
     Raises: UserError where there are not as many rows, or the model cannot take so long a prompt.
     """
@@ -67,6 +71,10 @@ def prompts_with_examples(ready: Preparation, number: int, seed: int) -> list[li
         raise UserError(
             f"--task {data.task.name} writes no answer, so examples in a prompt show nothing; use another task"
         )
+    if isinstance(data.encoder, ChatEncoder):
+        prompts = _conversations(data, number, seed) if number else data.test_prompts
+        _check_fit(ready, number, max(map(len, prompts)))
+        return prompts
     chosen = random.Random(seed).sample(range(len(data.train)), len(data.train))[:number]
     between = tokenizer("\n\n", add_special_tokens=False).input_ids
     closing = set(tokenizer.all_special_ids)
@@ -84,6 +92,24 @@ def prompts_with_examples(ready: Preparation, number: int, seed: int) -> list[li
     return prompts
 
 
+def _conversations(data: TaskData, number: int, seed: int) -> list[list[int]]:
+    """The prompts (token ids) of a chat: each conversation of the test split after `number` of the train split, uncut."""
+    told = data.pairs("train")
+    examples: Messages = []
+    for index in random.Random(seed).sample(range(len(told)), len(told))[:number]:
+        asked, answer = told[index]
+        examples += [*_without_system(asked), {"role": "assistant", "content": answer}]
+    prompts = []
+    for question, _ in data.pairs("test"):
+        system = [message for message in question if message["role"] == "system"]
+        prompts.append(data.encoder.prompt([*system, *examples, *_without_system(question)], room=sys.maxsize)[0])
+    return prompts
+
+
+def _without_system(messages: Messages) -> Messages:
+    return [message for message in messages if message["role"] != "system"]
+
+
 def _inner(ids: list[int], closing: set[int]) -> list[int]:
     """`ids` without the special tokens around them."""
     kept = [at for at, token in enumerate(ids) if token not in closing]
@@ -96,10 +122,11 @@ def _check_fit(ready: Preparation, number: int, longest: int) -> None:
     if limit is None or config.model_type in T5_FAMILY:
         return  # T5's relative positions have no end
     needed = longest + (0 if config.is_encoder_decoder else encoder.max_target_length)
+    advice = "give fewer" if isinstance(encoder, ChatEncoder) else "give fewer, or lower --max_length, which cuts each"
     if needed > limit:
         raise UserError(
             f"--num_shots {number} makes a prompt of {longest:,} tokens, and with the answer {needed:,}: more than the {limit:,} "
-            "that the model can take; give fewer, or lower --max_length, by which each example is cut"
+            f"that the model can take; {advice}"
         )
 
 
