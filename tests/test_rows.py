@@ -1,11 +1,15 @@
 """Data files: what is read, and what is refused in one line."""
 
+import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_csv
 
+from toolkit.compare.results import _completions
 from toolkit.errors import UserError
+from toolkit.finished_run import FinishedRun
 from toolkit.tasks.rows import load_rows
 
 COLUMNS = {"text_column": "dialogue", "summary_column": "summary"}
@@ -62,6 +66,15 @@ def test_text_that_looks_like_a_missing_value_stays_text(tmp_path):
     folder = write_csv(tmp_path / "d", train=[("None", "NA"), *ROWS], validation=ROWS, test=ROWS)
     splits, _ = load_rows(str(folder), None, COLUMNS)
     assert splits["train"][0] == {"dialogue": "None", "summary": "NA"}
+
+
+@pytest.mark.parametrize("reader", [_completions, lambda path: FinishedRun.sample(SimpleNamespace(path=path), 9)])
+def test_answers_to_texts_of_any_length_are_read_back(reader, tmp_path):
+    csv.field_size_limit(131_072)  # as it is in a new process
+    long = "word " * 40_000
+    with (tmp_path / "completions.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("text", "reference"), (long, "short")])
+    assert reader(tmp_path) in ({"text": [long], "reference": ["short"]}, [(long, "short")])
 
 
 def test_a_missing_folder(tmp_path):
