@@ -117,6 +117,42 @@ def test_a_tokenizer_that_pads_on_the_left_leaves_the_first_token_of_a_text_in_i
     assert batch["attention_mask"][:, 0].tolist() == [1, 1]
 
 
+def test_a_tokenizer_without_tokens_to_pad_with_or_to_end_with_is_refused(data, tmp_path, small_csv):
+    config = AutoConfig.from_pretrained(data / "models/stories260k")
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers/gpt2")
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="neither a padding token nor an end-of-text token") as caught:
+        load_tokenizer(ModelArguments(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    tokenizer.pad_token = "!"
+    with pytest.raises(UserError, match="its tokenizer has no end-of-text token"):
+        load_data(DataArguments(dataset_name=str(small_csv)), config, tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_tokens_that_the_model_has_no_embedding_for_are_refused_where_they_are_used(data, small_csv, kind):
+    source = data / ("tokenizers/t5-small" if kind == "t5" else "models/stories260k")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    config = AutoConfig.for_model("t5") if kind == "t5" else AutoConfig.from_pretrained(source)
+    tokenizer.add_tokens([f"<image{n}>" for n in range(40)])
+    assert len(tokenizer) > config.vocab_size
+    arguments = DataArguments(dataset_name=str(small_csv), max_length=256, max_target_length=32)
+    load_data(arguments, config, tokenizer, seed=0)  # no text has them
+    tokenizer.add_tokens(["Really"])
+    last = len(tokenizer) - 1
+    with pytest.raises(
+        UserError, match=rf"gives token {last:,} \(.?Really\), and the model has embeddings for"
+    ) as caught:
+        load_data(arguments, config, tokenizer, seed=0)
+    assert "\n" not in str(caught.value)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    config.vocab_size = tokenizer.pad_token_id
+    with pytest.raises(UserError, match="the model has embeddings for"):
+        load_data(arguments, config, tokenizer, seed=0)
+
+
 def test_a_length_without_room_for_the_prompt_is_refused(data):
     with pytest.raises(UserError, match="leaves 8 tokens for a prompt whose own words take"):
         encoder(data, "t5", max_length=8).row(TEXT, TARGET, Truncation())

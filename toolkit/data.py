@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
@@ -192,6 +193,11 @@ def load_data(
     Raises: UserError for whatever is wrong with the files, the columns, the lengths or the labels.
     """
     task, columns = TASKS[args.task], args.columns
+    if tokenizer.eos_token_id is None and task.model_kind != "head" and not config.is_encoder_decoder:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, so the model could not learn where to stop; name "
+            "another with --tokenizer_name, or set eos_token in its tokenizer_config.json"
+        )
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
     splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns)
     remarks += more
@@ -224,6 +230,11 @@ def load_data(
         if counts.count(0):
             remarks.append(f"{counts.count(0):,} rows of {split} left out: no label within --max_length {max_length}")
         tokenized[split], supervised[split] = Dataset.from_list(rows), sum(counts)
+    test_prompts = _prompts(task, splits["test"], columns, encoder, truncation["test"])
+    used = [tokenized[split]["input_ids"] for split in tokenized]
+    if config.is_encoder_decoder and task.model_kind != "head":
+        used += [tokenized[split]["labels"] for split in tokenized]
+    _check_embedded(config, tokenizer, chain(test_prompts, *used))
     return TaskData(
         task,
         splits,
@@ -231,7 +242,7 @@ def load_data(
         encoder,
         tokenized["train"],
         tokenized["validation"],
-        _prompts(task, splits["test"], columns, encoder, truncation["test"]),
+        test_prompts,
         truncation,
         remarks,
         {split: _fingerprint(splits[split], list(columns.values())) for split in splits},
@@ -309,6 +320,21 @@ def _prompts(task: Task, rows: Dataset, columns: dict[str, str], encoder: Encode
         lost.rows += cut > 0
         lost.text_tokens += cut
     return prompts
+
+
+def _check_embedded(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]]) -> None:
+    """Raises UserError where padding or `rows` (token ids) have a token for which the model has no embedding.
+
+    A tokenizer may have more tokens than the model, as Gemma 3's has one for images, while no text brings them up.
+    """
+    embedded = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max((max(ids, default=0) for ids in rows), default=0)
+    highest = max(highest, tokenizer.pad_token_id or 0)
+    if embedded and highest >= embedded:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer gives token {highest:,} ({tokenizer.convert_ids_to_tokens(highest)}), and the "
+            f"model has embeddings for {embedded:,} tokens, numbered from 0; give the model's own tokenizer with --tokenizer_name"
+        )
 
 
 def _supervised(labels: list[int] | int, is_encoder_decoder: bool) -> int:

@@ -234,7 +234,7 @@ def _why_not(source: str, error: Exception) -> str:
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token (the end-of-text token where the model has none of its own).
 
-    Raises: UserError where there is none.
+    Raises: UserError where there is none, or it has no token to pad with.
     """
     source = args.tokenizer_name or args.source
     try:
@@ -244,6 +244,11 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         raise UserError(f"{source}: no tokenizer can be loaded ({reason}); name one with --tokenizer_name") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"{source}: its tokenizer has neither a padding token nor an end-of-text token, so rows of different lengths make no "
+            "batch; name another with --tokenizer_name, or set pad_token (and eos_token) in its tokenizer_config.json"
+        )
     tokenizer.padding_side = "right"  # the first token of a text is then predicted from nothing; generation has its own
     return tokenizer
 
