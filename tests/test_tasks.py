@@ -367,9 +367,7 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
     picked = random.Random(0).sample(range(4), 4)
     for prompts, count in ((one, 1), (two, 2)):
         turns = [
-            turn
-            for index in picked[:count]
-            for turn in (TALK[1], {"role": "assistant", "content": f"Answer {index}."})
+            turn for index in picked[:count] for turn in (TALK[1], {"role": "assistant", "content": f"Answer {index}."})
         ]
         assert prompts == [loaded.encoder.prompt([TALK[0], *turns, TALK[1]], 10_000)[0]] * 4
         text = loaded.encoder.tokenizer.decode(prompts[0])

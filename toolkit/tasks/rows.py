@@ -50,7 +50,7 @@ def load_rows(name: str | None, config_name: str | None, columns: dict[str, str]
     remarks = []
     label = columns.get("label_column")
     for split in list(splits):
-        if split != "train" and label in splits[split].column_names and not any(_told(splits[split], label)):
+        if label and split != "train" and label in splits[split].column_names and not any(_told(splits[split], label)):
             del splits[split]  # as the test splits of GLUE, whose labels are kept back
             remarks.append(f"the {split} split is not used: none of its rows has a label")
             continue
