@@ -67,6 +67,23 @@ def test_the_config_that_a_run_leaves_can_be_run_again(yaml_file):
     assert again.as_dict() == config.as_dict()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--save_strategy steps --save_steps 500 --eval_strategy steps --eval_steps 7",
+        "--save_strategy best --eval_strategy steps",
+        "--save_strategy best --eval_strategy epoch --metric_for_best_model eval_loss",
+        "--lr_scheduler_type reduce_lr_on_plateau --eval_strategy epoch",
+    ],
+)
+def test_strategies_are_kept_in_the_config_that_a_run_leaves(flags, yaml_file):
+    config = parse_config(Lora, flags.split())
+    again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
+    assert again.as_dict() == config.as_dict()
+    assert (config.training.metric_for_best_model or "loss").endswith("loss")
+    assert config.training.save_strategy != "best" or config.training.greater_is_better is False
+
+
 def test_a_method_s_default_that_the_task_does_not_have_is_left_out(yaml_file, tmp_path):
     (tmp_path / "rows.csv").touch()
     flags = ["--task", "sequence_classification", "--dataset_name", str(tmp_path / "rows.csv")]
@@ -125,6 +142,14 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         (["--early_stopping_patience", "2"], "add --eval_strategy epoch --load_best_model_at_end"),
         (["--early_stopping_threshold", "0.1"], "no effect without --early_stopping_patience"),
         (["--metric_for_best_model", "eval_loss"], "no effect without --load_best_model_at_end"),
+        (
+            ["--metric_for_best_model", "rougeL", "--load_best_model_at_end", "--eval_strategy", "epoch"],
+            "rougeL is not known while training",
+        ),
+        (["--save_strategy", "best"], "--save_strategy best needs evaluations to compare; add --eval_strategy epoch"),
+        (["--save_steps", "5"], "--save_steps has no effect with --save_strategy epoch; add --save_strategy steps"),
+        (["--save_steps", "500"], "add --save_strategy steps"),
+        (["--eval_steps", "5"], "--eval_steps has no effect with --eval_strategy no; add --eval_strategy steps"),
         (["--load_best_model_at_end"], "load_best_model_at_end"),
         (["--optim", "adam_best"], "adam_best"),
         (["--gradient_checkpointing_kwargs", "{broken"], "JSON"),

@@ -291,6 +291,8 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
             "use_reentrant": False
         }
     settings = {"dataloader_pin_memory": torch.cuda.is_available()} | settings | ours
+    if settings.get("save_strategy") == "best":  # Trainer's own default where --load_best_model_at_end asks
+        settings.setdefault("metric_for_best_model", "loss")
     resume = settings.get("resume_from_checkpoint")
     if resume is not None and resume.lower() in ("true", "1", "false", "0"):
         resume = settings["resume_from_checkpoint"] = NEWEST if resume.lower() in ("true", "1") else None
@@ -348,10 +350,31 @@ def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         )
     if settings.get("allow_changed_data") and not settings.get("resume_from_checkpoint"):
         raise UserError("--allow_changed_data has no effect without --resume_from_checkpoint; add it or leave it out")
-    if "metric_for_best_model" in given and not settings.get("load_best_model_at_end"):
-        raise UserError(
-            "--metric_for_best_model has no effect without --load_best_model_at_end; add it or leave it out"
-        )
+    _check_strategies(settings, given)
+
+
+def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses settings of evaluations and checkpoints that would have no effect, or fail at the first evaluation."""
+    evaluates, saves = str(settings.get("eval_strategy", "no")), str(settings.get("save_strategy", "epoch"))
+    for what, strategy in (("save", saves), ("eval", evaluates)):
+        if f"{what}_steps" in given and strategy != "steps":
+            raise UserError(
+                f"--{what}_steps has no effect with --{what}_strategy {strategy}; add --{what}_strategy steps, or leave it out"
+            )
+    if saves == "best" and evaluates == "no":
+        raise UserError("--save_strategy best needs evaluations to compare; add --eval_strategy epoch (or steps)")
+    if "metric_for_best_model" in given:
+        watched = settings.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+        if not (settings.get("load_best_model_at_end") or saves == "best" or watched):
+            raise UserError(
+                "--metric_for_best_model has no effect without --load_best_model_at_end or --save_strategy best; add one "
+                "or leave it out"
+            )
+        if given["metric_for_best_model"] not in ("loss", "eval_loss"):
+            raise UserError(
+                f"--metric_for_best_model {given['metric_for_best_model']} is not known while training: the validation split is "
+                "evaluated by its loss alone (scores of generated text come once, at the end); give loss, or leave it out"
+            )
 
 
 def _from_yaml(parser: Parser, path: Path) -> dict[str, Any]:
