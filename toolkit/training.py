@@ -15,6 +15,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -70,6 +71,8 @@ class FineTuner(Trainer):
         tokenizer = data.encoder.tokenizer
         for settings in filter(None, (model.config, getattr(model, "generation_config", None))):  # as Trainer would
             settings.pad_token_id = tokenizer.pad_token_id
+        if getattr(model, "generation_config", None) is not None:
+            make_saveable(model.generation_config)
         collator: Any
         if data.task.model_kind == "head":  # labels are (rows,), not (rows, length)
             collator = DataCollatorWithPadding(tokenizer)
@@ -252,6 +255,37 @@ class FineTuner(Trainer):
             ignore_patterns=["_*", ".*", f"*{PREFIX_CHECKPOINT_DIR}-*"],
             revision=self.args.hub_revision,
         )
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("early_stopping", "length_penalty")
+
+
+def make_saveable(settings: GenerationConfig) -> None:
+    """Mends what some published models contradict themselves in, which transformers loads with a warning and refuses to save.
+
+    Where `do_sample` is not set and settings of sampling are, it becomes true: other libraries sample by them, and
+    that is what the model's author wrote them for. Where it is false, they are dropped, as settings of beam search are
+    with one beam: nothing reads them. The test split is answered without sampling in any case.
+
+    Raises: UserError for what cannot be mended, before anything is trained.
+    """
+    try:
+        settings.validate(strict=True)
+        return
+    except ValueError:
+        pass
+    if settings.do_sample is None and any(getattr(settings, name, None) is not None for name in SAMPLING):
+        settings.do_sample = True
+    unread = SAMPLING if not settings.do_sample else ()
+    unread += BEAMS if (settings.num_beams or 1) == 1 else ()
+    for name in unread:
+        setattr(settings, name, None)
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the model's generation_config.json could not be saved with what is trained: {reason}") from None
 
 
 def _follows_virtual_tokens(model: nn.Module) -> bool:
