@@ -3,14 +3,16 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, recipe, run
 from safetensors.torch import load_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
@@ -19,6 +21,8 @@ from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
 from toolkit.methods.in_context import InContext
 from toolkit.preparation import prepare
+from toolkit.run_folder import _command, without_secrets
+from toolkit.training import make_saveable
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 SHORT = ("--max_eval_samples", "4", "--max_target_length", "8", "--logging_steps", "1")
@@ -165,6 +169,60 @@ def test_full_fine_tuning_of_a_t5_with_random_weights(data, tiny_t5, tmp_path):
         == record["parameters"]["all"]
         == sum(t.numel() for t in weights(folder).values())
     )
+
+
+@pytest.mark.slow
+def test_a_token_stays_out_of_the_folder_the_best_alone_is_saved_and_a_contradictory_generation_config_can_be(
+    data, small_csv, tmp_path
+):
+    model, folder, token = tmp_path / "model", tmp_path / "run", "hf_" + "Secret" * 5
+    shutil.copytree(data / "models" / "stories260k", model)
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1}))
+    arguments = ["--model_name_or_path", model, "--dataset_name", small_csv, "--max_steps", "2", "--hub_token", token]
+    best = ("--save_strategy", "best", "--eval_strategy", "steps", "--eval_steps", "1")
+    done = recipe("full", *arguments, *best, *SHORT, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files if path.name == "training_args.bin"} >= {"run", "checkpoint-2"}
+    assert not [path for path in files if token.encode() in path.read_bytes()]
+    command = json.loads((folder / "run.json").read_text())["command"]
+    assert command.startswith("python ") and "--hub_token HIDDEN --save_strategy best" in command
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+
+
+def test_the_command_of_a_run_is_that_of_its_launcher_without_secrets(monkeypatch):
+    words = ["recipes/lora.py", "--hub_token=hf_x", "--lora_r", "4"]
+    monkeypatch.setattr("sys.argv", words)
+    for launcher, expected in (
+        (["/bin/python", "/bin/accelerate", "launch", "--config_file", "a b"], "accelerate launch --config_file 'a b'"),
+        (["/bin/python", "-m", "accelerate.commands.launch", "--cpu"], "accelerate launch --cpu"),
+        (["/bin/python", "/bin/torchrun", "--nproc_per_node", "2"], "torchrun --nproc_per_node 2"),
+        (["timeout", "9", "python"], "python"),
+    ):
+        parents = [SimpleNamespace(cmdline=lambda w=w: w) for w in (["bash"], [*launcher, *words], ["init"])]
+        monkeypatch.setattr("psutil.Process", lambda parents=parents: SimpleNamespace(parents=lambda: parents))
+        assert without_secrets(shlex.join(_command())) == f"{expected} recipes/lora.py --hub_token=HIDDEN --lora_r 4"
+    assert without_secrets("accelerate launch a.py --hub-token hf_x") == "accelerate launch a.py --hub-token HIDDEN"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"temperature": 0.9}, {"temperature": 0.9, "do_sample": True}),
+        ({"do_sample": False, "temperature": 0.9, "top_k": 9, "num_beams": 1, "length_penalty": 2.0}, {"do_sample": False}),
+        ({"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}, None),
+    ],
+)
+def test_a_generation_config_that_contradicts_itself_becomes_one_that_can_be_saved(before, after, tmp_path):
+    settings = GenerationConfig(**before)
+    make_saveable(settings)
+    settings.save_pretrained(tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    for name in before:
+        expected = before[name] if after is None else after.get(name)
+        assert getattr(saved, name) == expected or (name == "num_beams" and expected is None), name
+    assert after is None or saved.do_sample == after["do_sample"]
 
 
 @pytest.mark.slow

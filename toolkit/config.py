@@ -112,6 +112,10 @@ class TrainArguments(TrainingArguments):
             self.optim = wanted
             optimizers.prodigy_arguments(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What Trainer pickles into training_args.bin, which is pushed with the weights: all but the hub's token."""
+        return self.__dict__ | {"hub_token": None}
+
 
 @dataclass
 class Config:

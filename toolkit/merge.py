@@ -13,6 +13,7 @@ from toolkit.console import say, table
 from toolkit.errors import UserError
 from toolkit.finished_run import FinishedRun
 from toolkit.metrics import score_title
+from toolkit.run_folder import without_secrets
 
 SAMPLE = 16  # rows of the test split on which logits and scores are compared
 
@@ -87,7 +88,7 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
             + ("" if name == "float32" else ", or --dtype float32")
         )
     about = {
-        "merged_from": run.record["command"],
+        "merged_from": without_secrets(run.record["command"]),  # runs of old versions kept them
         "base_model": run.base.model_name_or_path or "the tiny T5 that comes with footprint",
         "dtype": name,
         "dequantized": run.is_quantized,

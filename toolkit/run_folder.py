@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from toolkit import __version__
@@ -141,7 +142,7 @@ def _record(config: Config, ready: Preparation) -> dict[str, Any]:
         "footprint": __version__,
         "method": config.method.name,
         "task": data.task.name,
-        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "command": without_secrets(shlex.join(_command())),
         "seed": training.seed,
         "processes": training.world_size,
         "versions": stack_versions(),
@@ -160,6 +161,39 @@ def _record(config: Config, ready: Preparation) -> dict[str, Any]:
         "max_target_length": data.encoder.max_target_length,
         "finished": False,
     }
+
+
+def _command() -> list[str]:
+    """The words that started this run: those of its launcher, with its own flags, where a parent process is one; else python's."""
+    argv = list(sys.argv)
+    for parent in psutil.Process().parents():
+        try:
+            words = parent.cmdline()
+        except psutil.Error:  # another user's, or gone
+            continue
+        if words[-len(argv) :] != argv:
+            continue
+        before = words[: -len(argv)]
+        for at, word in enumerate(before):
+            if Path(word).name in ("accelerate", "accelerate-launch", "torchrun", "deepspeed"):
+                return [Path(word).name, *before[at + 1 :], *argv]
+            if word == "accelerate.commands.launch":  # python -m
+                return ["accelerate", "launch", *before[at + 1 :], *argv]
+    return ["python", *argv]
+
+
+def without_secrets(command: str) -> str:
+    """`command` with HIDDEN in place of the hub's token: a run folder is shown and pushed."""
+    words = shlex.split(command)
+    for at, word in enumerate(words):
+        name, assigned, _ = word.partition("=")
+        if name not in ("--hub_token", "--hub-token"):
+            continue
+        if assigned:
+            words[at] = f"{name}=HIDDEN"
+        elif at + 1 < len(words):
+            words[at + 1] = "HIDDEN"
+    return shlex.join(words)
 
 
 def _completions(ready: Preparation, base: Completions, tuned: Completions) -> str:

@@ -25,6 +25,7 @@ REFUSED = {
     "predict": "it shows memory instead of running; use footprint predict",
     "resume_from_checkpoint": "give the same command again: runs that are done are not done again",
     "push_to_hub": "push the run that you choose",
+    "hub_token": "every flag is written into the comparison; push the run that you choose, with `hf auth login`",
 }
 
 
