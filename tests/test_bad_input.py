@@ -3,9 +3,15 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import recipe, run, write_csv
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from toolkit.config import parse_config
+from toolkit.methods.lora import Lora
+from toolkit.preparation import prepare
 
 ROWS = [("#Person1#: Hi.", "They greet.")] * 8
 
@@ -154,8 +160,67 @@ def test_a_gated_and_a_missing_hub_model_say_which_they_are_and_what_to_do(monke
             load_model_config(ModelArguments("user/name"))
 
 
-def test_pushing_to_a_hub_without_a_login(refused):
-    assert "--push_to_hub: not logged in to the hub" in refused("--push_to_hub", "--hub_token", "none")
+def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refused, monkeypatch):
+    assert "--push_to_hub: the hub cannot be reached (" in refused("--push_to_hub", "--hub_token", "none")  # offline
+
+    class ConnectError(Exception):
+        """As that of httpx, which is no OSError."""
+
+    for error, expected in (
+        (ConnectError("[Errno -2] Name or service not known"), "the hub cannot be reached ([Errno -2] Name"),
+        (LocalTokenNotFoundError("Token is required"), "not logged in to the hub (Token is required)"),
+    ):
+        monkeypatch.setattr("toolkit.preparation.whoami", Mock(side_effect=error))
+        assert f"--push_to_hub: {expected}" in refused("--push_to_hub")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--report_to foo", "--report_to foo: foo is not supported, only"),
+        ("--report_to comet_ml", "--report_to comet_ml: "),
+        ("--use_liger_kernel", "--use_liger_kernel: liger-kernel is not installed"),
+        ("--fsdp full_shard", "--fsdp shares a model out among processes, and one runs"),
+        ("--optim galore_adamw --optim_target_modules q", "--optim galore_adamw: You need to install `galore_torch`"),
+        ("--optim lomo", "--optim lomo: You need to install `lomo_optim`"),
+        ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
+        ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 changes nothing of --optim adafactor"),
+        ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 changes nothing of --optim sgd"),
+        ("--adam_epsilon -1 --optim adamw_torch", "--optim adamw_torch: Invalid epsilon value"),
+        ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: One of min_lr or"),
+        ("--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay: it missing 1 required"),
+        ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":2}', "unexpected keyword argument 'cycles'"),
+        ('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":"a"}', "--lr_scheduler_type polynomial"),
+        ('--lr_scheduler_type constant --lr_scheduler_kwargs {"power":2}', "--lr_scheduler_kwargs has no effect with"),
+        ("--dataloader_drop_last --per_device_train_batch_size 9", "8 rows are fewer than a batch of 9 on each of 1"),
+        (
+            "--dataloader_drop_last --per_device_eval_batch_size 9 --eval_strategy epoch",
+            "leaves nothing to validate: 8 rows are fewer than a batch of 9",
+        ),
+    ],
+)
+def test_what_trainer_would_refuse_once_the_model_is_loaded(flags, expected, refused, data, rows):
+    model = data / "models" / "stories260k"
+    message = refused("--model_name_or_path", model, "--dataset_name", rows, "--use_cpu", *flags.split())
+    assert expected in message, message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optim sgd --optim_args momentum=0.9 --lr_scheduler_type reduce_lr_on_plateau --eval_strategy epoch",
+        "--optim adafactor --lr_scheduler_type constant",
+        "--optim paged_adamw_8bit --lr_scheduler_type inverse_sqrt",
+        "--optim prodigy --optim_args d_coef=2 --lr_scheduler_type cosine_with_restarts",
+        '--optim adamw_torch_fused --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr_rate":0.1}',
+        '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":10}',
+        "--lr_scheduler_type greedy --eval_strategy epoch --dataloader_drop_last --per_device_train_batch_size 8",
+    ],
+)
+def test_optimizers_and_schedules_that_can_be_built_are_let_through(flags, data, rows):
+    model = data / "models" / "stories260k"
+    common = ["--model_name_or_path", str(model), "--dataset_name", str(rows), "--use_cpu"]
+    assert prepare(parse_config(Lora, [*common, *flags.split()])).trainable_parameters > 0
 
 
 def test_an_engine_that_is_not_installed(refused, monkeypatch):

@@ -343,6 +343,11 @@ def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     rate = settings.get("learning_rate", 1.0)
     if not 0 < rate < float("inf"):
         raise UserError(f"--learning_rate {rate:g} is not possible; give a number above 0, for instance 1e-4")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= settings.get(name, 0.9) < 1:
+            raise UserError(f"--{name} {settings[name]:g} is not possible; give a number from 0 to below 1")
+    if not 0 <= settings.get("seed", 0) < 2**32:
+        raise UserError(f"--seed {settings['seed']} is not possible; give a whole number from 0 to {2**32 - 1}")
     if settings.get("early_stopping_patience") is not None:
         if not settings.get("load_best_model_at_end") or str(settings.get("eval_strategy", "no")) == "no":
             raise UserError(

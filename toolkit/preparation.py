@@ -1,15 +1,25 @@
 """Everything that can be known, and refused, before a model is loaded: engine, config, tokenizer, data, method."""
 
+import copy
 import importlib.util
+import json
+import re
 import shutil
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import whoami
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available
 
 from toolkit.config import Config, TrainArguments
 from toolkit.console import say
@@ -27,6 +37,7 @@ from toolkit.errors import UserError
 from toolkit.models import build_on_meta, load_model_config, load_tokenizer, set_head, weights_dtype
 from toolkit.ranks import decided_by_main, refused_anywhere
 from toolkit.tasks import TASKS
+from toolkit.training import FineTuner
 
 
 @dataclass
@@ -48,6 +59,7 @@ def prepare(config: Config) -> Preparation:
     """
     training = config.training
     check_engine(training)
+    check_installed(training)
     _check_same_precision(config)
     kind = TASKS[config.data.task].model_kind
     model_config = load_model_config(config.model, fp16=training.fp16, kind=kind)
@@ -59,6 +71,9 @@ def prepare(config: Config) -> Preparation:
         set_head(model_config, data.encoder.label_names, tokenizer.pad_token_id)
     dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
     model = config.method.attach(build_on_meta(config.model, model_config, dtype))
+    if config.method.trains:
+        _check_whole_batches(training, data)
+        check_schedule(training, model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     preparation = Preparation(model_config, tokenizer, data, dtype, trainable, total)
@@ -101,6 +116,90 @@ def check_engine(training: TrainArguments) -> None:
         join_deepspeed()
     if training.push_to_hub:
         decided_by_main(lambda: _check_login(training.hub_token))
+
+
+def check_installed(training: TrainArguments) -> None:
+    """Raises UserError for a flag whose library is not there, and for sharding by flag on one process."""
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out")
+    if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            "--fsdp shares a model out among processes, and one runs: accelerate launch --config_file launch/fsdp2.yaml, "
+            "or leave it out"
+        )
+    there = get_available_reporting_integrations()
+    for name in training.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                if name not in there:
+                    callback()  # says what it lacks; one that is there would begin its work
+        except (ValueError, ImportError, RuntimeError, AssertionError) as error:
+            raise UserError(f"--report_to {name}: {_line(error)}") from None
+
+
+def check_schedule(training: TrainArguments, model: PreTrainedModel) -> None:
+    """Builds the optimizer on one weight and steps its schedule, so that what they refuse is refused here.
+
+    Optimizers that are chosen by the model's layers (GaLore, APOLLO, LOMO) are looked up with `model`, and not built.
+
+    Raises: UserError with their own words, and for --optim_args and --lr_scheduler_kwargs that change nothing.
+    """
+    optim = str(getattr(training.optim, "value", training.optim))
+    try:
+        kind, options = FineTuner.get_optimizer_cls_and_kwargs(training, model)
+        plain = FineTuner.get_optimizer_cls_and_kwargs(_with(training, optim_args=None), model)[1]
+        weight = torch.nn.Parameter(torch.zeros(1))
+        by_layer = is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & set(options)
+        optimizer = torch.optim.SGD([weight], lr=1.0) if by_layer else kind([weight], **options)
+    except BUILD_ERRORS as error:
+        args = f" --optim_args {training.optim_args}" if training.optim_args else ""
+        raise UserError(f"--optim {optim}{args}: {_line(error)}") from None
+    if training.optim_args and not by_layer and repr(options) == repr(plain):
+        raise UserError(f"--optim_args {training.optim_args} changes nothing of --optim {optim}; leave it out")
+    schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
+    given = training.lr_scheduler_kwargs or {}
+    if given and schedule in ("constant", "constant_with_warmup"):
+        raise UserError(f"--lr_scheduler_kwargs has no effect with --lr_scheduler_type {schedule}; leave it out")
+    try:
+        steps = max(training.max_steps, 100)
+        made = get_scheduler(schedule, optimizer, training.get_warmup_steps(steps), steps, dict(given))
+        if isinstance(made, torch.optim.lr_scheduler.LambdaLR):
+            for lambda_of in made.lr_lambdas:
+                lambda_of(steps - 1)
+    except BUILD_ERRORS as error:
+        shown = f" --lr_scheduler_kwargs '{json.dumps(given)}'" if given else ""
+        reason = re.sub(r"\b_?get_\w+\(\)", "it", _line(error))
+        raise UserError(f"--lr_scheduler_type {schedule}{shown}: {reason}") from None
+
+
+def _check_whole_batches(training: TrainArguments, data: TaskData) -> None:
+    """Raises UserError where dropping what fills no batch on every process would leave none."""
+    if not training.dataloader_drop_last:
+        return
+    splits = {"train": len(data.train)}
+    if str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no":
+        splits["eval"] = len(data.validation)
+    for split, rows in splits.items():
+        size = getattr(training, f"per_device_{split}_batch_size")
+        if rows < size * training.world_size:
+            what = "to train" if split == "train" else "to validate"
+            raise UserError(
+                f"--dataloader_drop_last leaves nothing {what}: {rows} rows are fewer than a batch of {size} on each of "
+                f"{training.world_size} processes; lower --per_device_{split}_batch_size, or leave --dataloader_drop_last out"
+            )
+
+
+BUILD_ERRORS = (ValueError, ImportError, TypeError, RuntimeError, AttributeError, AssertionError, KeyError)
+
+
+def _with(training: TrainArguments, **changes: Any) -> TrainArguments:
+    changed = copy.copy(training)
+    changed.__dict__.update(changes)
+    return changed
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _check_machine(engine: Engine, training: TrainArguments) -> None:
@@ -160,11 +259,13 @@ def _check_same_precision(config: Config) -> None:
 def _check_login(token: str | None) -> None:
     try:
         whoami(token)
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # that of a connection comes from the hub's HTTP library, which its versions change
         reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"--push_to_hub: not logged in to the hub ({reason}); run `hf auth login` or leave it out"
-        ) from None
+        if isinstance(error, HfHubHTTPError | LocalTokenNotFoundError):
+            raise UserError(
+                f"--push_to_hub: not logged in to the hub ({reason}); run `hf auth login` or leave it out"
+            ) from None
+        raise UserError(f"--push_to_hub: the hub cannot be reached ({reason}); leave it out, and push later") from None
 
 
 def _say_what_will_be_done(config: Config, ready: Preparation, why: str) -> None:
