@@ -84,6 +84,22 @@ def test_strategies_are_kept_in_the_config_that_a_run_leaves(flags, yaml_file):
     assert config.training.save_strategy != "best" or config.training.greater_is_better is False
 
 
+def test_flags_overrule_what_a_file_says_of_the_same_thing_by_another_name(yaml_file):
+    path = yaml_file("num_train_epochs: 5\nsave_strategy: steps\nsave_steps: 7\n")
+    config = parse_config(Lora, ["--config", path, "--max_steps", "3", "--save_strategy", "epoch"])
+    assert (config.training.max_steps, config.training.save_strategy) == (3, "epoch")
+    epochs = parse_config(Lora, ["--config", yaml_file("max_steps: 3\n"), "--num_train_epochs", "2"])
+    assert (epochs.training.max_steps, epochs.training.num_train_epochs) == (-1, 2)
+
+
+def test_the_hub_s_and_reports_flags_are_kept_where_they_have_an_effect(yaml_file):
+    hub = ["--push_to_hub", "--hub_model_id", "a/b", "--hub_strategy", "end", "--hub_private_repo", "true"]
+    reports = ["--report_to", "tensorboard", "--run_name", "first"]
+    config = parse_config(Lora, [*hub, *reports])
+    again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
+    assert again.as_dict() == config.as_dict() and config.training.run_name == "first"
+
+
 def test_a_method_s_default_that_the_task_does_not_have_is_left_out(yaml_file, tmp_path):
     (tmp_path / "rows.csv").touch()
     flags = ["--task", "sequence_classification", "--dataset_name", str(tmp_path / "rows.csv")]
@@ -121,6 +137,14 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         (["--adam_beta1", "1.5"], "--adam_beta1 1.5 is not possible"),
         (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1 is not possible"),
         (["--seed", "-1"], "--seed -1 is not possible"),
+        (["--max_steps", "3", "--num_train_epochs", "2"], "--num_train_epochs has no effect beside --max_steps 3"),
+        (["--bf16_full_eval"], "--bf16_full_eval has no effect here"),
+        (["--fp16_full_eval", "true"], "--fp16_full_eval has no effect here"),
+        (["--hub_model_id", "a/b"], "--hub_model_id has no effect without --push_to_hub"),
+        (["--hub_strategy", "end"], "--hub_strategy has no effect without --push_to_hub"),
+        (["--hub_private_repo", "true"], "--hub_private_repo has no effect without --push_to_hub"),
+        (["--run_name", "a"], "--run_name has no effect without --report_to"),
+        (["--run_name", "a", "--report_to", "none"], "--run_name has no effect without --report_to"),
         (["--lora_r", "0"], "--lora_r 0 is not possible"),
         (["--lora_dropout", "1"], "--lora_dropout 1 is not possible"),
         (["--max_length", "0"], "--max_length 0 is not possible"),

@@ -34,6 +34,7 @@ OVERRIDDEN = {
     "auto_find_batch_size": "the batch size that runs must be the one that was asked for and accounted for",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all processes",
     "batch_eval_metrics": "metrics are computed from generated text, once, at the end",
+    "bf16_full_eval": "evaluation computes in the precision of training: --bf16",
     "disable_tqdm": "progress is a live line in a terminal and plain lines elsewhere",
     "do_eval": "use --eval_strategy to evaluate on the validation split while training",
     "do_predict": "the test split is always scored once, at the end",
@@ -42,6 +43,7 @@ OVERRIDDEN = {
     "eval_do_concat_batches": "evaluation keeps no logits, so there is nothing to concatenate",
     "enable_jit_checkpoint": "SIGTERM always saves a checkpoint and ends the run",
     "eval_use_gather_object": "evaluation keeps no logits, so there is nothing to gather",
+    "fp16_full_eval": "evaluation computes in the precision of training: --fp16",
     "include_for_metrics": "metrics are computed from generated text, once, at the end",
     "include_num_input_tokens_seen": "real (unpadded) tokens are always counted",
     "label_names": "the labels of every task here are in `labels`",
@@ -207,6 +209,12 @@ def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None
     if (path := given.pop("config", None)) is not None:
         from_file = _from_yaml(parser, Path(path))
         # A key at its default says nothing: a run's own config.yaml, which names every setting, can be run again.
+        for flag, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
+            if flag in given and other not in given:
+                from_file.pop(other, None)  # the file's length of the run is overruled
+        for what in ("save", "eval"):
+            if given.get(f"{what}_strategy", "steps") != "steps":
+                from_file.pop(f"{what}_steps", None)
         usual = method.defaults(from_file | given)
         given = {k: v for k, v in from_file.items() if v != usual.get(k, parser.get_default(k))} | given
     named = from_file | given
@@ -337,6 +345,8 @@ def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     steps = settings.get("max_steps", -1)
     if steps == 0 or steps < -1:
         raise UserError(f"--max_steps {steps} trains nothing; give at least 1, or leave it out to train by epochs")
+    if steps > 0 and "num_train_epochs" in given:
+        raise UserError(f"--num_train_epochs has no effect beside --max_steps {steps}; leave one of them out")
     epochs = settings.get("num_train_epochs", 3.0)
     if epochs <= 0:
         raise UserError(f"--num_train_epochs {epochs:g} trains nothing; give a number above 0")
@@ -360,6 +370,12 @@ def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if settings.get("allow_changed_data") and not settings.get("resume_from_checkpoint"):
         raise UserError("--allow_changed_data has no effect without --resume_from_checkpoint; add it or leave it out")
     _check_strategies(settings, given)
+    reports = settings.get("report_to") not in (None, "none", ["none"], [])
+    if "run_name" in given and not reports:
+        raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
+    for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"):
+        if name in given and not settings.get("push_to_hub") and not (name == "hub_private_repo" and reports):  # trackio
+            raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
 
 
 def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
@@ -408,6 +424,9 @@ def _from_yaml(parser: Parser, path: Path) -> dict[str, Any]:
             parser._refuse_unknown(f"--{name}", where)
         if value is None:
             continue  # as if the key were not there
+        if name == "report_to" and isinstance(value, list):  # as a run's own config.yaml has it; the flag takes one
+            given[name] = [str(one) for one in value]
+            continue
         given |= parser.given(_as_argv(name, value, flags[name], where), where)
     return given
 
