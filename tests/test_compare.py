@@ -67,6 +67,44 @@ def test_rows_of_one_text_are_drawn_together():
     assert ratio == pytest.approx(math.sqrt(3), rel=0.1)
 
 
+def pair_of_runs(rng, gap=0.0, seeds=3, rows=200, spread=0.03):
+    """Scores (seeds, rows) of two methods on the same rows, whose runs differ by their seed with a deviation of `spread`."""
+    hardness = rng.normal(0.5, 0.2, rows)
+
+    def runs(mean):
+        return mean + hardness + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.1, (seeds, rows))
+
+    return runs(gap), runs(0.0)
+
+
+def test_the_same_method_twice_with_three_seeds_is_seldom_more_than_noise():
+    rng, pairs, alone = np.random.default_rng(7), 200, 0
+    alarms = 0
+    for _ in range(pairs):
+        ours, theirs = pair_of_runs(rng)
+        found = paired_bootstrap(ours, theirs, range(200), 1000)
+        assert found["covers"] == "test rows and seeds"
+        alarms += found["more_than_noise"]
+        alone += paired_bootstrap(ours.mean(0), theirs.mean(0), range(200), 1000)["more_than_noise"]
+    assert alarms / pairs <= 0.1  # 0.05 + 3 standard errors of 200 pairs
+    assert alone / pairs > 0.3  # what test rows alone would say
+
+
+def test_a_difference_well_above_that_of_seeds_is_found_with_three_of_them():
+    rng = np.random.default_rng(8)
+    found = [paired_bootstrap(*pair_of_runs(rng, gap=0.15), range(200), 1000) for _ in range(50)]
+    assert sum(one["more_than_noise"] and one["low"] > 0 for one in found) >= 45
+
+
+def test_more_seeds_narrow_the_interval_and_one_seed_says_that_it_covers_rows_alone():
+    few, many = (paired_bootstrap(*pair_of_runs(np.random.default_rng(9), seeds=n), range(200)) for n in (3, 30))
+    assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
+    ours, theirs = pair_of_runs(np.random.default_rng(9), seeds=1)
+    one = paired_bootstrap(ours, theirs, range(200))
+    assert one["covers"] == "test rows"
+    assert one == paired_bootstrap(ours[0], theirs[0], range(200)) == paired_bootstrap(ours[0], [*theirs] * 4, range(200))
+
+
 # ---- the plan
 
 
@@ -92,6 +130,7 @@ def test_a_flag_goes_to_the_methods_that_have_it(tmp_path):
         (None, (), "--methods is missing"),
         ("lora", ("--lora_rr", "4"), r"unknown flag --lora_rr \(did you mean lora_r\?\)"),
         ("full", ("--lora_r", "4"), r"unknown flag --lora_r \(it belongs to the method lora"),
+        ("lora", ("--hub_token", "hf_x"), "every flag is written into the comparison"),
         ("lora", ("--seed", "4"), "--seeds N gives each method"),
         ("lora", ("--lora_r", "0"), "lora: --lora_r 0 is not possible"),
         ("full,lora", ("--load_in_4bit",), "full: --load_in_4bit and full fine-tuning exclude each other"),
@@ -213,6 +252,10 @@ def test_differences_that_are_there_are_more_than_noise_and_others_are_not(compa
     assert entries["prompt_tuning"]["difference"]["full"]["high"] < 0
     assert all(entries[m]["difference"]["base"]["low"] > 0 for m in ("full", "lora", "ia3"))
     assert comparison[1]["data"]["different_texts"] == 30
+    covers = {name: entry["difference"].get("base", {}).get("covers") for name, entry in entries.items()}
+    assert covers["lora"] == "test rows and seeds" and covers["in_context, 2-shot"] == "test rows"
+    (row,) = re.findall(r"\| in_context, 2-shot \| \+.*", (comparison[0] / "compare.md").read_text())
+    assert row.endswith("| yes (of test rows only) |")
     mean = entries["ia3"]["scores"]["rougeL"]["mean"] - entries["full"]["scores"]["rougeL"]["mean"]
     assert entries["ia3"]["difference"]["full"]["mean"] == pytest.approx(mean)
 

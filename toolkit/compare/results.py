@@ -165,8 +165,8 @@ def _completions(folder: Path) -> dict[str, list[str]]:
 
 def _row_scores(
     task: Task, completions: dict[Run, dict[str, list[str]]], scored: dict[str, dict[Run, str]]
-) -> tuple[dict[str, list[float]], list[str]]:
-    """Each row's score for all that was scored, averaged over seeds, and the rows' texts.
+) -> tuple[dict[str, list[list[float]]], list[str]]:
+    """The scores (seeds, rows) of all that was scored, and the rows' texts.
 
     A pair of answer and reference is scored once: the base model's answers are the same in all runs. Nothing is scored
     where no run has references: in-context learning alone.
@@ -181,5 +181,5 @@ def _row_scores(
         if new := list({pair: None for pairs in answers for pair in pairs if pair not in known}):
             known.update(zip(new, task.row_scores(*zip(*new, strict=True)), strict=True))
         if answers:
-            rows[name] = [sum(known[pair] for pair in row) / len(row) for row in zip(*answers, strict=True)]
+            rows[name] = [[known[pair] for pair in pairs] for pairs in answers]
     return rows, told["text"]

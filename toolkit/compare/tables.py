@@ -68,13 +68,14 @@ def _differences(data: dict[str, Any]) -> list[Table]:
                 p = "< 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}"
                 span = f"{found['low']:+.4f} to {found['high']:+.4f}"
                 verdict = "yes" if found["more_than_noise"] else "no"
+                verdict += "" if found.get("covers") == "test rows and seeds" else " (of test rows only)"
                 rows.append([entry["method"], f"{found['mean']:+.4f}", span, p, verdict])
         direction = "" if data["higher_is_better"] else " (lower is better)"
         caption = (
             f"{score_title(data['headline'])}{direction} less that of {meaning}. Paired bootstrap over "
-            f"{data['data']['different_texts']:,} different test texts (Koehn 2004), 10,000 resamples, each row's scores "
-            "averaged over seeds; more than noise: the interval leaves out 0. What another seed would give is not in it: "
-            "see the intervals over seeds."
+            f"{data['data']['different_texts']:,} different test texts (Koehn 2004), 10,000 resamples of scores averaged over "
+            "seeds, each with what other seeds might have given (Student's t, Welch); more than noise: the interval leaves out 0. "
+            "With one seed what another would give is unknown: `of test rows only`."
         )
         columns = ["method", "difference", "95 % interval", "p", "more than noise"]
         made.append(Table(f"Against {meaning}", columns, rows, caption))
