@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from conftest import recipe, run, write_csv
+from conftest import ROOT, recipe, run, write_csv
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from toolkit.config import parse_config
+from toolkit.errors import UserError
+from toolkit.launch import read_launch
 from toolkit.methods.lora import Lora
 from toolkit.preparation import prepare
 
@@ -84,7 +86,6 @@ def test_a_model_that_does_not_generate_text(refused, tmp_path):
 def test_t5_in_fp16(refused, tiny_t5, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *a: (7, 5))
-    from toolkit.errors import UserError
     from toolkit.models import ModelArguments, load_model_config
 
     with pytest.raises(UserError, match="activations exceed fp16's largest number"):
@@ -144,7 +145,6 @@ def test_resuming_where_there_is_no_checkpoint(refused, rows, data, tmp_path):
 def test_a_gated_and_a_missing_hub_model_say_which_they_are_and_what_to_do(monkeypatch):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from toolkit.errors import UserError
     from toolkit.models import ModelArguments, load_model_config
 
     for kind, expected in (
@@ -223,6 +223,19 @@ def test_optimizers_and_schedules_that_can_be_built_are_let_through(flags, data,
     assert prepare(parse_config(Lora, [*common, *flags.split()])).trainable_parameters > 0
 
 
+def test_a_launch_file_where_the_package_was_installed_without_its_repository(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"--launch zero4: there is no such launch file .*; there are .*zero3"):
+        read_launch("zero4")
+    monkeypatch.setattr("toolkit.launch.FOLDER", tmp_path / "site-packages" / "launch")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"launch/ is not here: its files come with the repository.*give the path of one"
+    ):
+        read_launch("zero3")
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    assert read_launch("zero3", 2).engine.kind == "ZeRO-3"
+
+
 def test_an_engine_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -230,7 +243,6 @@ def test_an_engine_that_is_not_installed(refused, monkeypatch):
 
 
 def test_a_compiler_that_is_not_installed(monkeypatch):
-    from toolkit.errors import UserError
     from toolkit.preparation import check_engine
 
     monkeypatch.setattr("shutil.which", lambda name: None)

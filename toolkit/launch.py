@@ -84,14 +84,22 @@ def current_launch() -> Launch:
 
 
 def _find(name: str) -> Path:
-    path = FOLDER / f"{name}.yaml" if "/" not in name and not name.endswith((".yaml", ".yml", ".json")) else Path(name)
-    if not path.is_file():
-        there = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    """The file that `name` means: a path, or one of launch/ in the repository, else in the working directory."""
+    folders = (FOLDER, Path("launch").resolve())
+    is_path = "/" in name or name.endswith((".yaml", ".yml", ".json"))
+    for path in [Path(name)] if is_path else [folder / f"{name}.yaml" for folder in folders]:
+        if path.is_file():
+            return path
+    there = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    if not there:
         raise UserError(
-            f"--launch {name}: there is no such launch file{did_you_mean(name, there)}; there are {', '.join(there)}, or "
-            "give the path of one of your own"
+            f"--launch {name}: there is no such file, and launch/ is not here: its files come with the repository, not with "
+            "the installed package; give the path of one, or run from a clone of the repository"
         )
-    return path
+    raise UserError(
+        f"--launch {name}: there is no such launch file{did_you_mean(name, there)}; there are {', '.join(there)}, or "
+        "give the path of one of your own"
+    )
 
 
 def _settings(path: Path) -> dict:
