@@ -102,7 +102,9 @@ def test_more_seeds_narrow_the_interval_and_one_seed_says_that_it_covers_rows_al
     ours, theirs = pair_of_runs(np.random.default_rng(9), seeds=1)
     one = paired_bootstrap(ours, theirs, range(200))
     assert one["covers"] == "test rows"
-    assert one == paired_bootstrap(ours[0], theirs[0], range(200)) == paired_bootstrap(ours[0], [*theirs] * 4, range(200))
+    assert (
+        one == paired_bootstrap(ours[0], theirs[0], range(200)) == paired_bootstrap(ours[0], [*theirs] * 4, range(200))
+    )
 
 
 # ---- the plan

@@ -210,7 +210,10 @@ def test_the_command_of_a_run_is_that_of_its_launcher_without_secrets(monkeypatc
     ("before", "after"),
     [
         ({"temperature": 0.9}, {"temperature": 0.9, "do_sample": True}),
-        ({"do_sample": False, "temperature": 0.9, "top_k": 9, "num_beams": 1, "length_penalty": 2.0}, {"do_sample": False}),
+        (
+            {"do_sample": False, "temperature": 0.9, "top_k": 9, "num_beams": 1, "length_penalty": 2.0},
+            {"do_sample": False},
+        ),
         ({"num_beams": 4, "length_penalty": 2.0, "early_stopping": True}, None),
     ],
 )

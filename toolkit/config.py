@@ -374,7 +374,9 @@ def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if "run_name" in given and not reports:
         raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
     for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"):
-        if name in given and not settings.get("push_to_hub") and not (name == "hub_private_repo" and reports):  # trackio
+        if (
+            name in given and not settings.get("push_to_hub") and not (name == "hub_private_repo" and reports)
+        ):  # trackio
             raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
 
 

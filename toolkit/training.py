@@ -285,7 +285,9 @@ def make_saveable(settings: GenerationConfig) -> None:
         settings.validate(strict=True)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the model's generation_config.json could not be saved with what is trained: {reason}") from None
+        raise UserError(
+            f"the model's generation_config.json could not be saved with what is trained: {reason}"
+        ) from None
 
 
 def _follows_virtual_tokens(model: nn.Module) -> bool:
