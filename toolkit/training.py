@@ -277,7 +277,7 @@ def make_saveable(settings: GenerationConfig) -> None:
         pass
     if settings.do_sample is None and any(getattr(settings, name, None) is not None for name in SAMPLING):
         settings.do_sample = True
-    unread = SAMPLING if not settings.do_sample else ()
+    unread: tuple[str, ...] = SAMPLING if not settings.do_sample else ()
     unread += BEAMS if (settings.num_beams or 1) == 1 else ()
     for name in unread:
         setattr(settings, name, None)
