@@ -85,8 +85,8 @@ def comparison() -> str:
     rows, versions = data["data"]["rows"]["test"], data["versions"]
     lines += [
         "",
-        f"Test split of {rows} rows, {data['seeds']} seeds, each recipe on its defaults; differences by paired bootstrap over the rows, "
-        f"`noise` where their 95 % interval holds 0. {data['date']}, a busy CPU, torch {versions['torch']}, transformers "
+        f"Test split of {rows} rows, {data['seeds']} seeds, each recipe on its defaults; differences by paired bootstrap over the rows "
+        f"with Student's t for the seeds, `noise` where their 95 % interval holds 0. {data['date']}, a busy CPU, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, peft {versions['peft']}; made by `footprint compare --methods "
         f"{','.join(e['method'] for e in data['entries'] if e['method'] != 'base')} --seeds {data['seeds']}`.",
     ]

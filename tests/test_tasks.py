@@ -116,7 +116,7 @@ def test_sentences_with_labels_are_read_in_latin_1_and_split_by_class(tmp_path, 
     lines = [f"caf\xe9 {n} @ home@up" for n in range(60)] + [f"loss {n} .@down" for n in range(40)]
     (tmp_path / "Sentences_AllAgree.txt").write_bytes("\r\n".join(lines).encode("latin-1"))
     (tmp_path / "License.txt").write_text("free")
-    loaded = load_data(DataArguments("classification", str(tmp_path)), *llama, seed=1)
+    loaded = load_data(DataArguments("classification", str(tmp_path)), *llama)
     assert {split: len(rows) for split, rows in loaded.rows.items()} == {"train": 81, "validation": 10, "test": 9}
     for split, up in (("validation", 6), ("test", 5)):
         assert loaded.rows[split]["label"].count("up") == up
@@ -129,7 +129,10 @@ def test_sentences_with_labels_are_read_in_latin_1_and_split_by_class(tmp_path, 
 def test_runs_of_several_seeds_are_scored_on_the_same_held_out_rows(task, tmp_path, llama):
     rows = [(f"profit {n}", "up" if n % 3 else "down") for n in range(60)]
     arguments = DataArguments(task, labelled(tmp_path / "d", train=rows), text_column="sentence")
-    one, other = (load_data(arguments, *llama, seed=seed) for seed in (0, 1))
+    torch.manual_seed(0)  # as a run's --seed would
+    one = load_data(arguments, *llama)
+    torch.manual_seed(1)
+    other = load_data(arguments, *llama)
     assert one.fingerprint == other.fingerprint
     assert not set(one.test_texts) & set(one.rows["train"]["sentence"])
 
@@ -207,14 +210,14 @@ def test_the_whole_financial_phrasebank(data):
 )
 def test_labels_that_cannot_be_learned_are_refused(splits, flags, expected, tmp_path, llama):
     with pytest.raises(UserError) as caught:
-        load_data(DataArguments("classification", labelled(tmp_path / "d", **splits), **flags), *llama, seed=0)
+        load_data(DataArguments("classification", labelled(tmp_path / "d", **splits), **flags), *llama)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_line_without_a_label_is_named(tmp_path, llama):
     (tmp_path / "rows.txt").write_text("a@up\n\nno label here\n")
     with pytest.raises(UserError, match="line 3 has no @label at its end"):
-        load_data(DataArguments("classification", str(tmp_path / "rows.txt")), *llama, seed=0)
+        load_data(DataArguments("classification", str(tmp_path / "rows.txt")), *llama)
 
 
 def test_several_files_of_sentences_must_be_chosen_from(tmp_path, llama):
@@ -223,14 +226,14 @@ def test_several_files_of_sentences_must_be_chosen_from(tmp_path, llama):
     with pytest.raises(
         UserError, match=r"several files of sentences \(Sentences_50Agree.txt, Sentences_AllAgree.txt\)"
     ):
-        load_data(DataArguments("classification", str(tmp_path)), *llama, seed=0)
+        load_data(DataArguments("classification", str(tmp_path)), *llama)
 
 
 # Classification as text, and by a head
 
 
 def test_the_prompt_names_the_classes_and_the_target_is_one(tmp_path, llama):
-    loaded = load_data(DataArguments("classification", labelled(tmp_path / "d", train=GOOD + BAD * 4)), *llama, seed=0)
+    loaded = load_data(DataArguments("classification", labelled(tmp_path / "d", train=GOOD + BAD * 4)), *llama)
     row = loaded.train[0]
     target = [label for label in row["labels"] if label != MASKED]
     assert loaded.encoder.tokenizer.decode(target, skip_special_tokens=True).strip() in ("up", "down")
@@ -241,7 +244,7 @@ def test_the_prompt_names_the_classes_and_the_target_is_one(tmp_path, llama):
 def test_the_rows_of_a_head_are_the_text_alone_and_a_class(tmp_path, llama):
     config, tokenizer = llama
     folder = labelled(tmp_path / "d", train=[*GOOD, ("word " * 90, "down")] * 3, validation=BAD, test=GOOD)
-    loaded = load_data(DataArguments("sequence_classification", folder, max_length=64), config, tokenizer, seed=0)
+    loaded = load_data(DataArguments("sequence_classification", folder, max_length=64), config, tokenizer)
     assert loaded.encoder.label_names == ("down", "up")
     assert loaded.supervised_tokens == len(loaded.train) == 21
     rows = {tokenizer.decode(row["input_ids"], skip_special_tokens=True).strip(): row for row in loaded.train}
@@ -293,7 +296,7 @@ def test_a_head_of_t5_is_predicted_though_it_looks_for_the_end_of_each_text(tmp_
 def chat(data, tmp_path, rows, template=CHATML, **flags):
     config = AutoConfig.from_pretrained(data / "models" / "stories260k")
     arguments = DataArguments("chat", jsonl(tmp_path / "chat", rows), **flags)
-    return load_data(arguments, config, tokenizer_of(data, template), seed=0)
+    return load_data(arguments, config, tokenizer_of(data, template))
 
 
 def test_the_loss_is_on_every_turn_of_the_assistant_and_on_nothing_else(data, tmp_path):
@@ -362,7 +365,7 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
     loaded = chat(data, tmp_path, rows, "<|begin|>" + CHATML, max_target_length=8)
     config = AutoConfig.from_pretrained(data / "models" / "stories260k")
     ready = Preparation(config, loaded.encoder.tokenizer, loaded, torch.float32, 0, 0)
-    plain, one, two = (prompts_with_examples(ready, number, seed=0) for number in (0, 1, 2))
+    plain, one, two = (prompts_with_examples(ready, number) for number in (0, 1, 2))
     assert plain == loaded.test_prompts
     picked = random.Random(0).sample(range(4), 4)
     for prompts, count in ((one, 1), (two, 2)):
@@ -373,10 +376,10 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
         text = loaded.encoder.tokenizer.decode(prompts[0])
         assert text.count("<|system|>") == text.count("<|begin|>") == 1 and text.count("<|user|>") == count + 1
     with pytest.raises(UserError, match="--num_shots 5: the train split has 4 rows"):
-        prompts_with_examples(ready, 5, seed=0)
+        prompts_with_examples(ready, 5)
     config.max_position_embeddings = len(two[0]) + 7  # the answer takes 8
     with pytest.raises(UserError, match=r"--num_shots 2 makes a prompt of .* give fewer$"):
-        prompts_with_examples(ready, 2, seed=0)
+        prompts_with_examples(ready, 2)
 
 
 def test_a_turn_ends_with_the_token_that_ends_it_in_the_labels(data):
@@ -471,7 +474,7 @@ def test_what_a_model_says_of_decoding_does_not_steer_it(num_beams, wrapped):
 
 
 def test_every_token_of_a_text_is_learned_and_its_end(data, tmp_path, llama):
-    loaded = load_data(DataArguments("text", jsonl(tmp_path / "d", [{"text": "A cat sat."}] * 3)), *llama, seed=0)
+    loaded = load_data(DataArguments("text", jsonl(tmp_path / "d", [{"text": "A cat sat."}] * 3)), *llama)
     row = loaded.train[0]
     assert row["labels"] == row["input_ids"] and row["input_ids"][-1] == llama[1].eos_token_id
     assert loaded.supervised_tokens == 3 * (len(row["labels"]) - 1)  # nothing comes before the first

@@ -302,7 +302,12 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         ours["gradient_checkpointing_kwargs"] = settings.get("gradient_checkpointing_kwargs") or {
             "use_reentrant": False
         }
-    settings = {"dataloader_pin_memory": torch.cuda.is_available()} | settings | ours
+    usual = {"dataloader_pin_memory": torch.cuda.is_available()}
+    if (
+        rows := settings.get("per_device_train_batch_size")
+    ) is not None:  # Trainer's own 8 may need more than training does
+        usual["per_device_eval_batch_size"] = rows
+    settings = usual | settings | ours
     if settings.get("save_strategy") == "best":  # Trainer's own default where --load_best_model_at_end asks
         settings.setdefault("metric_for_best_model", "loss")
     resume = settings.get("resume_from_checkpoint")

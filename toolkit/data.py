@@ -185,7 +185,6 @@ def load_data(
     args: DataArguments,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    seed: int,
     virtual_tokens: int = 0,
 ) -> TaskData:
     """Reads, checks and tokenizes the data set of `args` for the model of `config`.

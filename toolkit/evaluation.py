@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from toolkit.console import console, is_main
 from toolkit.engine import gathered_in_use, is_sharded
+from toolkit.memory.cuda_meter import outside_the_account
 
 if TYPE_CHECKING:  # tasks use this module
     from toolkit.config import Config
@@ -154,7 +155,7 @@ def _in_batches(
     model.eval()
     found: list[tuple[int, Answer]] = []
     try:
-        with gathered_in_use(model):
+        with outside_the_account(model.device), gathered_in_use(model):
             for batch in track(
                 batches, description=title, console=console, transient=True, disable=not console.is_terminal
             ):

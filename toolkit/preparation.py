@@ -66,7 +66,7 @@ def prepare(config: Config) -> Preparation:
     check_combination(asked_engine(training.deepspeed, training.fsdp), config, model_config)
     tokenizer = load_tokenizer(config.model)
     with training.main_process_first(desc="reading the data"):
-        data = load_data(config.data, model_config, tokenizer, training.seed, config.method.virtual_tokens)
+        data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens)
     if kind == "head":
         set_head(model_config, data.encoder.label_names, tokenizer.pad_token_id)
     dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
