@@ -365,7 +365,7 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
     loaded = chat(data, tmp_path, rows, "<|begin|>" + CHATML, max_target_length=8)
     config = AutoConfig.from_pretrained(data / "models" / "stories260k")
     ready = Preparation(config, loaded.encoder.tokenizer, loaded, torch.float32, 0, 0)
-    plain, one, two = (prompts_with_examples(ready, number) for number in (0, 1, 2))
+    plain, one, two = (prompts_with_examples(ready, number, seed=0) for number in (0, 1, 2))
     assert plain == loaded.test_prompts
     picked = random.Random(0).sample(range(4), 4)
     for prompts, count in ((one, 1), (two, 2)):
@@ -376,10 +376,10 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
         text = loaded.encoder.tokenizer.decode(prompts[0])
         assert text.count("<|system|>") == text.count("<|begin|>") == 1 and text.count("<|user|>") == count + 1
     with pytest.raises(UserError, match="--num_shots 5: the train split has 4 rows"):
-        prompts_with_examples(ready, 5)
+        prompts_with_examples(ready, 5, seed=0)
     config.max_position_embeddings = len(two[0]) + 7  # the answer takes 8
     with pytest.raises(UserError, match=r"--num_shots 2 makes a prompt of .* give fewer$"):
-        prompts_with_examples(ready, 2)
+        prompts_with_examples(ready, 2, seed=0)
 
 
 def test_a_turn_ends_with_the_token_that_ends_it_in_the_labels(data):

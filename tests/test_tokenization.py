@@ -127,7 +127,7 @@ def test_a_tokenizer_without_tokens_to_pad_with_or_to_end_with_is_refused(data, 
     assert "\n" not in str(caught.value)
     tokenizer.pad_token = "!"
     with pytest.raises(UserError, match="its tokenizer has no end-of-text token"):
-        load_data(DataArguments(dataset_name=str(small_csv)), config, tokenizer, seed=0)
+        load_data(DataArguments(dataset_name=str(small_csv)), config, tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -138,19 +138,19 @@ def test_tokens_that_the_model_has_no_embedding_for_are_refused_where_they_are_u
     tokenizer.add_tokens([f"<image{n}>" for n in range(40)])
     assert len(tokenizer) > config.vocab_size
     arguments = DataArguments(dataset_name=str(small_csv), max_length=256, max_target_length=32)
-    load_data(arguments, config, tokenizer, seed=0)  # no text has them
+    load_data(arguments, config, tokenizer)  # no text has them
     tokenizer.add_tokens(["Really"])
     last = len(tokenizer) - 1
     with pytest.raises(
         UserError, match=rf"gives token {last:,} \(.?Really\), and the model has embeddings for"
     ) as caught:
-        load_data(arguments, config, tokenizer, seed=0)
+        load_data(arguments, config, tokenizer)
     assert "\n" not in str(caught.value)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     config.vocab_size = tokenizer.pad_token_id
     with pytest.raises(UserError, match="the model has embeddings for"):
-        load_data(arguments, config, tokenizer, seed=0)
+        load_data(arguments, config, tokenizer)
 
 
 def test_a_length_without_room_for_the_prompt_is_refused(data):
@@ -162,7 +162,7 @@ def load(data, kind: str, folder, **kwargs):
     source = data / ("tokenizers/t5-small" if kind == "t5" else "models/stories260k")
     tokenizer = AutoTokenizer.from_pretrained(source)
     config = AutoConfig.for_model("t5") if kind == "t5" else AutoConfig.from_pretrained(source)
-    return load_data(DataArguments(dataset_name=str(folder), **kwargs), config, tokenizer, seed=0)
+    return load_data(DataArguments(dataset_name=str(folder), **kwargs), config, tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
