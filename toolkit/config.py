@@ -303,10 +303,8 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
             "use_reentrant": False
         }
     usual = {"dataloader_pin_memory": torch.cuda.is_available()}
-    if (
-        rows := settings.get("per_device_train_batch_size")
-    ) is not None:  # Trainer's own 8 may need more than training does
-        usual["per_device_eval_batch_size"] = rows
+    if "per_device_train_batch_size" in settings:  # for Trainer's own 8 may need more memory than training does
+        usual["per_device_eval_batch_size"] = settings["per_device_train_batch_size"]
     settings = usual | settings | ours
     if settings.get("save_strategy") == "best":  # Trainer's own default where --load_best_model_at_end asks
         settings.setdefault("metric_for_best_model", "loss")
@@ -379,9 +377,8 @@ def _check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if "run_name" in given and not reports:
         raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
     for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"):
-        if (
-            name in given and not settings.get("push_to_hub") and not (name == "hub_private_repo" and reports)
-        ):  # trackio
+        trackio = name == "hub_private_repo" and reports  # which has a use for it
+        if name in given and not settings.get("push_to_hub") and not trackio:
             raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
 
 

@@ -38,8 +38,8 @@ def paired_bootstrap(
     Seeds: to each draw is added what other seeds might have given: Student's t, scaled by the standard error of both means
     over seeds, with Welch's degrees of freedom (1947, https://doi.org/10.1093/biomet/34.1-2.28). Drawing again from so few
     seeds as two or three, as from the rows, would give too narrow a spread: of 400 simulated pairs of equal methods (200 rows,
-    a deviation of 0.03 over seeds), 26, 14 and 11 % then seemed different with 2, 3 and 5 seeds; with t, 3, 3 and 4 %. With one seed on a side its spread is
-    unknown: then test rows alone are covered, and `covers` says so.
+    a deviation of 0.03 over seeds), 26, 14 and 11 % then seemed different with 2, 3 and 5 seeds; with t, 3, 3 and 4 %. With
+    one seed on a side its spread is unknown: then test rows alone are covered, and `covers` says so.
 
     The draws' 2.5 and 97.5 percentiles are the interval; p is two-sided, and never below 1 / (resamples + 1).
 
