@@ -14,8 +14,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from toolkit.errors import UserError
-from toolkit.guards import ALTERS_BASE
 from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
+from toolkit.methods.lora import ALTERS_BASE
 from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, set_head
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task

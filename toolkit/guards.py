@@ -27,18 +27,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from toolkit.checksums import checksums
 from toolkit.engine import is_sharded
 from toolkit.errors import UserError
+from toolkit.methods.lora import ALTERS_BASE
 
 FIRST_STEPS = 3  # LoRA's A moves from the second step on, and a warm-up's first step may have a learning rate of 0
 LOGITS_TOLERANCE = 1e-3  # of the largest logit: the weights are the same bits, but a GPU may choose other kernels
-
-# Initializations that take what the adapter starts with out of the base: such an adapter is right on a base that was
-# altered in the same way alone.
-ROUNDED_BASE = {
-    torch.float32: 1e-3,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-}  # the altered base was rounded once more
-ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# The same, where an initialization altered the base, which was rounded once more.
+ROUNDED_BASE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class Guards(TrainerCallback):

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
 
+# Initializations that take what the adapter starts with out of the base: such an adapter is right on a base that was
+# altered in the same way alone.
+ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITS = "default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
 
 
