@@ -106,7 +106,7 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Lets Prodigy past the closed list of names."""
-        wanted = str(getattr(self.optim, "value", self.optim))
+        wanted = optimizers.name_of(self)
         if wanted == "prodigy":
             self.optim = "adamw_torch"
         super().__post_init__()

@@ -333,9 +333,8 @@ def gathered_in_use(model: nn.Module) -> Iterator[None]:
         hooks.partition_all_parameters()
         hooks.destroy()
         del model.ds_inflight_param_registry
-        for (
-            module
-        ) in model.modules():  # else the engine's backward passes would run those of `hooks`, with their limits
+        # Else the engine's backward passes would run those of `hooks`, with their limits.
+        for module in model.modules():
             for name in ("pre_bwd_fn", "post_bwd_fn"):
                 vars(module).pop(name, None)
 

@@ -116,7 +116,6 @@ class FinishedRun:
 
     def sample(self, rows: int) -> list[tuple[str, str]]:
         """(text, reference) of the first `rows` different texts of the test split."""
-        csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's default, 131,072 characters
         try:
             with (self.path / "completions.csv").open(newline="", encoding="utf-8") as stream:
                 found = {row["text"]: row["reference"] for row in csv.DictReader(stream)}

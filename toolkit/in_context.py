@@ -75,11 +75,10 @@ def prompts_with_examples(ready: Preparation, number: int, seed: int) -> list[li
         prompts = _conversations(data, number, seed) if number else data.test_prompts
         _check_fit(ready, number, max(map(len, prompts)))
         return prompts
-    chosen = random.Random(seed).sample(range(len(data.train)), len(data.train))[:number]
     between = tokenizer("\n\n", add_special_tokens=False).input_ids
     closing = set(tokenizer.all_special_ids)
     examples: list[int] = []
-    for row in (data.train[index] for index in chosen):
+    for row in (data.train[index] for index in _drawn(len(data.train), number, seed)):
         ids = _inner(row["input_ids"], closing)
         if ready.model_config.is_encoder_decoder:
             ids = ids + _inner([label for label in row["labels"] if label != MASKED], closing)
@@ -96,7 +95,7 @@ def _conversations(data: TaskData, number: int, seed: int) -> list[list[int]]:
     """The prompts (token ids) of a chat: each conversation of the test split after `number` of the train split, uncut."""
     told = data.pairs("train")
     examples: Messages = []
-    for index in random.Random(seed).sample(range(len(told)), len(told))[:number]:
+    for index in _drawn(len(told), number, seed):
         asked, answer = told[index]
         examples += [*_without_system(asked), {"role": "assistant", "content": answer}]
     prompts = []
@@ -104,6 +103,11 @@ def _conversations(data: TaskData, number: int, seed: int) -> list[list[int]]:
         system = [message for message in question if message["role"] == "system"]
         prompts.append(data.encoder.prompt([*system, *examples, *_without_system(question)], room=sys.maxsize)[0])
     return prompts
+
+
+def _drawn(rows: int, number: int, seed: int) -> list[int]:
+    """The indices of `number` of `rows`; fewer are the first of more."""
+    return random.Random(seed).sample(range(rows), rows)[:number]
 
 
 def _without_system(messages: Messages) -> Messages:

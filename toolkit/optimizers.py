@@ -11,6 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
 
+def name_of(training: TrainingArguments) -> str:
+    """The optimizer that `--optim` names, which transformers holds as an enum where it is one of its own."""
+    return str(getattr(training.optim, "value", training.optim))
+
+
 class Prodigy(prodigyopt.Prodigy):
     """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101): Adam that finds its own step size; leave its rate at 1.
 

@@ -17,6 +17,7 @@ import yaml
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
+from toolkit import optimizers
 from toolkit.config import Config, parse_config
 from toolkit.console import console, is_main, say
 from toolkit.data import label_names, lengths
@@ -83,7 +84,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         notes += ("what NCCL and other streams hold is not counted: it was not measured",)
         if ledger.host_bytes:
             notes += ("pinned host memory is counted as asked for; PyTorch may round each buffer up to a power of two",)
-    if device is not CPU and "paged" in str(getattr(training.optim, "value", training.optim)):
+    if device is not CPU and "paged" in optimizers.name_of(training):
         notes += ("a paged optimizer's state is counted as on the card, from which the driver can move it to the host",)
     return replace(ledger, processes=processes(), engine=engine.kind, nvme_bytes=swapped_bytes(), notes=notes)
 
@@ -162,7 +163,7 @@ def _refuse_unpredicted(engine: Engine, config: Config) -> None:
     offload = {engine.optimizer_state, engine.parameters} - {"with the model"}
     if offload and engine.kind == "FSDP2":
         raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
-    optim = str(getattr(config.training.optim, "value", config.training.optim))
+    optim = optimizers.name_of(config.training)
     if offload and not optim.startswith("adamw_torch"):
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is predicted for adamw_torch_fused alone")
     if engine.processes_a_row > 1:
@@ -255,8 +256,7 @@ def say_prediction(config: Config) -> None:
         say("memory", f"not predicted: {error}")
         return
     worst = f"{ledger.peak_phase_name.replace('_', ' ')} of the longest batch"
-    needed = ledger.reserved_bytes if ledger.process_bytes is None else ledger.process_bytes
-    say("memory", f"{format_bytes(needed)} at the peak, predicted for the {worst} ({ledger.device})")
+    say("memory", f"{format_bytes(ledger.needed_bytes)} at the peak, predicted for the {worst} ({ledger.device})")
     if not ledger.fits and ledger.budget_bytes is not None:
         say("warning", f"that is more than the {format_bytes(ledger.budget_bytes)} of {ledger.device}; {LESS_MEMORY}")
 

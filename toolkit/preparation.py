@@ -21,6 +21,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
+from toolkit import optimizers
 from toolkit.config import Config, TrainArguments
 from toolkit.console import say
 from toolkit.data import TaskData, load_data
@@ -105,7 +106,7 @@ def check_engine(training: TrainArguments) -> None:
         raise UserError(
             f"{what} compiles C++ code, and there is no compiler: install one (Debian, Ubuntu: apt install g++)"
         )
-    optim = str(getattr(training.optim, "value", training.optim))
+    optim = optimizers.name_of(training)
     if offload and optim not in OFFLOADED_OPTIMIZERS:
         raise UserError(
             f"--optim {optim}: the launch file offloads the optimizer, and DeepSpeed would run its Adam instead; give one of "
@@ -144,7 +145,7 @@ def check_schedule(training: TrainArguments, model: PreTrainedModel) -> None:
 
     Raises: UserError with their own words, and for --optim_args and --lr_scheduler_kwargs that change nothing.
     """
-    optim = str(getattr(training.optim, "value", training.optim))
+    optim = optimizers.name_of(training)
     try:
         kind, options = FineTuner.get_optimizer_cls_and_kwargs(training, model)
         plain = FineTuner.get_optimizer_cls_and_kwargs(_with(training, optim_args=None), model)[1]
@@ -227,7 +228,7 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             "launch/zero3_offload.yaml"
         )
     if engine.kind == "FSDP2":
-        optim = str(getattr(config.training.optim, "value", config.training.optim))
+        optim = optimizers.name_of(config.training)
         if any(part in optim for part in ("8bit", "paged", "bnb")):
             raise UserError(
                 f"--optim {optim} under FSDP2: bitsandbytes' optimizers do not update shards (DTensors); use adamw_torch_fused, "
@@ -283,7 +284,7 @@ def _say_what_will_be_done(config: Config, ready: Preparation, why: str) -> None
         f"{config.method.name}: {ready.trainable_parameters:,} of {ready.all_parameters:,} parameters are trained ({share:.2%})",
     )
     say("precision", config.precision_reason)
-    say("optimizer", f"{getattr(training.optim, 'value', training.optim)}: {config.optimizer_reason}")
+    say("optimizer", f"{optimizers.name_of(training)}: {config.optimizer_reason}")
     labels = "labels" if data.task.model_kind == "head" else "label tokens"
     rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"
     say(

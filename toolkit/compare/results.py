@@ -157,7 +157,6 @@ def _curve(folder: Path) -> list[dict[str, Any]]:
 
 def _completions(folder: Path) -> dict[str, list[str]]:
     """The columns of completions.csv: text, reference, and the answers of each model."""
-    csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's default, 131,072 characters
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         names, *rows = csv.reader(stream)
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))

@@ -161,14 +161,14 @@ class _HalfToFloatSoftmax(torch.autograd.Function):
 
 
 def _float32_under_autocast(x: torch.Tensor) -> torch.Tensor:
-    """autocast_mode.h, list `fp32`: on CUDA (not on a CPU) these operators run in float32 under autocast."""
+    """As `autocast` does with operators, for functions that are replaced here, or of which a CPU's autocast has its own rule."""
     wanted = torch.is_autocast_enabled("cpu") and isinstance(x, FakeTensor)
     return x.float() if wanted and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
     """Functions of `torch.nn.functional` by name, as they run on `card`; tensors that are not fake pass unchanged."""
-    softmax, log_softmax, layer_norm, cross_entropy = F.softmax, F.log_softmax, F.layer_norm, F.cross_entropy
+    softmax, log_softmax, cross_entropy = F.softmax, F.log_softmax, F.cross_entropy
     dropout, attention, fake_attention = F.dropout, F.scaled_dot_product_attention, attention_on(card)
 
     def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
@@ -179,9 +179,6 @@ def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
 
     def cuda_log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
         return log_softmax(_float32_under_autocast(input), dim, _stacklevel, dtype)
-
-    def cuda_layer_norm(input: Any, *args: Any, **kwargs: Any) -> Any:
-        return layer_norm(_float32_under_autocast(input), *args, **kwargs)
 
     def cuda_cross_entropy(input: Any, *args: Any, **kwargs: Any) -> Any:
         return cross_entropy(_float32_under_autocast(input), *args, **kwargs)
@@ -198,7 +195,6 @@ def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
     return {
         "softmax": cuda_softmax,
         "log_softmax": cuda_log_softmax,
-        "layer_norm": cuda_layer_norm,
         "cross_entropy": cuda_cross_entropy,
         "dropout": cuda_dropout,
         "scaled_dot_product_attention": cuda_attention,

@@ -127,9 +127,13 @@ class Ledger:
 
     @property
     def fits(self) -> bool:
-        """Whether the process (or, without a context, what is reserved) stays within the budget; true without one."""
-        needed = self.reserved_bytes if self.process_bytes is None else self.process_bytes
-        return self.budget_bytes is None or needed <= self.budget_bytes
+        """Whether what is needed stays within the budget; true without one."""
+        return self.budget_bytes is None or self.needed_bytes <= self.budget_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the device must have free: for the whole process or, without a context, what is reserved."""
+        return self.reserved_bytes if self.process_bytes is None else self.process_bytes
 
     def _peak(self) -> tuple[str, PhaseUse]:
         both = [*self.phases.items(), *self.first_step.items()]
