@@ -1,10 +1,10 @@
 """A comparison's folder with synthetic runs: what recipes leave, made in a moment; every number follows from its seed."""
 
-import csv
 import json
 import random
 from pathlib import Path
 
+from toolkit.files import csv_text, read_csv
 from toolkit.memory.ledger import CATEGORIES, Ledger, PhaseUse
 
 SHAPES = {  # method: share of rows answered well, memory in MiB of each category, trainable parameters
@@ -67,10 +67,8 @@ def write_run(folder: Path, method: str, seed: int, rows: int = 60, finished: bo
         "base": [" ".join(common.sample(WORDS, 4)) for _ in range(rows)],
         "tuned": [r if rng.random() < good else " ".join(rng.sample(WORDS, 8)) for r in references],
     }
-    with (folder / "completions.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(
-            [("text", "reference", *answers), *zip(texts, references, *answers.values(), strict=True)]
-        )
+    lines = zip(texts, references, *answers.values(), strict=True)
+    (folder / "completions.csv").write_text(csv_text(["text", "reference", *answers], lines), encoding="utf-8")
     record = {
         "method": method,
         "seed": seed,
@@ -102,14 +100,14 @@ def write_run(folder: Path, method: str, seed: int, rows: int = 60, finished: bo
 
 
 def write_in_context(folder: Path, rows: int = 60) -> None:
-    """A run without training: two numbers of examples, no references among its answers."""
+    """A run without training: two numbers of examples."""
     write_run(folder, "ia3", 7, rows)
     for name in ("memory.json", "predicted_memory.json", "metrics.jsonl", "adapter_model.safetensors"):
         (folder / name).unlink()
-    with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
-        answers = [(row["text"], row["base"], row["tuned"]) for row in csv.DictReader(stream)]
-    with (folder / "completions.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("prompt", "0-shot", "2-shot"), *answers])
+    completions = read_csv(folder / "completions.csv")
+    columns = {"text": "text", "reference": "reference", "0-shot": "base", "2-shot": "tuned"}
+    answers = zip(*(completions[of] for of in columns.values()), strict=True)
+    (folder / "completions.csv").write_text(csv_text(list(columns), answers), encoding="utf-8")
     record = json.loads((folder / "run.json").read_text())
     record |= {"method": "in_context", "parameters": {"trainable": 0, "all": 906_368}}
     record["scores"] = {"0-shot": record["scores"]["base"], "2-shot": record["scores"]["tuned"]}

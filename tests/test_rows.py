@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_csv
 
-from toolkit.compare.results import _completions
 from toolkit.errors import UserError
+from toolkit.files import csv_text, read_csv
 from toolkit.finished_run import FinishedRun
 from toolkit.tasks.rows import load_rows
 
@@ -68,13 +68,19 @@ def test_text_that_looks_like_a_missing_value_stays_text(tmp_path):
     assert splits["train"][0] == {"dialogue": "None", "summary": "NA"}
 
 
-@pytest.mark.parametrize("reader", [_completions, lambda path: FinishedRun.sample(SimpleNamespace(path=path), 9)])
-def test_answers_to_texts_of_any_length_are_read_back(reader, tmp_path):
+def test_answers_to_texts_of_any_length_are_read_back(tmp_path):
     csv.field_size_limit(131_072)  # as it is in a new process
-    long = "word " * 40_000
-    with (tmp_path / "completions.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("text", "reference"), (long, "short")])
-    assert reader(tmp_path) in ({"text": [long], "reference": ["short"]}, [(long, "short")])
+    long = 'a "word",\n' * 40_000
+    (tmp_path / "completions.csv").write_text(csv_text(["text", "reference"], [(long, "short")]), encoding="utf-8")
+    assert read_csv(tmp_path / "completions.csv") == {"text": [long], "reference": ["short"]}
+    assert FinishedRun.sample(SimpleNamespace(path=tmp_path), 9) == [(long, "short")]
+
+
+@pytest.mark.parametrize("held", ["", "text,reference\nonly a text\n", 'text,reference\n"cut short', "\0"])
+def test_completions_that_are_no_table_are_refused(held, tmp_path):
+    (tmp_path / "completions.csv").write_text(held, encoding="utf-8")
+    with pytest.raises(UserError, match=r"no readable completions\.csv"):
+        FinishedRun.sample(SimpleNamespace(path=tmp_path), 9)
 
 
 def test_a_missing_folder(tmp_path):

@@ -1,6 +1,5 @@
 """Footprint: fine-tune language models on consumer GPUs, and know where the memory goes before, during and after."""
 
-import csv
 import logging
 import warnings
 
@@ -24,4 +23,3 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 warnings.filterwarnings("ignore", message="`gradient_checkpointing")  # its newer name does not exist in 5.17
 # torch 2.13 has new names for what DeepSpeed 0.19 calls under ZeRO-3 (and transformers where rows are shared), and says so each time.
 warnings.filterwarnings("ignore", message=r"`?torch\.distributed\.[\w.]+`? is deprecated", category=FutureWarning)
-csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's default, 131,072 characters

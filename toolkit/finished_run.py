@@ -1,6 +1,5 @@
 """Run folders read back: their models, ready to write, from the folders alone; runs over one base share it."""
 
-import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from toolkit.errors import UserError
+from toolkit.files import read_csv
 from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
 from toolkit.methods.lora import ALTERS_BASE
 from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, set_head
@@ -116,12 +116,8 @@ class FinishedRun:
 
     def sample(self, rows: int) -> list[tuple[str, str]]:
         """(text, reference) of the first `rows` different texts of the test split."""
-        try:
-            with (self.path / "completions.csv").open(newline="", encoding="utf-8") as stream:
-                found = {row["text"]: row["reference"] for row in csv.DictReader(stream)}
-        except (OSError, csv.Error, KeyError):
-            raise UserError(f"{self.path} has no readable completions.csv; give a folder that a recipe left") from None
-        return list(found.items())[:rows]
+        columns = read_completions(self.path)
+        return list(dict(zip(columns["text"], columns["reference"], strict=True)).items())[:rows]
 
     def score(self, model: PreTrainedModel, sample: Sequence[tuple[str, str]]) -> dict[str, float]:
         """The scores of the run's task for what `model` answers to the texts of `sample`."""
@@ -185,6 +181,20 @@ def is_run_folder(path: Path) -> bool:
         return (path / "run.json").is_file() or (path / "config.yaml").is_file()
     except (OSError, ValueError):
         return False
+
+
+def read_completions(folder: Path) -> dict[str, list[str]]:
+    """The columns of the run's completions.csv: text, reference, and the answers of each model.
+
+    Raises: UserError where there is none, or it is damaged.
+    """
+    try:
+        columns = read_csv(folder / "completions.csv")
+        if columns.keys() >= {"text", "reference"}:
+            return columns
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{folder} has no readable completions.csv; give a folder that a recipe left")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Examples in the prompt: what they gain in quality, and what they cost in context and time."""
 
-import csv
-import io
 import json
 import random
 import sys
@@ -16,6 +14,7 @@ from toolkit.console import is_main, say, table
 from toolkit.data import TaskData
 from toolkit.errors import UserError
 from toolkit.evaluation import Completions, evaluate_by_generation
+from toolkit.files import csv_text
 from toolkit.metrics import score_title
 from toolkit.models import T5_FAMILY, longest_input
 from toolkit.preparation import Preparation
@@ -142,12 +141,9 @@ def finish_in_context(run: RunFolder, ready: Preparation, results: list[Shots]) 
     costs: dict[str, Any] = {s.name: {"prompt_tokens": s.prompt_tokens, "seconds_a_row": s.seconds} for s in results}
     run.record |= {"context": costs, "finished": True, "seconds": round(time.monotonic() - run.began, 1)}
     run.write("run.json", json.dumps(run.record, indent=2))
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["text", "reference", *(shots.name for shots in results)])
-    asked = (ready.data.test_texts, ready.data.references)
-    writer.writerows(zip(*asked, *(shots.completions.texts for shots in results), strict=True))
-    run.write("completions.csv", text.getvalue())
+    answers = [ready.data.test_texts, ready.data.references, *(shots.completions.texts for shots in results)]
+    header = ["text", "reference", *(shots.name for shots in results)]
+    run.write("completions.csv", csv_text(header, zip(*answers, strict=True)))
     kinds = list(results[0].completions.scores)
     columns = ["examples", *map(score_title, kinds), "prompt tokens", "ms a row"]
     rows = [

@@ -9,8 +9,6 @@ README.md         the model card
 adapter_model.safetensors or model.safetensors, the tokenizer, and checkpoint-N folders
 """
 
-import csv
-import io
 import json
 import os
 import shlex
@@ -30,7 +28,7 @@ from toolkit.console import console, is_main, say, table
 from toolkit.engine import asked_engine
 from toolkit.errors import UserError
 from toolkit.evaluation import Completions
-from toolkit.files import write_aside
+from toolkit.files import csv_text, write_aside
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.report import print_ledger
@@ -197,9 +195,5 @@ def without_secrets(command: str) -> str:
 
 
 def _completions(ready: Preparation, base: Completions, tuned: Completions) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["text", "reference", "base", "tuned"])
     columns = (ready.data.test_texts, ready.data.references, base.texts, tuned.texts)
-    writer.writerows(zip(*columns, strict=True))
-    return text.getvalue()
+    return csv_text(["text", "reference", "base", "tuned"], zip(*columns, strict=True))

@@ -1,6 +1,5 @@
 """Run folders become one plain object: what compare.json holds, and every table and plot is made from."""
 
-import csv
 import json
 from collections.abc import Sequence
 from datetime import date
@@ -12,7 +11,7 @@ from toolkit.compare.launch import why_failed
 from toolkit.compare.plan import FILE, Plan, Run
 from toolkit.compare.statistics import interval, paired_bootstrap
 from toolkit.errors import UserError
-from toolkit.finished_run import FinishedRun, read_json
+from toolkit.finished_run import FinishedRun, read_completions, read_json
 from toolkit.memory.ledger import Ledger
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
@@ -33,7 +32,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     for run, record in records.items():
         if record["data"]["sha256"]["test"] != first["data"]["sha256"]["test"]:
             raise UserError(f"{run.folder} was scored on other rows than {begun.folder}; start a new comparison")
-    completions = {run: _completions(run.folder) for run in records}
+    completions = {run: read_completions(run.folder) for run in records}
     scored: dict[str, dict[Run, str]] = {"base": {}}  # what -> run -> its column in completions.csv, its key in scores
     for run, record in records.items():
         for column in record["scores"]:
@@ -155,24 +154,14 @@ def _curve(folder: Path) -> list[dict[str, Any]]:
     return [{name: line[name] for name in kept if name in line} for line in lines]
 
 
-def _completions(folder: Path) -> dict[str, list[str]]:
-    """The columns of completions.csv: text, reference, and the answers of each model."""
-    with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
-        names, *rows = csv.reader(stream)
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-
-
 def _row_scores(
     task: Task, completions: dict[Run, dict[str, list[str]]], scored: dict[str, dict[Run, str]]
 ) -> tuple[dict[str, list[list[float]]], list[str]]:
     """The scores (seeds, rows) of all that was scored, and the rows' texts.
 
-    A pair of answer and reference is scored once: the base model's answers are the same in all runs. Nothing is scored
-    where no run has references: in-context learning alone.
+    A pair of answer and reference is scored once: the base model's answers are the same in all runs.
     """
-    told = next((columns for columns in completions.values() if "reference" in columns), None)
-    if told is None:
-        return {}, []
+    told = next(iter(completions.values()))
     references, rows = told["reference"], {}
     known: dict[tuple[str, str], float] = {}
     for name, runs in scored.items():

@@ -1,10 +1,9 @@
 """A comparison as tables: the same rows for the terminal, Markdown, CSV and the page."""
 
-import csv
-import io
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.files import csv_text
 from toolkit.memory.report import GROUPS, format_error, grouped
 from toolkit.memory.units import format_bytes
 from toolkit.metrics import score_title
@@ -189,13 +188,9 @@ def about(data: dict[str, Any]) -> str:
 
 def to_csv(data: dict[str, Any]) -> str:
     """compare.csv: a row for each method, plain numbers; sizes in bytes, times in seconds."""
-    text = io.StringIO()
     rows = [_flat(entry, data["metrics"]) for entry in data["entries"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(names, ([row.get(name, "") for name in names] for row in rows))
 
 
 def _flat(entry: dict[str, Any], metrics: list[str]) -> dict[str, Any]:
