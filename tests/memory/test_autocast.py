@@ -19,6 +19,7 @@ def listed(name):
 
 def test_the_lists_are_those_of_the_installed_pytorch():
     assert set(FP32) == listed("AT_FORALL_FP32")
+    assert "scaled_dot_product_attention" in listed("AT_FORALL_LOWER_PRECISION_FP")  # `in_lower_precision` runs it
     others = {"softmax.int", "log_softmax.int", *(n for n in listed("AT_FORALL_FP32_SET_OPT_DTYPE") if "norm" in n)}
     assert set(FP32_RESULT) == listed("AT_FORALL_FP32_SET_OPT_DTYPE") - others
 

@@ -191,6 +191,25 @@ def test_attention_without_a_matrix_of_scores_is_traced_without_one(fake, dtype)
     assert max(nbytes for _, nbytes, _ in on(ADA, run, query)) < scores
 
 
+def test_attention_under_autocast_takes_its_inputs_in_16_bits(fake):
+    """Positions in float32, as a model of float32 weights has them, make queries and keys float32 before it."""
+    query, value = fake(1, 4, 64, 32).requires_grad_(), fake(1, 4, 64, 32, dtype=torch.bfloat16)
+
+    def run(card):
+        def attend():
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.scaled_dot_product_attention(query, query, value)
+
+        return [(sign, nbytes, op.split(".")[0]) for sign, nbytes, op in on(card, attend, query, value)]
+
+    half = 2 * query.numel()
+    flash, math = run(ADA), run(find_card("T4"))
+    assert flash[:2] == [("+", half, "aten::_to_copy")] * 2
+    assert {op for _, _, op in flash[2:]} == {"aten::_scaled_dot_product_flash_attention"}
+    scores = [op for sign, nbytes, op in math if sign == "+" and nbytes == 4 * 4 * 64 * 64]
+    assert scores == ["aten::bmm", "aten::_safe_softmax"], "in float32: nothing within is cast again"
+
+
 def test_functions_are_put_back():
     before = (F.softmax, F.dropout, F.scaled_dot_product_attention, F.layer_norm)
     with Cuda(T4).running():

@@ -94,6 +94,20 @@ def cuda_autocast() -> Iterator[None]:
         library._destroy()
 
 
+def in_lower_precision(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function` as autocast runs an operator of its AT_FORALL_LOWER_PRECISION_FP: its inputs are cast, and nothing within it."""
+    if not torch.is_autocast_enabled("cpu"):
+        return function(*args, **kwargs)
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(value: Any) -> Any:
+        eligible = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+
+    with _without_autocast():
+        return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+
 def _in_float32(op: Any) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with _without_autocast():

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from toolkit.memory import loading, meta_ops, quantized
 from toolkit.memory.allocator import AllocatorMeter
 from toolkit.memory.attention import attention_on
-from toolkit.memory.autocast import cuda_autocast
+from toolkit.memory.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cards import Card
 from toolkit.memory.trace import Trace
 
@@ -190,7 +190,9 @@ def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
         return dropout(input, p, training, inplace)
 
     def cuda_attention(query: Any, *args: Any, **kwargs: Any) -> Any:
-        return (fake_attention if isinstance(query, FakeTensor) else attention)(query, *args, **kwargs)
+        if isinstance(query, FakeTensor):
+            return in_lower_precision(fake_attention, query, *args, **kwargs)
+        return attention(query, *args, **kwargs)
 
     return {
         "softmax": cuda_softmax,
