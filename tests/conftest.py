@@ -25,7 +25,7 @@ pytest.register_assert_rewrite("ledgers")
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
-SAMPLE = 3  # `make test` runs so many cases of each long sweep, others each day; `make matrix` runs them all
+SAMPLE = 3  # `make test` runs so many cases of each sweep or what its mark says, others each day; `make matrix` runs them all
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,13 +39,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     left_out = {item for item in items if item.get_closest_marker("long")}
     sweeps: dict[str, list[pytest.Item]] = {}
+    sizes: dict[str, int] = {}
     for item in items:
-        if item.get_closest_marker("matrix"):
-            sweeps.setdefault(item.nodeid.split("[")[0], []).append(item)
+        if mark := item.get_closest_marker("matrix"):
+            name = item.nodeid.split("[")[0]
+            sweeps.setdefault(name, []).append(item)
+            sizes[name] = mark.kwargs.get("sample", SAMPLE)
     day = datetime.date.today().toordinal()
-    for cases in sweeps.values():
+    for name, cases in sweeps.items():
         random.Random(0).shuffle(cases)  # so that each day sees something of everything
-        days = -(-len(cases) // SAMPLE)
+        days = -(-len(cases) // sizes[name])
         left_out |= {case for number, case in enumerate(cases) if number % days != day % days}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import ROOT, recipe, run, write_csv
 from huggingface_hub.errors import LocalTokenNotFoundError
+from reliability import Run
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
@@ -260,11 +261,10 @@ def test_the_process_of_a_recipe_exits_with_2_and_one_line():
 
 
 @pytest.mark.slow
-def test_only_the_first_rank_speaks():
-    launch = ("accelerate", "launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2")
-    done = run(*launch, "recipes/lora.py", "--use_cpu", "--lora_r", "0")
-    assert done.returncode == 1  # accelerate's own
-    assert done.stderr.count("error: --lora_r 0 is not possible") == 1
+def test_only_the_first_rank_speaks(tmp_path):
+    ranks = Run("recipes/lora.py", "--use_cpu", "--lora_r", "0", log=tmp_path, processes=2)
+    assert ranks.wait() == [2, 2], ranks.text()
+    assert ranks.text().count("error: --lora_r 0 is not possible") == 1
 
 
 @pytest.mark.slow

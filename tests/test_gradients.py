@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import ROOT, run
 from gradients import KINDS, gradients
+from reliability import Run
 
 TOLERANCE = 1e-5  # relative, in fp32
 
@@ -43,9 +43,8 @@ def test_trainer_alone_loses_the_scale_for_t5_and_bart_and_a_head(kind, expected
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path, whole):
-    launch = ("accelerate", "launch", "--config_file", ROOT / "launch" / "ddp.yaml", "--num_processes", "2")
-    done = run(*launch, ROOT / "tests" / "gradients.py", tmp_path, "--use_cpu")
-    assert done.returncode == 0, done.stderr
+    ranks = Run("tests/gradients.py", tmp_path, "--use_cpu", log=tmp_path / "log", processes=2)
+    assert ranks.wait() == [0, 0], ranks.text()
     for kind in KINDS:
         for rank in (0, 1):
             assert difference(torch.load(tmp_path / f"{kind}.{rank}.pt"), whole[kind]) < TOLERANCE

@@ -524,7 +524,7 @@ def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.matrix(sample=1)
 @pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_processes_keep_the_weights_of_the_checkpoint_that_the_validation_split_chooses(preset, tmp_path):
     chooses = ("--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--eval_strategy", "steps")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
+from reliability import Run
 from tiny_models import rows, tiny_config
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -139,21 +140,21 @@ def test_a_launch_file_of_ones_own_is_read_with_its_own_number_of_processes(tmp_
 
 
 @pytest.mark.slow
-def test_real_ranks_have_the_states_that_were_predicted_and_a_peak_within_3_percent():
-    check_real_ranks("zero3 x2 full float32 bf16=True")
+def test_real_ranks_have_the_states_that_were_predicted_and_a_peak_within_3_percent(tmp_path):
+    check_real_ranks("zero3 x2 full float32 bf16=True", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", [c.name for c in distributed_accuracy.GRID])
-def test_every_engine_is_predicted(name):
-    check_real_ranks(name)
+def test_every_engine_is_predicted(name, tmp_path):
+    check_real_ranks(name, tmp_path)
 
 
-def check_real_ranks(name):
-    done = run("python", "benchmarks/distributed_accuracy.py", "--only", name, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr[-4000:]
-    (row,) = json.loads(done.stdout.splitlines()[-1])
+def check_real_ranks(name, place):
+    done = Run("benchmarks/distributed_accuracy.py", "--only", name, log=place, settings={"OMP_NUM_THREADS": "1"})
+    assert done.wait() == [0], done.text()[-4000:]
+    (row,) = next(json.loads(line) for line in done.text().splitlines() if line.startswith("[{"))
     for rank in row["ranks"]:
         assert rank["states_bytes"]["predicted"] == rank["states_bytes"]["measured"], name
         assert abs(rank["error_percent"]["peak"]) < 3, name
