@@ -103,6 +103,8 @@ GRID = [
     Configuration("zero1", method="lora", quantization="int8"),
     Configuration("zero3", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
     Configuration("fsdp2_qlora", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
+    Configuration("sequence_parallel"),
+    Configuration("sequence_parallel", method="lora", flags=BF16 | {"gradient_checkpointing": True}),
     Configuration("zero3_nvme", flags=BF16, zero={"offload_param": ON_DISK}, sizes=WIDE),
 ]
 
@@ -176,9 +178,13 @@ def batches(configuration: Configuration) -> list[dict[str, Any]]:
     """One for each forward pass of each process: 2 rows of 32 tokens."""
     import torch
 
+    from toolkit.engine import SharedRows
+
     ids = torch.arange(64).reshape(2, 32) + 3
-    passes = 2 * configuration.flags.get("gradient_accumulation_steps", 1) * configuration.processes
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}] * passes
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if configuration.launch == "sequence_parallel":
+        batch = SharedRows.with_positions(batch)
+    return [batch] * (2 * configuration.flags.get("gradient_accumulation_steps", 1) * configuration.processes)
 
 
 def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:

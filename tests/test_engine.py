@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from conftest import ROOT
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from transformers.training_args import ParallelMode
 
 from toolkit import engine, preparation, ranks
 from toolkit.config import parse_config
@@ -62,6 +63,12 @@ def test_an_optimizer_that_deepspeed_would_replace_is_refused(tmp_path):
     env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
     with pytest.raises(UserError, match=r"--optim adafactor: the launch file offloads the optimizer.*adamw_torch"):
         checked(env, optim="adafactor")
+
+
+def test_several_groups_that_share_rows_are_refused_on_cpus():
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "4", "PARALLELISM_CONFIG_SP_SIZE": "2"}
+    with pytest.raises(UserError, match=r"2 sharing each row: on CPUs.*parallelism_config_sp_size: 4"):
+        checked(env, world_size=4, parallel_mode=ParallelMode.DISTRIBUTED)
 
 
 def test_a_configuration_that_is_not_there_or_not_json_is_named(tmp_path):

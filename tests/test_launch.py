@@ -114,14 +114,15 @@ def test_what_a_preset_asks_for_is_what_its_name_says(name):
 @pytest.mark.slow
 def test_lora_runs_under_zero2_and_only_rank_0_speaks_and_writes(tmp_path):
     folder = tmp_path / "run"
-    done = launched("zero2", "recipes/lora.py", "--use_cpu", *SHORT, "--output_dir", folder)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^ +engine  ZeRO-2 on 2 processes$", done.stdout, re.M)) == 1
-    assert done.stdout.count("2/2  loss") == 1
+    argv = ("--use_cpu", *SHORT, "--output_dir", folder)
+    run = Run("recipes/lora.py", *argv, log=tmp_path / "log", processes=2, preset="zero2")
+    assert run.wait() == [0, 0], run.text()
+    assert len(re.findall(r"^ +engine  ZeRO-2 on 2 processes$", run.text(), re.M)) == 1
+    assert run.text().count("2/2  loss") == 1
     record = json.loads((folder / "run.json").read_text())
     assert record["finished"] and record["processes"] == 2
     assert sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values()) == 172_032
-    assert "Traceback" not in done.stderr and "Warning" not in done.stdout
+    assert "Traceback" not in run.text() and "Warning" not in run.logs[0].read_text()
 
 
 @pytest.mark.slow
@@ -134,7 +135,7 @@ def test_a_launched_recipe_shows_what_each_of_its_processes_will_need_and_does_n
 
 @pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_of_them_and_is_said_once(tmp_path):
-    check_failing_rank("user", "error: rank 1: no room is left", tmp_path)
+    check_failing_rank("user", "error: rank 1: no room is left", tmp_path, "zero2")
 
 
 @pytest.mark.slow
@@ -149,10 +150,10 @@ def test_ranks_that_drift_apart_are_stopped_after_the_first_step_with_the_parame
     check_failing_rank("drift", "error: after the first step the ranks hold different values of base_model.", tmp_path)
 
 
-def check_failing_rank(kind, said, tmp_path):
+def check_failing_rank(kind, said, tmp_path, preset="ddp"):
     when = tmp_path / "when"
     done = launched(
-        "ddp",
+        preset,
         "tests/failing_rank.py",
         kind,
         when,
@@ -203,7 +204,7 @@ def test_two_processes_that_become_one_are_refused_before_anything_is_loaded(tmp
 @pytest.mark.long
 def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv, tmp_path):
     model = ("--model_name_or_path", data / "models" / "stories260k", "--lora_dropout", "0")
-    rows_of = ("--dataset_name", small_csv, *SHORT[:6], "--per_device_train_batch_size", "1", *SHORT[8:])
+    rows_of = ("--dataset_name", small_csv, *SHORT[:6], "--per_device_train_batch_size", "2", *SHORT[8:])
     together, alone = tmp_path / "two", tmp_path / "one"
     shared = ("--use_cpu", *model, *rows_of, "--output_dir")
     run = Run("recipes/lora.py", *shared, together, log=tmp_path / "log", processes=2, preset="sequence_parallel")
@@ -216,9 +217,13 @@ def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv,
 
 
 def test_rows_are_shared_only_by_models_that_can(monkeypatch):
-    for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}.items():
-        monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    told = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "PARALLELISM_CONFIG_SP_SIZE": "2",
+    }
+    for name, value in (told | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
     asked = asked_engine()
     model = SimpleNamespace(load_in_8bit=False, model_name_or_path="a-model")
     config, lora = T5Config(num_heads=4), Lora()

@@ -106,11 +106,9 @@ def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
         home = {what: "with the model" for what, where in moved.items() if where == "cpu"}  # of a CPU, the same memory
         engine = replace(engine, **home)
         assert re.findall(r"^ +engine  (.*)$", said, re.M) == [str(engine)], said
-    if cell.preset == "sequence_parallel":
-        assert said.count("not predicted: memory where processes share the tokens of a row") == 2, said
-    else:  # rank 0's; gloo's threads let go of their buffers when they get to it
-        ledgers = (Ledger.load(folder / name) for name in ("predicted_memory.json", "memory.json"))
-        assert_same(*ledgers, peaks=0.03)
+    # rank 0's; gloo's threads let go of their buffers when they get to it
+    ledgers = (Ledger.load(folder / name) for name in ("predicted_memory.json", "memory.json"))
+    assert_same(*ledgers, peaks=0.03)
     alone = FinishedRun(folder)  # on this process, from what was saved
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
@@ -142,7 +140,7 @@ def record(cell: Cell, outcome: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.matrix
+@pytest.mark.matrix(sample=1)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.id)
 def test_a_recipe_runs_under_a_launch_file_on_real_ranks_or_is_refused(cell, models, small_csv, request, tmp_path):
     if "offload" in cell.preset and shutil.which("c++") is None:

@@ -176,20 +176,28 @@ class SharedRows:
     """
 
     def __init__(self, collator: Any, processes: int, longest: int) -> None:
-        collator.padding, collator.max_length = "max_length", -(-longest // processes) * processes
+        collator.padding, collator.max_length = "max_length", shared_length(longest, processes)
         self.collator = collator
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.collator.tokenizer
         side, tokenizer.padding_side = tokenizer.padding_side, "right"
         try:
-            batch = dict(self.collator(rows))
+            return self.with_positions(self.collator(rows))
         finally:
             tokenizer.padding_side = side
-        ids = batch["input_ids"]
-        batch.pop("attention_mask", None)
-        batch["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape).contiguous()
-        return batch
+
+    @staticmethod
+    def with_positions(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`batch` with the positions (rows, length) of its tokens, and without a mask."""
+        shape = batch["input_ids"].shape
+        kept = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+        return kept | {"position_ids": torch.arange(shape[1]).expand(shape).contiguous()}
+
+
+def shared_length(length: int, processes: int) -> int:
+    """The tokens of a row that `processes` can share evenly: no less than `length`."""
+    return -(-length // processes) * processes
 
 
 class EngineCheck(TrainerCallback):

@@ -21,7 +21,7 @@ from toolkit import optimizers
 from toolkit.config import Config, parse_config
 from toolkit.console import console, is_main, say
 from toolkit.data import label_names, lengths
-from toolkit.engine import Engine, asked_engine, share_tied_tables, without_partitioning
+from toolkit.engine import Engine, SharedRows, asked_engine, share_tied_tables, shared_length, without_partitioning
 from toolkit.errors import LESS_MEMORY, UserError
 from toolkit.launch import Launch, current_launch
 from toolkit.memory import catalogue
@@ -66,7 +66,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     check_combination(engine, config, model_config)
     dtype, _ = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
     passes = STEPS * training.gradient_accumulation_steps
-    batches = batches or [worst_batch(config, model_config)] * passes
+    batches = batches or [worst_batch(config, model_config, engine.processes_a_row)] * passes
     batches = [batch for batch in batches for _ in range(processes())]  # ranks take turns
 
     def build() -> PreTrainedModel:
@@ -166,23 +166,21 @@ def _refuse_unpredicted(engine: Engine, config: Config) -> None:
     optim = optimizers.name_of(config.training)
     if offload and not optim.startswith("adamw_torch"):
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is predicted for adamw_torch_fused alone")
-    if engine.processes_a_row > 1:
-        raise UserError("memory where processes share the tokens of a row is not predicted yet; --launch zero3 is")
-    if config.training.fp16 and engine.kind.startswith("ZeRO"):
-        raise UserError("memory under ZeRO is predicted for --bf16, not for --fp16; their sizes are the same")
 
 
-def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
+def worst_batch(config: Config, model_config: PreTrainedConfig, processes_a_row: int = 1) -> Batch:
     """`per_device_train_batch_size` rows of `max_length` real tokens; ids, masks and labels are (rows, length), int64.
 
     All rows but the first end in one token of padding, as rows of unequal length do: with a mask, kernels for attention need more.
     For T5-like models the labels are `max_target_length` long, and the decoder's inputs go with them; for a head they
-    are (rows,), and each text ends with its one end-of-text token, which some heads look for.
+    are (rows,), and each text ends with its one end-of-text token, which some heads look for. Where `processes_a_row`
+    share the tokens of a row, it is as `SharedRows` collates it.
 
     Raises: UserError for a length beyond the model's positions.
     """
     rows = config.training.per_device_train_batch_size
     length, target_length, _ = lengths(config.data, model_config, virtual_tokens=config.method.virtual_tokens)
+    length = shared_length(length, processes_a_row)
     ids = torch.full((rows, length), UNMARKED)
     mask = torch.ones_like(ids)
     mask[1:, -1] = 0
@@ -193,7 +191,15 @@ def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
     if model_config.is_encoder_decoder:
         labels = torch.full((rows, target_length), UNMARKED)
         batch |= {"labels": labels, "decoder_input_ids": labels.clone()}
-    return batch
+    return batch if processes_a_row == 1 else SharedRows.with_positions(batch)
+
+
+def _whole_rows(batch: Batch, processes_a_row: int) -> Batch:
+    """A batch of as long rows as the one was that a rank was given `batch` of: its share of the tokens (rows, length / processes)."""
+    if processes_a_row == 1:
+        return batch
+    names = ("input_ids", "labels")
+    return SharedRows.with_positions({name: batch[name].repeat(1, processes_a_row) for name in names})
 
 
 class ShadowTuner(FineTuner):
@@ -202,13 +208,13 @@ class ShadowTuner(FineTuner):
     def __init__(
         self, model: PreTrainedModel, args: TrainingArguments, batches: list[Batch], callback: MemoryCallback
     ) -> None:
-        args.per_device_train_batch_size = 1
         args.remove_unused_columns = False
         if asked_engine(args.deepspeed, args.fsdp).kind == "FSDP2":
             share_tied_tables(model)
         Trainer.__init__(
             self, model=model, args=args, data_collator=_only_one, train_dataset=batches, callbacks=[callback]
         )
+        self._train_batch_size = 1  # a row of this data set is a batch
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -266,7 +272,8 @@ def show_comparison(config: Config, memory: MemoryCallback) -> None:
     if not is_main or memory.ledger is None or "labels" not in memory.batches[0]:
         return
     try:
-        predicted = _predicted_here(config, memory.batches)
+        row = asked_engine(config.training.deepspeed, config.training.fsdp).processes_a_row
+        predicted = _predicted_here(config, [_whole_rows(batch, row) for batch in memory.batches])
         predicted.save(Path(config.training.output_dir) / "predicted_memory.json")
         print_comparison(console, predicted, memory.ledger)
     except UserError as error:

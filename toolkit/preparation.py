@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import json
+import math
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -99,6 +101,11 @@ def check_engine(training: TrainArguments) -> None:
         raise UserError(
             f"the launch asked for {engine}, but what runs is no engine on {training.world_size} processes: there is no GPU for "
             "them; for a trial without GPUs, append --use_cpu to the recipe"
+        )
+    if training.device.type == "cpu" and 1 < engine.processes_a_row < engine.processes:
+        raise UserError(
+            f"{engine}: on CPUs torch exchanges the tokens of a row only among all processes (gloo); a trial without GPUs takes "
+            f"parallelism_config_sp_size: {engine.processes}"
         )
     offload = engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model"
     if (offload or training.torch_compile) and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -235,6 +242,7 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
                 "or launch/zero2.yaml"
             )
     if engine.processes_a_row > 1:
+        _check_parallelism(engine)
         heads = getattr(model_config.get_text_config(), "num_attention_heads", 0)
         if model_config.is_encoder_decoder or heads % engine.processes_a_row:
             what = (
@@ -245,6 +253,25 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
                 f"{name} is {what}; sharing rows among {engine.processes_a_row} processes takes a GPT-like model "
                 "whose number of heads they divide: choose another model or launch file"
             )
+
+
+def _check_parallelism(engine: Engine) -> None:
+    """Raises UserError where the launch file's parallelism_config is not for as many processes as run: accelerate does not look."""
+    sizes = {
+        name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1"))
+        for name in ("dp_replicate", "dp_shard", "sp")
+    }
+    made = math.prod(sizes.values())
+    if made != engine.processes:
+        told = " x ".join(f"{name}_size {size}" for name, size in sizes.items())
+        rows, rest = divmod(engine.processes, engine.processes_a_row)
+        fitting = [f"parallelism_config_sp_size: {engine.processes}"]
+        if not rest:
+            fitting.insert(0, f"parallelism_config_dp_shard_size: {rows} (so many rows at a time)")
+        raise UserError(
+            f"the launch file's parallelism_config is for {made} processes ({told}), and {engine.processes} run: start {made}, or "
+            f"set {' or '.join(fitting)}"
+        )
 
 
 def _check_same_precision(config: Config) -> None:

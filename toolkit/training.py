@@ -100,6 +100,13 @@ class FineTuner(Trainer):
             self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
         self.add_callback(EngineCheck(self))
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device. Shares of rows are contiguous there, as models expect; on a CPU DeepSpeed gives views of the whole."""
+        inputs = super()._prepare_inputs(inputs)
+        if asked_engine(self.args.deepspeed, self.args.fsdp).processes_a_row > 1:
+            inputs = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return inputs
+
     def compute_loss(
         self,
         model: nn.Module,

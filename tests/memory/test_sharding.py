@@ -12,12 +12,16 @@ from reliability import Run
 from tiny_models import rows, tiny_config
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from toolkit.engine import asked_engine, without_partitioning
 from toolkit.errors import UserError
 from toolkit.launch import read_launch
+from toolkit.memory import attention
+from toolkit.memory.cards import find_card
+from toolkit.memory.cuda import Cuda
 from toolkit.memory.ledger import Ledger
-from toolkit.memory.shadow import predict
+from toolkit.memory.shadow import CPU, predict
 from toolkit.memory.sharding import in_world, processes, world
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -31,16 +35,16 @@ def build():
         return AutoModelForCausalLM.from_config(tiny_config("llama"))
 
 
-def ledger(launch: str, number: int, folder: Path, rank: int = 0) -> Ledger:
+def ledger(launch: str, number: int, folder: Path, rank: int = 0, device=CPU, **more) -> Ledger:
     """A tiny Llama in fp32, 2 rows of 32 tokens a rank, plain AdamW."""
     with world(read_launch(launch, number).of_rank(rank)):
-        settings = {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": [], "max_steps": 2}
+        settings = {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": [], "max_steps": 2} | more
         args = TrainingArguments(output_dir=str(folder), dataloader_pin_memory=False, **settings)
 
         def trainer(model, arguments, callback):
             return Trainer(model, arguments, train_dataset=rows("llama", 16 * number), callbacks=[callback])
 
-        return predict(build, trainer, args)
+        return predict(build, trainer, args, device)
 
 
 def states(found: Ledger) -> dict[str, int]:
@@ -66,6 +70,39 @@ def test_zero2_shares_master_weights_and_moments_out_with_padding(tmp_path):
     share = -(-weights() // 6) * 6 // 3  # flat buffers are padded to 2 elements a rank
     assert states(found)["parameters_trainable"] >= 4 * weights()
     assert states(found)["optimizer_state"] == pytest.approx(3 * 4 * share, abs=64)
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_save_about_half_of_the_activations_and_leave_attention_as_it_was(tmp_path):
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    shared, whole = (
+        distributed_accuracy.predicted(distributed_accuracy.Configuration(launch), tmp_path, 0)
+        for launch in ("sequence_parallel", "zero3")
+    )
+    saved = [found.phases["backward"].categories["activations_saved"] for found in (shared, whole)]
+    assert (
+        saved[1] / 2 <= saved[0] < 0.6 * saved[1]
+    )  # beside a half, the gathered keys and values of all tokens for half of the heads
+    assert states(shared) == states(whole)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["zero2", "zero3", "fsdp2", "ddp"])
+def test_fp16_is_computed_in_fp16_and_needs_as_much_as_bf16(launch, tmp_path, monkeypatch):
+    choose, dtypes = attention.choose_kernel, []
+
+    def spy(card, query, *args):
+        dtypes.append(query.dtype)
+        return choose(card, query, *args)
+
+    monkeypatch.setattr(attention, "choose_kernel", spy)
+    device = Cuda(find_card("RTX 3090"))  # which has the same kernels for both
+    half, brain = (ledger(launch, 2, tmp_path, device=device, **{name: True}) for name in ("fp16", "bf16"))
+    middle = len(dtypes) // 2
+    assert set(dtypes[:middle]) == {torch.float16} and set(dtypes[middle:]) == {torch.bfloat16}
+    assert half.allocated_bytes == pytest.approx(brain.allocated_bytes, rel=0.001)
+    assert states(half) == states(brain)
 
 
 @pytest.mark.slow

@@ -18,8 +18,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate import accelerator as accelerate_accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import (
@@ -180,7 +182,7 @@ def predict(
         if sharding.in_world():
             model._apply = partial(sharding.applied, model)  # DeepSpeed casts a model to bf16 itself
         callback = ShadowCallback(device, config)
-        if arguments.fp16:
+        if arguments.fp16 and not sharding.in_deepspeed():
             stack.enter_context(_fp16_autocast())
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
         _only(shadow, callback)
@@ -227,13 +229,20 @@ def shadow_arguments(arguments: TrainingArguments, folder: str) -> TrainingArgum
         "use_cpu": True,
         "_n_gpu": 0,
         "_setup_devices": torch.device("cpu"),
-        "mixed_precision": "bf16" if arguments.bf16 or arguments.fp16 else "no",
+        "mixed_precision": _mixed_precision(arguments),
     }
     if not sharding.in_world():
         changes["deepspeed_plugin"] = None
     for name, value in changes.items():
         shadow.__dict__[name] = value
     return shadow
+
+
+def _mixed_precision(arguments: TrainingArguments) -> str:
+    """What accelerate is asked for on the CPU, where it knows fp16 under DeepSpeed alone, which casts the model itself."""
+    if arguments.fp16 and sharding.in_deepspeed():
+        return "fp16"
+    return "bf16" if arguments.bf16 or arguments.fp16 else "no"
 
 
 def refuse_unsupported(arguments: TrainingArguments) -> None:
@@ -255,16 +264,17 @@ def _only(trainer: Trainer, callback: MemoryCallback) -> None:
 
 @contextmanager
 def _fp16_autocast() -> Iterator[None]:
-    """accelerate runs fp16 on GPUs alone; here the shadow asks it for bf16 and autocast computes in fp16.
+    """accelerate runs fp16 on GPUs alone; here the shadow asks it for bf16, and autocast and FSDP compute in fp16.
 
     What is left out is the gradient scaler: it scales in place, and its own tensors are a few numbers.
     """
-    before = accelerate_accelerator.get_mixed_precision_context_manager
-    accelerate_accelerator.get_mixed_precision_context_manager = lambda *_: torch.autocast("cpu", torch.float16)
-    try:
+    plugin, fp16 = FullyShardedDataParallelPlugin, lambda *_: torch.autocast("cpu", torch.float16)
+    set_precision = plugin.set_mixed_precision
+    with (
+        patch.object(accelerate_accelerator, "get_mixed_precision_context_manager", fp16),
+        patch.object(plugin, "set_mixed_precision", lambda self, _, **options: set_precision(self, "fp16", **options)),
+    ):
         yield
-    finally:
-        accelerate_accelerator.get_mixed_precision_context_manager = before
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -59,6 +60,11 @@ def in_world() -> bool:
     return bool(_open)
 
 
+def in_deepspeed() -> bool:
+    """Whether that rank's engine is DeepSpeed's."""
+    return in_world() and _open[-1].get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def processes() -> int:
     """How many ranks there are; 1 outside of a world."""
     return int(_open[-1]["WORLD_SIZE"]) if _open else 1
@@ -78,10 +84,10 @@ def world(launch: Mapping[str, str]) -> Iterator[None]:
         distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         stack.callback(distributed.destroy_process_group)
         stack.enter_context(_replaced(AcceleratorState, "__init__", begin_as_on_gpus(AcceleratorState.__init__)))
-        if launch.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            stack.enter_context(_deepspeed())
         _open.append(launch)
         stack.callback(_open.pop)
+        if in_deepspeed():
+            stack.enter_context(_deepspeed())
         PartialState(cpu=True)
         yield
 
@@ -217,23 +223,39 @@ def begin_as_on_gpus(begin: Any) -> Any:
 def _deepspeed() -> Iterator[None]:
     """DeepSpeed joins the group, and leaves it."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import numa
 
     from toolkit.engine import join_deepspeed
 
     groups = vars(deepspeed.utils.groups)  # where it remembers process groups
-    kept = {name: copy.copy(value) for name, value in groups.items() if name.isupper()}
+    kept = {name: copy.copy(value) for name, value in groups.items() if name.isupper() or name == "mpu"}
     join_deepspeed()
     try:
         # it counts a CPU's sockets, by a process of its own, each time that it reduces a gradient
         with ExitStack() as stack:
+            stack.enter_context(_replaced(get_accelerator(), "is_fp16_supported", lambda: True))  # as on every GPU
             stack.enter_context(uncompiled_adam())
             stack.enter_context(_replaced(numa, "get_numa_cores", cache(numa.get_numa_cores)))
             stack.enter_context(uncompiled_disk(Disk))
+            if os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1") != "1":
+                _shared_rows(stack)
             yield
     finally:
         deepspeed.comm.comm.cdb = None
         groups.update(kept)
+
+
+def _shared_rows(stack: ExitStack) -> None:
+    """Where ranks share rows, DeepSpeed puts its own attention in transformers' place and remembers groups: until the world ends."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.sequence import layer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    stack.enter_context(patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping))
+    stack.enter_context(patch.dict(layer._all_to_all_groups))
+    for name in ("_SEQUENCE_PARALLEL_GROUP", "_SEQUENCE_DATA_PARALLEL_GROUP"):
+        stack.enter_context(_replaced(parallel_state_sp, name, None))
 
 
 class Disk:
