@@ -103,6 +103,8 @@ GRID = [
     Configuration("zero1", method="lora", quantization="int8"),
     Configuration("zero3", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
     Configuration("fsdp2_qlora", method="lora", flags=BF16, dtype="bfloat16", quantization="nf4"),
+    Configuration("zero2", flags={"fp16": True}),
+    Configuration("zero3", method="lora", dtype="float16", flags={"fp16": True}),
     Configuration("sequence_parallel"),
     Configuration("sequence_parallel", method="lora", flags=BF16 | {"gradient_checkpointing": True}),
     Configuration("zero3_nvme", flags=BF16, zero={"offload_param": ON_DISK}, sizes=WIDE),
@@ -208,6 +210,7 @@ def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
 def measured_by(rank: int, configuration: Configuration, folder: Path, port: int) -> None:
     """One real rank: trains two steps and writes its ledger to `folder`."""
     from accelerate.state import AcceleratorState
+    from deepspeed.accelerator import get_accelerator
 
     from toolkit.engine import EngineCheck
     from toolkit.memory import sharding
@@ -218,6 +221,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     os.environ.update(launch_of(configuration, folder, rank))
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     AcceleratorState.__init__ = sharding.begin_as_on_gpus(AcceleratorState.__init__)
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that only some CPUs have
     args = arguments(configuration, folder)
     check_engine(args)
     memory = MemoryCallback()

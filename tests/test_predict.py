@@ -106,7 +106,6 @@ def test_what_does_not_fit_exits_with_1(config_only, capfd):
         ("lora", ["--num_processes", "2"], "no effect without --launch"),
         ("lora", ["--launch", "zero33"], "did you mean zero3"),
         ("lora", ["--launch", "zero3_nvme", "--optim", "sgd"], "--optim sgd"),
-        ("lora", ["--launch", "sequence_parallel"], "an encoder-decoder model"),
         ("lora", ["--launch", "sequence_parallel", "--num_processes", "4"], "parallelism_config_dp_shard_size: 2 "),
         ("lora", ["--launch", "sequence_parallel", "--num_processes", "3"], "set parallelism_config_sp_size: 3"),
         ("lora", ["--launch", "zero2_offload", "--optim", "sgd"], "--optim sgd"),

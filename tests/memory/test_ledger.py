@@ -69,6 +69,7 @@ def test_a_meter_that_disagrees_with_the_events_is_noticed():
     meter = Miscounting()
     recording = Recording(meter)
     trace = Trace(meter, recording)
+    trace.step = 1
     trace.enter_phase("forward")
     trace.passing(100)
     trace.hold(1)

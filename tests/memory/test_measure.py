@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, get_peft_model
 from tiny_models import rows, tiny_model
 from transformers import Trainer, TrainingArguments
@@ -54,6 +55,31 @@ def test_the_first_forward_has_no_optimizer_state_and_the_steady_one_has(tmp_pat
     assert ledger.first_step["forward"].categories["optimizer_state"] == 0
     assert ledger.phases["forward"].categories["optimizer_state"] > 0
     assert ledger.first_step["forward"].categories["gradients"] == 0
+
+
+def test_a_step_that_was_skipped_is_not_one_of_those_that_are_told(tmp_path, monkeypatch):
+    """Gradients in fp16 overflow in the first steps; only a GPU has them, so here the optimizer says so."""
+    told = train(tiny_model("llama"), tmp_path)
+    step, calls = AcceleratedOptimizer.step, []
+
+    def sometimes(self, closure=None):
+        calls.append(None)
+        self._is_overflow = len(calls) <= 2
+        if not self._is_overflow:
+            step(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", sometimes)
+    later = train(tiny_model("llama"), tmp_path, steps=6)
+    assert len(calls) == 6
+    for name in ("first_step", "phases"):
+        for phase, use in getattr(told.ledger, name).items():
+            found = getattr(later.ledger, name)[phase]
+            assert found.allocated_peak_bytes == pytest.approx(
+                use.allocated_peak_bytes, abs=64
+            )  # losses of the skipped ones
+            assert found.categories["optimizer_state"] == use.categories["optimizer_state"], (name, phase)
+    assert len(later.batches) == len(told.batches) == 2
+    assert {step for _, step, *_ in later.ledger.timeline} == {0, 1, 2}
 
 
 def test_checkpointing_trades_activations_for_nothing_else(tmp_path):

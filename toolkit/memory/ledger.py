@@ -228,7 +228,7 @@ def ledger_of(recording: Recording, timeline_rows: int = 400, **about: Any) -> L
         LedgerError: where the events' bytes do not add up to the meter's totals.
     """
     recording.close()
-    steps = sorted({window.step for window in recording.windows if window.phase != "load"})
+    steps = sorted({window.step for window in recording.windows if window.step})
     peaks = {id(window): _peak_index(recording, window) for window in recording.windows}
     cells = _compositions(recording, sorted(set(peaks.values())))
 

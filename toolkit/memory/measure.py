@@ -103,7 +103,7 @@ class MemoryCallback(TrainerCallback):
         number = state.global_step - self._first_step + 1
         if self._trace is None or number not in self.steps:
             return
-        self._began = time.perf_counter()
+        self._began, self._batches_before = time.perf_counter(), len(self.batches)
         census.label_model(self._trace, model)
         self._optimizer = optimizer
         census.label_optimizer_state(self._trace, optimizer)
@@ -126,11 +126,18 @@ class MemoryCallback(TrainerCallback):
         if self._active is not None:
             census.label_optimizer_state(self._active, optimizer)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         if self._active is None:
             return
         self._close()
         self._seconds += time.perf_counter() - self._began
+        if getattr(optimizer, "step_was_skipped", False) and state.global_step < state.max_steps:
+            # fp16 overflowed, as it often does in the first steps: nothing was updated, and the next is the first step
+            self._recording.discount(state.global_step - self._first_step)
+            del self.batches[self._batches_before :]
+            self._first_step += 1
         if state.global_step - self._first_step >= max(self.steps):
             self._finish(model)
 

@@ -79,7 +79,10 @@ class Event(NamedTuple):
 
 @dataclass
 class Window:
-    """A stretch of one phase: events `start` (inclusive) to `end` (exclusive), and the meter's peak over it."""
+    """A stretch of one phase: events `start` (inclusive) to `end` (exclusive), and the meter's peak over it.
+
+    `step` counts from 1; 0 is before the first, or in one that does not count.
+    """
 
     phase: str
     step: int
@@ -108,6 +111,12 @@ class Recording:
     def entered(self, phase: str, step: int) -> None:
         self.close()
         self._open(phase, step)
+
+    def discount(self, step: int) -> None:
+        """The windows of `step` are those of none: what they held stays in the timeline alone."""
+        for window in self.windows:
+            if window.step == step:
+                window.step = 0
 
     def close(self) -> None:
         """Ends the window that is open; called again, it moves that window's end to the present."""
