@@ -229,7 +229,8 @@ def this_card() -> Card | None:
     if not torch.cuda.is_available():
         return None
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, gpu.total_memory)
+    memory = (gpu.total_memory, torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved())
+    return card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, *memory)
 
 
 def _predicted_here(config: Config, batches: list[Batch] | None = None) -> Ledger:

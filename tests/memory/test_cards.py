@@ -4,6 +4,7 @@ import pytest
 
 from toolkit.errors import UserError
 from toolkit.memory.cards import CARDS, card_of_device, find_card, generic_card
+from toolkit.memory.cuda import Cuda
 from toolkit.memory.units import GIB, MIB
 
 
@@ -43,7 +44,7 @@ def test_names_are_unique_and_every_architecture_of_the_toolkit_is_there():
 def test_no_card_offers_what_its_box_says(card):
     nominal = {"A100 40GB": 40, "A100 80GB": 80, "T4": 16, "RTX 4090": 24, "RTX 5090": 32, "H200": 141}.get(card.name)
     assert card.context_bytes < 0.11 * card.total_bytes
-    assert card.usable_bytes == card.total_bytes - card.context_bytes
+    assert card.budget_bytes == card.total_bytes
     if nominal:
         assert 0.91 * nominal * GIB < card.total_bytes < nominal * GIB
 
@@ -76,7 +77,7 @@ def test_bf16_is_native_from_ampere_on():
 
 def test_a_generic_card_has_exactly_the_memory_that_was_given():
     card = generic_card("24GiB")
-    assert card.total_bytes == card.usable_bytes == 24 * GIB
+    assert card.total_bytes == card.budget_bytes == 24 * GIB
 
 
 def test_a_memory_that_does_not_parse_is_refused():
@@ -89,3 +90,11 @@ def test_the_card_of_this_machine_keeps_its_real_size_and_the_known_context():
     assert (card.total_bytes, card.context_bytes / MIB, card.context_is_estimate) == (15_000 * MIB, 140.875, False)
     other = card_of_device("Some New Card", (12, 0), 10, 8 * GIB)
     assert other.context_is_estimate
+
+
+@pytest.mark.parametrize(("free", "own", "taken"), [(14_000, 900, 0), (13_000, 500, 1_359.125), (14_859.125, 0, 0)])
+def test_what_other_programs_hold_of_it_is_not_there(free, own, taken):
+    card = card_of_device("Tesla T4", (7, 5), 40, 15_000 * MIB, int(free * MIB), own * MIB)
+    assert card.taken_bytes == taken * MIB
+    assert card.budget_bytes == Cuda(card).budget_bytes == (15_000 - taken) * MIB
+    assert any("of Tesla T4 are held by other programs" in note for note in Cuda(card).notes) == bool(taken)

@@ -39,6 +39,7 @@ class Card:
     context_bytes: int
     total_is_estimate: bool = False
     context_is_estimate: bool = True
+    taken_bytes: int = 0  # by other programs of this machine, where it is a card that is there
 
     @property
     def architecture(self) -> str:
@@ -54,9 +55,9 @@ class Card:
         return self.capability >= (8, 0)
 
     @property
-    def usable_bytes(self) -> int:
-        """What PyTorch's allocator can reserve: the total less the CUDA context."""
-        return self.total_bytes - self.context_bytes
+    def budget_bytes(self) -> int:
+        """What a process can take, its CUDA context included."""
+        return self.total_bytes - self.taken_bytes
 
     @property
     def blas_workspace_bytes(self) -> int:
@@ -201,11 +202,31 @@ def generic_card(memory: str) -> Card:
     return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
 
 
-def card_of_device(name: str, capability: tuple[int, int], multiprocessors: int, total_bytes: int) -> Card:
-    """The card that this machine has, from `torch.cuda.get_device_properties`: real size, context as known by name."""
+def card_of_device(
+    name: str,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    total_bytes: int,
+    free_bytes: int | None = None,
+    own_bytes: int = 0,
+) -> Card:
+    """The card that this machine has, from `torch.cuda.get_device_properties`: real size, context as known by name.
+
+    `free_bytes` is what CUDA says is free (None: unknown), while this process holds `own_bytes` beside its context. What
+    is neither belongs to other programs, a desktop for one.
+    """
     try:
         known = find_card(name)
         context, estimate = known.context_bytes, known.context_is_estimate
     except UserError:
         context, estimate = int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR), True
-    return Card(name, capability, multiprocessors, total_bytes, context, context_is_estimate=estimate)
+    taken = 0 if free_bytes is None else max(0, total_bytes - free_bytes - own_bytes - context)
+    return Card(
+        name,
+        capability,
+        multiprocessors,
+        total_bytes,
+        context_bytes=context,
+        context_is_estimate=estimate,
+        taken_bytes=taken,
+    )

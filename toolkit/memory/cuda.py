@@ -29,7 +29,9 @@ from toolkit.memory.attention import attention_on
 from toolkit.memory.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cards import Card
 from toolkit.memory.trace import Trace
+from toolkit.memory.units import MIB, format_bytes
 
+_NOTEWORTHY = 256 * MIB  # an estimated context is not known better
 _MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
 
 
@@ -231,7 +233,7 @@ class Cuda:
         self.card = card
         self.name = card.name
         self.context_bytes: int | None = card.context_bytes
-        self.budget_bytes: int | None = card.total_bytes if budget_bytes is None else budget_bytes
+        self.budget_bytes: int | None = card.budget_bytes if budget_bytes is None else budget_bytes
         self.expandable_segments = _expandable_segments() if expandable_segments is None else expandable_segments
         self.adapters_cast_on_device = adapters_cast_on_device
         self.empties_cache_after_casts = empties_cache_after_casts
@@ -245,6 +247,8 @@ class Cuda:
             notes.append(f"the CUDA context of {self.card.name} is an estimate: it was not measured")
         if self.card.total_is_estimate:
             notes.append(f"the capacity of {self.card.name} is the usual one: it was not checked against a report")
+        if self.card.taken_bytes >= _NOTEWORTHY:
+            notes.append(f"{format_bytes(self.card.taken_bytes)} of {self.card.name} are held by other programs")
         return tuple(notes)
 
     def meter(self) -> AllocatorMeter:
