@@ -70,6 +70,15 @@ def test_without_a_name_the_card_is_that_of_this_machine(config_only, capfd, mon
     assert json.loads(out)["device"] == "cpu"
 
 
+def test_what_a_model_cannot_do_without_data_is_one_line(config_only, capfd, monkeypatch):
+    def predict(*args):
+        raise RuntimeError("a kernel\nrefuses")
+
+    monkeypatch.setattr(prediction, "predict", predict)
+    code, _, err = run(capfd, "predict", "full", *flags(config_only))
+    assert code == 2 and err.endswith("error: memory of full cannot be predicted: RuntimeError: a kernel refuses\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sees_a_gpu", [False, True])
 def test_one_of_several_gpus_is_predicted_under_a_launch_file(sees_a_gpu, config_only, capfd, monkeypatch):

@@ -78,7 +78,17 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> Trainer:
         return ShadowTuner(model, arguments, batches, callback)
 
-    ledger = predict(build, trainer, training, device, config.as_dict())
+    try:
+        ledger = predict(build, trainer, training, device, config.as_dict())
+    except LedgerError:
+        raise
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # a model's or an engine's on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
+        where = "" if engine.kind == "no engine" else f" under {engine}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"memory of {config.method.name}{where} cannot be predicted: {type(error).__name__}: {reason}"
+        ) from error
     notes = ledger.notes
     if engine.kind != "no engine" and device is not CPU:
         notes += ("what NCCL and other streams hold is not counted: it was not measured",)
@@ -115,16 +125,7 @@ class Launched:
             config = parse_config(method, self.flags, self.card)
         last = engine.kind in ("ZeRO-1", "ZeRO-2") and self.batches is None
         with world(self.launch.of_rank(self.launch.processes - 1 if last else 0)):
-            try:
-                return predict_run(config, device, self.batches)
-            except LedgerError:
-                raise
-            except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                # an engine's, on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"memory of {self.method} under {engine} cannot be predicted: {type(error).__name__}: {reason}"
-                ) from error
+            return predict_run(config, device, self.batches)
 
     def predict_apart(self) -> Ledger:
         """`predict` in a process of its own that sees no GPU: a rank has a process group already, and engines use GPUs they see.
@@ -259,7 +260,7 @@ def say_prediction(config: Config) -> None:
         return
     try:
         ledger = _predicted_here(config)
-    except UserError as error:
+    except (UserError, LedgerError) as error:
         say("memory", f"not predicted: {error}")
         return
     worst = f"{ledger.peak_phase_name.replace('_', ' ')} of the longest batch"
@@ -277,5 +278,5 @@ def show_comparison(config: Config, memory: MemoryCallback) -> None:
         predicted = _predicted_here(config, [_whole_rows(batch, row) for batch in memory.batches])
         predicted.save(Path(config.training.output_dir) / "predicted_memory.json")
         print_comparison(console, predicted, memory.ledger)
-    except UserError as error:
+    except (UserError, LedgerError) as error:
         say("memory", f"not predicted: {error}")

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from ledgers import assert_same
-from tiny_models import rows, tiny_config
+from tiny_models import CONFIGS, rows, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -30,6 +30,23 @@ QUANTIZED = {
     "nf4-double": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+DENSE = SMALL | {"num_key_value_heads": 2, "intermediate_size": 128}
+EXPERTS = DENSE | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+OTHERS = (
+    dict.fromkeys(["cohere", "granite", "mistral", "olmo2", "phi", "phi3", "smollm3", "stablelm"], DENSE)
+    | dict.fromkeys(["gemma", "gemma2", "gemma3_text", "qwen3"], DENSE | {"head_dim": 16})
+    | dict.fromkeys(["granitemoe", "mixtral", "olmoe", "phimoe"], EXPERTS)
+    | dict.fromkeys(["gpt_oss", "qwen3_moe"], EXPERTS | {"head_dim": 16})
+    | dict.fromkeys(["bloom", "falcon", "gpt_neox"], SMALL)
+    | {
+        "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        "mamba": SMALL,
+        "opt": SMALL | {"word_embed_proj_dim": 64, "ffn_dim": 128, "max_position_embeddings": 64},
+        "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 64},
+    }
+)
 OPTIMIZERS = [
     "adamw_torch",
     "adafactor",
@@ -100,6 +117,13 @@ def both(name, method, quantization, folder, **changes):
 @pytest.mark.parametrize("quantization", QUANTIZED)
 def test_every_form_of_quantization_is_predicted_to_the_byte(name, quantization, tmp_path):
     assert_same(*both(name, "lora", quantization, tmp_path, gradient_checkpointing=name == "llama"))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_architecture_is_predicted_to_the_byte(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, name, OTHERS[name])
+    assert_same(*both(name, "full", None, tmp_path, bf16=len(name) % 2 == 0))
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
 _refused: set[Any] = set()  # operators whose meta kernel raised once
 _templates: WeakKeyDictionary[FakeTensorMode, FakeTensor] = WeakKeyDictionary()
 _remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (shape, stride, dtype) of its results
@@ -57,6 +58,8 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
         return args[0]
     if in_place == "nothing" and all(isinstance(tensor, FakeTensor) for tensor in args[0]):
         return None
+    if op is _GROUPED_MM and isinstance(args[0], FakeTensor) and args[0].dtype != torch.bfloat16:
+        return _grouped_mm(*args, **kwargs)
     if op in _refused or not _has_meta_kernel(op):
         return op(*args, **kwargs)
     fakes: list[FakeTensor] = []
@@ -77,6 +80,13 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
     if fresh and tensors and all(item is None or isinstance(item, FakeTensor) for item in results):
         _remembered[signature] = _description(result)
     return result
+
+
+def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> FakeTensor:
+    """A product for each expert: of (rows, k) and (experts, k, n), and what its gradients are. The meta kernel knows bf16 alone."""
+    groups = () if a.dim() != b.dim() else (len(offs),) if a.dim() == 2 else (len(a),)
+    shape = (*groups, a.shape[-2], b.shape[-1])
+    return fake(a.fake_mode, torch.empty(shape, dtype=out_dtype or a.dtype, device=_META))
 
 
 def _places(indices: Any) -> list[Any]:
