@@ -216,6 +216,12 @@ def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv,
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
+def asking(model, method=None, **training):
+    """What `check_combination` looks at of a Config."""
+    usual = {"optim": "adamw_torch", "bf16": False, "load_best_model_at_end": False}
+    return SimpleNamespace(model=model, method=method or Lora(), training=SimpleNamespace(**usual | training))
+
+
 def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     told = {
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -226,31 +232,38 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
         monkeypatch.setenv(name, value)
     asked = asked_engine()
     model = SimpleNamespace(load_in_8bit=False, model_name_or_path="a-model")
-    config, lora = T5Config(num_heads=4), Lora()
+    config = T5Config(num_heads=4)
     with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
-        check_combination(asked, SimpleNamespace(model=model, method=lora), config)
+        check_combination(asked, asking(model), config)
     default = SimpleNamespace(load_in_8bit=False, model_name_or_path=None)
     with pytest.raises(UserError, match="the embedded tiny T5 is an encoder-decoder model"):
-        check_combination(asked, SimpleNamespace(model=default, method=lora), config)
+        check_combination(asked, asking(default), config)
     with pytest.raises(UserError, match="a model of 3 attention heads"):
-        check_combination(
-            asked, SimpleNamespace(model=model, method=lora), LlamaConfig(num_attention_heads=3, hidden_size=48)
-        )
-    check_combination(
-        asked, SimpleNamespace(model=model, method=lora), LlamaConfig(num_attention_heads=4, hidden_size=48)
-    )
+        check_combination(asked, asking(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
+    check_combination(asked, asking(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
     with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be shared out"):
-        check_combination(Engine(2, "ZeRO-3"), SimpleNamespace(model=SimpleNamespace(load_in_8bit=True)), config)
-    pissa = SimpleNamespace(model=model, method=Lora(init_lora_weights="pissa"))
+        check_combination(Engine(2, "ZeRO-3"), asking(SimpleNamespace(load_in_8bit=True)), config)
+    pissa = asking(model, Lora(init_lora_weights="pissa"))
     with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):
         check_combination(Engine(2, "FSDP2"), pissa, config)
     check_combination(Engine(2, "ZeRO-2"), pissa, config)
 
 
+@pytest.mark.parametrize(
+    ("kind", "optim"),
+    [("FSDP2", name) for name in ("adafactor", "ademamix", "lion_32bit", "paged_adamw_8bit", "rmsprop_bnb")]
+    + [("ZeRO-2", "adagrad"), ("ZeRO-3", "adagrad")],
+)
+def test_an_optimizer_that_an_engine_cannot_run_is_refused(kind, optim):
+    model = SimpleNamespace(load_in_8bit=False)
+    with pytest.raises(UserError, match=f"--optim {optim} under {kind}: .*use adamw_torch_fused"):
+        check_combination(Engine(2, kind), asking(model, optim=optim), LlamaConfig())
+
+
 def test_the_best_of_several_checkpoints_is_not_read_back_from_a_disk():
     nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
     model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
-    config = SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(load_best_model_at_end=True))
+    config = asking(model, load_best_model_at_end=True)
     with pytest.raises(UserError, match=r"--load_best_model_at_end under ZeRO-3 .* reads back .* only a part"):
         check_combination(nvme, config, T5Config(num_heads=4))
 
@@ -262,13 +275,11 @@ def test_a_4_bit_base_goes_to_a_disk_in_bf16_alone():
     with pytest.raises(UserError, match=r"--load_in_4bit in fp32 under ZeRO-3 on 2 processes, .* add --bf16"):
         check_combination(
             nvme,
-            SimpleNamespace(
-                model=model, method=Lora(), training=SimpleNamespace(bf16=False, load_best_model_at_end=False)
-            ),
+            asking(model),
             config,
         )
     check_combination(
         nvme,
-        SimpleNamespace(model=model, method=Lora(), training=SimpleNamespace(bf16=True, load_best_model_at_end=False)),
+        asking(model, bf16=True),
         config,
     )

@@ -82,7 +82,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         ledger = predict(build, trainer, training, device, config.as_dict())
     except LedgerError:
         raise
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # a model's or an engine's on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
         where = "" if engine.kind == "no engine" else f" under {engine}"
         reason = " ".join(str(error).split())[:200]

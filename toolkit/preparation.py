@@ -42,6 +42,8 @@ from toolkit.ranks import decided_by_main, refused_anywhere
 from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
 
+NOT_OF_SHARDS = ("8bit", "paged", "bnb", "lion", "ademamix", "adafactor")  # in names of optimizers
+
 
 @dataclass
 class Preparation:
@@ -102,7 +104,7 @@ def check_engine(training: TrainArguments) -> None:
             f"the launch asked for {engine}, but what runs is no engine on {training.world_size} processes: there is no GPU for "
             "them; for a trial without GPUs, append --use_cpu to the recipe"
         )
-    if training.device.type == "cpu" and 1 < engine.processes_a_row < engine.processes:
+    if 1 < engine.processes_a_row < engine.processes and training.device.type == "cpu":
         raise UserError(
             f"{engine}: on CPUs torch exchanges the tokens of a row only among all processes (gloo); a trial without GPUs takes "
             f"parallelism_config_sp_size: {engine.processes}"
@@ -234,13 +236,17 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             f"--load_in_4bit in fp32 under {engine}: what DeepSpeed 0.19 reads back from the disk is bf16 there; add --bf16, or use "
             "launch/zero3_offload.yaml"
         )
-    if engine.kind == "FSDP2":
-        optim = optimizers.name_of(config.training)
-        if any(part in optim for part in ("8bit", "paged", "bnb")):
-            raise UserError(
-                f"--optim {optim} under FSDP2: bitsandbytes' optimizers do not update shards (DTensors); use adamw_torch_fused, "
-                "or launch/zero2.yaml"
-            )
+    optim = optimizers.name_of(config.training)
+    if engine.kind == "FSDP2" and any(part in optim for part in NOT_OF_SHARDS):
+        raise UserError(
+            f"--optim {optim} under FSDP2: bitsandbytes' optimizers and Adafactor do not update shards (DTensors); use "
+            "adamw_torch_fused, or launch/zero2.yaml"
+        )
+    if engine.kind.startswith("ZeRO") and optim == "adagrad":
+        raise UserError(
+            f"--optim adagrad under {engine.kind}: DeepSpeed 0.19 makes it anew with one group of parameters, and fails where "
+            "there are two (with and without weight decay); use adamw_torch_fused"
+        )
     if engine.processes_a_row > 1:
         _check_parallelism(engine)
         heads = getattr(model_config.get_text_config(), "num_attention_heads", 0)

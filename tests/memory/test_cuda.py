@@ -207,7 +207,57 @@ def test_attention_under_autocast_takes_its_inputs_in_16_bits(fake):
     assert flash[:2] == [("+", half, "aten::_to_copy")] * 2
     assert {op for _, _, op in flash[2:]} == {"aten::_scaled_dot_product_flash_attention"}
     scores = [op for sign, nbytes, op in math if sign == "+" and nbytes == 4 * 4 * 64 * 64]
-    assert scores == ["aten::bmm", "aten::_safe_softmax"], "in float32: nothing within is cast again"
+    assert scores == ["aten::bmm", *2 * ["aten::_safe_softmax"]], "in float32: nothing within is cast again"
+
+
+def test_a_mask_is_kept_as_a_bias_of_16_bits_by_cudnn(fake):
+    query, mask = fake(2, 4, 64, 32, dtype=torch.bfloat16), torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    events = on(HOPPER, lambda: F.scaled_dot_product_attention(query, query, query, mask), query)
+    assert kernel(HOPPER, torch.bfloat16, mask=mask, causal=False) == "cudnn"
+    died = {nbytes for sign, nbytes, _ in events if sign == "-"}
+    assert ("+", 2 * mask.numel()) in [event[:2] for event in events] and 2 * 4 * 64 * 64 * 2 not in died
+
+
+def test_a_learned_bias_is_not_given_to_cudnn():
+    bias = torch.zeros(1, 4, 16, 16, dtype=torch.bfloat16, requires_grad=True)
+    assert kernel(HOPPER, torch.bfloat16, mask=bias, causal=False) == "efficient"
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [(None, [4, 4]), (torch.bfloat16, [2])])
+def test_softmax_under_autocast_is_float32_unless_a_dtype_is_given(fake, dtype, sizes):
+    x = fake(8, 64, dtype=torch.bfloat16)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.softmax(x, dim=-1, dtype=dtype)
+
+    assert [nbytes for sign, nbytes, _ in on(ADA, run, x) if sign == "+"] == [8 * 64 * size for size in sizes]
+
+
+def test_cross_entropy_of_16_bit_logits_under_autocast_keeps_logarithms_of_16_and_32_bits(fake):
+    """T5 and BART leave their logits as they are."""
+    logits, labels = fake(8, 64, dtype=torch.bfloat16).requires_grad_(), torch.zeros(8, dtype=torch.long)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(logits, labels, ignore_index=-100)
+
+    events = on(ADA, run, logits)
+    assert [nbytes for sign, nbytes, _ in events if sign == "+" and nbytes > 64] == [2 * 8 * 64, 4 * 8 * 64]
+    assert not [nbytes for sign, nbytes, _ in events if sign == "-" and nbytes > 64], (
+        "both are kept for the backward pass"
+    )
+
+
+def test_whoever_asks_for_autocast_without_a_device_means_the_card():
+    """peft/tuners/lora/bnb.py casts what it is given where there is none."""
+    with torch.autocast("cpu", torch.bfloat16):
+        before = torch.is_autocast_enabled()
+        with Cuda(ADA).running():
+            assert torch.is_autocast_enabled() and torch.is_autocast_enabled("cpu") and not before
+            with torch.autocast("cpu", enabled=False):
+                assert not torch.is_autocast_enabled()
+        assert not torch.is_autocast_enabled()
 
 
 def test_functions_are_put_back():

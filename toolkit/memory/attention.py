@@ -40,7 +40,9 @@ def choose_kernel(
     square = query.shape[-2] == key.shape[-2]
     if query.dim() == 4 and (not grouped or enable_gqa):
         prefers_cudnn = card.capability[0] in (9, 10)
-        if prefers_cudnn and cuda.cudnn_sdp_enabled() and _cudnn_can(card, query, same_size, dropout_p):
+        learned = attn_mask is not None and attn_mask.requires_grad
+        can = same_size and not learned and _cudnn_can(query, dropout_p)
+        if prefers_cudnn and cuda.cudnn_sdp_enabled() and can:
             return "cudnn"
         flash = cuda.flash_sdp_enabled() and attn_mask is None and same_size and (square or not is_causal)
         if flash and _flash_can(card, query, dropout_p):
@@ -68,13 +70,14 @@ def attention_on(card: Card) -> Any:
     ) -> torch.Tensor:
         kernel = choose_kernel(card, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         ops = torch.ops.aten
-        if kernel in ("flash", "cudnn"):  # cuDNN keeps what flash keeps: the output, and a log-sum-exp for each row
+        # cuDNN keeps what flash keeps, the output and a log-sum-exp for each row, and the mask as a bias in 16 bits, as `efficient` does
+        if kernel == "flash" or (kernel == "cudnn" and attn_mask is None):
             size = query.shape[-1]
             q, k, v = (F.pad(t, (0, -size % 8)) if size % 8 else t for t in (query, key, value))
             scale = size**-0.5 if scale is None else scale
             output = ops._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
             return output[..., :size] if size % 8 else output
-        if kernel == "efficient":
+        if kernel in ("efficient", "cudnn"):
             bias = _bias(attn_mask, query, key)
             keeps = any(t.requires_grad for t in (query, key, value)) and torch.is_grad_enabled()
             return ops._scaled_dot_product_efficient_attention(
@@ -99,9 +102,9 @@ def _bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
     return attn_mask.expand(*query.shape[:-1], keys)
 
 
-def _cudnn_can(card: Card, query: torch.Tensor, same_size: bool, dropout_p: float) -> bool:
+def _cudnn_can(query: torch.Tensor, dropout_p: float) -> bool:
     size = query.shape[-1]
-    return query.dtype in _HALF and same_size and size % 8 == 0 and size <= 128 and (dropout_p * 16).is_integer()
+    return query.dtype in _HALF and size % 8 == 0 and size <= 128 and (dropout_p * 16).is_integer()
 
 
 def _flash_can(card: Card, query: torch.Tensor, dropout_p: float) -> bool:

@@ -81,8 +81,12 @@ FP32_RESULT = ("prod", "prod.dim_int", "cumprod", "cumsum", "sum", "sum.dim_IntL
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """While open, autocast on a CPU also does what CUDA's does. Operators of which a CPU has a rule of its own keep that."""
-    library = torch.library.Library("aten", "IMPL")
+    """While open, autocast on a CPU also does what CUDA's does. Operators of which a CPU has a rule of its own keep that.
+
+    Whoever asks for autocast and names no device (PEFT's quantized layers) means a card.
+    """
+    library, enabled = torch.library.Library("aten", "IMPL"), torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: enabled(*(device or ("cpu",)))
     try:
         for names, kernel in ((FP32, _in_float32), (FP32_RESULT, _into_float32)):
             for name in names:
@@ -91,6 +95,7 @@ def cuda_autocast() -> Iterator[None]:
                     library.impl(name, kernel(getattr(getattr(torch.ops.aten, packet), overload or "default")), _KEY)
         yield
     finally:
+        torch.is_autocast_enabled = enabled
         library._destroy()
 
 

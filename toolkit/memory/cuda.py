@@ -76,7 +76,13 @@ def embedding_backward(args: tuple) -> list[int]:
     return [4 * _bytes(indices)] if indices.numel() > 3072 else []
 
 
+def safe_softmax(args: tuple) -> list[int]:
+    """native/transformers/attention.cpp: a softmax, and where all of a row's scores are masked, beside the result."""
+    return [_bytes(args[0]), args[0].numel()]
+
+
 HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
+    "aten::_safe_softmax": safe_softmax,
     "aten::_softmax_backward_data": softmax_backward,
     "aten::_scaled_dot_product_flash_attention_backward": flash_backward,
     "aten::_scaled_dot_product_efficient_attention_backward": efficient_backward,
@@ -162,10 +168,9 @@ class _HalfToFloatSoftmax(torch.autograd.Function):
         return result, None
 
 
-def _float32_under_autocast(x: torch.Tensor) -> torch.Tensor:
-    """As `autocast` does with operators, for functions that are replaced here, or of which a CPU's autocast has its own rule."""
-    wanted = torch.is_autocast_enabled("cpu") and isinstance(x, FakeTensor)
-    return x.float() if wanted and x.dtype in (torch.float16, torch.bfloat16) else x
+def _is_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast would change what runs on `x`."""
+    return isinstance(x, FakeTensor) and torch.is_autocast_enabled("cpu") and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
@@ -174,16 +179,31 @@ def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
     dropout, attention, fake_attention = F.dropout, F.scaled_dot_product_attention, attention_on(card)
 
     def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-        # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first.
+        # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first. A dtype that is given is kept.
+        dtype = torch.float32 if dtype is None and _is_autocast(input) else dtype
         if isinstance(input, FakeTensor) and input.dtype == torch.float16 and dtype == torch.float32:
             return _HalfToFloatSoftmax.apply(input, dim)
-        return softmax(_float32_under_autocast(input), dim, _stacklevel, dtype)
+        return softmax(input, dim, _stacklevel, dtype)
 
     def cuda_log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-        return log_softmax(_float32_under_autocast(input), dim, _stacklevel, dtype)
+        dtype = torch.float32 if dtype is None and _is_autocast(input) else dtype
+        return log_softmax(input, dim, _stacklevel, dtype)
 
-    def cuda_cross_entropy(input: Any, *args: Any, **kwargs: Any) -> Any:
-        return cross_entropy(_float32_under_autocast(input), *args, **kwargs)
+    def cuda_cross_entropy(
+        input: Any,
+        target: Any,
+        weight: Any = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        # native/LossNLL.cpp: its log_softmax is given the input's dtype, which autocast keeps; nll_loss is run in float32.
+        if not _is_autocast(input) or rest or more.get("label_smoothing") or target.is_floating_point():
+            return cross_entropy(input, target, weight, size_average, ignore_index, *rest, **more)
+        more.pop("label_smoothing", None)
+        logs = log_softmax(input, min(1, input.dim() - 1), dtype=input.dtype)
+        return F.nll_loss(logs, target, weight, size_average, ignore_index, **more)
 
     def cuda_dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         # native/Dropout.cpp: fused on CUDA, where the mask is bool; on a CPU it has the activation's dtype.
