@@ -103,7 +103,7 @@ class FineTuner(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device. Shares of rows are contiguous there, as models expect; on a CPU DeepSpeed gives views of the whole."""
         inputs = super()._prepare_inputs(inputs)
-        if asked_engine(self.args.deepspeed, self.args.fsdp).processes_a_row > 1:
+        if self.get_sp_size() > 1:
             inputs = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         return inputs
 
