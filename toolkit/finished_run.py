@@ -16,6 +16,7 @@ from toolkit.errors import UserError
 from toolkit.files import read_csv
 from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
 from toolkit.methods.lora import ALTERS_BASE
+from toolkit.methods.soft_prompts import read_head_at_the_last_token
 from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, set_head
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
@@ -155,10 +156,10 @@ class Models:
             if run.adapter is None:
                 pass
             elif not isinstance(model, PeftModel):
-                model = PeftModel.from_pretrained(model, run.path, adapter_name=name)
+                model = _with_adapter(model, run.path, name)
             elif model.peft_type != run.adapter.peft_type:  # PEFT holds adapters of one type at a time
                 base = model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
-                model = PeftModel.from_pretrained(base, run.path, adapter_name=name)
+                model = _with_adapter(base, run.path, name)
             else:
                 if name not in model.peft_config:
                     model.load_adapter(run.path, name)
@@ -169,6 +170,12 @@ class Models:
             ) from None
         self.loaded[key] = model
         return model.eval()
+
+
+def _with_adapter(base: PreTrainedModel, path: Path, name: str) -> PeftModel:
+    model = PeftModel.from_pretrained(base, path, adapter_name=name)
+    read_head_at_the_last_token(model)
+    return model
 
 
 def _device() -> torch.device:

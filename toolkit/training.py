@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftType
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import (
@@ -34,9 +33,10 @@ from toolkit.data import TaskData
 from toolkit.engine import EngineCheck, SharedRows, asked_engine, share_tied_tables
 from toolkit.errors import UserError
 from toolkit.files import write_aside
-from toolkit.guards import Guards, check_saved
+from toolkit.guards import Guards, check_generation, check_saved
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import save_over_original_base
+from toolkit.methods.soft_prompts import has_virtual_tokens
 from toolkit.optimizers import Prodigy, prodigy_arguments
 from toolkit.progress import ProgressCallback
 from toolkit.ranks import Preempted, RollCall, leave_process_group, sigterm
@@ -96,7 +96,7 @@ class FineTuner(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
-        if _follows_virtual_tokens(model):
+        if has_virtual_tokens(model):
             self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
         self.add_callback(EngineCheck(self))
 
@@ -129,7 +129,7 @@ class FineTuner(Trainer):
 
     @property
     def _shifts_labels(self) -> bool:
-        return not self.model.config.is_encoder_decoder and not _follows_virtual_tokens(self.model)
+        return not self.model.config.is_encoder_decoder and not has_virtual_tokens(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names; with LoRA+, B's parameters in a group of a higher learning rate."""
@@ -297,12 +297,6 @@ def make_saveable(settings: GenerationConfig) -> None:
         ) from None
 
 
-def _follows_virtual_tokens(model: nn.Module) -> bool:
-    """Whether soft prompts stand before the input, so that a GPT-like model predicts its first token too."""
-    config = getattr(model, "active_peft_config", None)
-    return config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
-
-
 def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
     """How many of `labels` the loss sees: all classes (batch,), or the tokens (batch, length) that are not masked.
 
@@ -430,3 +424,4 @@ def train(trainer: FineTuner) -> None:
     if trainer.is_world_process_zero():
         save_over_original_base(trainer.model, Path(args.output_dir))
     check_saved(trainer)
+    check_generation(trainer, trainer.data)
