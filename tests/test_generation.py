@@ -1,9 +1,12 @@
 """What a model writes and scores: each row as whole forward passes say, alone and in any batch."""
 
+from itertools import product
+
 import pytest
 import torch
 from test_methods import MODELS, VARIANTS, label
-from tiny_models import ENCODER_DECODERS, tiny_config, tiny_model
+from test_shadow import OTHERS
+from tiny_models import CONFIGS, ENCODER_DECODERS, tiny_config, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 
@@ -78,12 +81,46 @@ def test_what_is_generated_is_what_whole_forward_passes_say_alone_and_in_a_batch
     assert numbers(generate(model, Numbers(), PROMPTS[1:2], 1, LENGTH)) == together[1:2]
 
 
-@pytest.mark.parametrize("num_beams", [2])
+MORE = {
+    "rwkv": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256, "attention_hidden_size": 64},
+    "mbart": CONFIGS["bart"],
+    "longt5": CONFIGS["t5"],
+}
+UNKNOWN_TO_PROMPTS = {"mamba"}  # PEFT finds no number of attention heads
+
+
+class Untouched:
+    """No method: the base model."""
+
+    name = "untouched"
+
+    def attach(self, model):
+        return model
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *product([*OTHERS, *MORE], [Untouched()]),
+        *product(sorted(set(OTHERS) - UNKNOWN_TO_PROMPTS), [PromptTuning(num_virtual_tokens=3)]),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_every_architecture_writes_the_same_alone_and_in_a_batch(name, method, monkeypatch):
+    monkeypatch.setitem(CONFIGS, name, (MORE | OTHERS)[name])
+    config = tiny_config(name)
+    model = tuned(method, name, auto_class(config).from_config(config))
+    together = numbers(generate(model, Numbers(), PROMPTS, len(PROMPTS), LENGTH))
+    assert together == [numbers(generate(model, Numbers(), [prompt], 1, LENGTH))[0] for prompt in PROMPTS]
+    assert together == [most_probable(model, *pair) for pair in zip(PROMPTS, together, strict=True)]
+
+
 @pytest.mark.parametrize("method", [PTuning(), PrefixTuning(), PromptTuning()], ids=label)
-def test_beams_after_virtual_tokens_are_the_same_alone_and_in_a_batch(method, num_beams):
+def test_beams_after_virtual_tokens_are_the_same_alone_and_in_a_batch(method):
     model = tuned(method, "llama")
-    together = numbers(generate(model, Numbers(), PROMPTS, len(PROMPTS), LENGTH, num_beams))
-    assert together == [numbers(generate(model, Numbers(), [prompt], 1, LENGTH, num_beams))[0] for prompt in PROMPTS]
+    together = generate(model, Numbers(), PROMPTS, len(PROMPTS), LENGTH, num_beams=2)
+    assert together == [generate(model, Numbers(), [prompt], 1, LENGTH, num_beams=2)[0] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("name", MODELS)

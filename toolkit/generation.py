@@ -30,6 +30,8 @@ TAKEN_OVER = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
 )
 
+IGNORES_MASK = {"rwkv"}  # a recurrent model that reads padding as text: its rows are answered one by one
+
 
 def generate(
     model: PreTrainedModel,
@@ -54,8 +56,9 @@ def generate(
 
     settings = _settings(model, tokenizer, end_tokens, empty_target)
     settings.num_beams, settings.max_new_tokens = num_beams, max_new_tokens
+    rows = 1 if model.config.model_type in IGNORES_MASK else batch_size
     with _generating_by(settings, model):
-        texts = _in_batches(answer, model, prompts, batch_size, title)
+        texts = _in_batches(answer, model, prompts, rows, title)
     return [text.strip() for text in texts]
 
 

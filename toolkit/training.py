@@ -217,10 +217,9 @@ class FineTuner(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if hasattr(
-            self.sampler, "set_epoch"
-        ):  # a data loader that skips what a checkpoint has seen does not pass it on
-            self.sampler.set_epoch(kwargs["epoch"])
+        set_epoch = getattr(self.sampler, "set_epoch", None)
+        if set_epoch is not None:  # a data loader that skips what a checkpoint has seen does not pass it on
+            set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
