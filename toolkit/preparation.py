@@ -94,6 +94,7 @@ def check_engine(training: TrainArguments) -> None:
             "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
             "or launch with launch/single.yaml"
         )
+    check_fsdp(engine, training)
     if engine.processes > training.world_size:
         raise UserError(
             f"several processes were asked for, and {training.world_size} runs: accelerate's --cpu and MULTI_CPU start one "
@@ -126,6 +127,16 @@ def check_engine(training: TrainArguments) -> None:
         join_deepspeed()
     if training.push_to_hub:
         decided_by_main(lambda: _check_login(training.hub_token))
+
+
+def check_fsdp(engine: Engine, training: TrainArguments) -> None:
+    """Raises UserError where FSDP was asked for on CPUs: accelerate would run DDP instead, or nothing that is wrapped."""
+    if engine.kind.startswith("FSDP") and training.device.type == "cpu":
+        why = "--use_cpu was given" if training.use_cpu else "there is no GPU here"
+        raise UserError(
+            f"the launch asked for {engine}, which accelerate runs on GPUs alone, and {why}; for a trial on CPUs use "
+            "launch/zero3.yaml, with --use_cpu after the recipe's name"
+        )
 
 
 def check_installed(training: TrainArguments) -> None:
