@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import ROOT, recipe, run, write_csv
 from huggingface_hub.errors import LocalTokenNotFoundError
 from reliability import Run
 from transformers.training_args import ParallelMode
-from transformers.utils import is_liger_kernel_available
 from transformers.utils.import_utils import is_galore_torch_available, is_lomo_available
 
 from toolkit.config import parse_config
@@ -184,6 +184,7 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
     [
         ("--report_to foo", "--report_to foo: foo is not supported, only"),
         ("--report_to comet_ml", "--report_to comet_ml: "),
+        ("--use_liger_kernel", "--use_liger_kernel: its kernels need a GPU"),
         ("--fsdp full_shard", "which accelerate runs on GPUs alone, and --use_cpu was given"),
         ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
         ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 changes nothing of --optim adafactor"),
@@ -210,13 +211,12 @@ def test_what_trainer_would_refuse_once_the_model_is_loaded(flags, expected, ref
 @pytest.mark.parametrize(
     ("flags", "package", "expected"),
     [
-        ("--use_liger_kernel", "liger_kernel", "--use_liger_kernel: liger-kernel is not installed"),
         ("--optim galore_adamw --optim_target_modules q", "galore_torch", "You need to install `galore_torch`"),
         ("--optim lomo", "lomo_optim", "--optim lomo: You need to install `lomo_optim`"),
     ],
 )
 def test_a_package_that_is_not_installed(flags, package, expected, refused, monkeypatch):
-    checks, find = (is_liger_kernel_available, is_galore_torch_available, is_lomo_available), importlib.util.find_spec
+    checks, find = (is_galore_torch_available, is_lomo_available), importlib.util.find_spec
     with monkeypatch.context() as hidden:  # for it may be installed here
         hidden.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else find(name, *more))
         for check in checks:
@@ -225,6 +225,12 @@ def test_a_package_that_is_not_installed(flags, package, expected, refused, monk
     for check in checks:
         check.cache_clear()
     assert expected in message
+
+
+def test_liger_kernel_that_is_not_installed_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr("toolkit.preparation.is_liger_kernel_available", lambda: False)  # for it may be installed here
+    with pytest.raises(UserError, match="--use_liger_kernel: liger-kernel is not installed"):
+        check_installed(SimpleNamespace(use_liger_kernel=True, device=torch.device("cuda")))
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_cpu"]])

@@ -140,7 +140,11 @@ def check_fsdp(engine: Engine, training: TrainArguments) -> None:
 
 
 def check_installed(training: TrainArguments) -> None:
-    """Raises UserError for a flag whose library is not there, and for sharding by flag on one process."""
+    """Raises UserError for a flag whose library is not there or cannot run, and for sharding by flag on one process."""
+    if training.use_liger_kernel and training.device.type in ("cpu", "mps"):
+        raise UserError(
+            "--use_liger_kernel: its kernels need a GPU that Triton supports, and none is used; leave it out"
+        )
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out")
     if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
