@@ -315,11 +315,10 @@ def stacks() -> str:
     if not path.is_file():
         return "The ends of these ranges have not been tried yet: `make stacks`."
     result = json.loads(path.read_text(encoding="utf-8"))
-    names = {"torch": "torch", "transformers": "transformers", "peft": "peft", "accelerate": "accelerate"}
-    names |= {"bitsandbytes": "bitsandbytes", "deepspeed": "DeepSpeed"}
+    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
     shown = []
     for end, stack in result["stacks"].items():
-        versions = ", ".join(f"{title} {stack['versions'][name]}" for name, title in names.items())
+        versions = ", ".join(f"{name} {stack['versions'][name]}" for name in names if name in stack["versions"])
         recipe = "`recipes/lora.py` ran" if stack["recipe"] else "`recipes/lora.py` failed"
         shown.append(
             f"on the {end} (Python {stack['python']}, {versions}) {stack['passed']} fast tests passed, {stack['failed']} failed, "

@@ -74,7 +74,7 @@ def tried(folder: Path) -> dict[str, Any]:
         suite = ElementTree.parse(report).getroot()[0].attrib
         failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
         ended = subprocess.run([*python, *RECIPE, "--output_dir", output], cwd=ROOT, env=env, check=False)
-        scored = ended.returncode == 0 and (output / "scores.json").is_file()
+        scored = ended.returncode == 0 and (output / "completions.csv").is_file()
     return {"passed": int(suite["tests"]) - failed - skipped, "failed": failed, "skipped": skipped, "recipe": scored}
 
 
