@@ -2,9 +2,11 @@
 # make test    every test, style and types; what CI runs
 # make quick   the fast tests only
 # make matrix  every case of the long sweeps, of which make test runs a daily sample
+# make stacks  the fast tests and one recipe on the oldest and on the newest versions that pyproject.toml admits, each in an
+#              environment of its own; UV_TORCH_BACKEND=cpu make stacks takes PyTorch's small CPU build
 # make setup   the environment alone, in .venv
 # make extensions   what DeepSpeed compiles for offloading, now rather than in the first run that needs it (minutes)
-.PHONY: setup extensions demo test quick matrix check results
+.PHONY: setup extensions demo test quick matrix stacks check results
 PYTHON ?= python3
 # Also for what a package needs to be built: DeepSpeed is built on the spot, against the same torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -23,6 +25,9 @@ quick: .venv/.footprint-test
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 matrix: .venv/.footprint-test
 	$(BIN)/python -m pytest -q -m "matrix or long" --matrix
+stacks: .venv/.footprint-test
+	$(BIN)/python -m pip install --quiet --editable ".[stacks]"
+	$(BIN)/python benchmarks/stacks.py
 check: .venv/.footprint-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 results: setup

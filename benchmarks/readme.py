@@ -309,7 +309,26 @@ def distributed_fits() -> str:
     return "\n".join(lines)
 
 
+def stacks() -> str:
+    """The ends of pyproject.toml's ranges as they were tried."""
+    path = RESULTS / "stacks.json"
+    if not path.is_file():
+        return "The ends of these ranges have not been tried yet: `make stacks`."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+    shown = []
+    for end, stack in result["stacks"].items():
+        versions = ", ".join(f"{name} {stack['versions'][name]}" for name in names if name in stack["versions"])
+        recipe = "`recipes/lora.py` ran" if stack["recipe"] else "`recipes/lora.py` failed"
+        shown.append(
+            f"on the {end} (Python {stack['python']}, {versions}) {stack['passed']} fast tests passed, {stack['failed']} failed, "
+            f"and {recipe}"
+        )
+    return f"`{result['command']}` tried both ends of these ranges on {result['date']}: {'; '.join(shown)}."
+
+
 PARTS = {
+    "stacks": stacks,
     "distributed accuracy": distributed_accuracy,
     "distributed fits": distributed_fits,
     "engines equal": engines_equal,

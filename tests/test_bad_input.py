@@ -1,20 +1,24 @@
 """A user's mistake ends the recipe's own process with 2 and one line, before any model is loaded."""
 
+import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import ROOT, recipe, run, write_csv
 from huggingface_hub.errors import LocalTokenNotFoundError
 from reliability import Run
+from transformers.training_args import ParallelMode
+from transformers.utils.import_utils import is_galore_torch_available, is_lomo_available
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
 from toolkit.launch import read_launch
 from toolkit.methods.lora import Lora
-from toolkit.preparation import prepare
+from toolkit.preparation import check_engine, check_installed, prepare
 
 ROWS = [("#Person1#: Hi.", "They greet.")] * 8
 
@@ -180,10 +184,8 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
     [
         ("--report_to foo", "--report_to foo: foo is not supported, only"),
         ("--report_to comet_ml", "--report_to comet_ml: "),
-        ("--use_liger_kernel", "--use_liger_kernel: liger-kernel is not installed"),
-        ("--fsdp full_shard", "--fsdp shares a model out among processes, and one runs"),
-        ("--optim galore_adamw --optim_target_modules q", "--optim galore_adamw: You need to install `galore_torch`"),
-        ("--optim lomo", "--optim lomo: You need to install `lomo_optim`"),
+        ("--use_liger_kernel", "--use_liger_kernel: its kernels need a GPU"),
+        ("--fsdp full_shard", "which accelerate runs on GPUs alone, and --use_cpu was given"),
         ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
         ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 changes nothing of --optim adafactor"),
         ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 changes nothing of --optim sgd"),
@@ -204,6 +206,48 @@ def test_what_trainer_would_refuse_once_the_model_is_loaded(flags, expected, ref
     model = data / "models" / "stories260k"
     message = refused("--model_name_or_path", model, "--dataset_name", rows, "--use_cpu", *flags.split())
     assert expected in message, message
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "expected"),
+    [
+        ("--optim galore_adamw --optim_target_modules q", "galore_torch", "You need to install `galore_torch`"),
+        ("--optim lomo", "lomo_optim", "--optim lomo: You need to install `lomo_optim`"),
+    ],
+)
+def test_a_package_that_is_not_installed(flags, package, expected, refused, monkeypatch):
+    checks, find = (is_galore_torch_available, is_lomo_available), importlib.util.find_spec
+    with monkeypatch.context() as hidden:  # for it may be installed here
+        hidden.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else find(name, *more))
+        for check in checks:
+            check.cache_clear()
+        message = refused("--use_cpu", *flags.split())
+    for check in checks:
+        check.cache_clear()
+    assert expected in message
+
+
+def test_liger_kernel_that_is_not_installed_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr("toolkit.preparation.is_liger_kernel_available", lambda: False)  # for it may be installed here
+    with pytest.raises(UserError, match="--use_liger_kernel: liger-kernel is not installed"):
+        check_installed(SimpleNamespace(use_liger_kernel=True, device=torch.device("cuda")))
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_cpu"]])
+def test_fsdp_without_gpus_is_refused_with_advice_that_does_not_depend_on_the_flag(flags, refused, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    message = refused(*flags)
+    assert "FSDP2 on 1 process, which accelerate runs on GPUs alone" in message
+    assert "for a trial on CPUs use launch/zero3.yaml, with --use_cpu after the recipe's name" in message
+
+
+def test_sharding_by_flag_on_one_process():
+    with pytest.raises(UserError, match="--fsdp shares a model out among processes, and one runs"):
+        check_installed(
+            SimpleNamespace(use_liger_kernel=False, fsdp=["full_shard"], parallel_mode=ParallelMode.NOT_PARALLEL)
+        )
 
 
 @pytest.mark.parametrize(
@@ -244,8 +288,6 @@ def test_an_engine_that_is_not_installed(refused, monkeypatch):
 
 
 def test_a_compiler_that_is_not_installed(monkeypatch):
-    from toolkit.preparation import check_engine
-
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="--torch_compile compiles C\\+\\+ code, and there is no compiler"):
         check_engine(

@@ -184,10 +184,13 @@ def test_a_world_in_which_nothing_is_wrapped_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_fsdp_that_runs_as_ddp_is_refused(tmp_path):
-    done = launched("fsdp2", "recipes/lora.py", "--use_cpu", *SHORT, "--output_dir", tmp_path / "run")
-    assert done.returncode == 1
-    expected = "error: the launch asked for FSDP2 on 2 processes, but what runs is DDP on 2 processes"
+@pytest.mark.parametrize("flags", [[], ["--use_cpu"]])
+def test_fsdp_without_gpus_is_refused_before_anything_is_loaded(flags, tmp_path):
+    if torch.cuda.is_available() and not flags:
+        pytest.skip("with GPUs, FSDP is what runs")
+    done = launched("fsdp2", "recipes/lora.py", *flags, *SHORT, "--output_dir", tmp_path / "run")
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    expected = "error: the launch asked for FSDP2 on 2 processes, which accelerate runs on GPUs alone"
     assert done.stderr.count(expected) == 1, done.stderr[-4000:]
 
 

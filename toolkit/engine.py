@@ -220,7 +220,7 @@ class EngineCheck(TrainerCallback):
             asked = replace(asked, optimizer_state=home[0], parameters=home[1])
         if asked != self.running:
             raise UserError(
-                f"the launch asked for {asked}, but what runs is {self.running}; {_advice(asked, self.running, args)}"
+                f"the launch asked for {asked}, but what runs is {self.running}; {_advice(asked, self.running)}"
             )
         if self.running.kind != "no engine":
             say("engine", str(self.running))
@@ -237,13 +237,11 @@ class EngineCheck(TrainerCallback):
             )
 
 
-def _advice(asked: Engine, running: Engine, args: TrainingArguments) -> str:
+def _advice(asked: Engine, running: Engine) -> str:
     if asked.processes > running.processes:
         return (
             "start several processes with a file of launch/ (for a trial without GPUs, append --use_cpu to the recipe)"
         )
-    if asked.kind.startswith("FSDP") and args.use_cpu:
-        return "accelerate runs FSDP on GPUs only: leave out --use_cpu, or use launch/zero3.yaml"
     return "use a file of launch/ as it stands"
 
 

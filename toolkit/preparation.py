@@ -96,6 +96,7 @@ def check_engine(training: TrainArguments) -> None:
             "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
             "or launch with launch/single.yaml"
         )
+    check_fsdp(engine, training)
     if engine.processes > training.world_size:
         raise UserError(
             f"several processes were asked for, and {training.world_size} runs: accelerate's --cpu and MULTI_CPU start one "
@@ -130,8 +131,22 @@ def check_engine(training: TrainArguments) -> None:
         decided_by_main(lambda: _check_login(training.hub_token))
 
 
+def check_fsdp(engine: Engine, training: TrainArguments) -> None:
+    """Raises UserError where FSDP was asked for on CPUs: accelerate would run DDP instead, or nothing that is wrapped."""
+    if engine.kind.startswith("FSDP") and training.device.type == "cpu":
+        why = "--use_cpu was given" if training.use_cpu else "there is no GPU here"
+        raise UserError(
+            f"the launch asked for {engine}, which accelerate runs on GPUs alone, and {why}; for a trial on CPUs use "
+            "launch/zero3.yaml, with --use_cpu after the recipe's name"
+        )
+
+
 def check_installed(training: TrainArguments) -> None:
-    """Raises UserError for a flag whose library is not there, and for sharding by flag on one process."""
+    """Raises UserError for a flag whose library is not there or cannot run, and for sharding by flag on one process."""
+    if training.use_liger_kernel and training.device.type in ("cpu", "mps"):
+        raise UserError(
+            "--use_liger_kernel: its kernels need a GPU that Triton supports, and none is used; leave it out"
+        )
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out")
     if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _KEY = "AutocastCPU"
-# ATen/autocast_mode.h (PyTorch 2.13), AT_FORALL_FP32: all inputs are cast.
+# ATen/autocast_mode.h (PyTorch 2.14), AT_FORALL_FP32: all inputs are cast. PyTorch 2.11 leaves `rms_norm` out, and is followed.
 FP32 = [
     "acos",
     "asin",
@@ -83,14 +83,16 @@ FP32_RESULT = ("prod", "prod.dim_int", "cumprod", "cumsum", "sum", "sum.dim_IntL
 def cuda_autocast() -> Iterator[None]:
     """While open, autocast on a CPU also does what CUDA's does. Operators of which a CPU has a rule of its own keep that.
 
+    An operator for which the installed PyTorch has no rule on CUDA gets none here.
     Whoever asks for autocast and names no device (PEFT's quantized layers) means a card.
     """
     library, enabled = torch.library.Library("aten", "IMPL"), torch.is_autocast_enabled
+    has_rule = torch._C._dispatch_has_kernel_for_dispatch_key
     torch.is_autocast_enabled = lambda *device: enabled(*(device or ("cpu",)))
     try:
         for names, kernel in ((FP32, _in_float32), (FP32_RESULT, _into_float32)):
             for name in names:
-                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", _KEY):
+                if has_rule(f"aten::{name}", "AutocastCUDA") and not has_rule(f"aten::{name}", _KEY):
                     packet, _, overload = name.partition(".")
                     library.impl(name, kernel(getattr(getattr(torch.ops.aten, packet), overload or "default")), _KEY)
         yield
