@@ -2,19 +2,21 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
-from toolkit.models import T5_FAMILY, lasting_path, longest_input, looks_like_path
+from toolkit.metrics import normalized
+from toolkit.models import T5_FAMILY, class_order, lasting_path, longest_input, looks_like_path
 from toolkit.tasks import TASKS, Task
-from toolkit.tasks.rows import load_rows
+from toolkit.tasks.rows import Splits, load_rows, sample_of_classes
 from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
 
 DEFAULT_MAX_LENGTH = 512
@@ -84,9 +86,15 @@ class DataArguments:
         default=None,
         metadata={"help": f"Most tokens of the target, also when generating. {_by_task('max_target_length')}"},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on N rows only: the first ones, or with a label column the same share of each class, the same for every "
+            "--seed."
+        },
+    )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use the first N rows only of validation, and of test."}
+        default=None, metadata={"help": "Use N rows only of validation, and of test, chosen as by --max_train_samples."}
     )
     num_beams: int | None = field(
         default=None, metadata={"help": f"Beams when generating for the scores; 1 is greedy. {_by_task('num_beams')}"}
@@ -200,14 +208,19 @@ def load_data(
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
     splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns)
     remarks += more
-    names = _names(splits["train"], columns)
+    names = _names(splits, columns)
+    _check_names(splits, columns, names)
+    if task.model_kind == "head":
+        names = class_order(config, names)
     template = (args.get("prompt_template") or "{text}").replace("{labels}", ", ".join(names))
     encoder = task.encoder(tokenizer, template, config.is_encoder_decoder, max_length, max_target_length, names)
-    _check_labels(splits, columns, encoder)
+    _check_written(columns, encoder)
     for split in splits:
-        most = args.max_train_samples if split == "train" else args.max_eval_samples
+        flag = "max_train_samples" if split == "train" else "max_eval_samples"
+        most = getattr(args, flag)
         if most is not None and most < len(splits[split]):
-            splits[split] = splits[split].select(range(most))
+            splits[split], more = _sample(splits[split], most, columns.get("label_column"))
+            remarks += [f"--{flag} {most}: {remark} of {split}" for remark in more]
     limit = longest_input(config, tokenizer) if max_target_length and not args.max_target_length else None
     truncation = {split: Truncation() for split in splits}
     tokenized, supervised = {}, {}
@@ -253,7 +266,7 @@ def load_data(
 def label_names(dataset_name: str | None, dataset_config_name: str | None, label_column: str) -> tuple[str, ...]:
     """The classes of a data set, for predicting a head's size without a tokenizer."""
     columns = {"label_column": label_column}
-    return _names(load_rows(dataset_name, dataset_config_name, columns)[0]["train"], columns)
+    return _names(load_rows(dataset_name, dataset_config_name, columns)[0], columns)
 
 
 def lengths(
@@ -343,13 +356,32 @@ def _supervised(labels: list[int] | int, is_encoder_decoder: bool) -> int:
     return sum(label != MASKED for label in (labels if is_encoder_decoder else labels[1:]))
 
 
-def _names(train: Dataset, columns: dict[str, str]) -> tuple[str, ...]:
-    return tuple(sorted(set(train[columns["label_column"]]))) if "label_column" in columns else ()
+def _sample(rows: Dataset, size: int, label: str | None) -> tuple[Dataset, list[str]]:
+    """The first `size` of `rows`, or with a label column the same share of each class, and a remark on classes without a row."""
+    if label is None:
+        return rows.select(range(size)), []
+    chosen = sample_of_classes(rows, label, size)
+    missing = sorted({*rows[label]} - {*chosen[label]})
+    return chosen, [f"no row of {', '.join(missing)} among those"] if missing else []
 
 
-def _check_labels(splits: DatasetDict, columns: dict[str, str], encoder: Encoder) -> None:
-    """Raises UserError for classes that cannot be told apart, that train does not have, or that are too long to write."""
-    names = encoder.label_names
+def _names(splits: Splits, columns: dict[str, str]) -> tuple[str, ...]:
+    """The classes of train, as the data set orders them; else numbers by their size, and names by the alphabet."""
+    if "label_column" not in columns:
+        return ()
+    there = splits["train"][columns["label_column"]]
+    if other := next((value for value in there if not isinstance(value, str)), None):
+        raise UserError(
+            f"column {columns['label_column']} has {str(other)[:60]!r}, which names no class; name another with --label_column"
+        )
+    if splits.classes:
+        return tuple(name for name in splits.classes if name in {*there})
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name, re.ASCII) for name in there)
+    return tuple(sorted({*there}, key=(lambda name: (float(name), name)) if numbers else None))
+
+
+def _check_names(splits: Splits, columns: dict[str, str], names: Sequence[str]) -> None:
+    """Raises UserError for classes that cannot be told apart, or that train does not have."""
     if not names:
         return
     column = columns["label_column"]
@@ -359,15 +391,34 @@ def _check_labels(splits: DatasetDict, columns: dict[str, str], encoder: Encoder
         raise UserError(
             f"column {column} has {len(names):,} different values, so it holds no classes; name another with --label_column"
         )
+    for one, other in pairwise(sorted(names, key=normalized)):
+        if normalized(one) == normalized(other):
+            raise UserError(
+                f"column {column} has the labels {one!r} and {other!r}, and answers are compared without regard to case; write "
+                "one of them everywhere"
+            )
     for split in splits:
         if unknown := sorted(set(splits[split][column]) - set(names)):
             raise UserError(f"the {split} split has the label {unknown[0]!r}, which train has not ({', '.join(names)})")
-    if encoder.max_target_length:
-        needed = max(len(encoder.target_ids(name)) for name in names)
-        if needed > encoder.max_target_length:
+
+
+def _check_written(columns: dict[str, str], encoder: Encoder) -> None:
+    """Raises UserError for classes that are too long to write, or for which the tokenizer has no tokens."""
+    if not encoder.label_names or not encoder.max_target_length:
+        return
+    column, ids = columns["label_column"], {name: encoder.target_ids(name) for name in encoder.label_names}
+    needed = max(map(len, ids.values()))
+    if needed > encoder.max_target_length:
+        raise UserError(
+            f"--max_target_length {encoder.max_target_length} cuts labels off, the longest of which has {needed} tokens; "
+            f"give at least {needed}"
+        )
+    for name in ids:
+        written = encoder.tokenizer.decode(ids[name], skip_special_tokens=True)
+        if normalized(written) != normalized(name):
             raise UserError(
-                f"--max_target_length {encoder.max_target_length} cuts labels off, the longest of which has {needed} tokens; "
-                f"give at least {needed}"
+                f"the tokenizer cannot write the label {name!r} of column {column}: it would be {written.strip()!r}; give another "
+                "model or other names, or --task sequence_classification"
             )
 
 

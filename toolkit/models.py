@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from toolkit.engine import asked_engine, without_partitioning
 from toolkit.errors import UserError
 from toolkit.memory import catalogue
 from toolkit.memory.meta import model_on_meta
+from toolkit.metrics import normalized
 
 # T5 and its kin. Their activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
 # Their positions are relative: lengths beyond the training length do run.
@@ -279,14 +281,48 @@ def weights_dtype(args: ModelArguments, frozen: bool, bf16: bool, fp16: bool) ->
     return torch.float32, "trained weights are held in fp32" if not frozen else "no mixed precision"
 
 
+def class_order(config: PreTrainedConfig, label_names: Sequence[str]) -> tuple[str, ...]:
+    """The classes of the head that `config` will have: as the checkpoint's own head has them where it is for these, else as given.
+
+    It is where each name is one of its names, whatever their case. Labels that are numbers, and a checkpoint without names
+    (LABEL_0, LABEL_1 ...), go by number: then there must be as many classes on both sides.
+    """
+    if not has_own_head(config):
+        return tuple(label_names)
+    own = [str(config.id2label[number]) for number in range(config.num_labels)]
+    given = {normalized(name): name for name in label_names}
+    if given.keys() <= {*map(normalized, own)} and len({*map(normalized, own)}) == len(own):
+        return tuple(given.get(normalized(name), name) for name in own)
+    if {*label_names} == {*map(str, range(len(own)))}:
+        return tuple(map(str, range(len(own))))
+    return tuple(label_names)
+
+
+def keeps_head(config: PreTrainedConfig, label_names: Sequence[str]) -> bool:
+    """Whether the checkpoint of `config` has a head whose classes are `label_names` in their order (see `class_order`)."""
+    if not has_own_head(config) or config.num_labels != len(label_names):
+        return False
+    own = [str(config.id2label[number]) for number in range(config.num_labels)]
+    unnamed = own == [f"LABEL_{number}" for number in range(len(own))]
+    numbers = list(label_names) == [*map(str, range(len(own)))]
+    of_numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in label_names)
+    return [*map(normalized, own)] == [*map(normalized, label_names)] or numbers or (unnamed and not of_numbers)
+
+
+def has_own_head(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint of `config` was saved with a classification head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 def set_head(config: PreTrainedConfig, label_names: Sequence[str], pad_token_id: int | None) -> None:
-    """Makes `config` that of a model with a classification head, one class a label.
+    """Makes `config` that of a model with a classification head, one class a label, in the order of `class_order`.
 
     The padding token is how a GPT-like model finds the last token of a text, which its head reads.
     """
+    names = class_order(config, label_names)
     config.problem_type = "single_label_classification"
-    config.id2label = dict(enumerate(label_names))  # sets num_labels too
-    config.label2id = {name: number for number, name in enumerate(label_names)}
+    config.id2label = dict(enumerate(names))  # sets num_labels too
+    config.label2id = {name: number for number, name in enumerate(names)}
     config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
 
 
@@ -352,6 +388,20 @@ def quantization_config(
     )
 
 
+def _left_out_heads(args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, str] | None:
+    """Other names for the weights of a checkpoint's head that is for other classes or of another kind, so that it is made anew.
+
+    Where it has as many classes, its rows would else stay, and each would stand for another class.
+    """
+    shipped = AutoConfig.from_pretrained(args.source, revision=args.model_revision)
+    names = [config.id2label[number] for number in range(config.num_labels)]
+    if not shipped.architectures or keeps_head(shipped, names):
+        return None
+    with without_partitioning():
+        heads = head_modules(model_on_meta(auto_class(config), copy.deepcopy(config), dtype))
+    return {rf"^{name}\.": f"left_out.{name}." for name in heads}
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
@@ -378,7 +428,8 @@ def load_model(
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if has_head(config):
-        options["ignore_mismatched_sizes"] = True  # the head of a checkpoint that had other classes is made anew
+        options["ignore_mismatched_sizes"] = True
+        options["key_mapping"] = _left_out_heads(args, config, dtype)
     if args.load_in_4bit or args.load_in_8bit:
         engine = asked_engine(training.deepspeed, training.fsdp)
         options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.shards_parameters)
