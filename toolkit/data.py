@@ -63,6 +63,12 @@ class DataArguments:
         default=None,
         metadata={"help": f"Column with lists of role and content. {_by_task('messages_column')}"},
     )
+    tools_column: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Column with lists of the JSON schemas of tools; it need not be there. {_by_task('tools_column')}"
+        },
+    )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column with what the user says, where there are no messages."}
     )
@@ -155,6 +161,7 @@ class TaskData:
     train: Dataset  # columns input_ids, attention_mask, labels: token ids, or the number of a class
     validation: Dataset
     test_prompts: list[list[int]]  # token ids, one list a row of the test split
+    references: list[str]  # what the answers to `test_prompts` are scored against
     truncation: dict[str, Truncation]
     remarks: list[str]
     fingerprint: dict[str, str]  # split: SHA-256 over the columns that are read
@@ -165,7 +172,7 @@ class TaskData:
         """The rows of the test split."""
         return self.rows["test"]
 
-    def pairs(self, split: str) -> list[tuple[Any, str]]:
+    def pairs(self, split: str) -> list[tuple[Any, Any]]:
         """Text and target of each row of `split`."""
         return list(_pairs(self.task, self.rows[split], self.columns, split))
 
@@ -181,12 +188,6 @@ class TaskData:
     def test_texts(self) -> list[str]:
         """The test split's texts, as `completions.csv` shows them."""
         return [self.task.shown(text) for text, _ in self.pairs("test")]
-
-    @cached_property
-    def references(self) -> list[str]:
-        """What the answers to `test_prompts` are scored against."""
-        targets = [target for _, target in self.pairs("test")]
-        return [self.task.reference(target, ids) for target, ids in zip(targets, self.test_prompts, strict=True)]
 
 
 def load_data(
@@ -206,7 +207,9 @@ def load_data(
             "another with --tokenizer_name, or set eos_token in its tokenizer_config.json"
         )
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
-    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns)
+    optional = [flag for flag in task.optional if getattr(args, flag) is None]
+    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns, optional)
+    columns = {flag: column for flag, column in columns.items() if column in splits["train"].column_names}
     remarks += more
     names = _names(splits, columns)
     _check_names(splits, columns, names)
@@ -234,7 +237,10 @@ def load_data(
                     "the model can take; shorten it, or have such labels cut with --max_target_length "
                     f"{min(max_target_length, limit // 2)}"
                 )
-            row = encoder.row(text, target, truncation[split])
+            try:
+                row = encoder.row(text, target, truncation[split])
+            except UserError as error:
+                raise UserError(f"row {number:,} of {split}: {error}") from None
             counts.append(_supervised(row["labels"], config.is_encoder_decoder))
             if counts[-1]:
                 rows.append(row)
@@ -242,7 +248,17 @@ def load_data(
         if counts.count(0):
             remarks.append(f"{counts.count(0):,} rows of {split} left out: no label within --max_length {max_length}")
         tokenized[split], supervised[split] = Dataset.from_list(rows), sum(counts)
-    test_prompts = _prompts(task, splits["test"], columns, encoder, truncation["test"])
+    test_prompts, references = [], []
+    for number, (text, target) in enumerate(_pairs(task, splits["test"], columns, "test"), start=1):
+        try:
+            ids, cut = encoder.prompt(text)
+            references.append(task.reference(encoder, text, target, ids))
+        except UserError as error:
+            raise UserError(f"row {number:,} of test: {error}") from None
+        test_prompts.append(ids)
+        truncation["test"].rows += cut > 0
+        truncation["test"].text_tokens += cut
+    remarks += [*encoder.remarks(), *_remarks(task, splits, columns, tokenizer, tokenized, truncation)]
     used = [tokenized[split]["input_ids"] for split in tokenized]
     if config.is_encoder_decoder and task.model_kind != "head":
         used += [tokenized[split]["labels"] for split in tokenized]
@@ -255,6 +271,7 @@ def load_data(
         tokenized["train"],
         tokenized["validation"],
         test_prompts,
+        references,
         truncation,
         remarks,
         {split: _fingerprint(splits[split], list(columns.values())) for split in splits},
@@ -324,14 +341,41 @@ def _pairs(task: Task, rows: Dataset, columns: dict[str, str], split: str) -> An
             raise UserError(f"row {number:,} of {split}: {error}") from None
 
 
-def _prompts(task: Task, rows: Dataset, columns: dict[str, str], encoder: Encoder, lost: Truncation) -> list[list[int]]:
-    prompts = []
-    for text, _ in _pairs(task, rows, columns, "test"):
-        ids, cut = encoder.prompt(text)
-        prompts.append(ids)
-        lost.rows += cut > 0
-        lost.text_tokens += cut
-    return prompts
+def _remarks(
+    task: Task,
+    splits: Splits,
+    columns: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: dict[str, Dataset],
+    truncation: dict[str, Truncation],
+) -> list[str]:
+    """What rows lose, or have too much, without being refused."""
+    texts = {split: [task.shown(text) for text, _ in _pairs(task, splits[split], columns, split)] for split in splits}
+    known = {*texts["train"]}
+    remarks = [
+        f"{again:,} of {len(texts[split]):,} rows of {split} have a text that train has too"
+        for split in ("validation", "test")
+        if (again := sum(text in known for text in texts[split]))
+    ]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
+        for split, rows in tokenized.items():
+            if count := sum(ids.count(unknown) for ids in rows["input_ids"]):
+                remarks.append(f"{count:,} tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})")
+            labels = rows["labels"] if task.model_kind != "head" else []
+            if count := sum(ids.count(unknown) for ids in labels):
+                remarks.append(
+                    f"{count:,} label tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})"
+                )
+    for split, lost in truncation.items():
+        if lost.masked_turns:
+            remarks.append(
+                f"{lost.masked_turns:,} turns of the assistant in {split} are not learned: the chat template rewrites them, or "
+                "leaves out a part, once other turns follow"
+            )
+        if lost.unwritten_turns:
+            remarks.append(f"{lost.unwritten_turns:,} turns or tools in {split} are left out by the chat template")
+    return remarks
 
 
 def _check_embedded(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]]) -> None:

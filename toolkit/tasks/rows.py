@@ -52,6 +52,7 @@ def load_rows(
     Raises: UserError for a missing, empty or unreadable file, a missing column, or rows that are all empty.
     """
     remarks: list[str] = []
+    loaded: dict[str, Dataset]
     if name is None:
         loaded = {split: Dataset.from_list(make_dialogues(split)) for split in SPLITS}
     elif Path(name).expanduser().exists():

@@ -21,6 +21,8 @@ class Truncation:
     rows: int = 0
     text_tokens: int = 0
     target_tokens: int = 0
+    masked_turns: int = 0  # of the assistant in a chat, which the template does not write as it would answers
+    unwritten_turns: int = 0  # of others in a chat, or tools, which the template leaves out
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class Encoder:
 
     def end_tokens(self) -> list[int]:
         """The ids that end an answer beside the tokenizer's and the model's own end-of-text tokens."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What the user should know of how rows are made."""
         return []
 
     def _prompt_ids(self, text: str) -> list[int]:
