@@ -470,6 +470,183 @@ def test_what_a_model_says_of_decoding_does_not_steer_it(num_beams, wrapped):
     assert all(getattr(steering.generation_config, name) == value for name, value in STEERING.items())
 
 
+# Chat: what the template makes of it is what is learned and scored
+
+SPACED = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TOOLS = """{% if tools %}tools {{ tools | tojson }}
+{% endif %}{% for m in messages %}<|{{ m.role }}|>
+{% if m.tool_calls %}{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}{% endif %}{{ m.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+THOUGHTS = """{% for m in messages %}<|{{ m.role }}|>
+{% if m.role == "assistant" and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+DROPS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+MARKED = CHATML.replace(
+    "{{ m.content }}</s>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}",
+)
+CLOSED = CHATML.replace(
+    "\n{% endfor %}", "\n{% if loop.last and not add_generation_prompt %}(closed){% endif %}{% endfor %}"
+)
+ASKS_MORE = CHATML.replace(
+    "{% if add_generation_prompt %}<|assistant|>\n", "{% if add_generation_prompt %}<|assistant|>\n<think>\n"
+)
+OF_PARTS = CHATML.replace("m.content", "m.content[0].text")
+TRIMMED = CHATML.replace("m.content", "m.content | trim")
+WITHOUT_SYSTEM = CHATML.replace(
+    "<|{{ m.role }}|>\n{{ m.content }}</s>\n",
+    "{% if m.role != 'system' %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endif %}",
+)
+
+
+def chat_encoder(data, template, kind="models/stories260k"):
+    tokenizer = AutoTokenizer.from_pretrained(data / kind)
+    tokenizer.chat_template = template.replace("</s>", tokenizer.eos_token)
+    return TASKS["chat"].encoder(tokenizer, "", False, 4_000, 8)
+
+
+def learned(encoder, messages, tools=None):
+    """The turns that the labels hold, decoded, the reference of the last one, and what was lost."""
+    text, target = TASKS["chat"].pair({"messages_column": messages, "tools_column": tools})
+    lost = Truncation()
+    row = encoder.row(text, target, lost)
+    prompt, _ = encoder.prompt(text, 4_000)
+    assert row["input_ids"][: len(prompt)] == prompt  # what is scored is what is trained
+    assert row["labels"][len(prompt) - 1] == MASKED != row["labels"][len(prompt)]
+    turns, previous = [], MASKED
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (MASKED, token)
+        if label != MASKED:
+            turns = [*turns, [label]] if previous == MASKED else [*turns[:-1], [*turns[-1], label]]
+        previous = label
+    decoded = [encoder.tokenizer.decode(turn).replace(encoder.tokenizer.eos_token, "</s>") for turn in turns]
+    return [turn.strip() for turn in decoded], encoder.reference(text, target), lost
+
+
+KINDS = ["models/stories260k", "tokenizers/gpt2"]
+PLAIN = [TALK[0], {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "One, two."}]
+LONGER = [*PLAIN, {"role": "user", "content": "More?"}, {"role": "assistant", "content": "Three."}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [CHATML, SPACED, MARKED, TOOLS, OF_PARTS, TRIMMED, WITHOUT_SYSTEM, ASKS_MORE])
+def test_labels_hold_each_turn_after_the_very_ids_of_its_prompt(template, kind, data):
+    encoder = chat_encoder(data, template, kind)
+    turns, reference, lost = learned(encoder, LONGER)
+    assert turns == ["One, two.</s>", "Three.</s>"] and reference == "Three."
+    assert (lost.masked_turns, lost.unwritten_turns) == (0, template == WITHOUT_SYSTEM)
+    assert any("<think>" in remark for remark in encoder.remarks()) is (template == ASKS_MORE)
+
+
+def test_the_first_word_after_a_prompt_that_ends_in_a_space_is_learned(data):
+    encoder = chat_encoder(data, SPACED, "tokenizers/gpt2")
+    whole = encoder.tokenizer("assistant: One").input_ids
+    assert whole[-1] == encoder.tokenizer(" One").input_ids[0]  # the tokenizer joins the space and the word
+    row = encoder.row([{"role": "user", "content": "Hi?"}], "One", Truncation())
+    labels = [label for label in row["labels"] if label != MASKED]
+    assert encoder.tokenizer.convert_ids_to_tokens(labels) == ["One", encoder.tokenizer.eos_token]
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Z\u00fcrich", "days": 3}'}}
+SCHEMA = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+ASKED = {"role": "user", "content": "Weather?"}
+CALLS = [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+WRITTEN = '<call>{"name": "weather", "arguments": {"city": "Z\u00fcrich", "days": 3}}</call>'
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_calls_of_tools_are_learned_and_scored_as_the_template_writes_them(as_text, data):
+    messages = [*CALLS, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "It is sunny."}]
+    told = (json.dumps(messages), json.dumps(SCHEMA)) if as_text else (messages, SCHEMA)
+    encoder = chat_encoder(data, TOOLS, "tokenizers/gpt2")
+    turns, reference, lost = learned(encoder, *told)
+    assert turns == [f"{WRITTEN}</s>", "It is sunny.</s>"] and reference == "It is sunny." and lost == Truncation()
+    assert learned(encoder, CALLS)[:2] == ([f"{WRITTEN}</s>"], WRITTEN)
+    text, _ = TASKS["chat"].pair({"messages_column": told[0], "tools_column": told[1]})
+    assert encoder.tokenizer.decode(encoder.prompt(text)[0]).startswith(f"tools {json.dumps(SCHEMA)}")
+
+
+def test_tools_come_from_their_column_and_need_not_be_there(data, tmp_path):
+    loaded = chat(
+        data, tmp_path, [{"messages": CALLS, "tools": SCHEMA}, {"messages": CALLS}] * 2, TOOLS, max_target_length=100
+    )
+    decoded = [loaded.encoder.tokenizer.decode(ids) for ids in loaded.test_prompts]
+    assert ["tools" in text for text in decoded] == [True, False] * 2
+    assert loaded.references == [WRITTEN] * 4 and not any("left out" in remark for remark in loaded.remarks)
+    dropped = chat(data, tmp_path, [{"messages": PLAIN, "tools": SCHEMA}] * 2, CHATML)
+    assert "2 turns or tools in train are left out by the chat template" in dropped.remarks
+
+
+THOUGHT = {"role": "assistant", "content": "Two.", "reasoning_content": "It follows."}
+
+
+def test_thoughts_are_learned_where_the_template_writes_them(data):
+    turns, reference, _ = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT])
+    assert turns == ["<think>It follows.</think>Two.</s>"] and reference == "<think>It follows.</think>Two."
+    turns, _, lost = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT, ASKED, THOUGHT])
+    assert turns == ["<think>It follows.</think>Two.</s>"] and lost.masked_turns == 1
+
+
+def test_turns_that_are_not_learned_are_counted(data, tmp_path):
+    loaded = chat(data, tmp_path, [{"messages": [ASKED, THOUGHT, ASKED, THOUGHT]}] * 3, THOUGHTS)
+    assert any(remark.startswith("3 turns of the assistant in train are not learned: the") for remark in loaded.remarks)
+
+
+def test_a_token_that_closes_the_whole_conversation_leaves_earlier_turns_their_labels(data):
+    turns, _, lost = learned(chat_encoder(data, CLOSED, "tokenizers/gpt2"), LONGER)
+    assert turns == ["One, two.</s>", "Three.</s>\n(closed)"] and lost == Truncation()
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (DROPS, [ASKED, {"role": "assistant", "content": "<think>So.</think>Two."}], r"leaves out .* \('<think>So.</think>Two.'\)"),
+        (CHATML, [ASKED, THOUGHT], r"leaves out .* \('It follows.'\)"),
+        (CHATML, CALLS, r"leaves out .* \('weather'\)"),
+        (TOOLS.replace("c.function", "c.function.name"), CALLS, r"leaves out .* \('city'\)"),
+        (CHATML, [ASKED, {"role": "assistant", "content": " "}], "no turn of the role assistant .* that says something"),
+        (CHATML, [{"role": "assistant", "content": "Hi."}, ASKED], "begins with the only turn of the role assistant"),
+        (CHATML, [{"role": "user", "content": [{"type": "image"}]}, TALK[2]], "a part of the type 'image', and only text"),
+        (CHATML, [{"role": "user", "content": None}, TALK[2]], "is not a list of .* but has a message"),
+        (CHATML.replace("m.content", "m.content + 1"), PLAIN, "refuses a conversation of system, user, assistant: "),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_of_an_answer_is_refused(template, messages, expected, data, tmp_path):
+    with pytest.raises(UserError, match=expected) as caught:
+        chat(data, tmp_path, [{"messages": messages}] * 2, template)
+    assert str(caught.value).startswith("row 1 of t") and "\n" not in str(caught.value)
+
+
+def test_parts_of_text_are_the_text_and_turns_of_no_weight_are_not_learned(data):
+    encoder = chat_encoder(data, CHATML)
+    parts = [{"type": "text", "text": "Three"}, {"type": "text", "text": "."}]
+    messages = [*PLAIN[:2], PLAIN[2] | {"weight": 0}, LONGER[3], {"role": "assistant", "content": parts}]
+    turns, reference, lost = learned(encoder, messages)
+    assert turns == ["Three.</s>"] and reference == "Three." and lost == Truncation()
+    empty = [*PLAIN[:2], {"role": "assistant", "content": ""}, *LONGER[3:]]
+    assert learned(encoder, empty)[0] == ["Three.</s>"]
+
+
+def test_calls_in_parquet_have_the_arguments_that_each_of_them_has(data, tmp_path):
+    from datasets import Dataset
+
+    def calls(**arguments):
+        return [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+    rows = [{"messages": calls(city="Rome")}, {"messages": calls(days="two")}] * 2
+    (tmp_path / "d").mkdir()
+    for split in ("train", "validation", "test"):
+        Dataset.from_list(rows).to_parquet(tmp_path / "d" / f"{split}.parquet")
+    config = AutoConfig.from_pretrained(data / "models" / "stories260k")
+    loaded = load_data(DataArguments("chat", str(tmp_path / "d")), config, tokenizer_of(data, TOOLS))
+    assert loaded.references[:2] == [
+        '<call>{"name": "f", "arguments": {"city": "Rome"}}</call>',
+        '<call>{"name": "f", "arguments": {"days": "two"}}</call>',
+    ]
+
+
 # Plain text
 
 

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from jinja2 import TemplateError
@@ -20,7 +22,15 @@ REASONING = (
     "reasoning",
 )  # names of thoughts; transformers passes on each as the others
 FORM = 'a list of {"role": ..., "content": ...}'
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)  # what a template may raise
 PROBE: Message = {"role": "assistant", "content": "\u00a7"}  # shows what the template writes before an answer
+
+
+REWRITTEN = (
+    "the tokenizer's chat template rewrites earlier turns (thoughts, for instance) when later ones follow, or writes this answer "
+    "otherwise than it asks for one, so the assistant's tokens cannot be told; give conversations with one turn of the assistant, "
+    "take thoughts out of them, or give another chat_template (in the folder of the tokenizer)"
+)
 
 
 class Conversation(NamedTuple):
@@ -44,7 +54,8 @@ class _Turn:
 
     message: Message
     begin: int | None = None  # in characters; None where the turn is not written as it would be as an answer
-    end: int = 0
+    end: int = 0  # its last token begins before this
+    same: int = 0  # and ends no later than this: there the conversation goes on otherwise than it would close
     missing: str | None = None  # a part of it that is not there
 
     @property
@@ -163,22 +174,19 @@ class ChatEncoder(Encoder):
         """
         last = turns[-1]
         if last.begin is None:
-            raise UserError(
-                "the tokenizer's chat template rewrites earlier turns (thoughts, for instance) when later ones follow, so "
-                "the assistant's tokens cannot be told; give conversations with one turn of the assistant"
-            )
+            raise UserError(REWRITTEN)
         if last.missing is not None:
             raise UserError(
                 "the tokenizer's chat template leaves out a part of what the assistant says last "
                 f"({' '.join(last.missing.split())[:60]!r}), which could then not be learned; take it out of the data, or give a "
                 "chat_template that writes it (in the folder of the tokenizer)"
             )
-        ids, firsts, starts = self._ids(written, _begins(turns))
+        ids, spans, starts = self._ids(written, _begins(turns))
         labels = [MASKED] * len(ids)
         for turn, start in zip([turn for turn in turns if turn.begin is not None], starts, strict=True):
             if turn in learned:
                 for place in range(start, len(ids)):
-                    if firsts[place] < turn.end:
+                    if spans[place][0] < turn.end and spans[place][1] <= turn.same:
                         labels[place] = ids[place]
         return ids, labels
 
@@ -193,10 +201,15 @@ class ChatEncoder(Encoder):
                 continue  # nothing asks for it
             upto = self._written(conversation.upto(number + 1))
             asked = self._asked(conversation.upto(number))
-            if written.startswith(upto) and upto.startswith(asked):
+            same = _common(upto, written)
+            there = _squeezed(upto[len(asked) :])
+            turn.missing = next((part for part in _parts(message) if not _is_in(part, there)), None)
+            stays = same == len(upto) or all(
+                _is_in(part, _squeezed(upto[len(asked) : same])) for part in _parts(message)
+            )
+            if stays and upto.startswith(asked):
                 turn.begin, turn.end = len(asked), len(upto.rstrip())
-                there = _squeezed(upto[turn.begin : turn.end])
-                turn.missing = next((part for part in _parts(message) if not _is_in(part, there)), None)
+                turn.same = len(written) if same == len(upto) else same
         return turns
 
     def _asked(self, conversation: Conversation) -> str:
@@ -204,67 +217,77 @@ class ChatEncoder(Encoder):
         asked = self._written(conversation, add_generation_prompt=True)
         kept = _common(asked, self._written(conversation.then(PROBE)))
         if kept < _common(asked, self._written(conversation)):
-            raise UserError(
-                "the tokenizer's chat template rewrites earlier turns (thoughts, for instance) when later ones follow, so "
-                "the assistant's tokens cannot be told; give conversations with one turn of the assistant"
-            )
+            raise UserError(REWRITTEN)
         return asked[:kept]
 
-    def _ids(self, written: str, begins: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """The ids of `written`, the character at which each begins, and how many ids come before each of `begins`.
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes content that is a list of parts alone, as those of models that see images do."""
+
+        def is_written(content: Any) -> bool:
+            messages = [{"role": "user", "content": content}]
+            try:
+                return PROBE["content"] in self.tokenizer.apply_chat_template(messages, tokenize=False)
+            except REFUSALS:
+                return False
+
+        return not is_written(PROBE["content"]) and is_written(_in_parts(PROBE["content"]))
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer begins a text with a space that is not there, as SentencePiece does."""
+        return self.tokenizer.tokenize("a")[0].startswith("\u2581")
+
+    def _ids(self, written: str, begins: Sequence[int]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+        """The ids of `written`, the characters of each, and how many ids come before each of `begins`.
 
         These are then the ids of the text before it alone. Where the tokenizer would join the end of a prompt with the
         first word of the answer (a space, most often), the answer is tokenized by itself, as the model has to write it.
         """
-        done: tuple[list[int], list[int]] = ([], [])
+        done: tuple[list[int], list[tuple[int, int]]] = ([], [])
         starts, at = [], 0
-        ids, firsts = self._tokens(written, at)
+        ids, spans = self._tokens(written, at)
         for begin in begins:
             before = self._tokens(written[:begin], at)
             if ids[: len(before[0])] != before[0]:
                 done = (done[0] + before[0], done[1] + before[1])
                 at = begin
-                ids, firsts = self._tokens(written, at)
+                ids, spans = self._tokens(written, at)
                 starts.append(len(done[0]))
             else:
                 starts.append(len(done[0]) + len(before[0]))
-        return done[0] + ids, done[1] + firsts, starts
+        return done[0] + ids, done[1] + spans, starts
 
-    def _tokens(self, written: str, at: int) -> tuple[list[int], list[int]]:
-        """The ids of `written` from character `at` on, and the character at which each begins."""
+    def _tokens(self, written: str, at: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `written` from character `at` on, and the characters at which each begins and ends."""
         text, lead = written[at:], 0
-        if at and self.tokenizer.tokenize("a")[0].startswith("\u2581"):
+        if at and self._adds_space:
             text, lead = (
                 f"\n{text}",
                 len(self.tokenizer("\n", add_special_tokens=False).input_ids),
             )  # else it adds a space
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         shift = at - (lead > 0)
-        return encoded.input_ids[lead:], [first + shift for first, _ in encoded.offset_mapping[lead:]]
+        return encoded.input_ids[lead:], [
+            (first + shift, last + shift) for first, last in encoded.offset_mapping[lead:]
+        ]
 
     def _written(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         messages = conversation.messages
         try:
             return self._apply(messages, conversation.tools, add_generation_prompt)
-        except TemplateError as error:  # templates refuse what they do not know, such as a system turn
-            reason = str(error)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            if any(message.get("tool_calls") for message in messages):
-                try:  # some templates take the arguments of a call as text
-                    return self._apply(
-                        [_with_arguments(message, json.dumps) for message in messages],
-                        conversation.tools,
-                        add_generation_prompt,
-                    )
-                except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-                    pass
+        except REFUSALS as error:  # templates refuse what they do not know, such as a system turn
+            reason = " ".join(str(error).split())[:200]
+        if any(message.get("tool_calls") for message in messages):
+            with suppress(*REFUSALS):  # some templates take the arguments of a call as text
+                as_text = [_with_arguments(message, json.dumps) for message in messages]
+                return self._apply(as_text, conversation.tools, add_generation_prompt)
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            f"the tokenizer's chat template refuses a conversation of {roles}: {' '.join(reason.split())[:200]}"
-        )
+        raise UserError(f"the tokenizer's chat template refuses a conversation of {roles}: {reason}")
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None, ask: bool) -> str:
+        if self._takes_parts:
+            messages = [message | {"content": _in_parts(message["content"])} for message in messages]
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
 
@@ -345,6 +368,10 @@ def _conversation(text: str | list[Message] | Conversation) -> Conversation:
     if isinstance(text, str):
         return Conversation([{"role": "user", "content": text}])
     return text if isinstance(text, Conversation) else Conversation(text)
+
+
+def _in_parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
 
 
 def _answer(target: str | Message) -> Message:

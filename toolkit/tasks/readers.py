@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Json, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets, load_dataset
 
 from toolkit.errors import UserError
 
@@ -74,12 +74,19 @@ def read_sentences(file: Path) -> Dataset:
 
 
 def as_text(rows: Dataset, column: str) -> Dataset:
-    """`rows` with the values of `column` as text: a class by its name, a number by its digits; lists and objects stay."""
+    """`rows` with the values of `column` as text: a class by its name, a number by its digits.
+
+    Lists and objects stay, as JSON: Arrow gives each object all the fields that any of them has.
+    """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         names = [None if number in (None, -1) else feature.int2str(number) for number in rows[column]]
-    elif not isinstance(feature, Value) or feature.dtype in ("string", "large_string"):
+    elif isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
         return rows
+    elif not isinstance(feature, Value):
+        nested = {column: [_without_nulls(value) for value in rows[column]]}
+        rest = rows.remove_columns(column)
+        return concatenate_datasets([rest, Dataset.from_dict(nested, features=Features({column: Json()}))], axis=1)
     elif feature.dtype.startswith("float"):  # arrow would write 5.0 as 5
         kind = np.dtype(feature.dtype).type
         names = [None if number is None else str(kind(number)) for number in rows[column]]
@@ -87,6 +94,12 @@ def as_text(rows: Dataset, column: str) -> Dataset:
         names = rows.data.column(column).cast("string").to_pylist()
         names = names if rows._indices is None else [names[i] for i in rows._indices.column(0).to_pylist()]
     return rows.remove_columns(column).add_column(column, names, feature=Value("string"))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _table(file: Path) -> tuple[list[str], list[list[str]], list[str]]:
