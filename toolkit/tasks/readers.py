@@ -6,6 +6,7 @@ The readers of pandas and pyarrow guess a type for each column, and then `001` i
 import codecs
 import csv
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets, load_dataset
 
 from toolkit.errors import UserError
+
+RETURN = "\udc0d"  # stands for a carriage return in a cell; no file in UTF-8 has it
 
 
 class _BrokenTable(ValueError):
@@ -89,7 +92,7 @@ def as_text(rows: Dataset, column: str) -> Dataset:
         return concatenate_datasets([rest, Dataset.from_dict(nested, features=Features({column: Json()}))], axis=1)
     elif feature.dtype.startswith("float"):  # arrow would write 5.0 as 5
         kind = np.dtype(feature.dtype).type
-        names = [None if number is None else str(kind(number)) for number in rows[column]]
+        names = [None if number is None or number != number else str(kind(number)) for number in rows[column]]
     else:
         names = rows.data.column(column).cast("string").to_pylist()
         names = names if rows._indices is None else [names[i] for i in rows._indices.column(0).to_pylist()]
@@ -109,17 +112,13 @@ def _table(file: Path) -> tuple[list[str], list[list[str]], list[str]]:
     they are text (IANA's text/tab-separated-values), unless the file was written as csv is, with tabs.
     """
     tabs = file.suffix == ".tsv"
-    try:
-        quoted: list[list[str]] | None = _rows_quoted(file, "\t" if tabs else ",")
-        problem = None
-    except _BrokenTable as error:
-        quoted, problem = None, error
+    quoted, problem = _tried(_rows_quoted, file, tabs)
+    if quoted is None:
+        quoted, _ = _tried(_rows_with_returns, file, tabs)
     if quoted is not None and not tabs:
         return quoted[0], quoted[1:], []
-    try:
-        plain: list[list[str]] | None = _rows_plain(file, "\t" if tabs else ",")
-    except _BrokenTable as error:
-        plain, problem = None, error if tabs else problem
+    plain, why = _tried(_rows_plain, file, tabs)
+    problem = why if tabs else problem
     opened = plain is not None and any(cell.startswith('"') for row in plain for cell in row)
     if quoted is not None and (plain is None or (opened and _was_written_quoted(plain))):
         return quoted[0], quoted[1:], [f"{file.name}: quotation marks around a cell are not part of its text"]
@@ -129,20 +128,45 @@ def _table(file: Path) -> tuple[list[str], list[list[str]], list[str]]:
     return plain[0], plain[1:], remarks
 
 
+def _tried(
+    reader: Callable[[Path, str], list[list[str]]], file: Path, tabs: bool
+) -> tuple[list[list[str]] | None, _BrokenTable | None]:
+    try:
+        return reader(file, "\t" if tabs else ","), None
+    except _BrokenTable as error:
+        return None, error
+
+
+def _rows_with_returns(file: Path, delimiter: str) -> list[list[str]]:
+    """As `_rows_quoted`, where a carriage return ends no line: writers that end theirs with a line feed do not quote it."""
+    rows: list[list[str]] = []
+    with file.open(newline="\n", encoding="utf-8-sig") as stream:
+        for row, number in _parsed_rows((line.replace("\r", RETURN) for line in stream), delimiter):
+            if row and not rows and row[-1].endswith(RETURN):
+                raise _BrokenTable("its lines end with a carriage return and a line feed")
+            _add(rows, [cell.replace(RETURN, "\r") for cell in row], number)
+    return rows
+
+
 def _rows_quoted(file: Path, delimiter: str) -> list[list[str]]:
-    csv.field_size_limit(2**31 - 1)  # the module's own, 131,072 characters, is less than a long text
     rows: list[list[str]] = []
     with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        try:
-            for row in reader:
-                _add(rows, row, reader.line_num)
-        except csv.Error as error:
-            raise _BrokenTable(
-                f"line {reader.line_num}: {error}; put a cell that has quotation marks, line breaks or {delimiter!r} in "
-                "quotation marks, and write each one in it twice"
-            ) from None
+        for row, number in _parsed_rows(stream, delimiter):
+            _add(rows, row, number)
     return rows
+
+
+def _parsed_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[list[str], int]]:
+    csv.field_size_limit(2**31 - 1)  # the module's own, 131,072 characters, is less than a long text
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            yield row, reader.line_num
+    except csv.Error as error:
+        raise _BrokenTable(
+            f"line {reader.line_num}: {error}; put a cell that has quotation marks, line breaks or {delimiter!r} in "
+            "quotation marks, and write each one in it twice"
+        ) from None
 
 
 def _rows_plain(file: Path, delimiter: str) -> list[list[str]]:
