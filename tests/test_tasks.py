@@ -12,19 +12,27 @@ import pytest
 import torch
 from conftest import recipe
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from toolkit.config import parse_config
-from toolkit.data import DataArguments, load_data
+from toolkit.data import DataArguments, label_names, load_data
 from toolkit.errors import UserError
 from toolkit.evaluation import classify, generate, losses
 from toolkit.finished_run import FinishedRun
 from toolkit.in_context import prompts_with_examples
 from toolkit.methods.full import Full
 from toolkit.metrics.classification import classification
-from toolkit.models import ModelArguments, auto_class, head_modules, load_model_config, set_head
+from toolkit.models import (
+    ModelArguments,
+    auto_class,
+    head_modules,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    set_head,
+)
 from toolkit.prediction import predict_run
-from toolkit.preparation import Preparation
+from toolkit.preparation import Preparation, prepare
 from toolkit.tasks import TASKS, row_scores
 from toolkit.tasks.rows import load_rows
 from toolkit.tasks.tokenization import MASKED, Truncation
@@ -269,6 +277,172 @@ def test_a_head_classifies_a_batch_as_it_classifies_each_text(llama):
     assert TASKS["sequence_classification"].answers(
         model, TASKS["sequence_classification"].encoder(llama[1], "{text}", False, 64, 0, ("a", "b", "c")), prompts, 4
     ) == ["abc"[number] for number in alone]
+
+
+MOODS = ["very bad", "good", "bad", "very good", "even"]  # in no order of the alphabet
+
+
+def perfect_classifier(folder, data, id2label=None):
+    """A checkpoint with a head of five classes, and texts with the numbers of the classes that it gives them."""
+    tokenizer = load_tokenizer(ModelArguments(str(data / "models" / "stories260k")))
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512, num_labels=5
+    )
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    texts = [
+        f"{one} {other}"
+        for one in ("a", "big", "red", "cat", "sun")
+        for other in ("ran", "sat", "was", "had", "saw", "is")
+    ]
+    ids = [tokenizer(text).input_ids for text in texts]
+    with torch.no_grad():
+        states = torch.stack([model.model(torch.tensor([one])).last_hidden_state[0, -1] for one in ids])
+        model.score.weight.copy_((states[:5] - states.mean(0)) * 9)
+    classes = classify(model, tokenizer, ids, 4)
+    assert set(classes) == set(range(5))
+    if id2label:
+        model.config.id2label, model.config.label2id = id2label, {name: n for n, name in id2label.items()}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return texts, classes
+
+
+def loaded_with_head(folder, rows, path):
+    """The data and the model of a run on these rows, as it would begin."""
+    name = labelled(path, train=rows, validation=rows, test=rows)
+    flags = [
+        "--task",
+        "sequence_classification",
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        name,
+        "--use_cpu",
+    ]
+    config = parse_config(Full, flags)
+    ready = prepare(config)
+    return ready.data, load_model(config.model, ready.model_config, torch.float32, config.training)
+
+
+@pytest.mark.parametrize(
+    ("shipped", "told", "expected"),
+    [
+        (MOODS, MOODS, MOODS),
+        (MOODS, [mood.upper() for mood in MOODS], [mood.upper() for mood in MOODS]),
+        (MOODS, [None, "good", "bad", None, "even"], MOODS),  # the data has three of the five
+        (MOODS, list("01234"), list("01234")),
+        (None, list("01234"), list("01234")),
+        (list("43210"), list("43210"), list("43210")),
+        (None, sorted(MOODS), sorted(MOODS)),
+    ],
+)
+def test_a_checkpoints_own_head_keeps_the_order_of_its_classes(shipped, told, expected, data, tmp_path):
+    texts, classes = perfect_classifier(tmp_path / "model", data, dict(enumerate(shipped)) if shipped else None)
+    rows = [(text, told[number]) for text, number in zip(texts, classes, strict=True) if told[number]]
+    loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
+    assert loaded.encoder.label_names == tuple(expected)
+    assert loaded.task.answers(model, loaded.encoder, loaded.test_prompts, 4) == loaded.references
+    assert any(remark.startswith("the checkpoint's own head is kept") for remark in loaded.remarks)
+    numbers = {loaded.encoder.label_names[row["labels"]] for row in loaded.train}
+    assert numbers == {name for name in told if name}
+
+
+@pytest.mark.parametrize("told", [["x", *MOODS[1:]], list("12345"), ["1", "2", "3", "4", "04"], MOODS[:2]])
+def test_a_head_for_other_classes_is_made_anew_and_said(told, data, tmp_path):
+    shipped = None if len(told) == 5 and told[0] == "1" else dict(enumerate(["very fine", *MOODS[1:]]))
+    texts, _ = perfect_classifier(tmp_path / "model", data, shipped)
+    rows = [(text, told[n % len(told)]) for n, text in enumerate(texts)]
+    loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
+    assert set(loaded.encoder.label_names) == set(told)
+    own = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.model.embed_tokens.weight, own.model.embed_tokens.weight)
+    assert model.score.weight.shape[0] == len(told)
+    assert not any(torch.equal(row, other) for row in model.score.weight for other in own.score.weight)
+    assert 0.01 < model.score.weight.std() < 0.04  # as a head that no checkpoint brings: 0.02
+    assert any("the checkpoint's head is for other classes" in remark for remark in loaded.remarks)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ([str(n) for n in range(12)], [str(n) for n in range(12)]),
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["1.5", "10", "9.25"], ["1.5", "9.25", "10"]),
+        (["10", "9", "x"], ["10", "9", "x"]),
+    ],
+)
+def test_classes_that_are_numbers_are_in_the_order_of_their_size(told, expected, tmp_path, llama):
+    rows = [(f"text {n}", name) for n, name in enumerate(told * 3)]
+    folder = labelled(tmp_path / "d", train=rows, validation=rows[:1], test=rows[:1])
+    loaded = load_data(DataArguments("sequence_classification", folder), *llama)
+    assert loaded.encoder.label_names == tuple(expected) == label_names(folder, None, "label")
+
+
+def test_classes_that_a_data_set_declares_keep_its_order(tmp_path, llama):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["up", "even", "down"])})
+    for split in ("train", "validation", "test"):
+        rows = {"sentence": [f"{split} {n}" for n in range(6)], "label": [2, 1, 0] * 2}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    loaded = load_data(DataArguments("sequence_classification", str(tmp_path)), *llama)
+    assert loaded.encoder.label_names == ("up", "even", "down")
+    assert [row["labels"] for row in loaded.train] == [2, 1, 0] * 2
+    assert loaded.references == ["down", "even", "up"] * 2
+
+
+@pytest.mark.parametrize("task", ["classification", "sequence_classification"])
+def test_a_sample_of_a_sorted_file_has_each_class(task, tmp_path, llama):
+    rows = [
+        (f"text {name} {n}", name) for name, count in (("up", 60), ("even", 30), ("down", 10)) for n in range(count)
+    ]
+    folder = labelled(tmp_path / "d", train=rows, validation=rows, test=rows)
+
+    def load(size, seed):
+        torch.manual_seed(seed)
+        return load_data(DataArguments(task, folder, max_train_samples=size, max_eval_samples=size), *llama)
+
+    one, other = load(20, 0), load(20, 1)
+    for split in one.rows:
+        assert Counter(one.rows[split]["label"]) == {"up": 12, "even": 6, "down": 2}
+        assert one.rows[split]["sentence"][:] == other.rows[split]["sentence"][:]
+    assert len({*one.train.map(lambda row: {"text": str(row["input_ids"])})["text"]}) == 20
+    assert not any("no row of" in remark for remark in one.remarks)
+    few = load(2, 0)
+    assert "--max_train_samples 2: no row of down among those of train" in few.remarks
+    assert few.encoder.label_names == one.encoder.label_names == ("down", "even", "up")
+
+
+def test_labels_that_differ_by_case_alone_are_refused(tmp_path, llama):
+    folder = labelled(tmp_path / "d", train=[("a", "Up"), ("b", "up"), ("c", "down")] * 3)
+    for task in ("classification", "sequence_classification"):
+        with pytest.raises(UserError, match=r"has the labels 'Up' and 'up', .* without regard to case"):
+            load_data(DataArguments(task, folder), *llama)
+
+
+def test_labels_that_the_tokenizer_cannot_write_are_refused_and_unknown_tokens_counted(data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "t5-small")
+    rows = [("a \u732b sat", "\u732b"), ("a dog sat", "dog")] * 3
+    folder = labelled(tmp_path / "d", train=rows, validation=rows, test=rows)
+    config = AutoConfig.for_model("t5")
+    with pytest.raises(UserError, match="cannot write the label '\u732b' of column label"):
+        load_data(DataArguments("classification", folder), config, tokenizer)
+    loaded = load_data(DataArguments("sequence_classification", folder), config, tokenizer)
+    assert "3 tokens of train are unknown to the tokenizer (<unk>)" in loaded.remarks
+    assert "6 of 6 rows of test have a text that train has too" in loaded.remarks
+
+
+def test_a_column_of_lists_is_no_text(tmp_path, llama):
+    rows = jsonl(tmp_path / "d", [{"sentence": ["a", "b"], "label": "up"}, {"sentence": "c", "label": "down"}])
+    with pytest.raises(
+        UserError, match=r"row 1 of train: its text_column has .* no text; name another with --text_column"
+    ):
+        load_data(DataArguments("classification", rows), *llama)
+    rows = jsonl(tmp_path / "e", [{"sentence": "a", "label": ["up"]}, {"sentence": "c", "label": "down"}])
+    with pytest.raises(UserError, match=r"column label has .*, which names no class"):
+        load_data(DataArguments("classification", rows), *llama)
 
 
 def test_a_model_that_does_not_fit_the_task_is_refused(tmp_path, tiny_t5):

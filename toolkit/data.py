@@ -414,10 +414,6 @@ def _names(splits: Splits, columns: dict[str, str]) -> tuple[str, ...]:
     if "label_column" not in columns:
         return ()
     there = splits["train"][columns["label_column"]]
-    if other := next((value for value in there if not isinstance(value, str)), None):
-        raise UserError(
-            f"column {columns['label_column']} has {str(other)[:60]!r}, which names no class; name another with --label_column"
-        )
     if splits.classes:
         return tuple(name for name in splits.classes if name in {*there})
     numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name, re.ASCII) for name in there)

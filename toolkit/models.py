@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -48,6 +49,9 @@ from toolkit.metrics import normalized
 # T5 and its kin. Their activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
 # Their positions are relative: lengths beyond the training length do run.
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+# Models whose heads have the names of those that classify texts, and other meanings
+OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
 
 # What a task asks of its model: that it writes text, that it is a decoder (GPT-like), or that it takes a class head.
 ModelKind = Literal["generating", "decoder", "head"]
@@ -388,18 +392,27 @@ def quantization_config(
     )
 
 
-def _left_out_heads(args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, str] | None:
-    """Other names for the weights of a checkpoint's head that is for other classes or of another kind, so that it is made anew.
+def _make_head_anew(args: ModelArguments, model: PreTrainedModel) -> None:
+    """Draws the head again where the checkpoint's own is for other classes, or classifies something else than texts.
 
-    Where it has as many classes, its rows would else stay, and each would stand for another class.
+    Where it has as many classes, its rows were loaded, and each would stand for another class.
     """
-    shipped = AutoConfig.from_pretrained(args.source, revision=args.model_revision)
-    names = [config.id2label[number] for number in range(config.num_labels)]
-    if not shipped.architectures or keeps_head(shipped, names):
-        return None
-    with without_partitioning():
-        heads = head_modules(model_on_meta(auto_class(config), copy.deepcopy(config), dtype))
-    return {rf"^{name}\.": f"left_out.{name}." for name in heads}
+    shipped, config = AutoConfig.from_pretrained(args.source, revision=args.model_revision), model.config
+    if not any(name.endswith(OTHER_HEADS) for name in shipped.architectures or ()) and not has_own_head(shipped):
+        return
+    if keeps_head(shipped, [config.id2label[number] for number in range(config.num_labels)]):
+        return
+    heads = [model.get_submodule(name) for name in head_modules(model)]
+    drawn = [one for head in heads for one in (*head.modules(), *head.parameters())]
+    for one in (model, *drawn):
+        one._is_hf_initialized = False
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for head in heads for p in head.parameters()], modifier_rank=0):
+            model.initialize_weights()
+    else:
+        model.initialize_weights()
 
 
 @contextmanager
@@ -429,7 +442,6 @@ def load_model(
         options["attn_implementation"] = args.attn_implementation
     if has_head(config):
         options["ignore_mismatched_sizes"] = True
-        options["key_mapping"] = _left_out_heads(args, config, dtype)
     if args.load_in_4bit or args.load_in_8bit:
         engine = asked_engine(training.deepspeed, training.fsdp)
         options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.shards_parameters)
@@ -441,6 +453,9 @@ def load_model(
             model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
+    if has_head(config):
+        set_seed(training.seed)
+        _make_head_anew(args, model)
     heads = tuple(head_modules(model)) if has_head(config) else ()
     if has_head(config) and (missing := [name for name in found["missing_keys"] if not name.startswith(heads)]):
         say(

@@ -100,7 +100,12 @@ def load_rows(
 
 
 def _stripped(rows: Dataset, label: str) -> Dataset:
-    names = [value.strip() if isinstance(value, str) else value for value in rows[label]]
+    """`rows` without blanks around the names in column `label`; raises UserError where they are no names."""
+    if other := next((value for value in rows[label] if not isinstance(value, str)), None):
+        raise UserError(
+            f"column {label} has {str(other)[:60]!r}, which names no class; name another with --label_column"
+        )
+    names = [value.strip() for value in rows[label]]
     return rows.remove_columns(label).add_column(label, names)
 
 
