@@ -11,7 +11,7 @@ from conftest import write_csv
 from toolkit.errors import UserError
 from toolkit.files import csv_text, read_csv
 from toolkit.finished_run import FinishedRun
-from toolkit.tasks.rows import load_rows
+from toolkit.tasks.rows import _load_hub, load_rows
 
 COLUMNS = {"text_column": "dialogue", "summary_column": "summary"}
 ROWS = [(f"text {n}", f"summary {n}") for n in range(40)]
@@ -290,5 +290,32 @@ def test_broken_json_is_refused(tmp_path):
     assert "cannot be read" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_text_files_of_the_hub_are_read_as_local_ones(kind, tmp_path):
+    """The hub's library takes a folder for a data set of the hub."""
+    between = "\t" if kind == "tsv" else ","
+    line = '{"dialogue": 1.10, "summary": true}' if kind == "jsonl" else f"001{between}NA"
+    head = [] if kind == "jsonl" else [between.join(COLUMNS.values())]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.{kind}").write_text("\n".join([*head, line]))
+    loaded, remarks = _load_hub(str(tmp_path), None)
+    row = {"dialogue": "1.10", "summary": "true"} if kind == "jsonl" else {"dialogue": "001", "summary": "NA"}
+    assert [rows[0] for rows in loaded.values()] == [row] * 3 and remarks == []
+
+
+def test_what_a_data_set_of_the_hub_says_of_its_files_holds(tmp_path):
+    (tmp_path / "train.csv").write_text("7;a\n8;b\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n  names: [n, text]\n---\n"
+    )
+    loaded, _ = _load_hub(str(tmp_path), None)
+    assert loaded["train"][:] == {"n": [7, 8], "text": ["a", "b"]}
+
+
 def test_a_hub_data_set_that_cannot_be_had():
     assert "cannot be had from the hub" in refusal("nobody/nothing")
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    write_csv(tmp_path, train=ROWS, validation=ROWS, test=ROWS, notes=ROWS)
+    assert load_rows(str(tmp_path), None, COLUMNS)[1] == ["not read, for no split has such a name: notes.csv"]

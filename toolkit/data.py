@@ -125,6 +125,10 @@ class DataArguments:
                 raise UserError(f"--{name} {value} is not possible; give a whole number of at least 1")
         if (template := self.get("prompt_template")) is not None and "{text}" not in template:
             raise UserError(f"--prompt_template {template!r} has no {{text}}; write {{text}} where the text goes")
+        if template is not None and "{labels}" in template and "label_column" not in task.flags:
+            raise UserError(
+                f"--prompt_template {template!r} has {{labels}}, and --task {task.name} has no classes; leave it out"
+            )
         for name in ("dataset_config_name", *(flag for flag in BY_TASK if flag.endswith("_column"))):
             if name in given and self.dataset_name is None:
                 raise UserError(f"--{name} has no effect without --dataset_name; add it or leave --{name} out")

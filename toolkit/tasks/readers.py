@@ -22,24 +22,24 @@ class _BrokenTable(ValueError):
     """Cells that do not make a table."""
 
 
-def read_file(file: Path) -> tuple[Dataset, list[str]]:
-    """The rows of a csv, tsv, json, jsonl or parquet file, and remarks on how it was read.
+def read_file(file: Path, suffix: str) -> tuple[Dataset, list[str]]:
+    """The rows of a file that is .csv, .tsv, .json, .jsonl or .parquet by its `suffix`, and remarks on how it was read.
 
     Cells of csv and tsv are text. So are numbers, `true` and `false` in JSON, by the file's own spelling; a column with
     lists or objects keeps them. Parquet brings its own types.
 
     Raises: UserError for a file that is empty, damaged, or not in UTF-8.
     """
-    _check_text(file)
-    if file.suffix == ".parquet":
+    _check_text(file, suffix)
+    if suffix == ".parquet":
         try:
             return load_dataset("parquet", data_files={"train": str(file)}, split="train"), []
         except Exception as error:  # the readers raise their own kinds: pyarrow's, datasets'
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UserError(f"{file}: a .parquet file cannot be read ({reason})") from None
-    if file.suffix in (".json", ".jsonl"):
+    if suffix in (".json", ".jsonl"):
         return _of_objects(_objects(file), file), []
-    header, rows, remarks = _table(file)
+    header, rows, remarks = _table(file, suffix == ".tsv")
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise UserError(f"{file}: its header has the column {twice[0]!r} twice; give each its own name")
     if not rows:
@@ -105,13 +105,12 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _table(file: Path) -> tuple[list[str], list[list[str]], list[str]]:
+def _table(file: Path, tabs: bool) -> tuple[list[str], list[list[str]], list[str]]:
     """The header and the rows of a csv or tsv file, and a remark where its quotation marks can be taken in two ways.
 
     In csv they stand around cells (RFC 4180); where that cannot be, no cell being wrapped in them, they are text. In tsv
     they are text (IANA's text/tab-separated-values), unless the file was written as csv is, with tabs.
     """
-    tabs = file.suffix == ".tsv"
     quoted, problem = _tried(_rows_quoted, file, tabs)
     if quoted is None:
         quoted, _ = _tried(_rows_with_returns, file, tabs)
@@ -257,11 +256,11 @@ def _of_objects(objects: list[dict[str, Any]], file: Path) -> Dataset:
         ) from None
 
 
-def _check_text(file: Path) -> None:
+def _check_text(file: Path, suffix: str) -> None:
     """Raises UserError for an empty file, and for text that is not UTF-8 (which readers report without a place)."""
     if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty; give one with a header line and rows")
-    if file.suffix == ".parquet":
+    if suffix == ".parquet":
         return
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1

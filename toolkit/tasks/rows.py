@@ -5,19 +5,25 @@ Whatever the source, the result is three splits of plain columns, and every mist
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from datasets import (
     ClassLabel,
     Dataset,
+    DatasetBuilder,
     DatasetDict,
+    DownloadManager,
     concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
     load_dataset,
+    load_dataset_builder,
 )
 from datasets.exceptions import DatasetNotFoundError
+from datasets.packaged_modules.csv.csv import CsvConfig
+from datasets.packaged_modules.json.json import JsonConfig
 from huggingface_hub.errors import GatedRepoError
 
 from toolkit.embedded import make_dialogues
@@ -60,7 +66,7 @@ def load_rows(
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--dataset_name {name}: no such folder or file; give an existing one or a hub id (user/name)")
     else:
-        loaded = _load_hub(name, config_name)
+        loaded, remarks = _load_hub(name, config_name)
     if "train" not in loaded:
         raise UserError(
             f"--dataset_name {name}: it has no train split (found: {', '.join(loaded) or 'no files'}); "
@@ -191,20 +197,32 @@ def _load_local(path: Path) -> tuple[dict[str, Dataset], list[str]]:
         raise UserError(
             f"--dataset_name {path}: no file there is named after a split (found {names}); name one train.csv"
         )
-    kinds = {file.suffix for group in files.values() for file in group}
+    read = [file for group in files.values() for file in group]
+    kinds = {file.suffix for file in read}
     if len(kinds) > 1:
         raise UserError(f"--dataset_name {path}: files of several kinds ({', '.join(sorted(kinds))}); use one kind")
-    splits, remarks = {}, []
     with _no_progress_bars():
-        for split, group in files.items():
-            parts = []
-            for file in group:
-                rows, more = read_file(file)
-                parts.append(rows)
-                remarks += more
-            splits[split] = _joined(parts)
-            if len(group) > 1:
-                remarks.append(f"{split} is {len(group)} files: {', '.join(file.name for file in group)}")
+        splits, remarks = _read_splits(
+            {split: [(file, file.suffix) for file in group] for split, group in files.items()}
+        )
+    if others := [file.name for file in found if file not in read]:
+        remarks.append(f"not read, for no split has such a name: {', '.join(others)}")
+    return splits, remarks
+
+
+def _read_splits(files: dict[str, list[tuple[Path, str]]]) -> tuple[dict[str, Dataset], list[str]]:
+    """The rows of each split, whose files come with what their names end in, and remarks on how they were read."""
+    splits: dict[str, Dataset] = {}
+    remarks: list[str] = []
+    for split, group in files.items():
+        parts = []
+        for file, suffix in group:
+            rows, more = read_file(file, suffix)
+            parts.append(rows)
+            remarks += more
+        splits[split] = _joined(parts)
+        if len(group) > 1:
+            remarks.append(f"{split} is {len(group)} files: {', '.join(file.name for file, _ in group)}")
     return splits, remarks
 
 
@@ -229,8 +247,21 @@ def _joined(parts: list[Dataset]) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def _load_hub(name: str, config_name: str | None) -> dict[str, Dataset]:
+def _load_hub(name: str, config_name: str | None) -> tuple[dict[str, Dataset], list[str]]:
+    """The splits of a data set of the hub, and remarks on how they were read; its text files are read as local ones are."""
     try:
+        builder = load_dataset_builder(name, config_name)
+        if files := _text_files(builder):
+            fetched = DownloadManager().download(files)
+            with _no_progress_bars():
+                return _read_splits(
+                    {
+                        split: [
+                            (Path(there), Path(url).suffix) for there, url in zip(fetched[split], urls, strict=True)
+                        ]
+                        for split, urls in files.items()
+                    }
+                )
         loaded = load_dataset(name, config_name)
     except (DatasetNotFoundError, GatedRepoError, ConnectionError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -238,7 +269,21 @@ def _load_hub(name: str, config_name: str | None) -> dict[str, Dataset]:
             f"--dataset_name {name}: no such folder, and it cannot be had from the hub ({reason}); check the spelling "
             "of user/name, log in with `hf auth login` if it is gated, or give a local folder"
         ) from None
-    return {SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES}
+    return {SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES}, []
+
+
+def _text_files(builder: DatasetBuilder) -> dict[str, list[str]]:
+    """The csv, tsv and json files of a data set that says no more of them than where they are; none for any other."""
+    config = builder.config
+    if builder.info.features is not None or not config.data_files or not isinstance(config, CsvConfig | JsonConfig):
+        return {}
+    files = {SPLIT_NAMES[split]: [*urls] for split, urls in config.data_files.items() if split in SPLIT_NAMES}
+    suffixes = {Path(url).suffix for urls in files.values() for url in urls}
+    if len(suffixes) != 1 or not suffixes <= {".csv", ".tsv", ".jsonl", ".json"}:
+        return {}
+    asked = {"data_files": config.data_files, "name": config.name, "version": config.version}
+    asked |= {"sep": "\t" if suffixes == {".tsv"} else ","} if isinstance(config, CsvConfig) else {}
+    return files if replace(type(config)(), **asked) == replace(config, data_dir=None, description=None) else {}
 
 
 def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dataset, int]:
