@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, BatchEncoding, PreTrainedModel
 
 from toolkit.config import TrainArguments
-from toolkit.evaluation import generate
+from toolkit.generation import generate
 from toolkit.methods import METHODS
 from toolkit.models import ModelArguments, auto_class, load_model, load_model_config
 from toolkit.preparation import check_engine

@@ -18,8 +18,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassificati
 from toolkit import finished_run
 from toolkit.cli import main
 from toolkit.errors import UserError
-from toolkit.evaluation import generate
 from toolkit.finished_run import FinishedRun, Models
+from toolkit.generation import generate
 from toolkit.merge import _check_mergeable, merge
 from toolkit.methods.adapter import BottleneckConfig
 

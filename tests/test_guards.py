@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from memory.tiny_models import tiny_model
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModelForCausalLM, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -16,7 +16,7 @@ from toolkit.checksums import checksums
 from toolkit.config import TrainArguments
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
-from toolkit.guards import FIRST_STEPS, Guards, check_saved
+from toolkit.guards import FIRST_STEPS, Guards, check_generation, check_saved
 from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
 
@@ -44,7 +44,7 @@ def trainer(tmp_path):
         args = TrainArguments(
             output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **settings | arguments
         )
-        data = SimpleNamespace(train=rows, validation=rows, encoder=encoder, task=TASKS["text"])
+        data = SimpleNamespace(train=rows, validation=rows, encoder=encoder, task=TASKS["text"], test_prompts=ids)
         return kind(model, args, data, callbacks=list(callbacks))
 
     return make
@@ -57,7 +57,20 @@ def test_a_good_run_passes_every_guard_and_keeps_its_weights(trainer, method, tm
     before = {name: p.clone() for name, p in good.model.named_parameters()}
     good.save_model(str(tmp_path))
     check_saved(good)
+    check_generation(good, good.data)
     assert all(torch.equal(p, before[name]) for name, p in good.model.named_parameters())
+
+
+def test_a_prefix_that_generation_loses_is_found(trainer, monkeypatch):
+    run = trainer("prefix")
+    run.model.prompt_encoder["default"].embedding.weight.data.mul_(4)
+    check_generation(run, run.data)
+    lost = lambda self, *args, **kwargs: self.base_model_prepare_inputs_for_generation(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(PeftModelForCausalLM, "prepare_inputs_for_generation", lost)
+    with pytest.raises(
+        UserError, match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not fit"
+    ):
+        check_generation(run, run.data)
 
 
 def test_a_loss_that_does_not_depend_on_the_weights_is_stopped_by_the_third_step(trainer):

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from toolkit.config import parse_config
 from toolkit.data import DataArguments, label_names, load_data
 from toolkit.errors import UserError
-from toolkit.evaluation import classify, generate, losses
 from toolkit.finished_run import FinishedRun
+from toolkit.generation import classify, generate, losses
 from toolkit.in_context import prompts_with_examples
 from toolkit.methods.full import Full
 from toolkit.metrics.classification import classification

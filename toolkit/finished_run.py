@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,8 @@ from toolkit.errors import UserError
 from toolkit.files import read_csv
 from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
 from toolkit.methods.lora import ALTERS_BASE
-from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, set_head
+from toolkit.methods.soft_prompts import read_head_at_the_last_token
+from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, refuse_missing, set_head
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
 from toolkit.tasks.tokenization import Encoder
@@ -74,7 +76,9 @@ class FinishedRun:
         """The untuned model, as the run held it; or the whole tuned one where that was saved."""
         if self.adapter is None and any(self.path.glob("*.safetensors")):
             config = AutoConfig.from_pretrained(self.path)
-            return auto_class(config).from_pretrained(self.path, config=config).to(_device()).eval()
+            model, found = auto_class(config).from_pretrained(self.path, config=config, output_loading_info=True)
+            refuse_missing(str(self.path), model, found)
+            return model.to(_device()).eval()
         config = load_model_config(self.base, kind=self.task.model_kind)
         if self.task.model_kind == "head":
             set_head(config, self.record["label_names"], AutoTokenizer.from_pretrained(self.path).pad_token_id)
@@ -155,13 +159,13 @@ class Models:
             if run.adapter is None:
                 pass
             elif not isinstance(model, PeftModel):
-                model = PeftModel.from_pretrained(model, run.path, adapter_name=name)
+                model = _with_adapter(model, run.path, name)
             elif model.peft_type != run.adapter.peft_type:  # PEFT holds adapters of one type at a time
                 base = model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
-                model = PeftModel.from_pretrained(base, run.path, adapter_name=name)
+                model = _with_adapter(base, run.path, name)
             else:
-                if name not in model.peft_config:
-                    model.load_adapter(run.path, name)
+                if name not in model.peft_config and (lost := model.load_adapter(run.path, name).missing_keys):
+                    raise ValueError(f"it lacks {len(lost)} tensors, {lost[0]} among them")
                 model.set_adapter(name, inference_mode=True)
         except Exception as error:  # PEFT, safetensors and torch raise their own kinds
             raise UserError(
@@ -169,6 +173,14 @@ class Models:
             ) from None
         self.loaded[key] = model
         return model.eval()
+
+
+def _with_adapter(base: PreTrainedModel, path: Path, name: str) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        model = PeftModel.from_pretrained(base, path, adapter_name=name)
+    read_head_at_the_last_token(model)
+    return model
 
 
 def _device() -> torch.device:

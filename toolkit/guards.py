@@ -8,6 +8,7 @@
 | | | 0.2 to 0.3 s a GiB measured on one slow CPU core; on a GPU, reading them once at its bandwidth |
 | saved: what was saved reloads as what was trained | the end | an adapter: two forward passes of one row, no memory; a full |
 | | | model: the saved file is read once, into the CPU's memory |
+| generation: what it writes follows from its forward passes | the end | writes 8 tokens after one row, and reads them once |
 
 That there are label tokens at all is checked before the run (`tasks`). Weights that ZeRO-3 or FSDP share out are checked
 shard by shard; what they save is only checked for not being empty. Where an engine keeps its own fp32 copy of 16-bit weights,
@@ -15,6 +16,7 @@ a few small steps may round to nothing: there `update` is checked at the end alo
 """
 
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,22 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from toolkit.checksums import checksums
+from toolkit.data import TaskData
 from toolkit.engine import is_sharded
 from toolkit.errors import UserError
+from toolkit.generation import generation_error
 from toolkit.methods.lora import ALTERS_BASE
+from toolkit.models import longest_input
 
 FIRST_STEPS = 3  # LoRA's A moves from the second step on, and a warm-up's first step may have a learning rate of 0
 LOGITS_TOLERANCE = 1e-3  # of the largest logit: the weights are the same bits, but a GPU may choose other kernels
 # The same, where an initialization altered the base, which was rounded once more.
 ROUNDED_BASE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Of the logits' spread. Lost virtual tokens showed as 0.4 and more on tiny models, rounding as 4e-5 in fp32 and 0.006 in bf16, but
+# for mixtures of experts (0.12), where a rounded choice of expert changes all that follows.
+ROW, TOKENS = 64, 8  # at most so many of the row's tokens are read, and so many are written
+GENERATION_TOLERANCE = 1e-2
+GENERATION_TOLERANCE_ROUNDED = 0.25  # 16 bits, or a quantized base
 
 
 class Guards(TrainerCallback):
@@ -141,6 +151,27 @@ def check_saved(trainer: Trainer) -> None:
         _check_adapter(trainer, model, folder)
     else:
         _check_weights(model, folder)
+
+
+def check_generation(trainer: Trainer, data: TaskData) -> None:
+    """Compares what the trained model writes after one row of the test split with its forward passes, on every rank.
+
+    Raises: UserError where they differ, as they do where PEFT does not know the generation of a newer transformers.
+    """
+    if data.task.model_kind == "head":
+        return
+    model = trainer.model
+    limit = longest_input(model.config) or ROW + TOKENS
+    room = min(ROW, limit - TOKENS - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0))
+    error = generation_error(model, data.encoder.tokenizer, data.test_prompts[0][: max(1, room)], TOKENS)
+    rounded = model.dtype.itemsize == 2 or getattr(model, "is_quantized", False)
+    tolerance = GENERATION_TOLERANCE_ROUNDED if rounded else GENERATION_TOLERANCE
+    if not error <= tolerance:
+        raise UserError(
+            f"guard 'generation': what the trained model writes does not follow from what it was trained on: the logits differ by "
+            f"{error:.2g} of their spread (at most {tolerance:g}). transformers {version('transformers')} and peft {version('peft')} "
+            "may not fit together; install the versions of constraints.txt"
+        )
 
 
 def _check_not_empty(folder: Path) -> None:

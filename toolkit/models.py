@@ -38,7 +38,6 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from toolkit.console import say
 from toolkit.embedded import MODEL_DIR
 from toolkit.engine import asked_engine, without_partitioning
 from toolkit.errors import UserError
@@ -425,6 +424,24 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def refuse_missing(source: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Checks what `from_pretrained` has `found`; a head may be new.
+
+    Raises: UserError where weights of the model are not in `source`, or have other shapes there: transformers begins them random.
+    """
+    heads = tuple(f"{name}." for name in head_modules(model)) if has_head(model.config) else ()
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(heads))
+    missing += sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(heads))
+    if not missing:
+        return
+    unknown = sorted(found["unexpected_keys"])
+    names = f", and has {len(unknown)} that it does not ({unknown[0]} ...)" if unknown else ""
+    raise UserError(
+        f"{source}: its weights do not fit its config.json: the file lacks {len(missing)} tensors that the model has "
+        f"({missing[0]} ...){names}; give a whole checkpoint of this architecture, or --random_weights to train from random ones"
+    )
+
+
 def load_model(
     args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, training: TrainingArguments
 ) -> PreTrainedModel:
@@ -438,10 +455,9 @@ def load_model(
         set_seed(training.seed)
         return model.to(training.device)
     options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
+    options["ignore_mismatched_sizes"] = True  # a head for other classes is made anew; `refuse_missing` sees the rest
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
-    if has_head(config):
-        options["ignore_mismatched_sizes"] = True
     if args.load_in_4bit or args.load_in_8bit:
         engine = asked_engine(training.deepspeed, training.fsdp)
         options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.shards_parameters)
@@ -453,14 +469,10 @@ def load_model(
             model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
+    refuse_missing(args.source, model, found)
     if has_head(config):
         set_seed(training.seed)
         _make_head_anew(args, model)
-    heads = tuple(head_modules(model)) if has_head(config) else ()
-    if has_head(config) and (missing := [name for name in found["missing_keys"] if not name.startswith(heads)]):
-        say(
-            "weights", f"{len(missing)} tensors of the body are not in {args.source} and begin random: {missing[0]} ..."
-        )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed weights are for widths that 32 divides alone
             module.support_avx512bf16_for_cpu = False

@@ -3,18 +3,22 @@
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import PeftType
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    EvalPrediction,
     GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
@@ -25,6 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from toolkit.checkpoints import Origin, newest_first, readable_write_errors, written_whole
@@ -34,9 +39,10 @@ from toolkit.data import TaskData
 from toolkit.engine import EngineCheck, SharedRows, asked_engine, share_tied_tables
 from toolkit.errors import UserError
 from toolkit.files import write_aside
-from toolkit.guards import Guards, check_saved
+from toolkit.guards import Guards, check_generation, check_saved
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import save_over_original_base
+from toolkit.methods.soft_prompts import has_virtual_tokens
 from toolkit.optimizers import Prodigy, prodigy_arguments
 from toolkit.progress import ProgressCallback
 from toolkit.ranks import Preempted, RollCall, leave_process_group, sigterm
@@ -53,6 +59,7 @@ class FineTuner(Trainer):
     """
 
     guards: Guards | None = None  # a shadow step has none
+    sampler: torch.utils.data.Sampler | None = None  # of the train split, once it was asked for
     written_to: Path | None = None  # while a checkpoint is being written, its parent folder
 
     def __init__(
@@ -92,11 +99,12 @@ class FineTuner(Trainer):
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=tokenizer,
+            compute_metrics=mean_loss,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
-        if _follows_virtual_tokens(model):
+        if has_virtual_tokens(model):
             self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
         self.add_callback(EngineCheck(self))
 
@@ -118,7 +126,7 @@ class FineTuner(Trainer):
 
         With n the label tokens here and N those of all batches and processes of the step, the sum over batches of
         mean x n / N is the mean over all N tokens. DDP averages over processes, hence the factor `num_processes`.
-        Without N it is the mean of the batch: in evaluation, and where processes share a row (accumulated rows weigh alike).
+        Without N it is the mean of the batch, as where processes share a row (accumulated rows weigh alike).
         """
         if num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
@@ -127,9 +135,33 @@ class FineTuner(Trainer):
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """The summed loss of each row of a validation batch, and its number of label tokens: both (rows,).
+
+        Trainer would average the means of batches, so that the loss depends on how rows fall into batches, on padding of
+        batches, and on rows that fill up the last batch of several processes.
+        """
+        inputs = self._prepare_inputs(inputs)
+        smoothing = self.args.label_smoothing_factor
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.get_sp_size() > 1:  # this rank's share of each row
+                labels = inputs["shift_labels"]
+                logits = model(**inputs).logits
+                sums, tokens = row_losses(logits, labels, aligned=True, smoothing=smoothing)
+            elif self.model.config.is_encoder_decoder:
+                sums, tokens = row_losses(model(**inputs).logits, inputs["labels"], aligned=True, smoothing=smoothing)
+            else:
+                labels = inputs.pop("labels")  # the model need not compute the loss as well
+                sums, tokens = row_losses(
+                    model(**inputs).logits, labels, aligned=labels.dim() == 1, smoothing=smoothing
+                )
+        return None, sums, tokens
+
     @property
     def _shifts_labels(self) -> bool:
-        return not self.model.config.is_encoder_decoder and not _follows_virtual_tokens(self.model)
+        return not self.model.config.is_encoder_decoder and not has_virtual_tokens(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names; with LoRA+, B's parameters in a group of a higher learning rate."""
@@ -169,12 +201,27 @@ class FineTuner(Trainer):
             self.guards.gradient(norm)
         return norm
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        """The order of rows that `--train_sampling_strategy` names."""
+        args, rows = self.args, self.train_dataset
+        if args.train_sampling_strategy == "group_by_length":
+            lengths = [len(ids) for ids in rows["input_ids"]]
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.sampler = LengthGrouped(lengths, args.train_batch_size * args.gradient_accumulation_steps, seed)
+        else:
+            self.sampler = super()._get_train_sampler(train_dataset)
+        return self.sampler
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """One epoch, or nothing where the checkpoint that was resumed from is the last: Trainer would take one more step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if hasattr(
+            self.sampler, "set_epoch"
+        ):  # a data loader that skips what a checkpoint has seen does not pass it on
+            self.sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, written aside by all ranks and renamed when it is whole (`checkpoints`); then old ones go."""
@@ -297,10 +344,48 @@ def make_saveable(settings: GenerationConfig) -> None:
         ) from None
 
 
-def _follows_virtual_tokens(model: nn.Module) -> bool:
-    """Whether soft prompts stand before the input, so that a GPT-like model predicts its first token too."""
-    config = getattr(model, "active_peft_config", None)
-    return config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
+def row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, aligned: bool, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross entropy of each row, and the number of its label tokens: both (rows,).
+
+    Args:
+        logits: (rows, length, vocabulary), where a GPT-like model's may begin with those of virtual tokens; or (rows, classes).
+        labels: (rows, length), or (rows,) for classes.
+        aligned: whether each logit predicts the label at its own place (T5-like models, heads) instead of the next one's.
+        smoothing: see `torch.nn.functional.cross_entropy`.
+    """
+    if not aligned:  # the first label is predicted where something comes before it: virtual tokens
+        logits = logits[:, -labels.shape[1] - 1 : -1]
+        labels = labels[:, -logits.shape[1] :]
+    options = {"ignore_index": MASKED, "label_smoothing": smoothing, "reduction": "sum"}
+    sums = [cross_entropy(row.float(), targets, **options) for row, targets in zip(logits, labels, strict=True)]
+    return torch.stack(sums), labels.ne(MASKED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(MASKED).long()
+
+
+def mean_loss(rows: EvalPrediction) -> dict[str, float]:
+    """The mean over all label tokens of the validation split, whichever batch and process had them."""
+    return {"loss": float(np.sum(rows.predictions, dtype=np.float64) / np.sum(rows.label_ids))}
+
+
+class LengthGrouped(LengthGroupedSampler):
+    """Rows of about equal length together, in an order that the seed and the epoch decide, on all ranks and after a resume.
+
+    transformers' own draws the order from the random state of each rank, which differs after a resume and between ranks.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of `epoch`, which counts from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
@@ -430,3 +515,4 @@ def train(trainer: FineTuner) -> None:
     if trainer.is_world_process_zero():
         save_over_original_base(trainer.model, Path(args.output_dir))
     check_saved(trainer)
+    check_generation(trainer, trainer.data)

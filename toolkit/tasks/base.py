@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError
-from toolkit.evaluation import generate
+from toolkit.generation import generate
 from toolkit.models import ModelKind
 from toolkit.tasks.tokenization import Encoder
 
@@ -63,8 +63,10 @@ class Task(ABC):
         title: str = "",
     ) -> list[str]:
         """What the model answers to each of `prompts` (token ids), in their order, on every rank."""
-        length = encoder.max_target_length
-        return generate(model, encoder.tokenizer, prompts, batch_size, length, num_beams, title, encoder.end_tokens())
+        ends, empty = encoder.end_tokens(), encoder.target_ids("") if encoder.is_encoder_decoder else ()
+        return generate(
+            model, encoder.tokenizer, prompts, batch_size, encoder.max_target_length, num_beams, title, ends, empty
+        )
 
     def continuations(
         self,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from toolkit.evaluation import classify
+from toolkit.generation import classify
 from toolkit.models import ModelKind
 from toolkit.tasks.classification import Classification
 from toolkit.tasks.tokenization import Encoder, Truncation

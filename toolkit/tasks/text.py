@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from toolkit.evaluation import generate, losses
+from toolkit.generation import generate, losses
 from toolkit.models import ModelKind, longest_input
 from toolkit.tasks.base import Task, text_in
 from toolkit.tasks.tokenization import Encoder, Truncation

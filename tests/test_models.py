@@ -1,0 +1,66 @@
+"""Weights that are read are the weights of the file, or the run is refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_with_tokenizer, tiny_config
+from transformers import TrainingArguments
+
+from toolkit.errors import UserError
+from toolkit.models import ModelArguments, load_model, load_model_config, set_head
+
+
+def loaded(folder, head=False, **flags):
+    args = ModelArguments(model_name_or_path=str(folder), **flags)
+    config = load_model_config(args, kind="head" if head else "generating")
+    if head:
+        set_head(config, ["a", "b", "c"], pad_token_id=0)
+    return load_model(args, config, torch.float32, TrainingArguments(use_cpu=True, report_to="none"))
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors", {"format": "pt"})
+
+
+EDITS = {
+    "every name has a prefix": lambda tensors: {f"wrapped.{name}": t for name, t in tensors.items()},
+    "a layer is missing": lambda tensors: {name: t for name, t in tensors.items() if ".1." not in name},
+    "one tensor is missing": lambda tensors: dict(sorted(tensors.items())[:-1]),
+    "nothing is there": lambda tensors: {"other": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("flags", [{}, {"load_in_4bit": True}], ids=["plain", "4bit"])
+@pytest.mark.parametrize("head", [False, True], ids=["text", "head"])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_body_whose_weights_are_not_in_the_file_is_refused(name, edit, head, flags, tmp_path):
+    save_with_tokenizer(tiny_config(name), tmp_path)
+    loaded(tmp_path, head, **flags)
+    change(tmp_path, edit)
+    with pytest.raises(
+        UserError, match=r"its weights do not fit its config.json: the file lacks \d+ tensors that the model has"
+    ):
+        loaded(tmp_path, head, **flags)
+
+
+def test_an_output_head_of_its_own_must_be_in_the_file_and_a_tied_one_need_not(tmp_path):
+    save_with_tokenizer(tiny_config("qwen2"), tmp_path / "tied")
+    change(tmp_path / "tied", lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+    loaded(tmp_path / "tied")
+    save_with_tokenizer(tiny_config("llama"), tmp_path / "own")
+    change(tmp_path / "own", lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors that the model has \(lm_head.weight"):
+        loaded(tmp_path / "own")
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["text", "head"])
+def test_weights_of_another_shape_are_refused(head, tmp_path):
+    save_with_tokenizer(tiny_config("llama"), tmp_path)
+    change(
+        tmp_path,
+        lambda tensors: {n: t[:, :32].clone() if n.endswith("mlp.down_proj.weight") else t for n, t in tensors.items()},
+    )
+    with pytest.raises(UserError, match=r"mlp.down_proj.weight"):
+        loaded(tmp_path, head)
