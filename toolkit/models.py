@@ -455,7 +455,7 @@ def load_model(
         set_seed(training.seed)
         return model.to(training.device)
     options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
-    options["ignore_mismatched_sizes"] = True  # a head for other classes is made anew; `refuse_missing` sees the rest
+    options["ignore_mismatched_sizes"] = True  # a head of another size is made anew; `refuse_missing` sees the rest
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
