@@ -263,6 +263,13 @@ def test_an_empty_file(tmp_path):
     assert "the file is empty" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("held", [b"\xef\xbb\xbf", b"\n\n", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl", "train.json"])
+def test_a_file_with_no_more_than_a_mark_or_blank_lines(name, held, tmp_path):
+    (tmp_path / name).write_bytes(held)
+    assert "the file " in refusal(tmp_path)
+
+
 def test_a_file_with_a_header_alone(tmp_path):
     assert "a header but no row" in refusal(write_csv(tmp_path / "d", train=[]))
 

@@ -114,6 +114,8 @@ def _table(file: Path, tabs: bool) -> tuple[list[str], list[list[str]], list[str
     quoted, problem = _tried(_rows_quoted, file, tabs)
     if quoted is None:
         quoted, _ = _tried(_rows_with_returns, file, tabs)
+    if quoted == []:
+        raise UserError(f"{file}: the file is empty; give one with a header line and rows")
     if quoted is not None and not tabs:
         return quoted[0], quoted[1:], []
     plain, why = _tried(_rows_plain, file, tabs)

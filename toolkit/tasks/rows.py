@@ -112,7 +112,8 @@ def _stripped(rows: Dataset, label: str) -> Dataset:
             f"column {label} has {str(other)[:60]!r}, which names no class; name another with --label_column"
         )
     names = [value.strip() for value in rows[label]]
-    return rows.remove_columns(label).add_column(label, names)
+    with _no_progress_bars():
+        return rows.remove_columns(label).add_column(label, names)
 
 
 def _hold_out(rows: Dataset, size: int, text: str | None, label: str | None) -> tuple[Dataset, Dataset]:
