@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny_models import rows, tiny_config, tiny_model
-from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
@@ -427,6 +427,18 @@ def test_each_method_of_peft_trains_or_is_refused_in_one_line(peft_type):
         assert "\n" not in str(refusal) and len(str(refusal)) > 40
         return
     assert any(not torch.equal(p, before[key]) for key, p in model.named_parameters() if key in before)
+
+
+def test_default_targets_that_a_model_lacks_are_said(capsys):
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model("mixtral", num_key_value_heads=2, num_local_experts=4, vocab_size=64, **settings)
+    IA3().attach(auto_class(config).from_config(config))
+    assert (
+        "PEFT's default targets w2 are not in this model and are left out; --ia3_target_modules"
+        in capsys.readouterr().out
+    )
+    IA3().attach(tiny_model("llama"))
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_file_configures_a_method_of_peft(tmp_path):

@@ -1,17 +1,23 @@
 """`footprint predict` and `footprint report`: one JSON object, an exit code, and one line for what cannot be."""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tiny_models import save_with_tokenizer, tiny_config
+from transformers import LlamaConfig, MixtralConfig
 
 from toolkit import prediction
 from toolkit.cli import main
+from toolkit.config import parse_config
+from toolkit.memory import meta_ops
 from toolkit.memory.cards import find_card
+from toolkit.memory.cuda import Cuda
 from toolkit.memory.ledger import Ledger
+from toolkit.methods.lora import Lora
 from toolkit.predict_command import predict_command
 
 
@@ -146,3 +152,41 @@ def test_a_ledger_that_is_missing_is_the_users_mistake(tmp_path, capfd):
     code, _, err = run(capfd, "report", str(tmp_path / "none.json"))
     assert code == 2
     assert "none.json" in err
+
+
+def test_a_mask_of_long_rows_takes_no_memory_of_this_machine(config_only):
+    """8 rows of 32,768 tokens: as real numbers, the mask alone would take 8 GiB, and what is computed from it more."""
+    arguments = ["--model_name_or_path", str(config_only), "--bf16", "--use_cpu", "--per_device_train_batch_size", "8"]
+    settings = json.loads((config_only / "config.json").read_text()) | {"max_position_embeddings": 32768}
+    (config_only.parent / "long").mkdir()
+    (config_only.parent / "long" / "config.json").write_text(json.dumps(settings))
+    arguments[1] = str(config_only.parent / "long")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    ledger = prediction.predict_run(parse_config(Lora, [*arguments, "--max_length", "32768"]), Cuda(find_card("H200")))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # 1 GiB
+    bias = 8 * 4 * 32768 * 32768 * 2  # attention's mask as a bias in bf16, for each head
+    assert ledger.allocated_bytes > bias // 4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_masks_that_are_fake_are_counted_as_real_ones_are(name, attention, tmp_path, monkeypatch):
+    save_with_tokenizer(tiny_config(name), tmp_path)
+    arguments = ["--model_name_or_path", str(tmp_path), "--attn_implementation", attention, "--use_cpu"]
+    config = parse_config(Lora, [*arguments, "--max_length", "100", "--per_device_train_batch_size", "3"])
+    device = Cuda(find_card("RTX4090"))
+    real = prediction.predict_run(config, device)
+    monkeypatch.setattr(meta_ops, "_LARGE", 1000)
+    fake = prediction.predict_run(config, device)
+    assert (fake.allocated_bytes, fake.reserved_bytes) == (real.allocated_bytes, real.reserved_bytes)
+    assert fake.phases == real.phases
+
+
+def test_experts_that_stay_unquantized_are_said_with_their_size(tmp_path, capfd):
+    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    MixtralConfig(num_key_value_heads=2, num_local_experts=4, vocab_size=256, **settings).save_pretrained(tmp_path)
+    targets = ("--lora_target_modules", "q_proj", "v_proj")
+    _, out, _ = run(capfd, "predict", "qlora", *flags(tmp_path, *targets, "--gpu", "RTX4090", "--json"))
+    (note,) = [note for note in json.loads(out)["notes"] if "experts" in note]
+    elements = 2 * 4 * 3 * 64 * 128  # layers x experts x projections
+    assert f"({elements * 2 / 1024:.1f} KiB)" in note and "stay in bfloat16" in note

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, recipe, run
+from ledgers import assert_same
 from safetensors.torch import load_file
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
@@ -251,6 +252,17 @@ def test_lora_on_a_base_of_4_bits_trains_generates_and_is_predicted(data, small_
     ledger = Ledger.load(tmp_path / "run" / "memory.json")
     assert ledger.phases["forward"].categories["parameters_quantization_state"] > 0
     assert re.search(r"allocated, peak +│.*exact", done.stdout)
+
+
+@pytest.mark.slow
+def test_dora_over_a_base_of_4_bits_trains_and_is_predicted(data, small_csv, tmp_path):
+    arguments = ["--model_name_or_path", data / "models" / "stories260k", "--dataset_name", small_csv, "--use_dora"]
+    done = recipe("qlora", *arguments, "--max_steps", "2", *SHORT, "--use_cpu", "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    predicted, measured = (Ledger.load(tmp_path / "run" / f"{name}.json") for name in ("predicted_memory", "memory"))
+    assert_same(predicted, measured)
+    magnitudes = [t for name, t in weights(tmp_path / "run").items() if "magnitude" in name]
+    assert magnitudes and all(t.dim() == 1 and (t > 0).all() for t in magnitudes)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,6 +44,7 @@ from toolkit.engine import asked_engine, without_partitioning
 from toolkit.errors import UserError
 from toolkit.memory import catalogue
 from toolkit.memory.meta import model_on_meta
+from toolkit.memory.units import format_bytes
 from toolkit.metrics import normalized
 
 # T5 and its kin. Their activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
@@ -412,6 +414,33 @@ def _make_head_anew(args: ModelArguments, model: PreTrainedModel) -> None:
             model.initialize_weights()
     else:
         model.initialize_weights()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How many elements of a quantized model's weights bitsandbytes packs: those of linear layers alone."""
+
+    packed: int
+    all: int
+    experts: int  # of experts that are stacked in one tensor, and stay in the type they are computed in
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Packed":
+        """Those of a model without adapters, as `build_on_meta` gives it."""
+        weights = dict(model.named_parameters())
+        packed = {name for name, p in weights.items() if type(p).__name__ in ("Params4bit", "Int8Params")}
+        experts = {name for name, p in weights.items() if ".experts." in name and p.dim() == 3} - packed
+        return cls(*(sum(weights[name].numel() for name in names) for names in (packed, weights, experts)))
+
+    def warning(self, dtype: torch.dtype) -> str | None:
+        """What to say of experts; None where there are none."""
+        if not self.experts:
+            return None
+        size = format_bytes(self.experts * dtype.itemsize)
+        return (
+            f"{self.experts / self.all:.0%} of the weights are not quantized: bitsandbytes packs linear layers alone, and this model's "
+            f"experts are stacked tensors, which stay in {str(dtype).removeprefix('torch.')} ({size})"
+        )
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from toolkit.memory.shadow import CPU, STEPS, Device, predict
 from toolkit.memory.sharding import processes, swapped_bytes, world
 from toolkit.memory.units import format_bytes
 from toolkit.methods import METHODS
-from toolkit.models import build_on_meta, has_head, load_model_config, set_head, weights_dtype
+from toolkit.models import Packed, build_on_meta, has_head, load_model_config, set_head, weights_dtype
 from toolkit.preparation import check_combination
 from toolkit.ranks import decided_by_main
 from toolkit.tasks import TASKS
@@ -69,8 +69,13 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     batches = batches or [worst_batch(config, model_config, engine.processes_a_row)] * passes
     batches = [batch for batch in batches for _ in range(processes())]  # ranks take turns
 
+    warnings: set[str] = set()
+
     def build() -> PreTrainedModel:
         model = build_on_meta(config.model, model_config, dtype, sharded=engine.shards_parameters)
+        packed = Packed.of(model)
+        if packed.packed and (warning := packed.warning(dtype)):
+            warnings.add(warning)
         catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
             return config.method.attach(model)
@@ -89,7 +94,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         raise UserError(
             f"memory of {config.method.name}{where} cannot be predicted: {type(error).__name__}: {reason}"
         ) from error
-    notes = ledger.notes
+    notes = ledger.notes + tuple(warnings)
     if engine.kind != "no engine" and device is not CPU:
         notes += ("what NCCL and other streams hold is not counted: it was not measured",)
         if ledger.host_bytes:

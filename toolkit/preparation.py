@@ -39,6 +39,7 @@ from toolkit.engine import (
 )
 from toolkit.errors import UserError
 from toolkit.models import (
+    Packed,
     build_on_meta,
     has_own_head,
     keeps_head,
@@ -86,14 +87,16 @@ def prepare(config: Config) -> Preparation:
             data.remarks.extend(_head_remarks(model_config, data.encoder.label_names))
         set_head(model_config, data.encoder.label_names, tokenizer.pad_token_id)
     dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
-    model = config.method.attach(build_on_meta(config.model, model_config, dtype))
+    base = build_on_meta(config.model, model_config, dtype)
+    packed = Packed.of(base)
+    model = config.method.attach(base)
     if config.method.trains:
         _check_whole_batches(training, data)
         check_schedule(training, model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     preparation = Preparation(model_config, tokenizer, data, dtype, trainable, total)
-    _say_what_will_be_done(config, preparation, why)
+    _say_what_will_be_done(config, preparation, packed, why)
     return preparation
 
 
@@ -327,15 +330,18 @@ def _check_login(token: str | None) -> None:
         raise UserError(f"--push_to_hub: the hub cannot be reached ({reason}); leave it out, and push later") from None
 
 
-def _say_what_will_be_done(config: Config, ready: Preparation, why: str) -> None:
+def _say_what_will_be_done(config: Config, ready: Preparation, packed: Packed, why: str) -> None:
     training, data = config.training, ready.data
     name = config.model.model_name_or_path or "the embedded tiny T5"
     weights = "random weights" if config.model.random_weights else str(ready.dtype).removeprefix("torch.")
     if config.model.load_in_4bit or config.model.load_in_8bit:
-        weights = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "8-bit"
+        short = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "8-bit"
+        weights = f"{short} for {packed.packed / packed.all:.0%} of the parameters, {weights} for the rest"
     else:
         weights += f": {why}"
     say("model", f"{name} ({ready.model_config.model_type}, weights {weights})")
+    if packed.packed and (warning := packed.warning(ready.dtype)):
+        say("warning", warning)
     share = ready.trainable_parameters / ready.all_parameters
     say(
         "method",

@@ -358,9 +358,11 @@ def row_losses(
     if not aligned:  # the first label is predicted where something comes before it: virtual tokens
         logits = logits[:, -labels.shape[1] - 1 : -1]
         labels = labels[:, -logits.shape[1] :]
-    options = {"ignore_index": MASKED, "label_smoothing": smoothing, "reduction": "sum"}
-    sums = [cross_entropy(row.float(), targets, **options) for row, targets in zip(logits, labels, strict=True)]
-    return torch.stack(sums), labels.ne(MASKED).flatten(1).sum(1) if labels.dim() > 1 else labels.ne(MASKED).long()
+    sums = [
+        cross_entropy(row.float(), targets, ignore_index=MASKED, label_smoothing=smoothing, reduction="sum")
+        for row, targets in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(sums), labels.ne(MASKED).view(len(labels), -1).sum(1)
 
 
 def mean_loss(rows: EvalPrediction) -> dict[str, float]:

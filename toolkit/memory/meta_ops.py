@@ -9,7 +9,10 @@ What an operator writes into a fake tensor, in place, is nothing: it gives back 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +24,8 @@ _INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten:
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 _refused: set[Any] = set()  # operators whose meta kernel raised once
 _templates: WeakKeyDictionary[FakeTensorMode, FakeTensor] = WeakKeyDictionary()
+_LARGE = 2**24  # elements; a real tensor that would have more is a mask of long rows: its values steer nothing
+_mode_of_large: list[FakeTensorMode] = []
 _remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (shape, stride, dtype) of its results
 
 
@@ -68,6 +73,8 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
         return _run_meta(op, args, kwargs) if fakes else op(*args, **kwargs)
     signature = (op, _signature(args, fakes), *((name, _signature(value, fakes)) for name, value in kwargs.items()))
     if not fakes:
+        if _mode_of_large and _would_be_large(op, args):
+            return _run_meta(op, args, kwargs, _mode_of_large[-1])
         return op(*args, **kwargs)
     known = _remembered.get(signature)
     if known is not None:
@@ -80,6 +87,21 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
     if fresh and tensors and all(item is None or isinstance(item, FakeTensor) for item in results):
         _remembered[signature] = _description(result)
     return result
+
+
+@contextmanager
+def large_ones_fake(mode: FakeTensorMode) -> Iterator[None]:
+    """While open, what would be a large real tensor is a fake one of `mode`: attention's mask of 8 rows of 32,768 tokens takes 8 GiB."""
+    _mode_of_large.append(mode)
+    try:
+        yield
+    finally:
+        _mode_of_large.pop()
+
+
+def _would_be_large(op: Any, args: tuple) -> bool:
+    shapes = [arg.shape for arg in args if isinstance(arg, torch.Tensor)]
+    return torch.Tag.pointwise in op.tags and bool(shapes) and prod(torch.broadcast_shapes(*shapes)) > _LARGE
 
 
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> FakeTensor:
@@ -136,8 +158,8 @@ def fake(mode: FakeTensorMode, meta: torch.Tensor) -> FakeTensor:
     return tensor
 
 
-def _run_meta(op: Any, args: tuple, kwargs: dict) -> Any:
-    modes: list[FakeTensorMode] = []
+def _run_meta(op: Any, args: tuple, kwargs: dict, mode: FakeTensorMode | None = None) -> Any:
+    modes: list[FakeTensorMode] = [] if mode is None else [mode]
     meta_args = [_as_meta(arg, modes) for arg in args]
     meta_kwargs = {name: _as_meta(value, modes) for name, value in kwargs.items()}
     if meta_kwargs.get("device") is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from toolkit.memory.cards import Card
 from toolkit.memory.trace import Trace
@@ -158,3 +159,25 @@ def cuda_paths() -> Iterator[None]:
         yield
     finally:
         bitsandbytes.matmul = plain
+
+
+@contextmanager
+def dequantized_by_peft() -> Iterator[None]:
+    """While open, DoRA dequantizes a fake 4-bit weight as a real one, which PEFT knows by the name of its class."""
+    try:
+        from bitsandbytes.functional import dequantize_4bit as dequantize
+        from peft.tuners.lora import dora
+    except ImportError:
+        yield
+        return
+    plain = dora.dequantize_module_weight
+
+    def dequantize_module_weight(module: Any) -> torch.Tensor:
+        state = getattr(module.weight, "quant_state", None) if isinstance(module.weight, FakeTensor) else None
+        return plain(module) if state is None else dequantize(module.weight.data, state)
+
+    dora.dequantize_module_weight = dequantize_module_weight
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = plain

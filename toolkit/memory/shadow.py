@@ -34,7 +34,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from toolkit.errors import UserError
-from toolkit.memory import census, meta_ops, sharding
+from toolkit.memory import census, meta_ops, quantized, sharding
 from toolkit.memory.allocator import AllocatorMeter, OutOfMemory
 from toolkit.memory.fake import make_fake
 from toolkit.memory.host import on_device
@@ -188,6 +188,8 @@ def predict(
         _only(shadow, callback)
         device.prepare(shadow)
         stack.enter_context(_real_losses())
+        stack.enter_context(quantized.dequantized_by_peft())
+        stack.enter_context(meta_ops.large_ones_fake(fake_mode))
         stack.enter_context(device.running())
         stack.callback(callback.abort)
         if sharding.in_world():

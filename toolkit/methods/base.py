@@ -216,6 +216,18 @@ def linear_names(model: nn.Module) -> list[str]:
     )
 
 
+def _say_absent(model: nn.Module, flag: str, names: Any) -> None:
+    """Says which of PEFT's default targets this model does not have, as where its experts are one stacked tensor."""
+    if isinstance(names, str) or any(p.is_meta for p in model.parameters()):
+        return  # a pattern; or a count or prediction, not a run
+    there = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    if absent := [name for name in names if name.rsplit(".", 1)[-1] not in there]:
+        say(
+            "warning",
+            f"PEFT's default targets {', '.join(absent)} are not in this model and are left out; --{flag} names others",
+        )
+
+
 def check_names(model: nn.Module, flag: str, names: Iterable[str], valid: list[str]) -> None:
     """Raises UserError for a name that no module has or ends with (`valid`: what the message lists)."""
     there = [name for name, _ in model.named_modules()]
@@ -235,7 +247,9 @@ def targets_of(model: PreTrainedModel, flag: str, names: list[str] | None, mappi
         return "all-linear"
     if names:
         check_names(model, flag, names, linear_names(model))
-    elif model.config.model_type not in mapping:
+    elif (known := mapping.get(model.config.model_type)) is not None:
+        _say_absent(model, flag, known)
+    else:
         raise UserError(
             f"PEFT has no default targets for the architecture {model.config.model_type!r}; "
             f"name them with --{flag}, from: {', '.join(linear_names(model))}"

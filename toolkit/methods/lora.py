@@ -3,12 +3,15 @@
 import copy
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import dora
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_CHOICE
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -75,6 +78,11 @@ class Lora(PeftBased):
         check_least(self, 1, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout:g} is not possible; give a number from 0 to below 1")
+        if self.use_dora and given.get("load_in_8bit"):
+            raise UserError(
+                "--use_dora does not go with --load_in_8bit: PEFT loses the scales of 8-bit weights when it takes their norm; use "
+                "--load_in_4bit"
+            )
         init = self.init_lora_weights
         if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*", init):
             raise UserError(f"--init_lora_weights {init} is not known; give {INITS}")
@@ -123,7 +131,8 @@ class Lora(PeftBased):
             raise UserError(f"--init_lora_weights {self.init_lora_weights} needs a base that is not quantized")
         if self.init_lora_weights == "olora" and any(type(m).__name__ == "Conv1D" for m in model.modules()):
             raise UserError("--init_lora_weights olora does not know GPT-2's Conv1D layers; give pissa or default")
-        model = super().attach(model)
+        with _dora_on_meta():
+            model = super().attach(model)
         model.loraplus_lr_ratio = self.loraplus_lr_ratio  # for the optimizer
         if self.changes_base and not any(p.is_meta for p in model.parameters()):
             # on the host, and not as a dictionary, in which a memory account would find tensors of the model's
@@ -131,6 +140,25 @@ class Lora(PeftBased):
                 (k, v.detach().cpu().clone()) for k, v in get_peft_model_state_dict(model).items()
             )
         return model
+
+
+@contextmanager
+def _dora_on_meta() -> Iterator[None]:
+    """While open, DoRA's magnitudes (out,) over a 4-bit weight on the meta device, which is not packed there, are made from its shape."""
+    layer = dora.DoraLinearLayer
+    plain = layer.update_layer
+
+    def update_layer(self: Any, *, base_layer: torch.nn.Module, lora_B: torch.Tensor, **rest: Any) -> None:
+        if base_layer.weight.is_meta and type(base_layer).__name__ == "Linear4bit":
+            self.weight = torch.nn.Parameter(torch.empty(len(lora_B), dtype=base_layer.weight.dtype, device="meta"))
+        else:
+            plain(self, base_layer=base_layer, lora_B=lora_B, **rest)
+
+    layer.update_layer = update_layer
+    try:
+        yield
+    finally:
+        layer.update_layer = plain
 
 
 def save_over_original_base(model: PreTrainedModel, folder: Path) -> None:
