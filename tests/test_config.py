@@ -149,6 +149,7 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         (["--lora_dropout", "1"], "--lora_dropout 1 is not possible"),
         (["--max_length", "0"], "--max_length 0 is not possible"),
         (["--max_train_samples", "-1"], "--max_train_samples -1 is not possible"),
+        (["--prompt_template", "{text} {labels}"], "has {labels}, and --task summarization has no classes"),
         (["--prompt_template", "Hi"], "has no {text}"),
         (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
         (["--fp16"], "--fp16 needs a GPU"),

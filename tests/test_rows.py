@@ -1,6 +1,7 @@
 """Data files: what is read, and what is refused in one line."""
 
 import csv
+import io
 import json
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from conftest import write_csv
 from toolkit.errors import UserError
 from toolkit.files import csv_text, read_csv
 from toolkit.finished_run import FinishedRun
-from toolkit.tasks.rows import load_rows
+from toolkit.tasks.rows import _load_hub, load_rows
 
 COLUMNS = {"text_column": "dialogue", "summary_column": "summary"}
 ROWS = [(f"text {n}", f"summary {n}") for n in range(40)]
@@ -68,6 +69,168 @@ def test_text_that_looks_like_a_missing_value_stays_text(tmp_path):
     assert splits["train"][0] == {"dialogue": "None", "summary": "NA"}
 
 
+def read(tmp_path, name, content, columns=COLUMNS):
+    """The cells of `columns` in a file with this content, without what is held out of it, and the remarks."""
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}{name}").write_bytes(content.encode() if isinstance(content, str) else content)
+    splits, remarks = load_rows(str(tmp_path), None, columns)
+    return [tuple(row[column] for column in columns.values()) for row in splits["train"]], remarks
+
+
+ODD = [
+    *(
+        "001",
+        "1.10",
+        "TRUE",
+        "true",
+        "NA",
+        "null",
+        "None",
+        "nan",
+        "2024-01-02",
+        "12345678901234567890",
+        "1e5",
+        "-0",
+        "+1",
+    ),
+    *(
+        "a\u2028b",
+        "a\u0085b",
+        "a\x0bb",
+        "a\x0cb",
+        "a\x1cb",
+        "a\x00b",
+        "\u00a0a",
+        "\ufeffa",
+        "e\u0301",
+        "\U0001f600",
+        "a,b",
+        "a;b",
+    ),
+    *(" a ", "a  b", "{text}", "{labels}", "\\N", "\\t", "'a'", "#a", "=1+1", "a\\"),
+]
+QUOTED = ['say "a"', '"a" said', '"a"', '""', '"', '5"', "a\nb", "a\r\nb", "a\rb", "a\n\nb", "a\tb", "x" * 200_000]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "all quoted", "old line ends", "with a mark"])
+def test_cells_are_read_as_they_stand(kind, tmp_path):
+    texts = [text for text in [*ODD, *QUOTED] if text.strip()]
+    rows = [(text, f"{text}{number}") for number, text in enumerate(texts)]
+    suffix, stream = ".csv", io.StringIO(newline="")
+    if kind in ("jsonl", "json"):
+        suffix, objects = f".{kind}", [dict(zip(COLUMNS.values(), row, strict=True)) for row in rows]
+        stream.write("\n".join(map(json.dumps, objects)) if kind == "jsonl" else json.dumps(objects, indent=1))
+    else:
+        suffix = ".tsv" if kind == "tsv" else ".csv"
+        quoting = csv.QUOTE_ALL if kind == "all quoted" else csv.QUOTE_MINIMAL
+        end = "\n" if kind == "old line ends" else "\r\n"
+        table = csv.writer(stream, delimiter="\t" if kind == "tsv" else ",", quoting=quoting, lineterminator=end)
+        table.writerows([[*COLUMNS.values()], *rows])
+    mark = "\ufeff" if kind == "with a mark" else ""
+    found, _ = read(tmp_path, suffix, mark + stream.getvalue())
+    assert found == rows
+
+
+def test_quotation_marks_in_tabs_are_text_where_no_cell_was_written_with_them(tmp_path):
+    marks = ['"a', 'a"', '"a" b', 'a "b"', '"a"', '"', '""', "a b"]
+    lines = ["dialogue\tsummary", *(f"{mark}\t{mark}{n}" for n, mark in enumerate(marks))]
+    found, remarks = read(tmp_path, ".tsv", "\n".join(lines))
+    assert found == [(mark, f"{mark}{n}") for n, mark in enumerate(marks)]
+    assert "train.tsv: quotation marks around or in a cell are part of its text" in remarks
+    found, remarks = read(tmp_path, ".tsv", 'dialogue\tsummary\n"a ""b"""\t"c"\n"a\tb"\td\n')
+    assert found == [('a "b"', "c"), ("a\tb", "d")]
+    assert "train.tsv: quotation marks around a cell are not part of its text" in remarks
+    assert read(tmp_path, ".tsv", '"dialogue"\t"summary"\n"a"\t"b"\n')[0] == [("a", "b")]
+
+
+def test_marks_that_close_no_cell_are_text_in_csv_too_or_refused(tmp_path):
+    found, remarks = read(tmp_path, ".csv", 'dialogue,summary\n"a,b\n"c" d,e\nf,g\n')
+    assert found == [('"a', "b"), ('"c" d', "e"), ("f", "g")] and "are part of its text" in remarks[0]
+    (tmp_path / "train.csv").write_text('dialogue,summary\n"a, b",c\n"d" e,f\n')
+    assert "train.csv: line 3: " in refusal(tmp_path) and "write each one in it twice" in refusal(tmp_path)
+    (tmp_path / "train.csv").write_text("dialogue,summary\na,b\nc, d,e\n")
+    assert "train.csv: line 3 has 3 cells, and the header 2; put a cell that has a comma" in refusal(tmp_path)
+    (tmp_path / "train.csv").write_text("dialogue,summary\na\nb,c\n")
+    assert "line 2 has 1 cells, and the header 2" in refusal(tmp_path)
+    (tmp_path / "train.csv").write_text("dialogue,summary,summary\na,b,c\n")
+    assert "its header has the column 'summary' twice" in refusal(tmp_path)
+
+
+def test_values_in_json_are_the_files_own_spelling(tmp_path):
+    values = ["1", "1.10", "1e3", "-0.0", "12345678901234567890", "true", "false", '"x"', "NaN"]
+    lines = [f'{{"dialogue": {value}, "summary": "s", "other": [1.10, {{"a": null}}]}}' for value in [*values, "null"]]
+    found, remarks = read(tmp_path, ".jsonl", "\r\n".join(lines))
+    assert [text for text, _ in found] == [value.strip('"') for value in values]
+    assert remarks == [
+        f"1 rows of {split} left out: empty dialogue or summary" for split in ("train", "validation", "test")
+    ]
+    assert read(tmp_path, ".json", f"[{','.join(lines)}]")[0] == found if (tmp_path / "train.jsonl").unlink() else True
+
+
+def test_numbers_in_parquet_are_text(tmp_path):
+    from datasets import Dataset, Features, Value
+
+    for kind, values, texts in (
+        ("int64", [1, None, 10], ["1", "10"]),
+        ("float32", [0.1, float("nan"), 5.0], ["0.1", "5.0"]),
+        ("float64", [1.1, None, 1e20], ["1.1", "1e+20"]),
+        ("bool", [True, None, False], ["true", "false"]),
+    ):
+        rows = Dataset.from_dict(
+            {"dialogue": values, "summary": ["a", "b", "c"]},
+            features=Features({"dialogue": Value(kind), "summary": Value("string")}),
+        )
+        for split in ("train", "validation", "test"):
+            rows.to_parquet(tmp_path / f"{split}.parquet")
+        splits, _ = load_rows(str(tmp_path), None, COLUMNS)
+        assert splits["test"]["dialogue"][:] == texts
+
+
+def test_columns_may_change_their_type_and_differ_between_files(tmp_path):
+    (tmp_path / "train-1.csv").write_text("dialogue,summary,id\n1,a,7\n")
+    (tmp_path / "train-2.csv").write_text("summary,dialogue\nb,x\n")
+    (tmp_path / "validation.csv").write_text("dialogue,summary,more\n1.5,a,\n")
+    (tmp_path / "test.csv").write_text("dialogue,summary\nTRUE,a\n")
+    splits, remarks = load_rows(str(tmp_path), None, COLUMNS)
+    assert splits["train"]["dialogue"][:] == ["1", "x"] and splits["train"]["summary"][:] == ["a", "b"]
+    assert splits["validation"]["dialogue"][:] == ["1.5"] and splits["test"]["dialogue"][:] == ["TRUE"]
+    assert remarks == ["train is 2 files: train-1.csv, train-2.csv"]
+
+
+def test_a_line_of_sentences_ends_with_a_line_feed_alone(tmp_path):
+    odd = [f"a{mark}b {n}" for n, mark in enumerate("\u0085\u2028\x0b\x0c\x1c\r@")]
+    (tmp_path / "rows.txt").write_bytes("".join(f"{text} @ up\r\n" for text in odd).encode("utf-8-sig"))
+    splits, _ = load_rows(str(tmp_path / "rows.txt"), None, {"text_column": "sentence", "label_column": "label"})
+    rows = [row for split in splits.values() for row in split]
+    assert sorted(row["sentence"] for row in rows) == sorted(f"{text} " for text in odd)
+    assert {row["label"] for row in rows} == {"up"}
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "rows_Sentences.txt"])
+def test_utf_16_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("a@up\n", encoding="utf-16")
+    assert "not UTF-8 but UTF-16; convert it first: iconv -f utf-16" in refusal(tmp_path)
+
+
+def test_every_cell_of_dialogsum_is_as_the_csv_module_reads_it(data):
+    splits, remarks = load_rows(str(data / "dialogsum"), None, COLUMNS)
+    assert remarks == []
+    for split, rows in splits.items():
+        with (data / "dialogsum" / f"{split}.csv").open(newline="", encoding="utf-8") as stream:
+            expected = list(csv.DictReader(stream))
+        assert len(rows) == len(expected) == {"train": 12_460, "validation": 500, "test": 1_500}[split]
+        assert all(rows[column][:] == [row[column] for row in expected] for column in expected[0])
+
+
+def test_rows_with_the_same_text_are_not_held_out_of_one_another(tmp_path):
+    rows = [(f"text {n % 40}", f"summary {n}") for n in range(120)]
+    splits, _ = load_rows(str(write_csv(tmp_path / "d", train=rows)), None, COLUMNS)
+    assert sum(map(len, splits.values())) == 120
+    texts = {split: {*of_split["dialogue"]} for split, of_split in splits.items()}
+    assert not texts["train"] & texts["validation"] and not (texts["train"] | texts["validation"]) & texts["test"]
+    assert all(6 <= len(splits[split]) <= 24 for split in ("validation", "test"))
+
+
 def test_answers_to_texts_of_any_length_are_read_back(tmp_path):
     csv.field_size_limit(131_072)  # as it is in a new process
     long = 'a "word",\n' * 40_000
@@ -100,6 +263,13 @@ def test_an_empty_file(tmp_path):
     assert "the file is empty" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("held", [b"\xef\xbb\xbf", b"\n\n", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl", "train.json"])
+def test_a_file_with_no_more_than_a_mark_or_blank_lines(name, held, tmp_path):
+    (tmp_path / name).write_bytes(held)
+    assert "the file " in refusal(tmp_path)
+
+
 def test_a_file_with_a_header_alone(tmp_path):
     assert "a header but no row" in refusal(write_csv(tmp_path / "d", train=[]))
 
@@ -127,5 +297,32 @@ def test_broken_json_is_refused(tmp_path):
     assert "cannot be read" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_text_files_of_the_hub_are_read_as_local_ones(kind, tmp_path):
+    """The hub's library takes a folder for a data set of the hub."""
+    between = "\t" if kind == "tsv" else ","
+    line = '{"dialogue": 1.10, "summary": true}' if kind == "jsonl" else f"001{between}NA"
+    head = [] if kind == "jsonl" else [between.join(COLUMNS.values())]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.{kind}").write_text("\n".join([*head, line]))
+    loaded, remarks = _load_hub(str(tmp_path), None)
+    row = {"dialogue": "1.10", "summary": "true"} if kind == "jsonl" else {"dialogue": "001", "summary": "NA"}
+    assert [rows[0] for rows in loaded.values()] == [row] * 3 and remarks == []
+
+
+def test_what_a_data_set_of_the_hub_says_of_its_files_holds(tmp_path):
+    (tmp_path / "train.csv").write_text("7;a\n8;b\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n  names: [n, text]\n---\n"
+    )
+    loaded, _ = _load_hub(str(tmp_path), None)
+    assert loaded["train"][:] == {"n": [7, 8], "text": ["a", "b"]}
+
+
 def test_a_hub_data_set_that_cannot_be_had():
     assert "cannot be had from the hub" in refusal("nobody/nothing")
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    write_csv(tmp_path, train=ROWS, validation=ROWS, test=ROWS, notes=ROWS)
+    assert load_rows(str(tmp_path), None, COLUMNS)[1] == ["not read, for no split has such a name: notes.csv"]

@@ -12,19 +12,27 @@ import pytest
 import torch
 from conftest import recipe
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, TrainingArguments
 
 from toolkit.config import parse_config
-from toolkit.data import DataArguments, load_data
+from toolkit.data import DataArguments, label_names, load_data
 from toolkit.errors import UserError
 from toolkit.finished_run import FinishedRun
 from toolkit.generation import classify, generate, losses
 from toolkit.in_context import prompts_with_examples
 from toolkit.methods.full import Full
 from toolkit.metrics.classification import classification
-from toolkit.models import ModelArguments, auto_class, head_modules, load_model_config, set_head
+from toolkit.models import (
+    ModelArguments,
+    auto_class,
+    head_modules,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    set_head,
+)
 from toolkit.prediction import predict_run
-from toolkit.preparation import Preparation
+from toolkit.preparation import Preparation, prepare
 from toolkit.tasks import TASKS, row_scores
 from toolkit.tasks.rows import load_rows
 from toolkit.tasks.tokenization import MASKED, Truncation
@@ -271,6 +279,203 @@ def test_a_head_classifies_a_batch_as_it_classifies_each_text(llama):
     ) == ["abc"[number] for number in alone]
 
 
+MOODS = ["very bad", "good", "bad", "very good", "even"]  # in no order of the alphabet
+
+
+def perfect_classifier(folder, data, id2label=None):
+    """A checkpoint with a head of five classes, and texts with the numbers of the classes that it gives them."""
+    tokenizer = load_tokenizer(ModelArguments(str(data / "models" / "stories260k")))
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512, num_labels=5
+    )
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    texts = [
+        f"{one} {other}"
+        for one in ("a", "big", "red", "cat", "sun")
+        for other in ("ran", "sat", "was", "had", "saw", "is")
+    ]
+    ids = [tokenizer(text).input_ids for text in texts]
+    with torch.no_grad():
+        states = torch.stack([model.model(torch.tensor([one])).last_hidden_state[0, -1] for one in ids])
+        model.score.weight.copy_((states[:5] - states.mean(0)) / 32)
+    classes = classify(model, tokenizer, ids, 4)
+    assert set(classes) == set(range(5))
+    if id2label:
+        model.config.id2label, model.config.label2id = id2label, {name: n for n, name in id2label.items()}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return texts, classes
+
+
+def loaded_with_head(folder, rows, path):
+    """The data and the model of a run on these rows, as it would begin."""
+    name = labelled(path, train=rows, validation=rows, test=rows)
+    flags = [
+        "--task",
+        "sequence_classification",
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        name,
+        "--use_cpu",
+    ]
+    config = parse_config(Full, flags)
+    ready = prepare(config)
+    return ready.data, load_model(config.model, ready.model_config, torch.float32, config.training)
+
+
+@pytest.mark.parametrize(
+    ("shipped", "told", "expected"),
+    [
+        (MOODS, MOODS, MOODS),
+        (
+            MOODS,
+            [None, "GOOD", "BAD", None, "EVEN"],
+            ["very bad", "GOOD", "BAD", "very good", "EVEN"],
+        ),  # three of the five
+        (MOODS, list("01234"), list("01234")),
+        (list("43210"), list("43210"), list("43210")),
+        (None, sorted(MOODS), sorted(MOODS)),  # LABEL_0, LABEL_1 ...
+    ],
+)
+def test_a_checkpoints_own_head_keeps_the_order_of_its_classes(shipped, told, expected, data, tmp_path):
+    texts, classes = perfect_classifier(tmp_path / "model", data, dict(enumerate(shipped)) if shipped else None)
+    rows = [(text, told[number]) for text, number in zip(texts, classes, strict=True) if told[number]]
+    loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
+    assert loaded.encoder.label_names == tuple(expected)
+    assert loaded.task.answers(model, loaded.encoder, loaded.test_prompts, 4) == loaded.references
+    assert any(remark.startswith("the checkpoint's own head is kept") for remark in loaded.remarks)
+    numbers = {loaded.encoder.label_names[row["labels"]] for row in loaded.train}
+    assert numbers == {name for name in told if name}
+
+
+@pytest.mark.parametrize("told", [["x", *MOODS[1:]], list("12345")])
+def test_a_head_for_other_classes_is_made_anew_and_said(told, data, tmp_path):
+    shipped = None if told[0] == "1" else dict(enumerate(MOODS))
+    texts, _ = perfect_classifier(tmp_path / "model", data, shipped)
+    rows = [(text, told[n % len(told)]) for n, text in enumerate(texts)]
+    loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
+    assert set(loaded.encoder.label_names) == set(told)
+    own = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.model.embed_tokens.weight, own.model.embed_tokens.weight)
+    assert model.score.weight.shape[0] == len(told)
+    assert not any(torch.equal(row, other) for row in model.score.weight for other in own.score.weight)
+    assert 0.01 < model.score.weight.std() < 0.04  # as a head that no checkpoint brings: 0.02
+    assert any("the checkpoint's head is for other classes" in remark for remark in loaded.remarks)
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "t5", "gpt2", "deberta-v2"])
+def test_a_head_of_any_architecture_is_kept_or_made_anew_as_a_whole(architecture, tmp_path):
+    sizes = {
+        "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64},
+        "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64},
+    }.get(architecture, {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64})
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    saved = AutoConfig.for_model(architecture, **sizes, num_labels=3)
+    saved.id2label, saved.label2id = dict(enumerate("bca")), {"b": 0, "c": 1, "a": 2}
+    AutoModelForSequenceClassification.from_config(saved).save_pretrained(tmp_path)
+    shipped = AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    for names, order, kept in (
+        ("abc", "bca", True),
+        ("abx", "abx", False),
+        ("ab", "bca", True),
+        ("abcd", "abcd", False),
+    ):
+        arguments = ModelArguments(str(tmp_path))
+        config = load_model_config(arguments, kind="head")
+        set_head(config, names, 0)
+        assert "".join(config.id2label[n] for n in range(config.num_labels)) == order
+        model = load_model(arguments, config, torch.float32, training)
+        heads = tuple(head_modules(model))
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:  # biases begin at 0 in each
+                same = weight.shape == shipped[name].shape and torch.equal(weight, shipped[name])
+                assert same is (kept or not name.startswith(heads)), name
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ([str(n) for n in range(12)], [str(n) for n in range(12)]),
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["1.5", "10", "9.25"], ["1.5", "9.25", "10"]),
+        (["10", "9", "x"], ["10", "9", "x"]),
+    ],
+)
+def test_classes_that_are_numbers_are_in_the_order_of_their_size(told, expected, tmp_path, llama):
+    rows = [(f"text {n}", name) for n, name in enumerate(told * 3)]
+    folder = labelled(tmp_path / "d", train=rows, validation=rows[:1], test=rows[:1])
+    loaded = load_data(DataArguments("sequence_classification", folder), *llama)
+    assert loaded.encoder.label_names == tuple(expected) == label_names(folder, None, "label")
+
+
+def test_classes_that_a_data_set_declares_keep_its_order(tmp_path, llama):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["up", "even", "down"])})
+    for split in ("train", "validation", "test"):
+        rows = {"sentence": [f"{split} {n}" for n in range(6)], "label": [2, 1, 0] * 2}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    loaded = load_data(DataArguments("sequence_classification", str(tmp_path)), *llama)
+    assert loaded.encoder.label_names == ("up", "even", "down")
+    assert [row["labels"] for row in loaded.train] == [2, 1, 0] * 2
+    assert loaded.references == ["down", "even", "up"] * 2
+
+
+@pytest.mark.parametrize("task", ["classification", "sequence_classification"])
+def test_a_sample_of_a_sorted_file_has_each_class(task, tmp_path, llama):
+    rows = [
+        (f"text {name} {n}", name) for name, count in (("up", 60), ("even", 30), ("down", 10)) for n in range(count)
+    ]
+    folder = labelled(tmp_path / "d", train=rows, validation=rows, test=rows)
+
+    def load(size, seed):
+        torch.manual_seed(seed)
+        return load_data(DataArguments(task, folder, max_train_samples=size, max_eval_samples=size), *llama)
+
+    one, other = load(20, 0), load(20, 1)
+    for split in one.rows:
+        assert Counter(one.rows[split]["label"]) == {"up": 12, "even": 6, "down": 2}
+        assert one.rows[split]["sentence"][:] == other.rows[split]["sentence"][:]
+    assert len({*one.train.map(lambda row: {"text": str(row["input_ids"])})["text"]}) == 20
+    assert not any("no row of" in remark for remark in one.remarks)
+    few = load(2, 0)
+    assert "--max_train_samples 2: no row of down among those of train" in few.remarks
+    assert few.encoder.label_names == one.encoder.label_names == ("down", "even", "up")
+
+
+def test_labels_that_differ_by_case_alone_are_refused(tmp_path, llama):
+    folder = labelled(tmp_path / "d", train=[("a", "Up"), ("b", "up"), ("c", "down")] * 3)
+    for task in ("classification", "sequence_classification"):
+        with pytest.raises(UserError, match=r"has the labels 'Up' and 'up', .* without regard to case"):
+            load_data(DataArguments(task, folder), *llama)
+
+
+def test_labels_that_the_tokenizer_cannot_write_are_refused_and_unknown_tokens_counted(data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "t5-small")
+    rows = [("a \u732b sat", "\u732b"), ("a dog sat", "dog")] * 3
+    folder = labelled(tmp_path / "d", train=rows, validation=rows, test=rows)
+    config = AutoConfig.for_model("t5")
+    with pytest.raises(UserError, match="cannot write the label '\u732b' of column label"):
+        load_data(DataArguments("classification", folder), config, tokenizer)
+    loaded = load_data(DataArguments("sequence_classification", folder), config, tokenizer)
+    assert "3 tokens of train are unknown to the tokenizer (<unk>)" in loaded.remarks
+    assert "6 of 6 rows of test have a text that train has too" in loaded.remarks
+
+
+def test_a_column_of_lists_is_no_text(tmp_path, llama):
+    rows = jsonl(tmp_path / "d", [{"sentence": ["a", "b"], "label": "up"}, {"sentence": "c", "label": "down"}])
+    with pytest.raises(
+        UserError, match=r"row 1 of train: its text_column has .* no text; name another with --text_column"
+    ):
+        load_data(DataArguments("classification", rows), *llama)
+    rows = jsonl(tmp_path / "e", [{"sentence": "a", "label": ["up"]}, {"sentence": "c", "label": "down"}])
+    with pytest.raises(UserError, match=r"column label has .*, which names no class"):
+        load_data(DataArguments("classification", rows), *llama)
+
+
 def test_a_model_that_does_not_fit_the_task_is_refused(tmp_path, tiny_t5):
     arguments = ModelArguments(str(tiny_t5), random_weights=True)
     with pytest.raises(UserError, match="an encoder-decoder, and this task continues one sequence"):
@@ -470,6 +675,183 @@ def test_what_a_model_says_of_decoding_does_not_steer_it(num_beams, wrapped):
     assert all(getattr(steering.generation_config, name) == value for name, value in STEERING.items())
 
 
+# Chat: what the template makes of it is what is learned and scored
+
+SPACED = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TOOLS = """{% if tools %}tools {{ tools | tojson }}
+{% endif %}{% for m in messages %}<|{{ m.role }}|>
+{% if m.tool_calls %}{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}{% endif %}{{ m.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+THOUGHTS = """{% for m in messages %}<|{{ m.role }}|>
+{% if m.role == "assistant" and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+DROPS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+MARKED = CHATML.replace(
+    "{{ m.content }}</s>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}",
+)
+CLOSED = CHATML.replace(
+    "\n{% endfor %}", "\n{% if loop.last and not add_generation_prompt %}(closed){% endif %}{% endfor %}"
+)
+ASKS_MORE = CHATML.replace(
+    "{% if add_generation_prompt %}<|assistant|>\n", "{% if add_generation_prompt %}<|assistant|>\n<think>\n"
+)
+OF_PARTS = CHATML.replace("m.content", "m.content[0].text")
+TRIMMED = CHATML.replace("m.content", "m.content | trim")
+WITHOUT_SYSTEM = CHATML.replace(
+    "<|{{ m.role }}|>\n{{ m.content }}</s>\n",
+    "{% if m.role != 'system' %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endif %}",
+)
+
+
+def chat_encoder(data, template, kind="models/stories260k"):
+    tokenizer = AutoTokenizer.from_pretrained(data / kind)
+    tokenizer.chat_template = template.replace("</s>", tokenizer.eos_token)
+    return TASKS["chat"].encoder(tokenizer, "", False, 4_000, 8)
+
+
+def learned(encoder, messages, tools=None):
+    """The turns that the labels hold, decoded, the reference of the last one, and what was lost."""
+    text, target = TASKS["chat"].pair({"messages_column": messages, "tools_column": tools})
+    lost = Truncation()
+    row = encoder.row(text, target, lost)
+    prompt, _ = encoder.prompt(text, 4_000)
+    assert row["input_ids"][: len(prompt)] == prompt  # what is scored is what is trained
+    assert row["labels"][len(prompt) - 1] == MASKED != row["labels"][len(prompt)]
+    turns, previous = [], MASKED
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (MASKED, token)
+        if label != MASKED:
+            turns = [*turns, [label]] if previous == MASKED else [*turns[:-1], [*turns[-1], label]]
+        previous = label
+    decoded = [encoder.tokenizer.decode(turn).replace(encoder.tokenizer.eos_token, "</s>") for turn in turns]
+    return [turn.strip() for turn in decoded], encoder.reference(text, target), lost
+
+
+KINDS = ["models/stories260k", "tokenizers/gpt2"]
+PLAIN = [TALK[0], {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "One, two."}]
+LONGER = [*PLAIN, {"role": "user", "content": "More?"}, {"role": "assistant", "content": "Three."}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [CHATML, SPACED, MARKED, TOOLS, OF_PARTS, TRIMMED, WITHOUT_SYSTEM, ASKS_MORE])
+def test_labels_hold_each_turn_after_the_very_ids_of_its_prompt(template, kind, data):
+    encoder = chat_encoder(data, template, kind)
+    turns, reference, lost = learned(encoder, LONGER)
+    assert turns == ["One, two.</s>", "Three.</s>"] and reference == "Three."
+    assert (lost.masked_turns, lost.unwritten_turns) == (0, template == WITHOUT_SYSTEM)
+    assert any("<think>" in remark for remark in encoder.remarks()) is (template == ASKS_MORE)
+
+
+def test_the_first_word_after_a_prompt_that_ends_in_a_space_is_learned(data):
+    encoder = chat_encoder(data, SPACED, "tokenizers/gpt2")
+    whole = encoder.tokenizer("assistant: One").input_ids
+    assert whole[-1] == encoder.tokenizer(" One").input_ids[0]  # the tokenizer joins the space and the word
+    row = encoder.row([{"role": "user", "content": "Hi?"}], "One", Truncation())
+    labels = [label for label in row["labels"] if label != MASKED]
+    assert encoder.tokenizer.convert_ids_to_tokens(labels) == ["One", encoder.tokenizer.eos_token]
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Z\u00fcrich", "days": 3}'}}
+SCHEMA = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+ASKED = {"role": "user", "content": "Weather?"}
+CALLS = [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+WRITTEN = '<call>{"name": "weather", "arguments": {"city": "Z\u00fcrich", "days": 3}}</call>'
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_calls_of_tools_are_learned_and_scored_as_the_template_writes_them(as_text, data):
+    messages = [*CALLS, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "It is sunny."}]
+    told = (json.dumps(messages), json.dumps(SCHEMA)) if as_text else (messages, SCHEMA)
+    encoder = chat_encoder(data, TOOLS, "tokenizers/gpt2")
+    turns, reference, lost = learned(encoder, *told)
+    assert turns == [f"{WRITTEN}</s>", "It is sunny.</s>"] and reference == "It is sunny." and lost == Truncation()
+    assert learned(encoder, CALLS)[:2] == ([f"{WRITTEN}</s>"], WRITTEN)
+    text, _ = TASKS["chat"].pair({"messages_column": told[0], "tools_column": told[1]})
+    assert encoder.tokenizer.decode(encoder.prompt(text)[0]).startswith(f"tools {json.dumps(SCHEMA)}")
+
+
+def test_tools_come_from_their_column_and_need_not_be_there(data, tmp_path):
+    loaded = chat(
+        data, tmp_path, [{"messages": CALLS, "tools": SCHEMA}, {"messages": CALLS}] * 2, TOOLS, max_target_length=100
+    )
+    decoded = [loaded.encoder.tokenizer.decode(ids) for ids in loaded.test_prompts]
+    assert ["tools" in text for text in decoded] == [True, False] * 2
+    assert loaded.references == [WRITTEN] * 4 and not any("left out" in remark for remark in loaded.remarks)
+    dropped = chat(data, tmp_path, [{"messages": PLAIN, "tools": SCHEMA}] * 2, CHATML)
+    assert "2 turns or tools in train are left out by the chat template" in dropped.remarks
+
+
+THOUGHT = {"role": "assistant", "content": "Two.", "reasoning_content": "It follows."}
+
+
+def test_thoughts_are_learned_where_the_template_writes_them(data):
+    turns, reference, _ = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT])
+    assert turns == ["<think>It follows.</think>Two.</s>"] and reference == "<think>It follows.</think>Two."
+    turns, _, lost = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT, ASKED, THOUGHT])
+    assert turns == ["<think>It follows.</think>Two.</s>"] and lost.masked_turns == 1
+
+
+def test_turns_that_are_not_learned_are_counted(data, tmp_path):
+    loaded = chat(data, tmp_path, [{"messages": [ASKED, THOUGHT, ASKED, THOUGHT]}] * 3, THOUGHTS)
+    assert any(remark.startswith("3 turns of the assistant in train are not learned: the") for remark in loaded.remarks)
+
+
+def test_a_token_that_closes_the_whole_conversation_leaves_earlier_turns_their_labels(data):
+    turns, _, lost = learned(chat_encoder(data, CLOSED, "tokenizers/gpt2"), LONGER)
+    assert turns == ["One, two.</s>", "Three.</s>\n(closed)"] and lost == Truncation()
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (DROPS, [ASKED, {"role": "assistant", "content": "<think>So.</think>Two."}], r"leaves out .* \('<think>So.</think>Two.'\)"),
+        (CHATML, [ASKED, THOUGHT], r"leaves out .* \('It follows.'\)"),
+        (CHATML, CALLS, r"leaves out .* \('weather'\)"),
+        (TOOLS.replace("c.function", "c.function.name"), CALLS, r"leaves out .* \('city'\)"),
+        (CHATML, [ASKED, {"role": "assistant", "content": " "}], "no turn of the role assistant .* that says something"),
+        (CHATML, [{"role": "assistant", "content": "Hi."}, ASKED], "begins with the only turn of the role assistant"),
+        (CHATML, [{"role": "user", "content": [{"type": "image"}]}, TALK[2]], "a part of the type 'image', and only text"),
+        (CHATML, [{"role": "user", "content": None}, TALK[2]], "is not a list of .* but has a message"),
+        (CHATML.replace("m.content", "m.content + 1"), PLAIN, "refuses a conversation of system, user, assistant: "),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_of_an_answer_is_refused(template, messages, expected, data, tmp_path):
+    with pytest.raises(UserError, match=expected) as caught:
+        chat(data, tmp_path, [{"messages": messages}] * 2, template)
+    assert str(caught.value).startswith("row 1 of t") and "\n" not in str(caught.value)
+
+
+def test_parts_of_text_are_the_text_and_turns_of_no_weight_are_not_learned(data):
+    encoder = chat_encoder(data, CHATML)
+    parts = [{"type": "text", "text": "Three"}, {"type": "text", "text": "."}]
+    messages = [*PLAIN[:2], PLAIN[2] | {"weight": 0}, LONGER[3], {"role": "assistant", "content": parts}]
+    turns, reference, lost = learned(encoder, messages)
+    assert turns == ["Three.</s>"] and reference == "Three." and lost == Truncation()
+    empty = [*PLAIN[:2], {"role": "assistant", "content": ""}, *LONGER[3:]]
+    assert learned(encoder, empty)[0] == ["Three.</s>"]
+
+
+def test_calls_in_parquet_have_the_arguments_that_each_of_them_has(data, tmp_path):
+    from datasets import Dataset
+
+    def calls(**arguments):
+        return [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+    rows = [{"messages": calls(city="Rome")}, {"messages": calls(days="two")}] * 2
+    (tmp_path / "d").mkdir()
+    for split in ("train", "validation", "test"):
+        Dataset.from_list(rows).to_parquet(tmp_path / "d" / f"{split}.parquet")
+    config = AutoConfig.from_pretrained(data / "models" / "stories260k")
+    loaded = load_data(DataArguments("chat", str(tmp_path / "d")), config, tokenizer_of(data, TOOLS))
+    assert loaded.references[:2] == [
+        '<call>{"name": "f", "arguments": {"city": "Rome"}}</call>',
+        '<call>{"name": "f", "arguments": {"days": "two"}}</call>',
+    ]
+
+
 # Plain text
 
 
@@ -516,6 +898,29 @@ def test_a_head_is_trained_predicted_saved_and_read_back_from_any_folder(data, t
     assert {row["base"] for row in rows} | {row["tuned"] for row in rows} <= set(run.record["label_names"])
     assert [row["base"] for row in rows] != [row["tuned"] for row in rows]
     assert run.generate([row["text"] for row in rows]) == [row["tuned"] for row in rows]
+
+
+@pytest.mark.slow
+def test_a_checkpoints_own_head_is_scored_trained_and_read_back_in_its_order(data, tmp_path):
+    texts, classes = perfect_classifier(tmp_path / "model", data, dict(enumerate(MOODS)))
+    rows = [(text, MOODS[number]) for text, number in zip(texts, classes, strict=True)]
+    name = labelled(tmp_path / "d", train=rows, validation=rows, test=rows)
+    arguments = [
+        "--task",
+        "sequence_classification",
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--dataset_name",
+        name,
+    ]
+    for method in ("lora", "full"):
+        size = ("--max_steps", "2", "--learning_rate", "1e-9", "--output_dir", tmp_path / method, "--use_cpu")
+        done = recipe(method, *arguments, *size)
+        assert done.returncode == 0, done.stderr
+        run = FinishedRun(tmp_path / method)
+        assert run.record["label_names"] == MOODS
+        assert [run.record["scores"][who]["accuracy"] for who in ("base", "tuned")] == [1.0, 1.0]
+        assert run.generate([text for text, _ in rows]) == [label for _, label in rows]
 
 
 @pytest.mark.slow

@@ -59,6 +59,18 @@ def test_truncation_shortens_the_text_and_never_the_instruction(data, kind):
     assert lost == Truncation(1, len(whole["input_ids"]) - len(row["input_ids"]), 0)
 
 
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+@pytest.mark.parametrize("text", ["Hi.", "#Person1#: I saw nine cats. " * 7, TEXT, "{text} {labels} {}", "a\n\n b "])
+def test_the_prompt_that_is_scored_is_the_one_that_is_trained(text, kind, data):
+    enc = encoder(data, kind, max_length=128, max_target_length=24)
+    prompt, _ = enc.prompt(text)
+    for target in ("Cats.", TARGET * 9):
+        ids = enc.row(text, target, Truncation())["input_ids"]
+        assert ids[: len(prompt)] == prompt and (kind != "t5" or ids == prompt)
+    if len(text) < 30:
+        assert enc.tokenizer(PROMPT.replace("{text}", text)).input_ids[: len(prompt)] == prompt
+
+
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_a_cut_target_keeps_its_end_and_is_counted(data, kind):
     enc = encoder(data, kind, max_target_length=4)

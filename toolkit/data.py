@@ -2,19 +2,21 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
-from toolkit.models import T5_FAMILY, lasting_path, longest_input, looks_like_path
+from toolkit.metrics import normalized
+from toolkit.models import T5_FAMILY, class_order, lasting_path, longest_input, looks_like_path
 from toolkit.tasks import TASKS, Task
-from toolkit.tasks.rows import load_rows
+from toolkit.tasks.rows import Splits, load_rows, sample_of_classes
 from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
 
 DEFAULT_MAX_LENGTH = 512
@@ -61,6 +63,12 @@ class DataArguments:
         default=None,
         metadata={"help": f"Column with lists of role and content. {_by_task('messages_column')}"},
     )
+    tools_column: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Column with lists of the JSON schemas of tools; it need not be there. {_by_task('tools_column')}"
+        },
+    )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column with what the user says, where there are no messages."}
     )
@@ -84,9 +92,15 @@ class DataArguments:
         default=None,
         metadata={"help": f"Most tokens of the target, also when generating. {_by_task('max_target_length')}"},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on N rows only: the first ones, or with a label column the same share of each class, the same for every "
+            "--seed."
+        },
+    )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use the first N rows only of validation, and of test."}
+        default=None, metadata={"help": "Use N rows only of validation, and of test, chosen as by --max_train_samples."}
     )
     num_beams: int | None = field(
         default=None, metadata={"help": f"Beams when generating for the scores; 1 is greedy. {_by_task('num_beams')}"}
@@ -111,6 +125,10 @@ class DataArguments:
                 raise UserError(f"--{name} {value} is not possible; give a whole number of at least 1")
         if (template := self.get("prompt_template")) is not None and "{text}" not in template:
             raise UserError(f"--prompt_template {template!r} has no {{text}}; write {{text}} where the text goes")
+        if template is not None and "{labels}" in template and "label_column" not in task.flags:
+            raise UserError(
+                f"--prompt_template {template!r} has {{labels}}, and --task {task.name} has no classes; leave it out"
+            )
         for name in ("dataset_config_name", *(flag for flag in BY_TASK if flag.endswith("_column"))):
             if name in given and self.dataset_name is None:
                 raise UserError(f"--{name} has no effect without --dataset_name; add it or leave --{name} out")
@@ -147,6 +165,7 @@ class TaskData:
     train: Dataset  # columns input_ids, attention_mask, labels: token ids, or the number of a class
     validation: Dataset
     test_prompts: list[list[int]]  # token ids, one list a row of the test split
+    references: list[str]  # what the answers to `test_prompts` are scored against
     truncation: dict[str, Truncation]
     remarks: list[str]
     fingerprint: dict[str, str]  # split: SHA-256 over the columns that are read
@@ -157,7 +176,7 @@ class TaskData:
         """The rows of the test split."""
         return self.rows["test"]
 
-    def pairs(self, split: str) -> list[tuple[Any, str]]:
+    def pairs(self, split: str) -> list[tuple[Any, Any]]:
         """Text and target of each row of `split`."""
         return list(_pairs(self.task, self.rows[split], self.columns, split))
 
@@ -173,12 +192,6 @@ class TaskData:
     def test_texts(self) -> list[str]:
         """The test split's texts, as `completions.csv` shows them."""
         return [self.task.shown(text) for text, _ in self.pairs("test")]
-
-    @cached_property
-    def references(self) -> list[str]:
-        """What the answers to `test_prompts` are scored against."""
-        targets = [target for _, target in self.pairs("test")]
-        return [self.task.reference(target, ids) for target, ids in zip(targets, self.test_prompts, strict=True)]
 
 
 def load_data(
@@ -198,16 +211,23 @@ def load_data(
             "another with --tokenizer_name, or set eos_token in its tokenizer_config.json"
         )
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
-    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns)
+    optional = [flag for flag in task.optional if getattr(args, flag) is None]
+    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns, optional)
+    columns = {flag: column for flag, column in columns.items() if column in splits["train"].column_names}
     remarks += more
-    names = _names(splits["train"], columns)
+    names = _names(splits, columns)
+    _check_names(splits, columns, names)
+    if task.model_kind == "head":
+        names = class_order(config, names)
     template = (args.get("prompt_template") or "{text}").replace("{labels}", ", ".join(names))
     encoder = task.encoder(tokenizer, template, config.is_encoder_decoder, max_length, max_target_length, names)
-    _check_labels(splits, columns, encoder)
+    _check_written(columns, encoder)
     for split in splits:
-        most = args.max_train_samples if split == "train" else args.max_eval_samples
+        flag = "max_train_samples" if split == "train" else "max_eval_samples"
+        most = getattr(args, flag)
         if most is not None and most < len(splits[split]):
-            splits[split] = splits[split].select(range(most))
+            splits[split], more = _sample(splits[split], most, columns.get("label_column"))
+            remarks += [f"--{flag} {most}: {remark} of {split}" for remark in more]
     limit = longest_input(config, tokenizer) if max_target_length and not args.max_target_length else None
     truncation = {split: Truncation() for split in splits}
     tokenized, supervised = {}, {}
@@ -221,7 +241,10 @@ def load_data(
                     "the model can take; shorten it, or have such labels cut with --max_target_length "
                     f"{min(max_target_length, limit // 2)}"
                 )
-            row = encoder.row(text, target, truncation[split])
+            try:
+                row = encoder.row(text, target, truncation[split])
+            except UserError as error:
+                raise UserError(f"row {number:,} of {split}: {error}") from None
             counts.append(_supervised(row["labels"], config.is_encoder_decoder))
             if counts[-1]:
                 rows.append(row)
@@ -229,7 +252,17 @@ def load_data(
         if counts.count(0):
             remarks.append(f"{counts.count(0):,} rows of {split} left out: no label within --max_length {max_length}")
         tokenized[split], supervised[split] = Dataset.from_list(rows), sum(counts)
-    test_prompts = _prompts(task, splits["test"], columns, encoder, truncation["test"])
+    test_prompts, references = [], []
+    for number, (text, target) in enumerate(_pairs(task, splits["test"], columns, "test"), start=1):
+        try:
+            ids, cut = encoder.prompt(text)
+            references.append(task.reference(encoder, text, target, ids))
+        except UserError as error:
+            raise UserError(f"row {number:,} of test: {error}") from None
+        test_prompts.append(ids)
+        truncation["test"].rows += cut > 0
+        truncation["test"].text_tokens += cut
+    remarks += [*encoder.remarks(), *_remarks(task, splits, columns, tokenizer, tokenized, truncation)]
     used = [tokenized[split]["input_ids"] for split in tokenized]
     if config.is_encoder_decoder and task.model_kind != "head":
         used += [tokenized[split]["labels"] for split in tokenized]
@@ -242,6 +275,7 @@ def load_data(
         tokenized["train"],
         tokenized["validation"],
         test_prompts,
+        references,
         truncation,
         remarks,
         {split: _fingerprint(splits[split], list(columns.values())) for split in splits},
@@ -253,7 +287,7 @@ def load_data(
 def label_names(dataset_name: str | None, dataset_config_name: str | None, label_column: str) -> tuple[str, ...]:
     """The classes of a data set, for predicting a head's size without a tokenizer."""
     columns = {"label_column": label_column}
-    return _names(load_rows(dataset_name, dataset_config_name, columns)[0]["train"], columns)
+    return _names(load_rows(dataset_name, dataset_config_name, columns)[0], columns)
 
 
 def lengths(
@@ -311,14 +345,41 @@ def _pairs(task: Task, rows: Dataset, columns: dict[str, str], split: str) -> An
             raise UserError(f"row {number:,} of {split}: {error}") from None
 
 
-def _prompts(task: Task, rows: Dataset, columns: dict[str, str], encoder: Encoder, lost: Truncation) -> list[list[int]]:
-    prompts = []
-    for text, _ in _pairs(task, rows, columns, "test"):
-        ids, cut = encoder.prompt(text)
-        prompts.append(ids)
-        lost.rows += cut > 0
-        lost.text_tokens += cut
-    return prompts
+def _remarks(
+    task: Task,
+    splits: Splits,
+    columns: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: dict[str, Dataset],
+    truncation: dict[str, Truncation],
+) -> list[str]:
+    """What rows lose, or have too much, without being refused."""
+    texts = {split: [task.shown(text) for text, _ in _pairs(task, splits[split], columns, split)] for split in splits}
+    known = {*texts["train"]}
+    remarks = [
+        f"{again:,} of {len(texts[split]):,} rows of {split} have a text that train has too"
+        for split in ("validation", "test")
+        if (again := sum(text in known for text in texts[split]))
+    ]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
+        for split, rows in tokenized.items():
+            if count := sum(ids.count(unknown) for ids in rows["input_ids"]):
+                remarks.append(f"{count:,} tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})")
+            labels = rows["labels"] if task.model_kind != "head" else []
+            if count := sum(ids.count(unknown) for ids in labels):
+                remarks.append(
+                    f"{count:,} label tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})"
+                )
+    for split, lost in truncation.items():
+        if lost.masked_turns:
+            remarks.append(
+                f"{lost.masked_turns:,} turns of the assistant in {split} are not learned: the chat template rewrites them, or "
+                "leaves out a part, once other turns follow"
+            )
+        if lost.unwritten_turns:
+            remarks.append(f"{lost.unwritten_turns:,} turns or tools in {split} are left out by the chat template")
+    return remarks
 
 
 def _check_embedded(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]]) -> None:
@@ -343,13 +404,28 @@ def _supervised(labels: list[int] | int, is_encoder_decoder: bool) -> int:
     return sum(label != MASKED for label in (labels if is_encoder_decoder else labels[1:]))
 
 
-def _names(train: Dataset, columns: dict[str, str]) -> tuple[str, ...]:
-    return tuple(sorted(set(train[columns["label_column"]]))) if "label_column" in columns else ()
+def _sample(rows: Dataset, size: int, label: str | None) -> tuple[Dataset, list[str]]:
+    """The first `size` of `rows`, or with a label column the same share of each class, and a remark on classes without a row."""
+    if label is None:
+        return rows.select(range(size)), []
+    chosen = sample_of_classes(rows, label, size)
+    missing = sorted({*rows[label]} - {*chosen[label]})
+    return chosen, [f"no row of {', '.join(missing)} among those"] if missing else []
 
 
-def _check_labels(splits: DatasetDict, columns: dict[str, str], encoder: Encoder) -> None:
-    """Raises UserError for classes that cannot be told apart, that train does not have, or that are too long to write."""
-    names = encoder.label_names
+def _names(splits: Splits, columns: dict[str, str]) -> tuple[str, ...]:
+    """The classes of train, as the data set orders them; else numbers by their size, and names by the alphabet."""
+    if "label_column" not in columns:
+        return ()
+    there = splits["train"][columns["label_column"]]
+    if splits.classes:
+        return tuple(name for name in splits.classes if name in {*there})
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name, re.ASCII) for name in there)
+    return tuple(sorted({*there}, key=(lambda name: (float(name), name)) if numbers else None))
+
+
+def _check_names(splits: Splits, columns: dict[str, str], names: Sequence[str]) -> None:
+    """Raises UserError for classes that cannot be told apart, or that train does not have."""
     if not names:
         return
     column = columns["label_column"]
@@ -359,15 +435,34 @@ def _check_labels(splits: DatasetDict, columns: dict[str, str], encoder: Encoder
         raise UserError(
             f"column {column} has {len(names):,} different values, so it holds no classes; name another with --label_column"
         )
+    for one, other in pairwise(sorted(names, key=normalized)):
+        if normalized(one) == normalized(other):
+            raise UserError(
+                f"column {column} has the labels {one!r} and {other!r}, and answers are compared without regard to case; write "
+                "one of them everywhere"
+            )
     for split in splits:
         if unknown := sorted(set(splits[split][column]) - set(names)):
             raise UserError(f"the {split} split has the label {unknown[0]!r}, which train has not ({', '.join(names)})")
-    if encoder.max_target_length:
-        needed = max(len(encoder.target_ids(name)) for name in names)
-        if needed > encoder.max_target_length:
+
+
+def _check_written(columns: dict[str, str], encoder: Encoder) -> None:
+    """Raises UserError for classes that are too long to write, or for which the tokenizer has no tokens."""
+    if not encoder.label_names or not encoder.max_target_length:
+        return
+    column, ids = columns["label_column"], {name: encoder.target_ids(name) for name in encoder.label_names}
+    needed = max(map(len, ids.values()))
+    if needed > encoder.max_target_length:
+        raise UserError(
+            f"--max_target_length {encoder.max_target_length} cuts labels off, the longest of which has {needed} tokens; "
+            f"give at least {needed}"
+        )
+    for name in ids:
+        written = encoder.tokenizer.decode(ids[name], skip_special_tokens=True)
+        if normalized(written) != normalized(name):
             raise UserError(
-                f"--max_target_length {encoder.max_target_length} cuts labels off, the longest of which has {needed} tokens; "
-                f"give at least {needed}"
+                f"the tokenizer cannot write the label {name!r} of column {column}: it would be {written.strip()!r}; give another "
+                "model or other names, or --task sequence_classification"
             )
 
 

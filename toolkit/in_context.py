@@ -19,7 +19,7 @@ from toolkit.metrics import score_title
 from toolkit.models import T5_FAMILY, longest_input
 from toolkit.preparation import Preparation
 from toolkit.run_folder import RunFolder
-from toolkit.tasks.chat import ChatEncoder, Messages
+from toolkit.tasks.chat import ChatEncoder, Conversation, Message
 from toolkit.tasks.tokenization import MASKED
 
 
@@ -93,14 +93,15 @@ def prompts_with_examples(ready: Preparation, number: int, seed: int) -> list[li
 def _conversations(data: TaskData, number: int, seed: int) -> list[list[int]]:
     """The prompts (token ids) of a chat: each conversation of the test split after `number` of the train split, uncut."""
     told = data.pairs("train")
-    examples: Messages = []
+    examples: list[Message] = []
     for index in _drawn(len(told), number, seed):
         asked, answer = told[index]
-        examples += [*_without_system(asked), {"role": "assistant", "content": answer}]
+        examples += [*_without_system(asked.messages), answer]
     prompts = []
     for question, _ in data.pairs("test"):
-        system = [message for message in question if message["role"] == "system"]
-        prompts.append(data.encoder.prompt([*system, *examples, *_without_system(question)], room=sys.maxsize)[0])
+        system = [message for message in question.messages if message["role"] == "system"]
+        whole = Conversation([*system, *examples, *_without_system(question.messages)], question.tools)
+        prompts.append(data.encoder.prompt(whole, room=sys.maxsize)[0])
     return prompts
 
 
@@ -109,7 +110,7 @@ def _drawn(rows: int, number: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(rows), rows)[:number]
 
 
-def _without_system(messages: Messages) -> Messages:
+def _without_system(messages: list[Message]) -> list[Message]:
     return [message for message in messages if message["role"] != "system"]
 
 

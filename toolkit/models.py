@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -43,10 +45,14 @@ from toolkit.errors import UserError
 from toolkit.memory import catalogue
 from toolkit.memory.meta import model_on_meta
 from toolkit.memory.units import format_bytes
+from toolkit.metrics import normalized
 
 # T5 and its kin. Their activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
 # Their positions are relative: lengths beyond the training length do run.
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+# Models whose heads have the names of those that classify texts, and other meanings
+OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
 
 # What a task asks of its model: that it writes text, that it is a decoder (GPT-like), or that it takes a class head.
 ModelKind = Literal["generating", "decoder", "head"]
@@ -280,14 +286,48 @@ def weights_dtype(args: ModelArguments, frozen: bool, bf16: bool, fp16: bool) ->
     return torch.float32, "trained weights are held in fp32" if not frozen else "no mixed precision"
 
 
+def class_order(config: PreTrainedConfig, label_names: Sequence[str]) -> tuple[str, ...]:
+    """The classes of the head that `config` will have: as the checkpoint's own head has them where it is for these, else as given.
+
+    It is where each name is one of its names, whatever their case. Labels that are numbers, and a checkpoint without names
+    (LABEL_0, LABEL_1 ...), go by number: then there must be as many classes on both sides.
+    """
+    if not has_own_head(config):
+        return tuple(label_names)
+    own = [str(config.id2label[number]) for number in range(config.num_labels)]
+    given = {normalized(name): name for name in label_names}
+    if given.keys() <= {*map(normalized, own)} and len({*map(normalized, own)}) == len(own):
+        return tuple(given.get(normalized(name), name) for name in own)
+    if {*label_names} == {*map(str, range(len(own)))}:
+        return tuple(map(str, range(len(own))))
+    return tuple(label_names)
+
+
+def keeps_head(config: PreTrainedConfig, label_names: Sequence[str]) -> bool:
+    """Whether the checkpoint of `config` has a head whose classes are `label_names` in their order (see `class_order`)."""
+    if not has_own_head(config) or config.num_labels != len(label_names):
+        return False
+    own = [str(config.id2label[number]) for number in range(config.num_labels)]
+    unnamed = own == [f"LABEL_{number}" for number in range(len(own))]
+    numbers = list(label_names) == [*map(str, range(len(own)))]
+    of_numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in label_names)
+    return [*map(normalized, own)] == [*map(normalized, label_names)] or numbers or (unnamed and not of_numbers)
+
+
+def has_own_head(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint of `config` was saved with a classification head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 def set_head(config: PreTrainedConfig, label_names: Sequence[str], pad_token_id: int | None) -> None:
-    """Makes `config` that of a model with a classification head, one class a label.
+    """Makes `config` that of a model with a classification head, one class a label, in the order of `class_order`.
 
     The padding token is how a GPT-like model finds the last token of a text, which its head reads.
     """
+    names = class_order(config, label_names)
     config.problem_type = "single_label_classification"
-    config.id2label = dict(enumerate(label_names))  # sets num_labels too
-    config.label2id = {name: number for number, name in enumerate(label_names)}
+    config.id2label = dict(enumerate(names))  # sets num_labels too
+    config.label2id = {name: number for number, name in enumerate(names)}
     config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
 
 
@@ -351,6 +391,29 @@ def quantization_config(
         llm_int8_skip_modules=heads,  # of both, in spite of its name
         bnb_4bit_quant_storage=dtype if sharded and args.load_in_4bit else None,
     )
+
+
+def _make_head_anew(args: ModelArguments, model: PreTrainedModel) -> None:
+    """Draws the head again where the checkpoint's own is for other classes, or classifies something else than texts.
+
+    Where it has as many classes, its rows were loaded, and each would stand for another class.
+    """
+    shipped, config = AutoConfig.from_pretrained(args.source, revision=args.model_revision), model.config
+    if not any(name.endswith(OTHER_HEADS) for name in shipped.architectures or ()) and not has_own_head(shipped):
+        return
+    if keeps_head(shipped, [config.id2label[number] for number in range(config.num_labels)]):
+        return
+    heads = [model.get_submodule(name) for name in head_modules(model)]
+    drawn = [one for head in heads for one in (*head.modules(), *head.parameters())]
+    for one in (model, *drawn):
+        one._is_hf_initialized = False
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for head in heads for p in head.parameters()], modifier_rank=0):
+            model.initialize_weights()
+    else:
+        model.initialize_weights()
 
 
 @dataclass(frozen=True)
@@ -421,7 +484,7 @@ def load_model(
         set_seed(training.seed)
         return model.to(training.device)
     options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
-    options["ignore_mismatched_sizes"] = True  # a head for other classes is made anew; `refuse_missing` sees the rest
+    options["ignore_mismatched_sizes"] = True  # a head of another size is made anew; `refuse_missing` sees the rest
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
@@ -436,6 +499,9 @@ def load_model(
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
     refuse_missing(args.source, model, found)
+    if has_head(config):
+        set_seed(training.seed)
+        _make_head_anew(args, model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed weights are for widths that 32 divides alone
             module.support_avx512bf16_for_cpu = False

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,16 @@ from toolkit.engine import (
     join_deepspeed,
 )
 from toolkit.errors import UserError
-from toolkit.models import Packed, build_on_meta, load_model_config, load_tokenizer, set_head, weights_dtype
+from toolkit.models import (
+    Packed,
+    build_on_meta,
+    has_own_head,
+    keeps_head,
+    load_model_config,
+    load_tokenizer,
+    set_head,
+    weights_dtype,
+)
 from toolkit.ranks import decided_by_main, refused_anywhere
 from toolkit.tasks import TASKS
 from toolkit.training import FineTuner
@@ -73,6 +83,8 @@ def prepare(config: Config) -> Preparation:
     with training.main_process_first(desc="reading the data"):
         data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens)
     if kind == "head":
+        if not config.model.random_weights:
+            data.remarks.extend(_head_remarks(model_config, data.encoder.label_names))
         set_head(model_config, data.encoder.label_names, tokenizer.pad_token_id)
     dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
     base = build_on_meta(config.model, model_config, dtype)
@@ -86,6 +98,20 @@ def prepare(config: Config) -> Preparation:
     preparation = Preparation(model_config, tokenizer, data, dtype, trainable, total)
     _say_what_will_be_done(config, preparation, packed, why)
     return preparation
+
+
+def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[str]:
+    """What becomes of the head that a checkpoint brings."""
+    if not has_own_head(config):
+        return []
+    own = [str(config.id2label[number]) for number in range(config.num_labels)]
+    if not keeps_head(config, label_names):
+        return [
+            f"the checkpoint's head is for other classes ({', '.join(own)[:200]}), so a new one is made; to keep it, give the labels "
+            "its names, or write theirs into id2label of its config.json"
+        ]
+    pairs = [name if name == mine else f"{mine} is {name}" for mine, name in zip(own, label_names, strict=True)]
+    return [f"the checkpoint's own head is kept, with the classes in its order: {', '.join(pairs)[:200]}"]
 
 
 def check_engine(training: TrainArguments) -> None:

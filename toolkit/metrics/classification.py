@@ -6,10 +6,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-
-def normalized(answer: str) -> str:
-    """An answer as it is compared: without surrounding space and without regard to case."""
-    return answer.strip().casefold()
+from toolkit.metrics import normalized
 
 
 class Classification(evaluate.Metric):

@@ -6,9 +6,17 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from toolkit.errors import UserError
 from toolkit.generation import generate
 from toolkit.models import ModelKind
 from toolkit.tasks.tokenization import Encoder
+
+
+def text_in(row: dict[str, Any], flag: str) -> str:
+    """The text that the column of `flag` has in `row`; raises UserError for a list or an object."""
+    if not isinstance(row[flag], str):
+        raise UserError(f"its {flag} has {str(row[flag])[:80]!r}, which is no text; name another with --{flag}")
+    return row[flag]
 
 
 class Task(ABC):
@@ -20,6 +28,7 @@ class Task(ABC):
     encoder: ClassVar[type[Encoder]] = Encoder
     metric: ClassVar[str]  # the score that stands for the others, which `row_scores` gives row by row
     higher_is_better: ClassVar[bool] = True
+    optional: ClassVar[tuple[str, ...]] = ()  # the flags whose columns need not be there
     scoring: ClassVar[str]  # one sentence on what the scores are
 
     def column_flags(self, given: dict[str, Any]) -> list[str]:
@@ -30,7 +39,7 @@ class Task(ABC):
         """Raises UserError for flags (`given`: those that the user named) that cannot be right together."""
 
     @abstractmethod
-    def pair(self, row: dict[str, Any]) -> tuple[Any, str]:
+    def pair(self, row: dict[str, Any]) -> tuple[Any, Any]:
         """The text and the target of a row, whose values go by the flags that name their columns.
 
         Raises: UserError for values that are none.
@@ -40,9 +49,9 @@ class Task(ABC):
         """The text of a pair as `completions.csv` shows it."""
         return str(text)
 
-    def reference(self, target: str, prompt: Sequence[int]) -> str:
-        """What an answer to `prompt` (token ids) is scored against."""
-        return target
+    def reference(self, encoder: Encoder, text: Any, target: Any, prompt: Sequence[int]) -> str:
+        """What an answer to `text`, whose `prompt` has these token ids, is scored against."""
+        return str(target)
 
     def answers(
         self,

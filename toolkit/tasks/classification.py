@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from toolkit.tasks.base import Task
+from toolkit.tasks.base import Task, text_in
 
 
 class Classification(Task):
@@ -25,7 +25,7 @@ class Classification(Task):
 
     def pair(self, row: dict[str, Any]) -> tuple[str, str]:
         """The text and the name of its class."""
-        return str(row["text_column"]), str(row["label_column"])
+        return text_in(row, "text_column"), text_in(row, "label_column")
 
     def score(
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]

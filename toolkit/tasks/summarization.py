@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from toolkit.tasks.base import Task
+from toolkit.tasks.base import Task, text_in
 
 
 class Summarization(Task):
@@ -20,9 +20,9 @@ class Summarization(Task):
     metric: ClassVar[str] = "rougeL"
     scoring: ClassVar[str] = "ROUGE F-measures with stemming"
 
-    def pair(self, row: dict[str, Any]) -> tuple[Any, str]:
+    def pair(self, row: dict[str, Any]) -> tuple[Any, Any]:
         """The text and its summary."""
-        return str(row["text_column"]), str(row["summary_column"])
+        return text_in(row, "text_column"), text_in(row, "summary_column")
 
     def score(
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]

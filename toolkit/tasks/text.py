@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from toolkit.generation import generate, losses
 from toolkit.models import ModelKind, longest_input
-from toolkit.tasks.base import Task
+from toolkit.tasks.base import Task, text_in
 from toolkit.tasks.tokenization import Encoder, Truncation
 
 CONTINUATION = 128
@@ -45,9 +45,9 @@ class Text(Task):
 
     def pair(self, row: dict[str, Any]) -> tuple[str, str]:
         """The text; there is no target beside it."""
-        return str(row["text_column"]), ""
+        return text_in(row, "text_column"), ""
 
-    def reference(self, target: str, prompt: Sequence[int]) -> str:
+    def reference(self, encoder: Encoder, text: str, target: str, prompt: Sequence[int]) -> str:
         """How many tokens of the text are predicted: all but the first."""
         return str(len(prompt) - 1)
 

@@ -21,6 +21,8 @@ class Truncation:
     rows: int = 0
     text_tokens: int = 0
     target_tokens: int = 0
+    masked_turns: int = 0  # of the assistant in a chat, which the template does not write as it would answers
+    unwritten_turns: int = 0  # of others in a chat, or tools, which the template leaves out
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,14 @@ class Encoder:
         """One training row: `input_ids`, `attention_mask` and `labels`; adds what was cut off to `lost`.
 
         T5-like: labels (target,) are the target's ids. GPT-like: ids are prompt then target, and labels
-        (prompt + target,) are masked over the prompt, so that the loss is on the target alone.
+        (prompt + target,) are masked over the prompt, so that the loss is on the target alone. The prompt is cut as it
+        is where the model answers, whatever the target's length.
         """
         labels = self.target_ids(target)
         cut_target = max(0, len(labels) - self.max_target_length)
         if cut_target:
             labels = [*labels[: self.max_target_length - 1], labels[-1]]  # keeps the end-of-text token
-        room = self.max_length if self.is_encoder_decoder else self.max_length - len(labels)
-        ids, cut_text = self.prompt(text, room)
+        ids, cut_text = self.prompt(text)
         lost.rows += bool(cut_text or cut_target)
         lost.text_tokens += cut_text
         lost.target_tokens += cut_target
@@ -114,6 +116,10 @@ class Encoder:
 
     def end_tokens(self) -> list[int]:
         """The ids that end an answer beside the tokenizer's and the model's own end-of-text tokens."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What the user should know of how rows are made."""
         return []
 
     def _prompt_ids(self, text: str) -> list[int]:
