@@ -16,12 +16,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.memory import loading, meta_ops, quantized
 from toolkit.memory.allocator import AllocatorMeter
@@ -32,6 +34,7 @@ from toolkit.memory.trace import Trace
 from toolkit.memory.units import MIB, format_bytes
 
 _NOTEWORTHY = 256 * MIB  # an estimated context is not known better
+_DISPATCH = {__name__, "toolkit.memory.trace"}  # the modules between an operator's caller and its overlay
 _MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
 
 
@@ -96,6 +99,7 @@ class CudaOverlay:
     def __init__(self, card: Card) -> None:
         self.card = card
         self._threads: set[bool] = set()  # whose cuBLAS handle has its workspace: the main thread's, autograd's
+        _alone()  # while autograd can still be asked
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
         name = op.name()
@@ -127,21 +131,59 @@ class CudaOverlay:
 
 
 def _sums_gradients(args: tuple) -> bool:
-    """Whether this addition is autograd's engine summing the gradients of a tensor that was used twice.
+    """Whether this addition is one that autograd's engine does in place: the sum of the gradients of a tensor used twice.
 
-    torch/csrc/autograd/input_buffer.cpp, `accumulate`: it adds in place where it holds the only reference to the first
-    gradient. It never does so for tensor subclasses, which fake tensors are, so the shadow sees an addition out of place.
-    The engine adds from C++, so the nearest Python frame outside the trace is its caller's; a node written in Python, or
-    checkpointing's recomputation, would stand in between.
+    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the engine adds into the first gradient where that is
+    dense, and where neither the tensor nor its storage has another holder. A view never is: it keeps its base, which holds
+    the storage too (the gradient of a linear layer's 3-D input, of a tied embedding). Another holder of the tensor is a
+    second node that the same gradient was given to and that has not run yet. The engine never adds in place to tensor
+    subclasses, which fake tensors are, so the shadow sees each addition out of place, and asks for the counts itself.
     """
-    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
-        return False
-    frame: Any = sys._getframe(3)  # this function, the overlay's run, the trace's dispatch, and who called the operator
-    if frame is None or frame.f_code.co_name != "_engine_run_backward":
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2 or not _engine_calls():
         return False
     first, second = args[:2]
     alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape
-    return alike and first.dtype == second.dtype and _is_dense(first)
+    return alike and first.dtype == second.dtype and _is_dense(first) and _holders(first) == _alone()
+
+
+def _engine_calls() -> bool:
+    """Whether the operator that is run was called by autograd's engine or by a node written in C++.
+
+    The engine adds from C++, so the nearest Python frame outside this package's dispatch is the one that started the
+    backward pass; a node written in Python, or checkpointing's recomputation, would stand in between.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") in _DISPATCH:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How often PyTorch's C++ side holds `tensor`, and its storage."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+class _FirstGradient(TorchDispatchMode):
+    """Notes the holders of the first gradient that the engine adds to."""
+
+    holders = (0, 0)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if op is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
+            self.holders = _holders(args[0])
+        return op(*args, **(kwargs or {}))
+
+
+@cache
+def _alone() -> tuple[int, int]:
+    """`_holders` of a gradient that has no other holder, as a dispatch mode sees it: the engine, the call and Python's object.
+
+    Found by a backward pass, for the counts differ between versions of PyTorch; not to be called first within an operator.
+    """
+    with torch.enable_grad(), _FirstGradient() as seen:
+        x = torch.ones(1, requires_grad=True) * 1.0
+        torch.autograd.grad(x * 2.0 - x * 3.0, x)
+    return seen.holders
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
