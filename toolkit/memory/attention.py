@@ -70,6 +70,8 @@ def attention_on(card: Card) -> Any:
     ) -> torch.Tensor:
         kernel = choose_kernel(card, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         ops = torch.ops.aten
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = _additive(attn_mask, query.dtype)
         # cuDNN keeps what flash keeps, the output and a log-sum-exp for each row, and the mask as a bias in 16 bits, as `efficient` does
         if kernel == "flash" or (kernel == "cudnn" and attn_mask is None):
             size = query.shape[-1]
@@ -90,12 +92,16 @@ def attention_on(card: Card) -> Any:
     return scaled_dot_product_attention
 
 
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`convert_boolean_attn_mask`: 0 where `mask` is true, -inf elsewhere; every kernel is given it so."""
+    zero, never = (torch.tensor(value, dtype=dtype, device=mask.device) for value in (0.0, -torch.inf))
+    return torch.where(mask, zero, never)
+
+
 def _bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """What the memory-efficient kernel is given: additive, expanded, and with rows padded to a multiple of 16 bytes."""
     if attn_mask is None:
         return None
-    if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     keys = key.shape[-2]
     if keys % 16:
         attn_mask = F.pad(attn_mask, (0, -keys % 16))[..., :keys]

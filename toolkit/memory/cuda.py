@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -25,16 +26,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.memory import loading, meta_ops, quantized
+from toolkit.memory import attention, loading, meta_ops, quantized
 from toolkit.memory.allocator import AllocatorMeter
-from toolkit.memory.attention import attention_on
 from toolkit.memory.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cards import Card
 from toolkit.memory.trace import Trace
 from toolkit.memory.units import MIB, format_bytes
 
 _NOTEWORTHY = 256 * MIB  # an estimated context is not known better
-_DISPATCH = {__name__, "toolkit.memory.trace"}  # the modules between an operator's caller and its overlay
+_DISPATCH = {__name__, "toolkit.memory.trace", "torch._ops"}  # the modules between an operator's caller and its overlay
 _MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
 
 
@@ -80,8 +80,12 @@ def embedding_backward(args: tuple) -> list[int]:
 
 
 def safe_softmax(args: tuple) -> list[int]:
-    """native/transformers/attention.cpp: a softmax, and where all of a row's scores are masked, beside the result."""
-    return [_bytes(args[0]), args[0].numel()]
+    """native/transformers/attention.cpp: which scores are masked, in which rows all are, and the zero that is written there.
+
+    It is written into the softmax itself, so there is no second matrix of scores.
+    """
+    scores, dim = args[:2]
+    return [scores.numel(), scores.numel() // scores.shape[dim], scores.element_size()]
 
 
 HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
@@ -106,7 +110,7 @@ class CudaOverlay:
         stand_in = quantized.STAND_INS.get(name)
         if stand_in is not None:
             return stand_in(self.card, trace, args, kwargs)
-        if name == "aten::add.Tensor" and _sums_gradients(args):
+        if name == "aten::add.Tensor" and (_sums_gradients(args) or _adds_a_mask()):
             return args[0]
         result = meta_ops.run(op, args, kwargs)
         if name in _MATRIX_PRODUCTS:
@@ -139,23 +143,34 @@ def _sums_gradients(args: tuple) -> bool:
     second node that the same gradient was given to and that has not run yet. The engine never adds in place to tensor
     subclasses, which fake tensors are, so the shadow sees each addition out of place, and asks for the counts itself.
     """
-    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2 or not _engine_calls():
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
+        return False
+    if _caller().co_name != "_engine_run_backward":
         return False
     first, second = args[:2]
     alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape
     return alike and first.dtype == second.dtype and _is_dense(first) and _holders(first) == _alone()
 
 
-def _engine_calls() -> bool:
-    """Whether the operator that is run was called by autograd's engine or by a node written in C++.
+def _adds_a_mask() -> bool:
+    """Whether this addition is that of a mask to the scores of the math kernel for attention.
 
-    The engine adds from C++, so the nearest Python frame outside this package's dispatch is the one that started the
-    backward pass; a node written in Python, or checkpointing's recomputation, would stand in between.
+    native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: in place, but not for tensor subclasses. The
+    kernel is called from `attention`, and adds from C++.
+    """
+    return _caller().co_filename == attention.__file__
+
+
+def _caller() -> CodeType:
+    """The Python code from which the operator that is run was called: the nearest outside this package's dispatch.
+
+    Autograd's engine, its nodes and kernels in C++ have no frame: theirs is the code that called them. A node written in
+    Python, or checkpointing's recomputation, has one.
     """
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") in _DISPATCH:
+    while frame.f_globals.get("__name__") in _DISPATCH:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+    return frame.f_code
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int]:
@@ -218,7 +233,7 @@ def _is_autocast(x: torch.Tensor) -> bool:
 def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
     """Functions of `torch.nn.functional` by name, as they run on `card`; tensors that are not fake pass unchanged."""
     softmax, log_softmax, cross_entropy = F.softmax, F.log_softmax, F.cross_entropy
-    dropout, attention, fake_attention = F.dropout, F.scaled_dot_product_attention, attention_on(card)
+    dropout, real_attention, fake_attention = F.dropout, F.scaled_dot_product_attention, attention.attention_on(card)
 
     def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
         # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first. A dtype that is given is kept.
@@ -256,7 +271,7 @@ def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
     def cuda_attention(query: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(query, FakeTensor):
             return in_lower_precision(fake_attention, query, *args, **kwargs)
-        return attention(query, *args, **kwargs)
+        return real_attention(query, *args, **kwargs)
 
     return {
         "softmax": cuda_softmax,
