@@ -161,6 +161,21 @@ def test_ampere_and_later_run_flash_unless_there_is_a_mask_or_float32():
     assert kernel(ADA, mask=torch.zeros(1, 1, 16, 16, dtype=torch.float16), causal=False) == "efficient"
 
 
+def test_a_pytorch_that_was_built_without_flash_runs_the_next_kernel(fake):
+    assert kernel(ADA, torch.bfloat16, built_with_flash=False) == "efficient"
+    assert kernel(ADA, torch.bfloat16, heads=(8, 2), built_with_flash=False) == "math"
+    query = fake(1, 4, 64, 32, dtype=torch.float16)
+
+    def kernels(built):
+        events, device = Log(), Cuda(ADA, built_with_flash=built)
+        with device.running(), Trace(events, overlay=device.overlay()):
+            F.scaled_dot_product_attention(query, query, query)
+        return {op for _, _, op in events.events if "attention" in op}
+
+    assert kernels(True) == {"aten::_scaled_dot_product_flash_attention"}
+    assert kernels(False) == {"aten::_scaled_dot_product_efficient_attention"}
+
+
 def test_heads_of_256_train_with_flash_on_consumer_cards_only_without_dropout():
     assert kernel(ADA, size=256) == "flash"
     assert kernel(ADA, size=256, dropout_p=0.1) == "efficient"

@@ -230,10 +230,11 @@ def _is_autocast(x: torch.Tensor) -> bool:
     return isinstance(x, FakeTensor) and torch.is_autocast_enabled("cpu") and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
+def replaced_functions(card: Card, built_with_flash: bool = True) -> dict[str, Callable[..., Any]]:
     """Functions of `torch.nn.functional` by name, as they run on `card`; tensors that are not fake pass unchanged."""
     softmax, log_softmax, cross_entropy = F.softmax, F.log_softmax, F.cross_entropy
-    dropout, real_attention, fake_attention = F.dropout, F.scaled_dot_product_attention, attention.attention_on(card)
+    dropout, real_attention = F.dropout, F.scaled_dot_product_attention
+    fake_attention = attention.attention_on(card, built_with_flash)
 
     def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
         # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first. A dtype that is given is kept.
@@ -297,6 +298,7 @@ class Cuda:
         budget_bytes: what the process may take, context included; by default all that the card offers.
         adapters_cast_on_device: see `loading.replay`.
         empties_cache_after_casts: whether PEFT gives the cache back after its casts (0.20 and later do).
+        built_with_flash: whether PyTorch holds the flash kernel; by default as the installed one does.
     """
 
     def __init__(
@@ -306,6 +308,7 @@ class Cuda:
         budget_bytes: int | None = None,
         adapters_cast_on_device: bool = False,
         empties_cache_after_casts: bool = True,
+        built_with_flash: bool | None = None,
     ) -> None:
         self.card = card
         self.name = card.name
@@ -314,6 +317,7 @@ class Cuda:
         self.expandable_segments = _expandable_segments() if expandable_segments is None else expandable_segments
         self.adapters_cast_on_device = adapters_cast_on_device
         self.empties_cache_after_casts = empties_cache_after_casts
+        self.built_with_flash = attention.installed_has_flash() if built_with_flash is None else built_with_flash
         self._meter = AllocatorMeter(self.expandable_segments)
 
     @property
@@ -346,7 +350,7 @@ class Cuda:
     @contextmanager
     def running(self) -> Iterator[None]:
         """While open, functions take the paths that they take on this card."""
-        replaced = replaced_functions(self.card)
+        replaced = replaced_functions(self.card, self.built_with_flash)
         before = {name: getattr(F, name) for name in replaced}
         with quantized.cuda_paths(), cuda_autocast():
             for name, function in replaced.items():
