@@ -71,7 +71,8 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
 
     def build() -> PreTrainedModel:
         model = build_on_meta(config.model, model_config, dtype, sharded=engine.shards_parameters)
-        catalogue.separate_head(model, config.model.source)
+        if not config.model.random_weights:  # which are made from the config alone, as this model is
+            catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
             return config.method.attach(model)
 
