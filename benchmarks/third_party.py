@@ -64,11 +64,18 @@ class Run:
     max_grad_norm: float = 0.0  # 0: no clipping
     gradient_checkpointing: bool = False
     use_reentrant: bool = False
-    attention: str = "sdpa"  # sdpa, efficient (pinned), eager, flash_attention_2, default (as transformers of the time chose)
+    use_cache: bool = (
+        True  # the config's default: where layers are not checkpointed, keys and values are kept for no use
+    )
+    attention: str = (
+        "sdpa"  # sdpa, efficient (pinned), eager, flash_attention_2, default (as transformers of the time chose)
+    )
     built_with_flash: bool = True
     mask: str = "ones"  # none, ones, padded (all rows but the first end in padding)
     zero_grad: str = "before the batch"  # before the batch, before backward, after the step
-    output_lives: str = "step"  # forward (as in Trainer), step (deleted after it), next forward (until a new one replaces it)
+    output_lives: str = (
+        "step"  # forward (as in Trainer), step (deleted after it), next forward (until a new one replaces it)
+    )
     keys_repeated: bool = False  # for each query head, before attention
     steps: int = 3
     stack: str = ""  # "torch 2.6.0+cu124, transformers 4.51.3, ..."
@@ -104,7 +111,10 @@ def run_of(described: dict[str, Any], row: dict[str, str]) -> Run:
     """The run that `row` of the set describes."""
     kinds: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": _flag, "str": str}
     given = {name: value(spec, row) for name, spec in described["run"].items()}
-    known = {one.name: kinds.get(str(one.type), lambda fields: {k: _number(v) for k, v in fields.items()}) for one in fields(Run)}
+    known = {
+        one.name: kinds.get(str(one.type), lambda fields: {k: _number(v) for k, v in fields.items()})
+        for one in fields(Run)
+    }
     return Run(**{name: known[name](said) for name, said in given.items() if said is not None})
 
 
@@ -148,7 +158,9 @@ def config_of(run: Run) -> Any:
         short |= {name.split("/")[-1].lower(): name for name in catalogue.names()}
         entry = short.get(run.model.split("/")[-1].lower())
         if entry is None:
-            raise LookupError(f"{run.model}: its config is neither in the catalogue nor in benchmarks/loops/models.yaml")
+            raise LookupError(
+                f"{run.model}: its config is neither in the catalogue nor in benchmarks/loops/models.yaml"
+            )
         known = catalogue.config_of(entry) if isinstance(entry, str) else None
         known = known or AutoConfig.for_model(entry["model_type"], **entry["fields"])
     for name, said in run.config.items():
@@ -165,7 +177,7 @@ def build(run: Run) -> Any:
     from toolkit.memory.meta import model_on_meta
 
     config, dtype = config_of(run), getattr(torch, run.dtype)
-    config.use_cache = False
+    config.use_cache = run.use_cache and not run.gradient_checkpointing
     quantization = None
     if run.quantization.startswith("nf4"):
         quantization = BitsAndBytesConfig(
@@ -212,12 +224,23 @@ def optimizer_of(run: Run, parameters: list[Any]) -> Any:
     import torch
 
     name = run.optimizer.split()[0].lower().removesuffix("_torch")
-    torch_names = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop", "adagrad": "Adagrad", "adafactor": "Adafactor"}
+    torch_names = {
+        "sgd": "SGD",
+        "adam": "Adam",
+        "adamw": "AdamW",
+        "rmsprop": "RMSprop",
+        "adagrad": "Adagrad",
+        "adafactor": "Adafactor",
+    }
     if name in torch_names:
         return getattr(torch.optim, torch_names[name])(parameters, lr=1e-4, foreach=True)
     if name in ("adamw_fused", "adamw_torch_fused"):
         return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    bitsandbytes_names = {"paged_adamw_8bit": "PagedAdamW8bit", "adamw_8bit": "AdamW8bit", "adamw_bnb_8bit": "AdamW8bit"}
+    bitsandbytes_names = {
+        "paged_adamw_8bit": "PagedAdamW8bit",
+        "adamw_8bit": "AdamW8bit",
+        "adamw_bnb_8bit": "AdamW8bit",
+    }
     bitsandbytes_names |= {"paged_adamw_32bit": "PagedAdamW32bit", "paged_adamw": "PagedAdamW"}
     if name in bitsandbytes_names:
         import bitsandbytes
@@ -233,28 +256,47 @@ def optimizer_of(run: Run, parameters: list[Any]) -> Any:
 def of_the_stack(run: Run, model: Any, mode: Any) -> Iterator[None]:
     """While open, the installed libraries do what those of `run.stack` did, where that decides memory and is known.
 
-    - transformers up to 4.48 copies the logits once more, to shift them, and up to 4.45 the model returns them in float32.
-    - transformers up to 5.17 repeats keys and values before SDPA where `keys_repeated` says so, and up to 4 always did.
-    - its rotary embeddings multiplied matrices, so that cuBLAS took its workspace before the first layer: a 1 x 1 product.
+    - Rotary embeddings of transformers up to 5.17 multiply matrices, so that cuBLAS takes its workspace before the first layer.
+    - transformers 4 repeats keys and values for each query head before SDPA, copies what is not contiguous, and makes one
+      additive mask for all layers; T5's attention adds position bias and mask once and in place.
+    - Its loss copies the logits once more, to shift them, up to 4.48; up to 4.45, and for GPT-like models up to 4.48, the
+      model's forward does, in float32 or as they are.
     - bitsandbytes up to 0.49 has no fused 4-bit product: the weight is always dequantized.
     """
     import torch.nn.functional as F
+    from transformers.cache_utils import DynamicLayer
+    from transformers.modeling_utils import AttentionInterface
+    from transformers.models.t5 import modeling_t5
 
     from toolkit.memory import quantized
 
-    transformers, bitsandbytes = run.version("transformers"), run.version("bitsandbytes")
+    transformers, bitsandbytes = run.version("transformers") or (9,), run.version("bitsandbytes") or (9,)
+    base = _base(model)
+    gpt_like = base.config.model_type in ("gpt2", "gpt_neo", "gpt_bigcode")
     with ExitStack() as stack:
-        if transformers and transformers < (5, 18):
+        if transformers < (5, 18):
             _multiply_before_the_first_layer(model, mode)
-        if run.keys_repeated or (transformers and transformers < (4, 53)):
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", partial(_repeated, F.scaled_dot_product_attention)))
-        if bitsandbytes and bitsandbytes < (0, 50):
+        if run.keys_repeated:
+            stack.enter_context(
+                patch.object(F, "scaled_dot_product_attention", partial(_repeated, F.scaled_dot_product_attention))
+            )
+        if transformers < (5, 0):
+            if run.attention != "flash_attention_2":
+                stack.enter_context(patch.dict(AttentionInterface._global_mapping, {"sdpa": _sdpa_of_4}))
+            stack.enter_context(patch.object(DynamicLayer, "update", _cache_of_4))
+            stack.enter_context(patch.object(modeling_t5, "eager_attention_forward", _t5_attention_of_4))
+        if bitsandbytes < (0, 50):
             stack.enter_context(patch.object(quantized, "fused_rule", lambda: None))
-        if transformers and transformers < (4, 49):
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            if not base.config.is_encoder_decoder:
+        if transformers < (4, 49) and not base.config.is_encoder_decoder:
+            if gpt_like or transformers < (4, 46):
+                base.forward = partial(_forward_with_loss, base, not gpt_like)
+            else:
                 base.loss_function = _loss_of_copied_logits
         yield
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _multiply_before_the_first_layer(model: Any, mode: Any) -> None:
@@ -279,6 +321,78 @@ def _repeated(attention: Callable[..., Any], query: Any, key: Any, value: Any, *
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
         kwargs.pop("enable_gqa", None)
     return attention(query, key, value, *args, **kwargs)
+
+
+def _sdpa_of_4(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: Any = None,
+    **more: Any,
+) -> tuple[Any, None]:
+    """transformers 4.51, integrations/sdpa_attention.py."""
+    import torch
+    import torch.nn.functional as F
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    groups = getattr(module, "num_key_value_groups", 1)
+    query, key, value = (t.contiguous() for t in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        if not hasattr(attention_mask, "_additive"):
+            zero, never = torch.zeros((), dtype=query.dtype), torch.full((), -torch.inf, dtype=query.dtype)
+            attention_mask._additive = torch.where(attention_mask, zero, never)
+        attention_mask = attention_mask._additive
+    causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True)
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _cache_of_4(layer: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """transformers 4.51, cache_utils.py, `DynamicCache.update`: the first keys and values are kept as they are, not copied."""
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    return keys, values
+
+
+def _t5_attention_of_4(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    dropout: float = 0.0,
+    position_bias: Any = None,
+    **more: Any,
+) -> tuple[Any, Any]:
+    """transformers 4.51, models/t5/modeling_t5.py, `T5Attention`: layers share the sum of position bias and mask."""
+    import torch
+    import torch.nn.functional as F
+
+    scores = torch.matmul(query, key.transpose(3, 2))
+    if mask is not None:
+        if not hasattr(position_bias, "_masked"):
+            position_bias._masked = position_bias + mask
+        position_bias = position_bias._masked
+    scores += position_bias
+    weights = F.dropout(F.softmax(scores.float(), dim=-1).type_as(scores), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _forward_with_loss(base: Any, in_float32: bool, input_ids: Any, labels: Any, **more: Any) -> Any:
+    """transformers 4.45, `forward` of Llama, Mistral, Granite (in float32), and up to 4.48 of GPT-2's kin (as they are)."""
+    import torch.nn.functional as F
+    from transformers.modeling_outputs import CausalLMOutput
+
+    hidden = base.base_model(input_ids=input_ids, **more)[0]
+    logits = base.get_output_embeddings()(hidden)
+    scale = getattr(base.config, "logits_scaling", None)
+    logits = logits if scale is None else logits / scale
+    logits = logits.float() if in_float32 else logits
+    shifted = logits[..., :-1, :].contiguous()
+    loss = F.cross_entropy(shifted.view(-1, shifted.size(-1)), labels[..., 1:].contiguous().view(-1))
+    return CausalLMOutput(loss=loss, logits=logits)
 
 
 def _loss_of_copied_logits(logits: Any, labels: Any, vocab_size: int, **more: Any) -> Any:
@@ -312,7 +426,7 @@ def predict(run: Run) -> dict[str, int]:
     device = Cuda(
         find_card(run.card),
         expandable_segments=False,
-        adapters_cast_on_device=run.adapters_on_device,
+        adapters_cast_on_device=run.method == "lora" and run.adapters_on_device,
         empties_cache_after_casts=not peft or peft >= (0, 20),
         built_with_flash=run.built_with_flash,
     )
@@ -400,7 +514,9 @@ def compared(name: str, index: int, row: dict[str, str]) -> dict[str, Any]:
     described, began = description(name), time.perf_counter()
     run, found = run_of(described, row), measured(described, row)
     entry: dict[str, Any] = {"set": name, "index": index, "source": value(described["source"], row), "stack": run.stack}
-    entry |= {n: getattr(run, n) for n in ("card", "model", "method", "quantization", "batch_size", "seq_len", "optimizer")}
+    entry |= {
+        n: getattr(run, n) for n in ("card", "model", "method", "quantization", "batch_size", "seq_len", "optimizer")
+    }
     predicted = predict(run)
     return entry | {
         "measured_bytes": {figure: round(nbytes) for figure, nbytes in found.items()},
@@ -458,10 +574,14 @@ def show(content: dict[str, Any]) -> None:
     """Prints each row's errors and the summary."""
     for entry in content["rows"]:
         cells = "  ".join(f"{figure} {percent:+.3f}" for figure, percent in entry["error_percent"].items())
-        print(f"{entry['set']} {entry['index']} {entry['model']} {entry['method']} {entry['quantization']} {entry['optimizer']} {entry['batch_size']}x{entry['seq_len']}: {cells}")
+        print(
+            f"{entry['set']} {entry['index']} {entry['model']} {entry['method']} {entry['quantization']} {entry['optimizer']} {entry['batch_size']}x{entry['seq_len']}: {cells}"
+        )
     for name, figures in content.get("summary_percent", {}).items():
         for figure, errors in figures.items():
-            print(f"{name:<14}{figure:<28}{errors['mean']:>9.3f}{errors['worst']:>9.3f}   under {errors['under']:.3f}   ({errors['rows']} rows)")
+            print(
+                f"{name:<14}{figure:<28}{errors['mean']:>9.3f}{errors['worst']:>9.3f}   under {errors['under']:.3f}   ({errors['rows']} rows)"
+            )
 
 
 def main() -> int:
@@ -469,7 +589,9 @@ def main() -> int:
     parser.add_argument("set", nargs="?", choices=sorted(p.stem for p in LOOPS.glob("*.yaml") if p.stem != "models"))
     parser.add_argument("data", nargs="?", type=Path, help="CSV of measured runs")
     parser.add_argument("--rows", type=int, nargs="*", help="only these, counted from 0")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="rows that it has already stay; those predicted anew are replaced")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="rows that it has already stay; those predicted anew are replaced"
+    )
     parser.add_argument("--show", action="store_true", help="print the results file and do nothing else")
     args = parser.parse_args()
     if args.show:
