@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import third_party  # noqa: E402
+import third_party
 
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results" / "t4_accuracy.json"
