@@ -151,7 +151,9 @@ def third_party() -> str:
         notes.append(f"- `{name}` ({'; '.join(sorted({row['stack'] for row in rows}))}): {about['misses']}")
     stack = ", ".join(f"{library} {version}" for library, version in result["predicted_with"].items())
     dates = sorted(row["date"] for row in result["rows"])
-    return "\n".join([*lines, "", *notes, "", f"{dates[-1]}, predicted with {stack}; made by `python benchmarks/third_party.py`."])
+    return "\n".join(
+        [*lines, "", *notes, "", f"{dates[-1]}, predicted with {stack}; made by `python benchmarks/third_party.py`."]
+    )
 
 
 def methods() -> str:
