@@ -131,6 +131,31 @@ def _session(result: dict[str, Any]) -> str:
     )
 
 
+def third_party() -> str:
+    """Predicted against measured on sets of runs that others published; errors in percent, and what is known of them."""
+    result = json.loads((RESULTS / "third_party.json").read_text(encoding="utf-8"))
+    lines = [
+        "| set | rows | allocated, mean (worst) | what decides whether it fits, mean (worst; most under) |",
+        "|---|---:|---:|---:|",
+    ]
+    notes = []
+    for name, about in result["sets"].items():
+        rows = [row for row in result["rows"] if row["set"] == name]
+        errors = result["summary_percent"][name]
+        allocated, decides = errors.get("peak_allocated"), errors[rows[0]["decides"]]
+        cell = f"{allocated['mean']:.3f} % ({allocated['worst']:.3f} %)" if allocated else "not measured"
+        lines.append(
+            f"| {about['what']} | {len(rows)} | {cell} | {rows[0]['decides'].replace('peak_', '')}: "
+            f"{decides['mean']:.2f} % ({decides['worst']:.2f} %; {decides['under']:.2f} %) |"
+        )
+        notes.append(f"- `{name}` ({'; '.join(sorted({row['stack'] for row in rows}))}): {about['misses']}")
+    stack = ", ".join(f"{library} {version}" for library, version in result["predicted_with"].items())
+    dates = sorted(row["date"] for row in result["rows"])
+    return "\n".join(
+        [*lines, "", *notes, "", f"{dates[-1]}, predicted with {stack}; made by `python benchmarks/third_party.py`."]
+    )
+
+
 def methods() -> str:
     """Every recipe with the first line of its docstring."""
     lines = ["| recipe | what it does |", "|---|---|"]
@@ -336,6 +361,7 @@ PARTS = {
     "demo output": demo_output,
     "embedded scores": embedded_scores,
     "t4 accuracy": t4_accuracy,
+    "third party": third_party,
     "prediction speed": prediction_speed,
     "methods": methods,
     "combinations": combinations,

@@ -4,17 +4,8 @@
     python benchmarks/t4_accuracy.py --show                # the table of the committed results
     python benchmarks/t4_accuracy.py --session fitcheck_llm-0.3.1/data/measurements/t4-qlora-2026-09-01.json
 
-The runs are those of fitcheck-llm 0.3.1 (MIT; Kaggle T4). No constant of the predictor was fitted to them. The predictor is
-the one behind `footprint predict --gpu T4`: `meta` builds the model, `fake` makes its parameters fake, `cuda.Cuda` gives
-allocator, overlay and loading; only the loop is not Trainer's, because theirs was not:
-
-- one warm-up and one measured step, gradients dropped at the step's beginning, the model's output (with its logits)
-  alive through backward and the optimizer's step, where Trainer drops it before backward;
-- float16 throughout without autocast, adapters in float32, no clipping, default AdamW (foreach on CUDA);
-- unquantized models moved to the GPU first, adapters attached there; NF4 through `device_map`;
-- SDPA pinned to its memory-efficient kernel, keys and values repeated for each query head before it;
-- rotary embeddings of transformers 5.0 and 5.17 multiply matrices, so that cuBLAS takes its workspace before the first
-  layer. The installed version does not; a 1 x 1 product at that point stands for it.
+The runs are those of fitcheck-llm 0.3.1 (MIT; Kaggle T4). No constant of the predictor was fitted to them. It is one case of
+`third_party.py`, whose `loops/t4.yaml` describes the loop; what is here is this set's own: its phases, its peers, its other session.
 
 `--session` takes the ten NF4 runs of an earlier session on the same card, which the CSV leaves out (their source distribution
 has them: peaks alone, in whole MiB). Their shapes are those of our catalogue, their LoRA is that of the CSV.
@@ -38,6 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import third_party
+
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results" / "t4_accuracy.json"
 SESSION = Path(__file__).parent / "results" / "t4_session.json"
@@ -55,122 +49,9 @@ COLUMNS = {  # ours -> theirs
 
 def predict(row: dict[str, str]) -> dict[str, float]:
     """The predicted columns of one measured run, MiB."""
-    import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from toolkit.memory.cards import find_card
-    from toolkit.memory.cuda import Cuda
-    from toolkit.memory.fake import make_fake
-    from toolkit.memory.trace import Trace
-
-    device = Cuda(
-        find_card("T4"), adapters_cast_on_device=True, empties_cache_after_casts="peft 0.19" not in row["stack"]
-    )
-    meter = device.meter()
-    trace = Trace(meter, overlay=device.overlay())
-    model = build(row)
-    mode = make_fake(model)
-    model.train()
-    device.load(trace, model)
-    phases = {"after_load": meter.allocated}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
-    ids = torch.ones((int(row["batch_size"]), int(row["seq_len"])), dtype=torch.long)
-    trace.adopt(ids, "inputs")
-    _multiply_before_the_first_layer(model, mode)
-
-    with device.running(), trace:
-        attention = F.scaled_dot_product_attention
-
-        def repeated(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            if key.size(-3) != query.size(-3):
-                groups = query.size(-3) // key.size(-3)
-                key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-                kwargs.pop("enable_gqa", None)
-            return attention(query, key, value, *args, **kwargs)
-
-        F.scaled_dot_product_attention = repeated
-        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-            for trace.step in (1, 2):
-                trace.enter_phase("forward")
-                optimizer.zero_grad(set_to_none=True)
-                meter.take_peak()
-                output = model(input_ids=ids, labels=ids)
-                phases["forward"] = meter.take_peak()
-                output.loss.backward()
-                trace.enter_phase("optimizer_step")
-                phases["backward"] = meter.take_peak()
-                optimizer.step()
-                phases["optimizer_step"] = meter.take_peak()
-                del output
-        F.scaled_dot_product_attention = attention
-    peaks = {**phases, "peak_allocated": max(phases[p] for p in PHASES[1:]), "peak_reserved": meter.peak_reserved}
-    peaks["process"] = meter.peak_reserved + device.card.context_bytes
-    trace.close()
-    return {name: round(value / MIB, 2) for name, value in peaks.items()}
-
-
-def build(row: dict[str, str]) -> Any:
-    """The row's model on the meta device, quantized, cast and with its adapters as the protocol has them."""
-    import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-
-    from toolkit.memory.meta import model_on_meta
-
-    config = AutoConfig.for_model(
-        row["architecture"],
-        hidden_size=int(row["hidden_size"]),
-        num_hidden_layers=int(row["num_layers"]),
-        num_attention_heads=int(row["num_attention_heads"]),
-        num_key_value_heads=int(row["num_kv_heads"]),
-        intermediate_size=int(row["intermediate_size"]),
-        vocab_size=int(row["vocab_size"]),
-        head_dim=int(row["head_dim"]),
-        tie_word_embeddings=row["tied_embeddings"] == "True",
-        max_position_embeddings=32768,
-        use_cache=False,
-    )
-    quantization = None
-    if row["quantization"] == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
-        )
-    attention = row["attention"].split()[0]
-    model: Any = model_on_meta(AutoModelForCausalLM, config, torch.float16, attention, quantization)
-    if quantization is not None:
-        model = prepare_model_for_kbit_training(model)
-    rank = int(row["lora_rank"])
-    targets = row.get("lora_targets", "q_proj k_proj v_proj o_proj").split()
-    with torch.device("meta"):
-        model = get_peft_model(
-            model,
-            LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"),
-        )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    return model
-
-
-def _multiply_before_the_first_layer(model: Any, mode: Any) -> None:
-    """See the module's docstring: older rotary embeddings make cuBLAS take its workspace before the first layer."""
-    import torch
-
-    from toolkit.memory.fake import fake_like
-
-    one = fake_like(mode, torch.empty((1, 1), device="meta"))
-
-    def multiply(module: Any, args: Any, output: Any) -> None:
-        with torch.no_grad():
-            torch.mm(one, one)
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.register_forward_hook(multiply)
+    figures = third_party.predict(third_party.run_of(third_party.description("t4"), row))
+    figures["peak_allocated"] = figures["last_step_peak_allocated"]
+    return {name: round(figures[name] / MIB, 2) for name in COLUMNS}
 
 
 def peers(row: dict[str, str]) -> dict[str, float]:
@@ -222,11 +103,6 @@ def peers(row: dict[str, str]) -> dict[str, float]:
     return {name: round(value, 1) for name, value in result.items()}
 
 
-def error(predicted: float, measured: float) -> float:
-    """In percent of the measured value."""
-    return 100 * (predicted / measured - 1)
-
-
 def run_one(index: int, row: dict[str, str]) -> dict[str, Any]:
     """One row's entry of the results file."""
     began = time.perf_counter()
@@ -242,7 +118,7 @@ def run_one(index: int, row: dict[str, str]) -> dict[str, Any]:
         "stack": row["stack"],
         "measured_mib": measured,
         "predicted_mib": predicted,
-        "error_percent": {name: round(error(predicted[name], measured[name]), 3) for name in COLUMNS},
+        "error_percent": {name: round(third_party.error(predicted[name], measured[name]), 3) for name in COLUMNS},
         "peers_mib": peers(row),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -291,7 +167,7 @@ def predict_session(path: Path) -> None:
             {name: row[name] for name in ("model", "attention", "batch_size", "seq_len")}
             | {"measured_mib": {name: pair[0] for name, pair in peaks.items()}}
             | {"predicted_mib": {name: pair[1] for name, pair in peaks.items()}}
-            | {"error_percent": {name: round(error(p, m), 3) for name, (m, p) in peaks.items()}}
+            | {"error_percent": {name: round(third_party.error(p, m), 3) for name, (m, p) in peaks.items()}}
         )
         print(entries[-1], flush=True)
     content = {
@@ -319,7 +195,7 @@ def summary(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, floa
         ):
             known = [e for e in members if peer in e["peers_mib"]]
             if known:
-                columns[peer] = [abs(error(e["peers_mib"][peer], e["measured_mib"][column])) for e in known]
+                columns[peer] = [abs(third_party.error(e["peers_mib"][peer], e["measured_mib"][column])) for e in known]
         result[group] = {
             name: {"mean": round(sum(v) / len(v), 3), "worst": round(max(v), 3), "rows": len(v)}
             for name, v in columns.items()
@@ -353,7 +229,7 @@ def show(path: Path) -> None:
         name = f"{e['model'].split('/')[1][:22]} {e['quantization']} {e['attention']} {e['batch_size']}x{e['seq_len']}"
         cells = [e["error_percent"][n] for n in (*PHASES, "peak_allocated", "peak_reserved")]
         peer = e["peers_mib"].get("fitcheck_process")
-        other = f"{error(peer, e['measured_mib']['process']):>+10.1f}" if peer else f"{'-':>10}"
+        other = f"{third_party.error(peer, e['measured_mib']['process']):>+10.1f}" if peer else f"{'-':>10}"
         widths = (8, 9, 9, 8, 8, 9)
         print(f"{name:<52}" + "".join(f"{c:>+{w}.2f}" for c, w in zip(cells, widths, strict=True)) + other)
     print("\nmean / worst absolute error, percent")

@@ -34,11 +34,11 @@ class Prodigy(prodigyopt.Prodigy):
                 self.state[p] = {"step": 0, "s": torch.zeros_like(first), "p0": first, **zeros}
         if not fake:
             return super().step(closure)
-        with _Ones():
+        with ReadAsOne():
             return super().step(closure)
 
 
-class _Ones(TorchDispatchMode):
+class ReadAsOne(TorchDispatchMode):
     """Reading a number out of a fake tensor gives 1."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -76,7 +76,8 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(dtype)):
             warnings.add(warning)
-        catalogue.separate_head(model, config.model.source)
+        if not config.model.random_weights:  # which are made from the config alone, as this model is
+            catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
             return config.method.attach(model)
 

@@ -54,6 +54,12 @@ def test_measured_contexts_are_kept_apart_from_estimates():
     assert measured == {"T4": 140.875, "RTX 6000 Ada": 426}
 
 
+def test_an_estimated_context_grows_with_the_threads_that_a_card_can_hold():
+    contexts = {name: find_card(name).context_bytes / MIB for name in ("RTX 3090", "A100 80GB", "H100")}
+    assert contexts == {"RTX 3090": 82 * 3.5, "A100 80GB": 504, "H100": 616}
+    assert card_of_device("Some New Card", (9, 0), 132, 80 * GIB).context_bytes == 616 * MIB
+
+
 def test_totals_without_a_report_are_labelled_as_estimates():
     reported = {card.name for card in CARDS if not card.total_is_estimate}
     assert reported == {"T4", "RTX 4070 Ti", "RTX 4090", "L40", "L40S", "RTX 5090"}

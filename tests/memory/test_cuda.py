@@ -161,6 +161,21 @@ def test_ampere_and_later_run_flash_unless_there_is_a_mask_or_float32():
     assert kernel(ADA, mask=torch.zeros(1, 1, 16, 16, dtype=torch.float16), causal=False) == "efficient"
 
 
+def test_a_pytorch_that_was_built_without_flash_runs_the_next_kernel(fake):
+    assert kernel(ADA, torch.bfloat16, built_with_flash=False) == "efficient"
+    assert kernel(ADA, torch.bfloat16, heads=(8, 2), built_with_flash=False) == "math"
+    query = fake(1, 4, 64, 32, dtype=torch.float16)
+
+    def kernels(built):
+        events, device = Log(), Cuda(ADA, built_with_flash=built)
+        with device.running(), Trace(events, overlay=device.overlay()):
+            F.scaled_dot_product_attention(query, query, query)
+        return {op for _, _, op in events.events if "attention" in op}
+
+    assert kernels(True) == {"aten::_scaled_dot_product_flash_attention"}
+    assert kernels(False) == {"aten::_scaled_dot_product_efficient_attention"}
+
+
 def test_heads_of_256_train_with_flash_on_consumer_cards_only_without_dropout():
     assert kernel(ADA, size=256) == "flash"
     assert kernel(ADA, size=256, dropout_p=0.1) == "efficient"
@@ -207,7 +222,33 @@ def test_attention_under_autocast_takes_its_inputs_in_16_bits(fake):
     assert flash[:2] == [("+", half, "aten::_to_copy")] * 2
     assert {op for _, _, op in flash[2:]} == {"aten::_scaled_dot_product_flash_attention"}
     scores = [op for sign, nbytes, op in math if sign == "+" and nbytes == 4 * 4 * 64 * 64]
-    assert scores == ["aten::bmm", *2 * ["aten::_safe_softmax"]], "in float32: nothing within is cast again"
+    assert scores == ["aten::bmm", "aten::_safe_softmax"], "in float32: nothing within is cast again"
+
+
+@pytest.mark.parametrize("mask", ["causal", "bool", "additive", "learned", "none"])
+def test_the_math_kernel_allocates_what_it_does_on_real_tensors(fake, mask):
+    """Blocks of 600 bytes and more, births and deaths in order, forward: real ones as PyTorch's profiler saw them on the CPU."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.profiler import ProfilerActivity, profile
+
+    def attend(make):
+        query = make(2, 4, 32, 16).requires_grad_()
+        given = {"bool": torch.ones(2, 1, 32, 32, dtype=torch.bool), "additive": torch.zeros(2, 4, 32, 32)}.get(mask)
+        given = make(1, 4, 32, 32).requires_grad_() if mask == "learned" else given
+        more = {"attn_mask": given, "is_causal": mask == "causal"}
+        return lambda: F.scaled_dot_product_attention(query, query, query, **more), [query, given]
+
+    real, kept = attend(torch.zeros)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, sdpa_kernel(SDPBackend.MATH):
+        result = real()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    real_sizes = [event.nbytes() for event in events if event.name() == "[memory]" and abs(event.nbytes()) > 600]
+    del result
+    shadow, kept = attend(fake)
+    with sdpa_kernel(SDPBackend.MATH):
+        events = on(ADA, shadow, *(tensor for tensor in kept if tensor is not None))
+    sizes = [int(f"{sign}{nbytes}") for sign, nbytes, op in events if nbytes > 600 and op != "cublas"]
+    assert sizes == real_sizes
 
 
 def test_a_mask_is_kept_as_a_bias_of_16_bits_by_cudnn(fake):

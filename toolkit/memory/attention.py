@@ -28,8 +28,11 @@ def choose_kernel(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     enable_gqa: bool = False,
+    built_with_flash: bool = True,
 ) -> str:
     """`"cudnn"`, `"flash"`, `"efficient"` or `"math"` for query (..., heads, queries, head size) and its partners.
+
+    `built_with_flash`: whether this PyTorch holds the flash kernel (`installed_has_flash`).
 
     Raises:
         RuntimeError: where the user's switches leave no kernel that can run, as PyTorch does.
@@ -44,7 +47,8 @@ def choose_kernel(
         can = same_size and not learned and _cudnn_can(query, dropout_p)
         if prefers_cudnn and cuda.cudnn_sdp_enabled() and can:
             return "cudnn"
-        flash = cuda.flash_sdp_enabled() and attn_mask is None and same_size and (square or not is_causal)
+        flash = built_with_flash and cuda.flash_sdp_enabled() and attn_mask is None
+        flash = flash and same_size and (square or not is_causal)
         if flash and _flash_can(card, query, dropout_p):
             return "flash"
         # Up to PyTorch 2.13 the memory-efficient kernel refuses fewer key heads than query heads.
@@ -55,7 +59,16 @@ def choose_kernel(
     raise RuntimeError("No available kernel. Aborting execution.")
 
 
-def attention_on(card: Card) -> Any:
+def installed_has_flash() -> bool:
+    """Whether the installed PyTorch runs flash attention on a card; a build for CPUs, which cannot say, stands for one that does.
+
+    Windows wheels are known without it: from 2.2 on they warn "Torch was not compiled with flash attention"
+    (Comfy-Org/ComfyUI#3363). That it still was so in 2.6 is inferred: runs measured on an RTX 4080 match without flash.
+    """
+    return torch.version.cuda is None or torch.backends.cuda.is_flash_attention_available()
+
+
+def attention_on(card: Card, built_with_flash: bool = True) -> Any:
     """A stand-in for `torch.nn.functional.scaled_dot_product_attention` that runs what `card` would run."""
 
     def scaled_dot_product_attention(
@@ -68,8 +81,11 @@ def attention_on(card: Card) -> Any:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        kernel = choose_kernel(card, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        given = (query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+        kernel = choose_kernel(card, *given, built_with_flash)
         ops = torch.ops.aten
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = _additive(attn_mask, query.dtype)
         # cuDNN keeps what flash keeps, the output and a log-sum-exp for each row, and the mask as a bias in 16 bits, as `efficient` does
         if kernel == "flash" or (kernel == "cudnn" and attn_mask is None):
             size = query.shape[-1]
@@ -90,12 +106,16 @@ def attention_on(card: Card) -> Any:
     return scaled_dot_product_attention
 
 
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`convert_boolean_attn_mask`: 0 where `mask` is true, -inf elsewhere; every kernel is given it so."""
+    zero, never = (torch.tensor(value, dtype=dtype, device=mask.device) for value in (0.0, -torch.inf))
+    return torch.where(mask, zero, never)
+
+
 def _bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """What the memory-efficient kernel is given: additive, expanded, and with rows padded to a multiple of 16 bytes."""
     if attn_mask is None:
         return None
-    if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     keys = key.shape[-2]
     if keys % 16:
         attn_mask = F.pad(attn_mask, (0, -keys % 16))[..., :keys]

@@ -7,10 +7,13 @@ the others are values usual for the card, the lowest where drivers differ, and a
 those for which the nominal size less 3.5 % stands (checked ones lie 1.3 % to 7.9 % below it). A desktop takes more.
 
 **Context.** A process that uses CUDA holds memory outside PyTorch's allocator: driver structures, kernels' code, and
-local memory for every thread that can be resident, which grows with the number of multiprocessors. Measured: 140.875
-MiB on a T4 (40 multiprocessors; 69 of the 79 runs that fitcheck-llm 0.3.1 publishes) and 426 MiB on an RTX 6000 Ada
-(142): 3.5 and 3.0 MiB a multiprocessor. Where nothing was measured 3.5 MiB a multiprocessor stands, and
-`context_is_estimate` says so.
+local memory for every thread that can be resident. What is known, in MiB a multiprocessor: 3.5 on a T4 (140.875 MiB in
+training, 40 multiprocessors of 1,024 threads; 69 of the 79 runs that fitcheck-llm 0.3.1 publishes), 3.0 on an RTX 6000 Ada
+(426, 142 of 1,536; before any kernel, unslothai/unsloth-zoo#1053), 3.1 on an RTX 3090 (256, 82 of 1,536; before any kernel,
+invoke-ai/InvokeAI#9413). Where nothing was measured in training 3.5 stand, or where a multiprocessor holds 2,048 threads (A100,
+Hopper, data-centre Blackwell) a third more, as threads go: 504 MiB on an A100, where eight runs of fms-acceleration suggest 523.
+`context_is_estimate` says so. Drivers differ, and libraries with kernels of their own add to it: with flash-attn up to 1.7 GB
+were seen. So no constant can be right for all; it is measured where there is a card.
 
 Numbers of multiprocessors and nominal sizes: NVIDIA's data sheets and architecture whitepapers.
 """
@@ -25,7 +28,14 @@ from toolkit.errors import UserError
 from toolkit.memory.units import GIB, MIB, parse_bytes
 
 _UNREPORTED_SHARE = 0.965  # of the nominal size, where no report of the capacity was at hand
-_CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB
+_CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB  # of up to 1,536 threads
+_OF_2048_THREADS = ((8, 0), (9, 0), (10, 0))  # compute capabilities
+
+
+def _estimated_context(capability: tuple[int, int], multiprocessors: int) -> int:
+    """Bytes, where nothing was measured; see the module's docstring."""
+    share = 2048 / 1536 if capability in _OF_2048_THREADS else 1
+    return int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR * share)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,9 @@ def _card(
         capability=capability,
         multiprocessors=multiprocessors,
         total_bytes=int((nominal_gib * _UNREPORTED_SHARE if total_gib is None else total_gib) * GIB),
-        context_bytes=int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR if context_mib is None else context_mib * MIB),
+        context_bytes=_estimated_context(capability, multiprocessors)
+        if context_mib is None
+        else int(context_mib * MIB),
         total_is_estimate=not report,
         context_is_estimate=context_mib is None,
     )
@@ -219,7 +231,7 @@ def card_of_device(
         known = find_card(name)
         context, estimate = known.context_bytes, known.context_is_estimate
     except UserError:
-        context, estimate = int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR), True
+        context, estimate = _estimated_context(capability, multiprocessors), True
     taken = 0 if free_bytes is None else max(0, total_bytes - free_bytes - own_bytes - context)
     return Card(
         name,

@@ -8,9 +8,11 @@ weights and counts. What an entry leaves out is the default of transformers' con
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -270,12 +272,40 @@ def config_of(name: str) -> PreTrainedConfig | None:
 
 
 def separate_head(model: nn.Module, name: str) -> None:
-    """Gives `model`, built from a config, the output embedding of its own that the checkpoint `name` has.
+    """Gives `model`, built from a config, the output embedding of its own that the checkpoint `name` (hub id, folder) has.
 
-    transformers 5 ties T5's output embedding in the config, and unties it again when it finds both in a checkpoint
-    (FLAN-T5, T5 1.1, mT5, mT0); a model that is built without its checkpoint needs to be told.
+    transformers 5 ties the output embedding of T5 and its kin in the config, and unties it again when it finds both in a
+    checkpoint, with different values (FLAN-T5, T5 1.1, mT5, mT0); a model that is built without its checkpoint needs to be
+    told. What tells: the catalogue, else the folder's weights, else `tie_word_embeddings` as config.json has it.
     """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
     entry = find(name)
-    if entry is not None and entry.separate_head:
-        head = model.get_output_embeddings()
+    if entry.separate_head if entry is not None else _is_separate_in(name, model):
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=head.weight.requires_grad)
+
+
+def _is_separate_in(name: str, model: nn.Module) -> bool:
+    folder, head = Path(name).expanduser(), model.get_output_embeddings()
+    keys = [
+        f"{path}.weight" for path, module in model.named_modules() if module in (head, model.get_input_embeddings())
+    ]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        found = [_first_rows(files, key) for key in keys]
+        present = [rows for rows in found if rows is not None]
+        return len(present) == 2 and not torch.equal(*present)
+    try:
+        return PreTrainedConfig.get_config_dict(name)[0].get("tie_word_embeddings") is False
+    except (OSError, ValueError):
+        return False
+
+
+def _first_rows(files: list[Path], key: str) -> torch.Tensor | None:
+    """Rows of the tensor `key` of one of `files`, enough to tell two embeddings apart; None where none holds it."""
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            if key in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                return tensors.get_slice(key)[:64]
+    return None

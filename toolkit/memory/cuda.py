@@ -16,22 +16,25 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.memory import loading, meta_ops, quantized
+from toolkit.memory import attention, loading, meta_ops, quantized
 from toolkit.memory.allocator import AllocatorMeter
-from toolkit.memory.attention import attention_on
 from toolkit.memory.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cards import Card
 from toolkit.memory.trace import Trace
 from toolkit.memory.units import MIB, format_bytes
 
 _NOTEWORTHY = 256 * MIB  # an estimated context is not known better
+_DISPATCH = {__name__, "toolkit.memory.trace", "torch._ops"}  # the modules between an operator's caller and its overlay
 _MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
 
 
@@ -77,8 +80,12 @@ def embedding_backward(args: tuple) -> list[int]:
 
 
 def safe_softmax(args: tuple) -> list[int]:
-    """native/transformers/attention.cpp: a softmax, and where all of a row's scores are masked, beside the result."""
-    return [_bytes(args[0]), args[0].numel()]
+    """native/transformers/attention.cpp: which scores are masked, in which rows all are, and the zero that is written there.
+
+    It is written into the softmax itself, so there is no second matrix of scores.
+    """
+    scores, dim = args[:2]
+    return [scores.numel(), scores.numel() // scores.shape[dim], scores.element_size()]
 
 
 HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
@@ -96,13 +103,14 @@ class CudaOverlay:
     def __init__(self, card: Card) -> None:
         self.card = card
         self._threads: set[bool] = set()  # whose cuBLAS handle has its workspace: the main thread's, autograd's
+        _alone()  # while autograd can still be asked
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
         name = op.name()
         stand_in = quantized.STAND_INS.get(name)
         if stand_in is not None:
             return stand_in(self.card, trace, args, kwargs)
-        if name == "aten::add.Tensor" and _sums_gradients(args):
+        if name == "aten::add.Tensor" and (_sums_gradients(args) or _adds_a_mask()):
             return args[0]
         result = meta_ops.run(op, args, kwargs)
         if name in _MATRIX_PRODUCTS:
@@ -127,21 +135,70 @@ class CudaOverlay:
 
 
 def _sums_gradients(args: tuple) -> bool:
-    """Whether this addition is autograd's engine summing the gradients of a tensor that was used twice.
+    """Whether this addition is one that autograd's engine does in place: the sum of the gradients of a tensor used twice.
 
-    torch/csrc/autograd/input_buffer.cpp, `accumulate`: it adds in place where it holds the only reference to the first
-    gradient. It never does so for tensor subclasses, which fake tensors are, so the shadow sees an addition out of place.
-    The engine adds from C++, so the nearest Python frame outside the trace is its caller's; a node written in Python, or
-    checkpointing's recomputation, would stand in between.
+    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the engine adds into the first gradient where that is
+    dense, and where neither the tensor nor its storage has another holder. A view never is: it keeps its base, which holds
+    the storage too (the gradient of a linear layer's 3-D input, of a tied embedding). Another holder of the tensor is a
+    second node that the same gradient was given to and that has not run yet. The engine never adds in place to tensor
+    subclasses, which fake tensors are, so the shadow sees each addition out of place, and asks for the counts itself.
     """
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
         return False
-    frame: Any = sys._getframe(3)  # this function, the overlay's run, the trace's dispatch, and who called the operator
-    if frame is None or frame.f_code.co_name != "_engine_run_backward":
+    if _caller().co_name != "_engine_run_backward":
         return False
     first, second = args[:2]
     alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape
-    return alike and first.dtype == second.dtype and _is_dense(first)
+    return alike and first.dtype == second.dtype and _is_dense(first) and _holders(first) == _alone()
+
+
+def _adds_a_mask() -> bool:
+    """Whether this addition is that of a mask to the scores of the math kernel for attention.
+
+    native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: in place, but not for tensor subclasses. The
+    kernel is called from `attention`, and adds from C++.
+    """
+    return _caller().co_filename == attention.__file__
+
+
+def _caller() -> CodeType:
+    """The Python code from which the operator that is run was called: the nearest outside this package's dispatch.
+
+    Autograd's engine, its nodes and kernels in C++ have no frame: theirs is the code that called them. A node written in
+    Python, or checkpointing's recomputation, has one.
+    """
+    frame: Any = sys._getframe(1)
+    while frame.f_globals.get("__name__") in _DISPATCH:
+        frame = frame.f_back
+    return frame.f_code
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How often PyTorch's C++ side holds `tensor`, and its storage."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+class _FirstGradient(TorchDispatchMode):
+    """Notes the holders of the first gradient that the engine adds to."""
+
+    holders = (0, 0)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if op is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
+            self.holders = _holders(args[0])
+        return op(*args, **(kwargs or {}))
+
+
+@cache
+def _alone() -> tuple[int, int]:
+    """`_holders` of a gradient that has no other holder, as a dispatch mode sees it: the engine, the call and Python's object.
+
+    Found by a backward pass, for the counts differ between versions of PyTorch; not to be called first within an operator.
+    """
+    with torch.enable_grad(), _FirstGradient() as seen:
+        x = torch.ones(1, requires_grad=True) * 1.0
+        torch.autograd.grad(x * 2.0 - x * 3.0, x)
+    return seen.holders
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -173,10 +230,11 @@ def _is_autocast(x: torch.Tensor) -> bool:
     return isinstance(x, FakeTensor) and torch.is_autocast_enabled("cpu") and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
+def replaced_functions(card: Card, built_with_flash: bool = True) -> dict[str, Callable[..., Any]]:
     """Functions of `torch.nn.functional` by name, as they run on `card`; tensors that are not fake pass unchanged."""
     softmax, log_softmax, cross_entropy = F.softmax, F.log_softmax, F.cross_entropy
-    dropout, attention, fake_attention = F.dropout, F.scaled_dot_product_attention, attention_on(card)
+    dropout, real_attention = F.dropout, F.scaled_dot_product_attention
+    fake_attention = attention.attention_on(card, built_with_flash)
 
     def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
         # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first. A dtype that is given is kept.
@@ -214,7 +272,7 @@ def replaced_functions(card: Card) -> dict[str, Callable[..., Any]]:
     def cuda_attention(query: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(query, FakeTensor):
             return in_lower_precision(fake_attention, query, *args, **kwargs)
-        return attention(query, *args, **kwargs)
+        return real_attention(query, *args, **kwargs)
 
     return {
         "softmax": cuda_softmax,
@@ -240,6 +298,7 @@ class Cuda:
         budget_bytes: what the process may take, context included; by default all that the card offers.
         adapters_cast_on_device: see `loading.replay`.
         empties_cache_after_casts: whether PEFT gives the cache back after its casts (0.20 and later do).
+        built_with_flash: whether PyTorch holds the flash kernel; by default as the installed one does.
     """
 
     def __init__(
@@ -249,6 +308,7 @@ class Cuda:
         budget_bytes: int | None = None,
         adapters_cast_on_device: bool = False,
         empties_cache_after_casts: bool = True,
+        built_with_flash: bool | None = None,
     ) -> None:
         self.card = card
         self.name = card.name
@@ -257,6 +317,7 @@ class Cuda:
         self.expandable_segments = _expandable_segments() if expandable_segments is None else expandable_segments
         self.adapters_cast_on_device = adapters_cast_on_device
         self.empties_cache_after_casts = empties_cache_after_casts
+        self.built_with_flash = attention.installed_has_flash() if built_with_flash is None else built_with_flash
         self._meter = AllocatorMeter(self.expandable_segments)
 
     @property
@@ -289,7 +350,7 @@ class Cuda:
     @contextmanager
     def running(self) -> Iterator[None]:
         """While open, functions take the paths that they take on this card."""
-        replaced = replaced_functions(self.card)
+        replaced = replaced_functions(self.card, self.built_with_flash)
         before = {name: getattr(F, name) for name in replaced}
         with quantized.cuda_paths(), cuda_autocast():
             for name, function in replaced.items():
