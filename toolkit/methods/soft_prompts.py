@@ -88,7 +88,8 @@ def read_head_at_the_last_token(model: PeftModel) -> None:
     mask: list[torch.Tensor] = []  # of the batch that is being read: (rows, length)
 
     def keep_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask[:] = [kwargs["attention_mask"]] if kwargs.get("inputs_embeds") is not None else []
+        embedded, kept = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        mask[:] = [] if embedded is None or kept is None else [kept]
 
     def take_last(module: nn.Module, args: tuple[Any, ...], scores: torch.Tensor) -> torch.Tensor:
         if not mask or scores.shape[:-1] != mask[0].shape:
