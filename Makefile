@@ -2,9 +2,10 @@
 # make test    every test, style and types; what CI runs
 # make quick   the fast tests only
 # make matrix  every case of the long sweeps, of which make test runs a daily sample
+# make gpu     measures on this machine's GPU for MINUTES (9) whatever is claimed about GPUs; with PYTHON=python3, without .venv
 # make setup   the environment alone, in .venv
 # make extensions   what DeepSpeed compiles for offloading, now rather than in the first run that needs it (minutes)
-.PHONY: setup extensions demo test quick matrix check results
+.PHONY: setup extensions demo test quick matrix check results gpu
 PYTHON ?= python3
 # Also for what a package needs to be built: DeepSpeed is built on the spot, against the same torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -25,6 +26,14 @@ matrix: .venv/.footprint-test
 	$(BIN)/python -m pytest -q -m "matrix or long" --matrix
 check: .venv/.footprint-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+# Where PYTHON is given it runs as it is, for a machine whose python3 has torch; else that of .venv does.
+ifeq ($(origin PYTHON),command line)
+gpu:
+	$(PYTHON) benchmarks/gpu.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out $(OUT))
+else
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out $(OUT))
+endif
 results: setup
 	$(BIN)/python benchmarks/embedded.py
 	$(BIN)/python benchmarks/readme.py
