@@ -122,7 +122,7 @@ class Session:
 
     def ask_for_the_card(self) -> None:
         """Waits for what the card and the stack are, and opens their results."""
-        card = Item("card", "card", "fact_jobs:card", {"rehearsed": self.rehearsed}, 30.0, 1.0)
+        card = Item("card", "card", "on_gpu.fact_jobs:card", {"rehearsed": self.rehearsed}, 30.0, 1.0)
         self.pool.run([card])
         self.pool.drain()
         if not self.facts:

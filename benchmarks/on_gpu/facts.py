@@ -11,7 +11,7 @@ def items(work: Path, rehearsed: bool) -> list[Item]:
     """Every fact, those that predictions need first."""
     common = {"work": str(work), "rehearsed": rehearsed}
     plain = [
-        Item(f"facts {name}", "facts", f"fact_jobs:{name}", {"rehearsed": rehearsed}, seconds, WHOLE)
+        Item(f"facts {name}", "facts", f"on_gpu.fact_jobs:{name}", {"rehearsed": rehearsed}, seconds, WHOLE)
         for name, seconds in (
             ("context", 4),
             ("workspaces", 4),
@@ -21,18 +21,21 @@ def items(work: Path, rehearsed: bool) -> list[Item]:
             ("scaler", 4),
         )
     ]
-    labels = ("small-llama", "small-t5") if rehearsed else ("llama-1b", "flan-t5-base")
+    labels = {
+        "kernels": ("small-llama",) if rehearsed else ("llama-1b", "flan-t5-base", "bart-base"),
+        "evaluation": ("small-t5",) if rehearsed else ("llama-1b", "flan-t5-base"),
+    }
     of_models = [
         Item(
             f"facts {job} {label}",
             "facts",
-            f"fact_jobs:{job}",
+            f"on_gpu.fact_jobs:{job}",
             common | {"label": label},
             12,
             12.0,
             (f"model {label}",),
         )
-        for job in ("kernels", "evaluation")
-        for label in labels
+        for job in labels
+        for label in labels[job]
     ]
     return plain + of_models

@@ -54,7 +54,7 @@ def ladders(rehearsed: bool) -> tuple[Ladder, ...]:
 
 def limits(rehearsed: bool) -> list[int]:
     """Bytes."""
-    return [limit * (MIB if rehearsed else GIB) for limit in (LIMITS[:2] if rehearsed else LIMITS)]
+    return [limit * (MIB if rehearsed else GIB) for limit in (LIMITS[:1] if rehearsed else LIMITS)]
 
 
 def plan_key(facts: dict[str, Any]) -> str:
@@ -94,7 +94,7 @@ def plan_item(ladder: Ladder, facts: dict[str, Any], work: Path, rehearsed: bool
     return Item(
         f"plan {ladder.name}",
         "plans",
-        "fits:plan",
+        "on_gpu.fits:plan",
         arguments,
         90,
         env={"CUDA_VISIBLE_DEVICES": "", "PYTORCH_ALLOC_CONF": ""},
@@ -115,7 +115,7 @@ def items(plans: dict[str, dict[str, dict[str, int]]], work: Path, rehearsed: bo
                 arguments |= {"work": str(work), "rehearsed": rehearsed}
                 gib = int(limit) / GIB + 1.5
                 result.append(
-                    Item(name, "fits", "fits:tried", arguments, ladder.seconds, gib, (f"model {ladder.model}",))
+                    Item(name, "fits", "on_gpu.fits:tried", arguments, ladder.seconds, gib, (f"model {ladder.model}",))
                 )
     return sorted(result, key=lambda item: item.arguments["limit"])
 

@@ -12,7 +12,7 @@ WHOLE = float("inf")  # GiB: nothing else may be on the card meanwhile
 
 @dataclass(frozen=True)
 class Item:
-    """A function of this package, to be run in a process of its own with JSON-able `arguments`.
+    """A function, to be run in a process of its own with JSON-able `arguments`.
 
     `seconds` and `gib` are guesses for a data-centre card: how long it takes (what was learned corrects it), and how much
     of the card it may take beside others. `needs` names the items that must have been done in the same folder before.
@@ -20,7 +20,7 @@ class Item:
 
     name: str
     part: str
-    job: str  # "module:function" of this package
+    job: str  # "module:function"
     arguments: dict[str, Any] = field(default_factory=dict)
     seconds: float = 10.0
     gib: float = 0.0  # 0: it does not use the card

@@ -56,7 +56,7 @@ class Configuration:
             "artifacts": str(artifacts),
             "rehearsed": rehearsed,
         }
-        return Item(self.name, "memory", "memory:measure", arguments, seconds, gib, (f"model {self.model}",))
+        return Item(self.name, "memory", "on_gpu.memory:measure", arguments, seconds, gib, (f"model {self.model}",))
 
 
 def grid(rehearsed: bool = False) -> list[Configuration]:
@@ -125,26 +125,23 @@ def _single() -> list[Configuration]:
     ]
 
 
+KEPT = ("", "checkpointed", "expandable", "8-bit", "snapshot")  # options that a rehearsal tries
+
+
 def _small(whole: list[Configuration]) -> list[Configuration]:
-    """Each method and each option once, on the small model that stands for its own, in fp32 where a CPU lacks fp16."""
+    """Each method once on a small Llama, LoRA on a T5 and a BART too, and the options in `KEPT`."""
     result: dict[str, Configuration] = {}
     for one in whole:
-        kind = (
-            "small-t5"
-            if any(t5 in one.model for t5 in ("t5", "mt0"))
-            else "bart-base"
-            if "bart" in one.model
-            else "small-llama"
-        )
+        seq2seq = {"flan-t5-base": "small-t5", "bart-base": "bart-base"}
+        kind = seq2seq.get(one.model, "small-llama")
         option = " ".join(one.name.split()[3:])
-        key = option if option else f"{kind} {one.method}"
-        if key in result or option == "fp16":
+        key = option or f"{kind} {one.method}"
+        if key in result or option not in KEPT or (kind != "small-llama" and one.method != "lora"):
             continue
         flags = list(one.flags)
         flags[1], flags[3] = map(str, REHEARSED_SHAPE)
-        result[key] = Configuration(
-            f"{kind} {one.method} {option}".strip(), one.method, kind, tuple(flags), one.allocator
-        )
+        name = f"{kind} {one.method} {option}".strip()
+        result[key] = Configuration(name, one.method, kind, tuple(flags), one.allocator, one.snapshot)
     return list(result.values())
 
 
@@ -206,7 +203,7 @@ def prediction_item(row: dict[str, Any], facts: dict[str, Any], work: Path, rehe
     told = {name: row[name] for name in ("method", "model", "flags", "batches")}
     source = models.by_label(rehearsed)[row["model"]].source
     arguments = {"row": told, "source": source, "facts": facts, "work": str(work)}
-    return Item(f"predict {row['name']}", "predictions", "memory:predict", arguments, 12.0, env=env)
+    return Item(f"predict {row['name']}", "predictions", "on_gpu.memory:predict", arguments, 12.0, env=env)
 
 
 def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Model:
         return Item(
             f"model {self.label}",
             "models",
-            "models:make",
+            "on_gpu.models:make",
             {"label": self.label, "source": self.source},
             self.seconds,
             self.gib,

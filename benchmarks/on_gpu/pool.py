@@ -67,6 +67,7 @@ class Pool:
         least: float,
         estimates: Estimates,
         finished: Callable[[Outcome], None],
+        method: str = "forkserver",
     ) -> None:
         self.work, self.workers, self.most_behind, self.gib = work, workers, behind, gib
         self.deadline, self.least = deadline, least
@@ -77,7 +78,7 @@ class Pool:
         self.logs.mkdir(parents=True, exist_ok=True)
         (work / "made").mkdir(exist_ok=True)
         os.environ |= machine.environment()
-        self._context: Any = multiprocessing.get_context("forkserver")
+        self._context: Any = multiprocessing.get_context(method)
         self._context.set_forkserver_preload(["on_gpu.preload"])
         self._running: list[_Running] = []
         self._failed: dict[str, str] = {}  # helper -> why
@@ -265,7 +266,7 @@ def work(job: str, arguments: dict[str, Any], env: dict[str, str], log: str, ans
             told["status"] = "cannot fork"
         else:
             module, _, function = job.partition(":")
-            told["found"] = getattr(importlib.import_module(f"on_gpu.{module}"), function)(**arguments)
+            told["found"] = getattr(importlib.import_module(module), function)(**arguments)
     except BaseException as error:  # a SystemExit of the toolkit's too
         told |= {"status": "out of memory" if is_out_of_memory(error) else "failed", "error": traceback.format_exc()}
     told["cpu_seconds"] = round(sum(os.times()[:4]), 2)  # its own and its children's

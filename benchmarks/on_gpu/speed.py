@@ -39,15 +39,17 @@ SHAPES = {"llama-1b": (4, 1024), "flan-t5-base": (8, 512), "small-llama": (2, 64
 
 def items(work: Path, rehearsed: bool) -> list[Item]:
     """The card's own rates, then the first step beside its rivals, then the rest of the ladder."""
-    labels = ("small-llama", "small-t5") if rehearsed else ("llama-1b", "flan-t5-base")
-    result = [Item("speed card", "speed", "speed_jobs:rates", {"rehearsed": rehearsed}, 6, WHOLE)]
+    labels = ("small-llama",) if rehearsed else ("llama-1b", "flan-t5-base")
+    result = [Item("speed card", "speed", "on_gpu.speed_jobs:rates", {"rehearsed": rehearsed}, 6, WHOLE)]
     common = {"work": str(work), "rehearsed": rehearsed}
     for number, step in enumerate(LADDER[:2] if rehearsed else LADDER):
         for label in labels:
             for contender in (*BESIDE, "footprint") if number == 0 else ("footprint",):
                 arguments = common | {"label": label, "step": vars(step), "contender": contender}
                 name = f"speed {label} {step.name}, {contender}"
-                result.append(Item(name, "speed", "speed_jobs:measure", arguments, 14, WHOLE, (f"model {label}",)))
+                result.append(
+                    Item(name, "speed", "on_gpu.speed_jobs:measure", arguments, 14, WHOLE, (f"model {label}",))
+                )
     return result
 
 
