@@ -76,7 +76,8 @@ class Session:
     def finished(self, outcome: Outcome) -> None:
         """Writes what an item found, and asks for what follows from it."""
         item, name = outcome.item, outcome.item.name
-        found = outcome.found | ({"error": outcome.error} if outcome.error else {})
+        last = outcome.error.strip().splitlines()[-1][:200] if outcome.error else ""
+        found = outcome.found | ({"error": outcome.error, "says": last} if outcome.error else {})
         if item.part == "card":
             if outcome.status != "ok":
                 raise SystemExit(f"error: this machine's GPU cannot be used:\n{outcome.error}")

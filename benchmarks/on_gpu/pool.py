@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -202,6 +203,8 @@ class Pool:
             if process.is_alive() and not late:
                 continue
             if process.is_alive():
+                _kill(process.pid, signal.SIGUSR1)
+                time.sleep(0.2)  # until it has written where it was
                 _kill(process.pid)
                 process.join()
             self._running.remove(running)
@@ -241,10 +244,10 @@ class Pool:
         return self.work / "made" / name.replace("/", "-").replace(" ", "_")
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: int = signal.SIGKILL) -> None:
     for kill in (os.killpg, os.kill):  # it may not lead its group yet
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(pid, signal.SIGKILL)
+            kill(pid, number)
 
 
 # ---- in the process of an item
@@ -257,6 +260,8 @@ def work(job: str, arguments: dict[str, Any], env: dict[str, str], log: str, ans
     with Path(log).open("w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)  # where it was, for one that is to be killed
     os.environ |= env | {"ITEM_LOG": log}
     told: dict[str, Any] = {"status": "ok", "found": {}, "error": ""}
     try:
