@@ -1,12 +1,13 @@
 """Does "fits" mean fits? Under a limit of the allocator, the largest batch predicted to fit runs, and the next one runs out.
 
-The plan (which batch fits within which limit) is predicted without the card, and kept in `results/gpu/fits.json` for each
-architecture and stack, so that no minute of a GPU is spent on it. The limit is on what PyTorch reserves: that is what
+The plan (which batch fits within which limit) is predicted without the card: by processors that have nothing else to do while
+the other parts run, or beforehand (`--plan`), in `results/gpu/fits.json`. No minute of a GPU is spent on it. The limit is on what PyTorch reserves: that is what
 `torch.cuda.set_per_process_memory_fraction` limits, and a context comes on top.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from on_gpu import models, training
 from on_gpu.card import device
 from on_gpu.items import Item
-from on_gpu.results import RESULTS, slug
+from on_gpu.machine import ROOT
+from on_gpu.results import RESULTS, slug, stack_key
 from toolkit.files import write_aside
 
 GIB, MIB = 2**30, 2**20
@@ -58,17 +60,15 @@ def limits(rehearsed: bool) -> list[int]:
 
 
 def plan_key(facts: dict[str, Any]) -> str:
-    """A plan holds for an architecture and the versions that memory depends on."""
-    from on_gpu.results import stack_key
-
-    versions = {
-        name: facts["versions"][name].split("+")[0]
-        for name in ("torch", "transformers", "peft", "bitsandbytes")
-        if name in facts["versions"]
-    }
+    """A plan holds for an architecture, the versions that memory depends on, and the toolkit's own code."""
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    versions = {name: facts["versions"][name].split("+")[0] for name in names if name in facts["versions"]}
     capability = facts.get("capability")
     where = "cpu" if capability is None else f"sm_{capability[0]}{capability[1]}"
-    return f"{where}, {stack_key(versions)}"
+    code = hashlib.sha256()
+    for path in sorted((ROOT / "toolkit").rglob("*.py")):
+        code.update(path.read_bytes())
+    return f"{where}, {stack_key(versions)}, toolkit {code.hexdigest()[:12]}"
 
 
 def known_plan(facts: dict[str, Any], extra: Path | None = None) -> dict[str, dict[str, dict[str, int]]]:

@@ -226,6 +226,7 @@ class Pool:
             )
         if told["status"] == "cannot fork":
             self._context = multiprocessing.get_context("spawn")
+            self.least = max(self.least, 150.0)  # each imports everything
             print(
                 "the process that forks has touched CUDA: new processes are started instead, which is slower",
                 flush=True,
@@ -267,7 +268,7 @@ def work(job: str, arguments: dict[str, Any], env: dict[str, str], log: str, ans
     try:
         import torch
 
-        if torch.cuda._is_in_bad_fork():
+        if torch.cuda.is_available() and torch.cuda._is_in_bad_fork():
             told["status"] = "cannot fork"
         else:
             module, _, function = job.partition(":")

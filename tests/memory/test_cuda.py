@@ -148,6 +148,17 @@ def kernel(card, dtype=torch.float16, size=64, mask=None, causal=True, heads=(8,
     return choose_kernel(card, query, key, key, mask, is_causal=causal, enable_gqa=heads[0] != heads[1], **kwargs)
 
 
+@pytest.mark.parametrize("name", ["T4", "A100", "RTX 3090", "H100", "RTX 5090"])
+def test_no_fused_kernel_takes_inputs_or_a_mask_whose_last_dimension_is_strided(name):
+    """As `torch._fused_sdp_choice` of PyTorch 2.11's CUDA build answers; T5's bias of positions is such a mask."""
+    card, dtype = find_card(name), torch.float16
+    query, strided = torch.empty(2, 8, 64, 64, dtype=dtype), torch.empty(2, 8, 64, 64, dtype=dtype).transpose(-1, -2)
+    bias = torch.empty(1, 64, 64, 8, dtype=dtype).permute(0, 3, 1, 2)
+    assert choose_kernel(card, query, query, query, bias.contiguous()) != "math"
+    assert choose_kernel(card, query, query, query, bias) == "math"
+    assert choose_kernel(card, strided, query, query) == choose_kernel(card, query, query, strided) == "math"
+
+
 def test_turing_has_no_flash_and_no_bfloat16_kernel():
     assert kernel(T4) == "efficient"
     assert kernel(T4, torch.bfloat16) == "math"
