@@ -202,6 +202,22 @@ def test_attention_without_a_matrix_of_scores_is_traced_without_one(fake, dtype)
     assert max(nbytes for _, nbytes, _ in on(ADA, run, query)) < scores
 
 
+def test_dropout_within_the_math_kernel_keeps_a_mask_of_one_byte_each(fake):
+    """native/Dropout.cpp: fused on a card, also where C++ calls it; on a CPU the mask has the dtype of the scores."""
+    query = fake(1, 4, 96, 64, dtype=torch.float16).requires_grad_()
+    bias = fake(1, 96, 96, 4, dtype=torch.float16).permute(0, 3, 1, 2)  # strided, as T5's
+    scores = 4 * 96 * 96
+
+    def run(dropout):
+        def attend():
+            return F.scaled_dot_product_attention(query, query, query, bias, dropout_p=dropout)
+
+        return [nbytes for sign, nbytes, _ in on(ADA, attend, query, bias) if sign == "+"]
+
+    assert run(0.1).count(scores) == run(0.0).count(scores) + 1
+    assert run(0.1).count(4 * scores) == run(0.0).count(4 * scores) + 1  # what is left of the scores, in float32
+
+
 def test_attention_under_autocast_takes_its_inputs_in_16_bits(fake):
     """Positions in float32, as a model of float32 weights has them, make queries and keys float32 before it."""
     query, value = fake(1, 4, 64, 32).requires_grad_(), fake(1, 4, 64, 32, dtype=torch.bfloat16)
