@@ -16,7 +16,7 @@ BART |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12, "encoder_
 SMALL_LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 256,
-    "intermediate_size": 688,
+    "intermediate_size": 704,
     "num_hidden_layers": 4,
 }
 SMALL_LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "head_dim": 64}
