@@ -4,9 +4,10 @@
 # make matrix  every case of the long sweeps, of which make test runs a daily sample
 # make stacks  the fast tests and one recipe on the oldest and on the newest versions that pyproject.toml admits, each in an
 #              environment of its own; UV_TORCH_BACKEND=cpu make stacks takes PyTorch's small CPU build
+# make gpu     measures on this machine's GPU for MINUTES (9) whatever is claimed about GPUs; with PYTHON=python3, without .venv
 # make setup   the environment alone, in .venv
 # make extensions   what DeepSpeed compiles for offloading, now rather than in the first run that needs it (minutes)
-.PHONY: setup extensions demo test quick matrix stacks check results
+.PHONY: setup extensions demo test quick matrix stacks check results gpu
 PYTHON ?= python3
 # Also for what a package needs to be built: DeepSpeed is built on the spot, against the same torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -30,6 +31,14 @@ stacks: .venv/.footprint-test
 	$(BIN)/python benchmarks/stacks.py
 check: .venv/.footprint-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+# Where PYTHON is given it runs as it is, for a machine whose python3 has torch; else that of .venv does.
+ifeq ($(origin PYTHON),command line)
+gpu:
+	$(PYTHON) benchmarks/gpu.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out $(OUT))
+else
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out $(OUT))
+endif
 results: setup
 	$(BIN)/python benchmarks/embedded.py
 	$(BIN)/python benchmarks/readme.py

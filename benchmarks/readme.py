@@ -352,7 +352,36 @@ def stacks() -> str:
     return f"`{result['command']}` tried both ends of these ranges on {result['date']}: {'; '.join(shown)}."
 
 
+def gpu_accuracy() -> str:
+    """What `make gpu` measured, by card: how far predictions were, and what ran, fitted and was fast; or that nothing was yet."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from on_gpu.results import Results, summary, verdict
+
+    files = sorted(path for path in (RESULTS / "gpu").glob("*.json") if path.name != "fits.json")
+    if not files:
+        return "On a GPU nothing has been measured by this project yet: `make gpu` stands ready for it."
+    lines = [
+        "| card | configurations | allocated, mean (worst) | reserved, mean (worst) | recipes that ran | limits as predicted |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    notes = []
+    for path in files:
+        results = Results.load(path)
+        errors = summary(results.rows("memory"))
+        cells = [f"{e['mean']:.2f} % ({e['worst']:.2f} %)" for e in errors.values()] or ["not predicted yet"] * 2
+        shares = []
+        for part in ("runs", "fits"):
+            found = [verdict(row) for row in results.rows(part)]
+            shares.append(f"{found.count('agrees')} of {len(found)}")
+        name, number = results.content["card"]["name"], len(results.rows("memory"))
+        lines.append(f"| {name} | {number} | {cells[0]} | {cells[1]} | {shares[0]} | {shares[1]} |")
+        call = results.content["calls"][-1]
+        notes.append(f"{name}: {call['date']}, {call['seconds']:.0f} s, {results.stack}")
+    return "\n".join([*lines, "", "; ".join(notes) + "; made by `make gpu`."])
+
+
 PARTS = {
+    "gpu accuracy": gpu_accuracy,
     "stacks": stacks,
     "distributed accuracy": distributed_accuracy,
     "distributed fits": distributed_fits,

@@ -23,6 +23,42 @@ from toolkit.memory.units import GIB, MIB
         ("A100", "A100 40GB"),
         ("H100", "H100 80GB"),
         ("h200", "H200"),
+        # as drivers name them
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200 NVL", "H200"),
+        ("NVIDIA GH200 480GB", "GH200 96GB"),  # 480 GB are the processor's
+        ("NVIDIA GH200 144G HBM3e", "GH200 144GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX 4000 SFF Ada Generation", "RTX 4000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "RTX PRO 6000 Blackwell"),
+        ("Tesla V100-SXM2-16GB", "V100 16GB"),
+        ("Tesla P100-PCIE-16GB", "P100"),
+        ("NVIDIA GeForce RTX 3070 Laptop GPU", "RTX 3070 Laptop"),
+        ("NVIDIA GeForce RTX 2070 with Max-Q Design", "RTX 2070"),
+        ("NVIDIA GeForce GTX 1060 6GB", "GTX 1060"),
+        # as users write them
+        ("RTX 3060 12 GB", "RTX 3060"),
+        ("3060 12G", "RTX 3060"),
+        ("RTX 3060 8GB", "RTX 3060 8GB"),
+        ("RTX 3080 10GB", "RTX 3080"),
+        ("3090 24GB", "RTX 3090"),
+        ("RTX 3090 24 GB GDDR6X", "RTX 3090"),
+        ("RTX 4090D", "RTX 4090 D"),
+        ("RTX 4090 laptop", "RTX 4090 Laptop"),
+        ("T4 15GB", "T4"),  # what nvidia-smi shows of its 16
+        ("V100", "V100 16GB"),
+        ("V100-32GB", "V100 32GB"),
+        ("H100 SXM5 80GB", "H100 80GB"),
+        ("P40", "P40"),
+        ("GTX 1650", "GTX 1650"),
+        ("GH200", "GH200 96GB"),
+        ("RTX PRO 6000", "RTX PRO 6000 Blackwell"),
     ],
 )
 def test_a_card_is_found_by_its_usual_names(given, found):
@@ -35,9 +71,43 @@ def test_an_unknown_card_lists_near_names(given, near):
         find_card(given)
 
 
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_card_is_found_by_its_own_name(card):
+    assert find_card(card.name) is card
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("2x RTX 3090", "name one card; for 2 of them, --gpu 'RTX 3090' --launch zero3 --num_processes 2"),
+        ("A100 80GB x4", "name one card; for 4 of them, --gpu 'A100 80GB'"),
+        ("RTX 4090 48GB", "that card comes with 24 GB; for another size give --gpu_memory 48GB"),
+        ("A100 60GB", "that card comes with 40 or 80 GB"),
+        *(
+            (name, "is not predicted: .*CUDA.*--gpu_memory")
+            for name in ("MI300X", "RX 7900 XTX", "Radeon PRO W7900", "gfx1100")
+        ),
+        *(
+            (name, "is not predicted: .*CUDA.*--gpu_memory")
+            for name in ("Arc A770", "B580", "M3 Max", "Apple M1 Ultra")
+        ),
+        *(
+            (name, "shares its memory with the processor.*--gpu_memory")
+            for name in ("Jetson Orin", "DGX Spark", "NVIDIA GB10")
+        ),
+        ("zzz", "give a name such as 'RTX 4090'"),
+    ],
+)
+def test_what_is_no_one_card_of_cuda_gets_one_line_that_says_what_to_give(given, said):
+    with pytest.raises(UserError, match=said) as caught:
+        find_card(given)
+    assert len(str(caught.value)) < 250
+
+
 def test_names_are_unique_and_every_architecture_of_the_toolkit_is_there():
     assert len({card.name for card in CARDS}) == len(CARDS)
-    assert {card.architecture for card in CARDS} == {"Turing", "Ampere", "Ada", "Hopper", "Blackwell"}
+    named = {"Pascal", "Volta", "Turing", "Ampere", "Ada", "Hopper", "Blackwell"}
+    assert {card.architecture for card in CARDS} == named
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

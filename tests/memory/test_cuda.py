@@ -148,6 +148,17 @@ def kernel(card, dtype=torch.float16, size=64, mask=None, causal=True, heads=(8,
     return choose_kernel(card, query, key, key, mask, is_causal=causal, enable_gqa=heads[0] != heads[1], **kwargs)
 
 
+@pytest.mark.parametrize("name", ["T4", "A100", "RTX 3090", "H100", "RTX 5090"])
+def test_no_fused_kernel_takes_inputs_or_a_mask_whose_last_dimension_is_strided(name):
+    """As `torch._fused_sdp_choice` of PyTorch 2.11's CUDA build answers; T5's bias of positions is such a mask."""
+    card, dtype = find_card(name), torch.float16
+    query, strided = torch.empty(2, 8, 64, 64, dtype=dtype), torch.empty(2, 8, 64, 64, dtype=dtype).transpose(-1, -2)
+    bias = torch.empty(1, 64, 64, 8, dtype=dtype).permute(0, 3, 1, 2)
+    assert choose_kernel(card, query, query, query, bias.contiguous()) != "math"
+    assert choose_kernel(card, query, query, query, bias) == "math"
+    assert choose_kernel(card, strided, query, query) == choose_kernel(card, query, query, strided) == "math"
+
+
 def test_turing_has_no_flash_and_no_bfloat16_kernel():
     assert kernel(T4) == "efficient"
     assert kernel(T4, torch.bfloat16) == "math"
@@ -204,6 +215,22 @@ def test_attention_without_a_matrix_of_scores_is_traced_without_one(fake, dtype)
         F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
 
     assert max(nbytes for _, nbytes, _ in on(ADA, run, query)) < scores
+
+
+def test_dropout_within_the_math_kernel_keeps_a_mask_of_one_byte_each(fake):
+    """native/Dropout.cpp: fused on a card, also where C++ calls it; on a CPU the mask has the dtype of the scores."""
+    query = fake(1, 4, 96, 64, dtype=torch.float16).requires_grad_()
+    bias = fake(1, 96, 96, 4, dtype=torch.float16).permute(0, 3, 1, 2)  # strided, as T5's
+    scores = 4 * 96 * 96
+
+    def run(dropout):
+        def attend():
+            return F.scaled_dot_product_attention(query, query, query, bias, dropout_p=dropout)
+
+        return [nbytes for sign, nbytes, _ in on(ADA, attend, query, bias) if sign == "+"]
+
+    assert run(0.1).count(scores) == run(0.0).count(scores) + 1
+    assert run(0.1).count(4 * scores) == run(0.0).count(4 * scores) + 1  # what is left of the scores, in float32
 
 
 def test_attention_under_autocast_takes_its_inputs_in_16_bits(fake):

@@ -41,7 +41,9 @@ def choose_kernel(
     same_size = query.shape[-1] == key.shape[-1] == value.shape[-1]
     grouped = query.shape[-3] != key.shape[-3] if query.dim() == 4 else False
     square = query.shape[-2] == key.shape[-2]
-    if query.dim() == 4 and (not grouped or enable_gqa):
+    # `check_last_dim_stride_equals_1_dense`: T5's bias of positions is a permuted view, so T5 runs math on every card
+    dense = all(t.stride(-1) == 1 for t in (query, key, value, attn_mask) if t is not None)
+    if query.dim() == 4 and (not grouped or enable_gqa) and dense:
         prefers_cudnn = card.capability[0] in (9, 10)
         learned = attn_mask is not None and attn_mask.requires_grad
         can = same_size and not learned and _cudnn_can(query, dropout_p)

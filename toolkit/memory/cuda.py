@@ -289,6 +289,26 @@ def _expandable_segments() -> bool:
     return "expandable_segments:true" in settings.replace(" ", "").lower()
 
 
+@contextmanager
+def _fused_dropout() -> Iterator[None]:
+    """native/Dropout.cpp: on CUDA `at::dropout` is one operator with a bool mask; on a CPU a mask in the input's dtype, and a product.
+
+    `replaced_functions` sees Python's calls alone, and the math kernel for attention calls it from C++.
+    """
+    library = torch.library.Library("aten", "IMPL")
+
+    def dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+        if not train or p == 0 or not input.numel():
+            return input
+        return input * 0 if p == 1 else torch.native_dropout(input, p, train)[0]
+
+    library.impl("dropout", dropout, "AutogradCPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
 class Cuda:
     """A card as the shadow step's device.
 
@@ -352,7 +372,7 @@ class Cuda:
         """While open, functions take the paths that they take on this card."""
         replaced = replaced_functions(self.card, self.built_with_flash)
         before = {name: getattr(F, name) for name in replaced}
-        with quantized.cuda_paths(), cuda_autocast():
+        with quantized.cuda_paths(), cuda_autocast(), _fused_dropout():
             for name, function in replaced.items():
                 setattr(F, name, function)
             try:

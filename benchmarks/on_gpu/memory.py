@@ -1,0 +1,215 @@
+"""Is the prediction right? Each configuration trains two steps on the card; the same two steps are predicted without it.
+
+Measuring leaves the shapes of its batches in the results, so that the prediction, on any machine, is of the very same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from on_gpu import models, training
+from on_gpu.items import Item
+from on_gpu.results import error_percent, slug
+
+SHAPES = ((4, 512), (1, 1024))  # rows x --max_length
+REHEARSED_SHAPE = (2, 64)
+METHODS = {"lora": "lora", "qlora": "qlora", "full": "full", "ia3": "ia3"}  # shown -> recipe
+MODELS = ("llama-1b", "flan-t5-base", "llama-3b", "qwen-1.5b", "mt0-large", "llama-8b")
+# GiB that it may take with full fine-tuning, LoRA in bf16, and a quantized base; seconds that it may take
+NEEDS = {
+    "small-llama": (2, 2, 2, 6),
+    "small-t5": (2, 2, 2, 6),
+    "llama-1b": (28, 10, 8, 9),
+    "flan-t5-base": (9, 5, 5, 9),
+    "bart-base": (6, 4, 4, 8),
+    "qwen-1.5b": (38, 12, 10, 11),
+    "llama-3b": (62, 16, 10, 14),
+    "mt0-large": (32, 12, 12, 12),
+    "llama-8b": (160, 28, 16, 25),
+}
+TOLERANCE_PERCENT = {"allocated_bytes": 1.0, "reserved_bytes": 3.0}  # beyond which a row is shown as one that differs
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One point of the grid: a recipe and its flags on a model; `allocator` is what PYTORCH_ALLOC_CONF would say."""
+
+    name: str
+    method: str
+    model: str
+    flags: tuple[str, ...]
+    allocator: str | None = None
+    snapshot: bool = False
+
+    def item(self, work: Path, artifacts: Path, rehearsed: bool) -> Item:
+        """What measures it."""
+        full, frozen, quantized, seconds = NEEDS[self.model]
+        bits = self.method == "qlora" or "--load_in_8bit" in self.flags
+        gib = full if self.method == "full" else quantized if bits else frozen
+        arguments = {
+            "configuration": vars(self),
+            "work": str(work),
+            "artifacts": str(artifacts),
+            "rehearsed": rehearsed,
+        }
+        return Item(self.name, "memory", "on_gpu.memory:measure", arguments, seconds, gib, (f"model {self.model}",))
+
+
+def grid(rehearsed: bool = False) -> list[Configuration]:
+    """All configurations, the most telling first: every model with every method, each option turned once, the other shape."""
+    first, second = SHAPES
+    result = [_plain(model, method, first) for method, model in product(METHODS, MODELS)]
+    result += _turned("llama-1b", ("lora", "full"))
+    result += _turned("flan-t5-base", ("lora", "full"))
+    result += _single()
+    result += [_plain(model, method, second) for method, model in product(METHODS, MODELS)]
+    result = [
+        c for c in result if (c.model, c.method) != ("llama-8b", "full")
+    ]  # 16 bytes a weight and more: on no card
+    return _small(result) if rehearsed else result
+
+
+def _sizes(shape: tuple[int, int], *precision: str) -> tuple[str, ...]:
+    return ("--per_device_train_batch_size", str(shape[0]), "--max_length", str(shape[1]), *precision)
+
+
+def _plain(model: str, method: str, shape: tuple[int, int]) -> Configuration:
+    return Configuration(f"{model} {method} {shape[0]}x{shape[1]}", METHODS[method], model, _sizes(shape, "--bf16"))
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "checkpointed": ("--bf16", "--gradient_checkpointing"),
+    "eager": ("--bf16", "--attn_implementation", "eager"),
+    "adamw-8bit": ("--bf16", "--optim", "adamw_bnb_8bit"),
+    "paged": ("--bf16", "--optim", "paged_adamw_8bit"),
+    "fp32": ("--bf16", "false"),
+    "accumulated": ("--bf16", "--gradient_accumulation_steps", "2"),
+    "expandable": ("--bf16",),
+}
+
+
+def _turned(model: str, methods: tuple[str, ...]) -> list[Configuration]:
+    allocator = {"expandable": "expandable_segments:True"}
+    return [
+        Configuration(
+            f"{model} {method} 2x512 {option}", method, model, _sizes((2, 512), *flags), allocator.get(option)
+        )
+        for option, flags in OPTIONS.items()
+        for method in methods
+    ]
+
+
+def _single() -> list[Configuration]:
+    """What is tried on one model alone."""
+    half, eight = _sizes((2, 512), "--fp16"), _sizes((2, 512), "--bf16", "--load_in_8bit")
+    plain = _sizes((2, 512), "--bf16")
+    return [
+        Configuration("llama-1b lora 2x512 fp16", "lora", "llama-1b", half),
+        Configuration("llama-1b full 2x512 fp16", "full", "llama-1b", half),
+        Configuration("llama-1b qlora 2x512 8-bit", "qlora", "llama-1b", eight),
+        Configuration("flan-t5-base qlora 2x512 8-bit", "qlora", "flan-t5-base", eight),
+        Configuration("llama-8b qlora 2x512 8-bit", "qlora", "llama-8b", eight),
+        Configuration("llama-8b qlora 2x512 checkpointed", "qlora", "llama-8b", (*plain, "--gradient_checkpointing")),
+        Configuration("bart-base lora 2x512", "lora", "bart-base", plain),
+        Configuration("bart-base full 2x512", "full", "bart-base", plain),
+        Configuration("llama-1b prefix_tuning 2x512", "prefix_tuning", "llama-1b", plain),
+        Configuration("flan-t5-base adapter 2x512", "adapter", "flan-t5-base", plain),
+        *(
+            Configuration(f"small-llama {method} 2x512 snapshot", method, "small-llama", plain, snapshot=True)
+            for method in METHODS.values()
+        ),
+    ]
+
+
+KEPT = ("", "checkpointed", "expandable", "8-bit", "snapshot")  # options that a rehearsal tries
+
+
+def _small(whole: list[Configuration]) -> list[Configuration]:
+    """Each method once on a small Llama, LoRA on a T5 and a BART too, and the options in `KEPT`."""
+    result: dict[str, Configuration] = {}
+    for one in whole:
+        seq2seq = {"flan-t5-base": "small-t5", "bart-base": "bart-base"}
+        kind = seq2seq.get(one.model, "small-llama")
+        option = " ".join(one.name.split()[3:])
+        key = option or f"{kind} {one.method}"
+        if key in result or option not in KEPT or (kind != "small-llama" and one.method != "lora"):
+            continue
+        flags = list(one.flags)
+        flags[1], flags[3] = map(str, REHEARSED_SHAPE)
+        name = f"{kind} {one.method} {option}".strip()
+        result[key] = Configuration(name, one.method, kind, tuple(flags), one.allocator, one.snapshot)
+    return list(result.values())
+
+
+# ---- jobs
+
+
+def measure(configuration: Mapping[str, Any], work: str, artifacts: str, rehearsed: bool) -> dict[str, Any]:
+    """Trains the configuration's two steps on the card; the ledger goes beside the results too, whole."""
+    one = Configuration(**{**configuration, "flags": tuple(configuration["flags"])})
+    output = Path(work) / "measured" / slug(one.name)
+    argv = training.flags(work, one.model, one.flags, str(output), rehearsed)
+    snapshot = str(Path(artifacts) / f"{slug(one.name)}.snapshot.pickle") if one.snapshot else None
+    memory, found = training.measured(one.method, argv, snapshot, one.allocator)
+    memory.ledger.save(Path(artifacts) / f"{slug(one.name)}.measured.json")
+    return found | {
+        "method": one.method,
+        "model": one.model,
+        "flags": list(one.flags),
+        "allocator_settings": one.allocator,
+    }
+
+
+def card_of(facts: Mapping[str, Any]) -> Any:
+    """The measured card for a prediction; None for a CPU. Its context is what was measured, where that has been."""
+    from toolkit.memory.cards import Card, card_of_device
+
+    if facts.get("capability") is None:
+        return None
+    capability = (facts["capability"][0], facts["capability"][1])
+    card = card_of_device(facts["name"], capability, facts["multiprocessors"], facts["total_bytes"])
+    if facts.get("context_bytes"):
+        card = Card(**{**vars(card), "context_bytes": facts["context_bytes"], "context_is_estimate": False})
+    return card
+
+
+def predict(row: Mapping[str, Any], source: str | dict[str, Any], facts: dict[str, Any], work: str) -> dict[str, Any]:
+    """Predicts the very steps of a measured row, for the card of `facts`, in a process that sees no GPU."""
+    from toolkit.launch import ONE_PROCESS
+    from toolkit.prediction import Launched
+
+    if isinstance(source, str):
+        name = source
+    else:  # no catalogue knows it: a folder with a config alone will do
+        folder = Path(work) / "configs" / row["model"]
+        models.config_of(source).save_pretrained(folder)
+        name = str(folder)
+    card = card_of(facts)
+    flags = ["--model_name_or_path", name, "--max_steps", "2", "--report_to", "none", *row["flags"]]
+    batches = [training.rebuilt(batch) for batch in row["batches"]]
+    if card is None:
+        flags.append("--use_cpu")
+    ledger = Launched(row["method"], flags, ONE_PROCESS, card, batches).predict()
+    return training.ledger_row(ledger)
+
+
+def prediction_item(row: dict[str, Any], facts: dict[str, Any], work: Path, rehearsed: bool) -> Item:
+    """What predicts a measured row."""
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_ALLOC_CONF": row.get("allocator_settings") or ""}
+    told = {name: row[name] for name in ("method", "model", "flags", "batches")}
+    source = models.by_label(rehearsed)[row["model"]].source
+    arguments = {"row": told, "source": source, "facts": facts, "work": str(work)}
+    return Item(f"predict {row['name']}", "predictions", "on_gpu.memory:predict", arguments, 12.0, env=env)
+
+
+def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
+    """What a prediction adds to a measured row."""
+    kinds = ("allocated_bytes", "reserved_bytes")
+    error = {kind: error_percent(predicted["peak"][kind], row["peak"][kind]) for kind in kinds}
+    says = ", ".join(f"{kind.removesuffix('_bytes')} {value:+.2f} %" for kind, value in error.items())
+    agrees = all(abs(error[kind]) <= TOLERANCE_PERCENT[kind] for kind in kinds)
+    return {"predicted": predicted, "error_percent": error, "agrees": agrees, "says": says}

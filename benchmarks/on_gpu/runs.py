@@ -1,0 +1,225 @@
+"""Does it run? Recipes as users run them: trained, killed, resumed, read back, generated from, merged; under the engines too.
+
+A scenario is one item. It forks a process for each step, so that each has a CUDA context of its own as a command has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from on_gpu import models
+from on_gpu.items import Item
+from on_gpu.results import slug
+
+ROOT = Path(__file__).parents[2]
+TEXT = "the quick brown fox jumps over a lazy dog"
+UNMERGED = ("prefix_tuning", "adapter", "full")  # `footprint merge` refuses them with a reason
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A recipe on a model; `launch` is a file of launch/, on one process; `killed`: by SIGKILL in the middle.
+
+    `whole` scenarios are resumed, generated from and merged; others are only trained.
+    """
+
+    method: str
+    model: str
+    flags: tuple[str, ...] = ("--bf16",)
+    launch: str | None = None
+    killed: bool = False
+    whole: bool = True
+    seconds: float = 20.0
+
+    @property
+    def name(self) -> str:
+        """Such as "runs small-llama lora bf16"."""
+        words = [flag.removeprefix("--") for flag in self.flags]
+        return " ".join(
+            ["runs", self.model, self.method, *words, self.launch or "", "killed" if self.killed else ""]
+        ).strip()
+
+    def item(self, work: Path, rehearsed: bool) -> Item:
+        """What runs it."""
+        arguments = {"scenario": vars(self), "work": str(work), "rehearsed": rehearsed}
+        return Item(self.name, "runs", "on_gpu.runs:play", arguments, self.seconds, 3.0, (f"model {self.model}",))
+
+
+def scenarios(rehearsed: bool = False) -> list[Scenario]:
+    """The most used first. In a rehearsal each kind once."""
+    llama, t5, bf16 = "small-llama", "small-t5", ("--bf16",)
+    eight = ("--bf16", "--load_in_8bit")
+    if rehearsed:
+        return [
+            Scenario("lora", llama, bf16),
+            Scenario("full", t5, bf16, killed=True),
+            Scenario("prefix_tuning", t5, bf16, whole=False),
+            Scenario("lora", llama, bf16, "zero2", whole=False),
+        ]
+    slow = Scenario("full", llama, bf16, "zero3_offload", seconds=120)  # compiles DeepSpeed's optimizer for CPUs
+    return [
+        *(Scenario(method, model) for method in ("lora", "qlora", "full") for model in (llama, t5)),
+        Scenario("lora", llama, ("--fp16",)),
+        Scenario("full", llama, ("--fp16",)),
+        Scenario("full", llama, killed=True),
+        Scenario("lora", t5, killed=True),
+        *(Scenario("qlora", model, eight) for model in (llama, t5)),
+        *(Scenario("lora", llama, bf16, launch, seconds=45) for launch in ("zero2", "fsdp2")),
+        slow,
+        *(Scenario(method, model) for method in ("ia3", "prefix_tuning", "adapter") for model in (llama, t5)),
+        Scenario("lora", t5, bf16, "zero2", seconds=45),
+        Scenario("full", t5, bf16, "fsdp2", seconds=45),
+        Scenario("qlora", llama, bf16, "fsdp2_qlora", seconds=45),
+        Scenario("full", llama, ("--bf16", "--optim", "paged_adamw_8bit")),
+        Scenario("full", llama, ("--bf16", "--gradient_checkpointing")),
+        Scenario("full", llama, ("--bf16", "false")),
+    ]
+
+
+def play(scenario: dict[str, Any], work: str, rehearsed: bool) -> dict[str, Any]:
+    """Runs the steps one after the other, up to the first that fails.
+
+    Raises: RuntimeError with the whole output of the step that failed, or of what its folder lacks.
+    """
+    one = Scenario(**{**scenario, "flags": tuple(scenario["flags"])})
+    folder = Path(work) / "runs" / slug(one.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run = folder / "run"
+    argv = _flags(one, work, run, rehearsed)
+    steps: dict[str, float] = {}
+
+    def step(name: str, script: Callable[[], Any], kill_when: Callable[[], bool] | None = None) -> None:
+        began = time.monotonic()
+        code, said = forked(script, _environment(one) if name in ("train", "resume") else {}, kill_when)
+        steps[name] = round(time.monotonic() - began, 1)
+        expected = -signal.SIGKILL if kill_when else 0
+        if code != expected:
+            raise RuntimeError(f"{one.name}: {name} ended with {code} instead of {expected}:\n{said}")
+
+    recipe = ROOT / "recipes" / f"{one.method}.py"
+    if one.killed:
+        step("train", lambda: _script(recipe, [*argv, "--max_steps", "400"]), lambda: any(run.glob("checkpoint-*")))
+        newest = max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
+    else:
+        step("train", lambda: _script(recipe, [*argv, "--max_steps", "2"]))
+        newest = 2
+    if one.whole:
+        resume = ["--max_steps", str(newest + 2), "--resume_from_checkpoint", "true"]
+        step("resume", lambda: _script(recipe, [*argv, *resume]))
+        step("generate", lambda: _footprint("generate", str(run), TEXT))
+        if one.method not in UNMERGED:
+            merged = str(folder / "merged")
+            step("merge", lambda: _footprint("merge", str(run), "--output_dir", merged, "--dtype", "float32"))
+    _check(run, newest + 2 if one.whole else newest)
+    found: dict[str, Any] = {"steps": steps}
+    for name in ("memory.json", "predicted_memory.json"):
+        if (run / name).is_file():
+            found[name] = json.loads((run / name).read_text(encoding="utf-8"))["peak"]
+    found["says"] = ", ".join(f"{name} {seconds} s" for name, seconds in steps.items())
+    return found | {"agrees": True}
+
+
+def _flags(one: Scenario, work: str, run: Path, rehearsed: bool) -> list[str]:
+    return [
+        *("--model_name_or_path", str(models.folder_of(work, one.model)), "--dataset_name", str(Path(work) / "rows")),
+        *("--max_length", "64", "--max_target_length", "8", "--max_eval_samples", "2", "--learning_rate", "1e-3"),
+        *("--per_device_train_batch_size", "2", "--save_strategy", "steps", "--save_steps", "2", "--report_to", "none"),
+        *("--logging_steps", "1", "--output_dir", str(run), *one.flags),
+        *(("--use_cpu",) if rehearsed else ()),
+    ]
+
+
+def _environment(one: Scenario) -> dict[str, str]:
+    """What `accelerate launch` leaves in the environment, for one process."""
+    if one.launch is None:
+        return {}
+    from toolkit.launch import read_launch
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return read_launch(one.launch, 1).of_rank(0) | {"MASTER_PORT": str(port)}
+
+
+def _script(path: Path, argv: Sequence[str]) -> None:
+    if (
+        os.environ.get("ACCELERATE_USE_FSDP") and "--use_cpu" in argv
+    ):  # accelerate makes a process group FSDP for GPUs alone
+        from accelerate.state import AcceleratorState
+
+        from toolkit.memory.sharding import begin_as_on_gpus
+
+        AcceleratorState.__init__ = begin_as_on_gpus(AcceleratorState.__init__)
+    sys.argv = [str(path), *argv]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _footprint(*argv: str) -> None:
+    from toolkit.cli import main
+
+    sys.argv = ["footprint", *argv]
+    main(argv)
+
+
+def _check(run: Path, steps: int) -> None:
+    """Raises RuntimeError where the finished run's folder is not what it should be."""
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if not record["finished"] or lines[-1]["step"] != steps or any(loss is None or not loss > 0 for loss in losses):
+        raise RuntimeError(f"finished: {record['finished']}, last step {lines[-1]['step']} of {steps}, losses {losses}")
+
+
+def forked(
+    script: Callable[[], Any], env: dict[str, str], kill_when: Callable[[], bool] | None = None
+) -> tuple[int, str]:
+    """Runs `script` in a fork of this process, which must not have touched CUDA: exit code (-9: killed) and output.
+
+    It prints to the item's log, as this process does. `kill_when` is asked again and again; once it is true, the fork is killed.
+    """
+    log = Path(os.environ["ITEM_LOG"])
+    before = log.stat().st_size
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.environ |= env
+            os.chdir(ROOT)
+            for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
+                del sys.modules[name]  # they read the rank of the process that imports them
+            try:
+                script()
+                code = 0
+            except SystemExit as left:
+                code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            break
+        if kill_when is not None and kill_when():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    with log.open(encoding="utf-8", errors="replace") as stream:
+        stream.seek(before)
+        return os.waitstatus_to_exitcode(status), stream.read()

@@ -1,0 +1,123 @@
+"""Training as a recipe does it, without the prediction before and the scores around it; and what it leaves in the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from on_gpu import models
+
+
+def flags(
+    work: str,
+    model: str,
+    method_flags: Iterable[str],
+    output: str,
+    rehearsed: bool,
+    steps: int = 2,
+    target: int | None = None,
+) -> list[str]:
+    """The recipe's flags: rows in their order, the model's folder, two steps, nothing saved."""
+    known = models.by_label(rehearsed)[model]
+    target = target or (128 if known.is_seq2seq else 16)
+    if rehearsed:
+        target = min(target, 8)
+    return [
+        *("--model_name_or_path", str(models.folder_of(work, model))),
+        *("--dataset_name", str(Path(work) / "rows"), "--max_target_length", str(target)),
+        *("--train_sampling_strategy", "sequential", "--max_steps", str(steps), "--output_dir", output),
+        *("--save_strategy", "no", "--report_to", "none", *method_flags),
+        *(("--use_cpu",) if rehearsed else ()),
+    ]
+
+
+def allocator_settings(settings: str | None) -> None:
+    """Sets what PYTORCH_ALLOC_CONF would: the process that this one was forked from may have read that variable already."""
+    if settings is not None:
+        import torch
+
+        torch.cuda.memory._set_allocator_settings(settings)
+
+
+def measured(
+    method: str, argv: Sequence[str], snapshot: str | None = None, allocator: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Trains two steps under the measuring callback; the callback, and what the results hold of its ledger.
+
+    Raises: whatever training raises, an out-of-memory error among it; RuntimeError where no ledger was left.
+    """
+    import torch
+
+    from toolkit.config import parse_config
+    from toolkit.memory.measure import MemoryCallback
+    from toolkit.methods import METHODS
+    from toolkit.models import load_model
+    from toolkit.preparation import prepare
+    from toolkit.training import FineTuner
+
+    seconds, began = {}, time.perf_counter()
+    config = parse_config(METHODS[method], list(argv))
+    ready = prepare(config)
+    seconds["prepare"], began = time.perf_counter() - began, time.perf_counter()
+    on_cuda = config.training.device.type == "cuda"
+    if on_cuda:
+        allocator_settings(allocator)
+    model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))
+    memory = MemoryCallback(snapshot=snapshot)
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
+    seconds["load"], began = time.perf_counter() - began, time.perf_counter()
+    trainer.train()
+    seconds["train"] = time.perf_counter() - began
+    if memory.ledger is None:
+        raise RuntimeError(f"no measured ledger: {memory.problem}")
+    found = ledger_row(memory.ledger) | {"batches": [describe(batch) for batch in memory.batches]}
+    found["took"] = {name: round(value, 2) for name, value in seconds.items()}
+    if on_cuda:
+        stats = torch.cuda.memory_stats()
+        found["allocator"] = {name: stats[name] for name in STATISTICS if name in stats}
+        found["attention"] = model.config._attn_implementation
+    return memory, found
+
+
+STATISTICS = (
+    *("allocated_bytes.all.peak", "reserved_bytes.all.peak", "active_bytes.all.peak", "inactive_split_bytes.all.peak"),
+    *("requested_bytes.all.peak", "segment.all.peak", "num_alloc_retries", "num_ooms", "num_device_alloc"),
+)
+
+
+def ledger_row(ledger: Any) -> dict[str, Any]:
+    """Of a ledger what the results hold: peaks, each phase's peak and end, and categories at the peak. Bytes."""
+    whole = ledger.to_json()
+    phases = {
+        steps: {
+            name: [use["allocated_peak_bytes"], use["allocated_end_bytes"]] for name, use in whole[steps].items()
+        }  # peak, end
+        for steps in ("phases", "first_step")
+    }
+    return {"peak": whole["peak"], **phases, "categories": {k: v for k, v in whole["categories_at_peak"].items() if v}}
+
+
+def describe(batch: dict[str, Any]) -> dict[str, list[int]]:
+    """A batch by its shapes, and for the mask how many tokens each row has: all that memory depends on."""
+    found = {name: list(tensor.shape) for name, tensor in batch.items()}
+    if "attention_mask" in batch:
+        found["tokens"] = batch["attention_mask"].sum(-1).tolist()
+    return found
+
+
+def rebuilt(description: dict[str, list[int]]) -> dict[str, Any]:
+    """A batch of the shapes that `describe` told, padded on the right as the collator does."""
+    import torch
+
+    from toolkit.prediction import UNMARKED
+
+    shapes = {name: shape for name, shape in description.items() if name != "tokens"}
+    batch = {name: torch.full(tuple(shape), UNMARKED) for name, shape in shapes.items()}
+    if "tokens" in description:
+        rows, length = shapes["attention_mask"]
+        batch["attention_mask"] = (
+            torch.arange(length).expand(rows, -1).lt(torch.tensor(description["tokens"])[:, None]).long()
+        )
+    return batch
