@@ -17,7 +17,8 @@ On a machine without network, with wheels of what it lacks in .whl/ (from `pip d
     python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site .whl/*.whl && \\
       PYTHONPATH=/tmp/site make gpu PYTHON=python3 OUT=$OUT
 
-OUT is a folder for results, ledgers and logs; `benchmarks/results/gpu` if it is left out.
+OUT is a folder for the results; ledgers, snapshots and logs are archives in OUT/CARD: six files at most. Left out, it is
+`benchmarks/results/gpu`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Session:
         self.work = args.work / ("rehearsed" if args.rehearse else "card")
         if args.rehearse:
             shutil.rmtree(self.work, ignore_errors=True)
-        (self.work / "models").mkdir(parents=True, exist_ok=True)
+        for name in ("models", "kept"):
+            (self.work / name).mkdir(parents=True, exist_ok=True)
         cores = os.cpu_count() or 2
         workers = args.workers or min(6, max(2, cores // 2))
         self.estimates = Estimates()
@@ -141,7 +143,7 @@ class Session:
         every = {
             "runs": [scenario.item(work, small) for scenario in runs.scenarios(small)],
             "facts": facts.items(work, small),
-            "memory": [one.item(work, results.artifacts, small) for one in memory.grid(small)],
+            "memory": [one.item(work, work / "kept", small) for one in memory.grid(small)],
             "speed": speed.items(work, small),
             "fits": fits.items(plans, work, small),
         }
@@ -166,6 +168,7 @@ class Session:
     def measure(self) -> None:
         """Part after part, each in its share of the time; then whatever there is time for."""
         assert self.results is not None
+        results = self.results
         models.write_rows(self.work)
         self.plan_what_is_not_planned()
         self.predict_measured()
@@ -183,6 +186,7 @@ class Session:
                 self._wait_for_plans()
                 items = self.items()[part]
             self.left += self.pool.run(items, now + share * (self.deadline - now))
+            results.pack(self.work)  # again and again: whoever ends this call may do so without a warning
         self.left = self.pool.run(self.left)
         self.left += [item for item in self.pool.drain() if item.part not in ("predictions", "plans")]
 
@@ -292,6 +296,7 @@ def main() -> int:
         if session.results is not None and not endless:
             session.results.elapsed(time.monotonic() - session.began)
             session.finish()
+            session.results.pack(session.work)
             rows = session.results.rows()
             print(f"\n{session.results.content['card']['name']}, {session.results.stack}")
             print(table(rows, [item.name for item in session.left]))

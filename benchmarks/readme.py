@@ -361,20 +361,24 @@ def gpu_accuracy() -> str:
     if not files:
         return "On a GPU nothing has been measured by this project yet: `make gpu` stands ready for it."
     lines = [
-        "| card | configurations | allocated, mean (worst) | reserved, mean (worst) | recipes that ran | limits as predicted |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| card | configurations | allocated, mean (worst) | without the trace | reserved, mean (worst) | recipes that ran "
+        "| limits as predicted |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     notes = []
     for path in files:
         results = Results.load(path)
         errors = summary(results.rows("memory"))
-        cells = [f"{e['mean']:.2f} % ({e['worst']:.2f} %)" for e in errors.values()] or ["not predicted yet"] * 2
+        cells = [
+            f"{errors[kind]['mean']:.2f} % ({errors[kind]['worst']:.2f} %)" if kind in errors else "not predicted yet"
+            for kind in ("allocated_bytes", "untraced_allocated_bytes", "reserved_bytes")
+        ]
         shares = []
         for part in ("runs", "fits"):
             found = [verdict(row) for row in results.rows(part)]
             shares.append(f"{found.count('agrees')} of {len(found)}")
         name, number = results.content["card"]["name"], len(results.rows("memory"))
-        lines.append(f"| {name} | {number} | {cells[0]} | {cells[1]} | {shares[0]} | {shares[1]} |")
+        lines.append(f"| {name} | {number} | {' | '.join(cells)} | {shares[0]} | {shares[1]} |")
         call = results.content["calls"][-1]
         notes.append(f"{name}: {call['date']}, {call['seconds']:.0f} s, {results.stack}")
     return "\n".join([*lines, "", "; ".join(notes) + "; made by `make gpu`."])

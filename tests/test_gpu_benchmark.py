@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -261,6 +262,55 @@ def test_a_prediction_is_compared_with_its_row():
     near = memory.compared(row, {"peak": {"allocated_bytes": 1005, "reserved_bytes": 2050}})
     far = memory.compared(row, {"peak": {"allocated_bytes": 1005, "reserved_bytes": 2200}})
     assert near["agrees"] and not far["agrees"] and far["says"] == "allocated +0.50 %, reserved +10.00 %"
+
+
+STEADY = {"load": [5000, 900], "forward": [900, 800], "backward": [1000, 600]}  # peak, end
+
+
+def test_a_prediction_is_also_compared_with_the_steady_step_without_the_trace():
+    predicted = {"peak": {"allocated_bytes": 5000, "reserved_bytes": 6000}, "phases": STEADY}
+    row = {"peak": predicted["peak"], "phases": STEADY, "untraced_allocated_bytes": 1000}
+    same = memory.compared(row, predicted)
+    assert same["agrees"] and not same["by_trace"] and same["error_percent"]["untraced_allocated_bytes"] == 0
+    far = memory.compared(row | {"untraced_allocated_bytes": 1100}, predicted)
+    assert not far["agrees"] and "untraced allocated -9.09 %" in far["says"]
+
+
+def test_the_table_says_where_the_trace_itself_made_the_difference():
+    predicted = {"peak": {"allocated_bytes": 1000, "reserved_bytes": 2000}, "phases": {"backward": [1000, 600]}}
+    traced = {"peak": {"allocated_bytes": 1040, "reserved_bytes": 2080}, "phases": {"backward": [1040, 600]}}
+    found = memory.compared(traced | {"untraced_allocated_bytes": 1001}, predicted)
+    assert found["agrees"] and found["by_trace"]
+    row = {"name": "a", "part": "memory", "status": "ok"} | found
+    assert "agrees   a" in table(
+        [row], []
+    ) and "the trace itself made the difference: with it the step held 3.90 % more" in table([row], [])
+    also_without = memory.compared(traced | {"untraced_allocated_bytes": 1040}, predicted)
+    assert not also_without["agrees"] and not also_without["by_trace"]
+    much_too_low = memory.compared(
+        traced | {"untraced_allocated_bytes": 1001},
+        predicted | {"peak": {"allocated_bytes": 1000, "reserved_bytes": 1000}},
+    )
+    assert not much_too_low["agrees"]
+
+
+def test_what_a_call_leaves_is_few_files_whatever_it_measured(tmp_path):
+    for name in ("kept/a.json", "kept/b.json", "kept/a.pickle", "logs/a.log", "logs/b.log"):
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text(name)
+    results = Results.of(tmp_path / "out", H100, VERSIONS)
+    results.pack(tmp_path / "work")
+    results.pack(tmp_path / "work")
+    assert {path.name for path in results.artifacts.iterdir()} == {"ledgers.zip", "snapshots.zip", "logs.zip"}
+    with zipfile.ZipFile(results.artifacts / "ledgers.zip") as archive:
+        assert archive.namelist() == ["a.json", "b.json"]
+
+
+def test_every_batch_of_a_plan_is_whole_in_two_steps(tmp_path):
+    for rows, tried in ((fits.MOST, 2), (fits.MOST + 1, 0)):
+        plan = {"lora llama-1b": {str(8 * 2**30): {"rows": rows}}}
+        found = fits.items(plan, tmp_path, rehearsed=False)
+        assert len(found) == tried and all(2 * one.arguments["rows"] <= models.TRAIN_ROWS for one in found)
 
 
 def test_speeds_are_fractions_of_the_cards_own_rates():

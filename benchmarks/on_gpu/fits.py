@@ -22,7 +22,7 @@ from toolkit.files import write_aside
 
 GIB, MIB = 2**30, 2**20
 PLAN = RESULTS / "fits.json"
-MOST = 512  # rows
+MOST = models.TRAIN_ROWS // 2 - 1  # rows that fit, so that two steps of one row more are whole batches too
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def items(plans: dict[str, dict[str, dict[str, int]]], work: Path, rehearsed: bo
     for ladder in ladders(rehearsed):
         for limit, found in plans.get(ladder.name, {}).items():
             for rows, expected in ((found["rows"], "fits"), (found["rows"] + 1, "runs out")):
-                if not 0 < rows <= MOST:
+                if rows == 0 or found["rows"] > MOST:  # where more rows might fit, there is no next one to try
                     continue
                 unit, size = ("MiB", MIB) if rehearsed else ("GiB", GIB)
                 name = f"fits {int(limit) // size} {unit} {ladder.name} {rows}x{ladder.length}"
@@ -169,8 +169,8 @@ def plan(ladder: dict[str, Any], facts: dict[str, Any], work: str, rehearsed: bo
     low = 0
     for limit in limits(rehearsed):  # ascending: what fits less fits more
         high = max(1, low)
-        while high <= MOST and reserved(high, limit) <= limit:
-            low, high = high, high * 2
+        while low < MOST and reserved(high, limit) <= limit:
+            low, high = high, min(high * 2, MOST + 1)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if reserved(middle, limit) <= limit else (low, middle)

@@ -130,6 +130,9 @@ def folder_of(work: str, label: str) -> Path:
     return Path(work) / "models" / label
 
 
+TRAIN_ROWS = 256
+
+
 def write_rows(work: Path) -> Path:
     """A data set folder: rows longer and much shorter than any --max_length in turn, so that every batch has padding."""
     words = [
@@ -151,10 +154,10 @@ def write_rows(work: Path) -> Path:
     ]
     folder = work / "rows"
     folder.mkdir(exist_ok=True)
-    for split, count in (("train", 128), ("validation", 4), ("test", 4)):
+    for split, count in (("train", TRAIN_ROWS), ("validation", 4), ("test", 4)):
         lines = []
         for row in range(count):
-            long = [words[(row * 7 + k * (k % 5 + 1)) % len(words)] for k in range(2200 if row % 2 == 0 else 20)]
+            long = [words[(row * 7 + k * (k % 5 + 1)) % len(words)] for k in range(1100 if row % 2 == 0 else 20)]
             target = [words[(row + k) % len(words)] for k in range(300)]
             lines.append(json.dumps({"dialogue": " ".join(long), "summary": " ".join(target)}))
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

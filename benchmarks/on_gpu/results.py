@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ class Results:
 
     def __init__(self, path: Path, content: dict[str, Any], stack: str) -> None:
         self.path, self.content, self.stack = path, content, stack
-        self.artifacts = path.with_suffix("")  # a folder for ledgers and snapshots, which are not committed
+        self.artifacts = path.with_suffix(
+            ""
+        )  # a folder for archives of ledgers, snapshots and logs, which are not committed
         self.artifacts.mkdir(parents=True, exist_ok=True)
 
     @classmethod
@@ -80,6 +83,16 @@ class Results:
         """The rows of this stack, of one part or all."""
         return [r for r in self.content["rows"] if r["stack"] == self.stack and part in (None, r["part"])]
 
+    def pack(self, work: Path) -> None:
+        """Puts the ledgers, snapshots and logs in `work` into an archive each: few files are easier to take along."""
+        for name, pattern in (("ledgers", "kept/*.json"), ("snapshots", "kept/*.pickle"), ("logs", "logs/*.log")):
+            if files := sorted(work.glob(pattern)):
+                aside = self.artifacts / f"{name}.zip.partial"
+                with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
+                    for file in files:
+                        archive.write(file, file.name)
+                aside.replace(self.artifacts / f"{name}.zip")
+
     def write(self) -> None:
         """Writes the file whole, or not at all."""
         write_aside(self.path, json.dumps(self.content, indent=1) + "\n")
@@ -104,8 +117,8 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Measure -> number of rows, mean and worst absolute error in percent, over the rows that have an error."""
     errors = [row["error_percent"] for row in rows if "error_percent" in row]
     result: dict[str, dict[str, float]] = {}
-    for name in ("allocated_bytes", "reserved_bytes"):
-        values = [abs(error[name]) for error in errors]
+    for name in ("allocated_bytes", "reserved_bytes", "untraced_allocated_bytes"):
+        values = [abs(error[name]) for error in errors if name in error]
         if values:
             mean = round(sum(values) / len(values), 3)
             result[name] = {"rows": len(values), "mean": mean, "worst": round(max(values), 3)}
@@ -133,7 +146,7 @@ def table(rows: list[dict[str, Any]], left: list[str]) -> str:
         ]
     for name, found in summary(rows).items():
         lines.append(
-            f"{name.removesuffix('_bytes')}: {found['rows']} configurations, mean error {found['mean']} %, worst {found['worst']} %"
+            f"{name.removesuffix('_bytes').replace('_', ' ')}: {found['rows']} configurations, mean error {found['mean']} %, worst {found['worst']} %"
         )
     lines.append(
         f"left: {len(left)}" + (f" ({', '.join(left[:12])}{', ...' if len(left) > 12 else ''})" if left else "")
@@ -142,4 +155,4 @@ def table(rows: list[dict[str, Any]], left: list[str]) -> str:
 
 
 def _needs_a_look(row: dict[str, Any]) -> bool:
-    return verdict(row) in ("differs", "failed") or row["part"] == "speed"
+    return verdict(row) in ("differs", "failed") or row["part"] == "speed" or row.get("by_trace", False)

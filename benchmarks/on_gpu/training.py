@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from on_gpu import models
+from on_gpu.card import device
 
 
 def flags(
@@ -41,15 +42,21 @@ def allocator_settings(settings: str | None) -> None:
         torch.cuda.memory._set_allocator_settings(settings)
 
 
+UNTRACED_STEPS = 12  # --max_steps that leaves room for steps that fp16 skips, and for one without the trace
+
+
 def measured(
     method: str, argv: Sequence[str], snapshot: str | None = None, allocator: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """Trains two steps under the measuring callback; the callback, and what the results hold of its ledger.
 
+    Where `--max_steps` leaves room for more steps, a further one shows the peak without the trace (`Untraced`).
+
     Raises: whatever training raises, an out-of-memory error among it; RuntimeError where no ledger was left.
     """
     import torch
 
+    from on_gpu.untraced import Untraced
     from toolkit.config import parse_config
     from toolkit.memory.measure import MemoryCallback
     from toolkit.methods import METHODS
@@ -66,7 +73,8 @@ def measured(
         allocator_settings(allocator)
     model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))
     memory = MemoryCallback(snapshot=snapshot)
-    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
+    untraced = Untraced(device(rehearsed=not on_cuda), memory)
+    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory, untraced])
     seconds["load"], began = time.perf_counter() - began, time.perf_counter()
     trainer.train()
     seconds["train"] = time.perf_counter() - began
@@ -74,7 +82,11 @@ def measured(
         raise RuntimeError(f"no measured ledger: {memory.problem}")
     found = ledger_row(memory.ledger) | {"batches": [describe(batch) for batch in memory.batches]}
     found["took"] = {name: round(value, 2) for name, value in seconds.items()}
+    if untraced.step is not None:
+        found["untraced_step"] = untraced.step
     if on_cuda:
+        if untraced.step is not None:
+            found["untraced_allocated_bytes"] = untraced.allocated_bytes
         stats = torch.cuda.memory_stats()
         found["allocator"] = {name: stats[name] for name in STATISTICS if name in stats}
         found["attention"] = model.config._attn_implementation

@@ -12,8 +12,9 @@ an operator, whatever the tensors' size. Measured on one slow CPU core (torch 2.
 2 x 64 tokens took 234 ms of CPU instead of 92; one of 8 layers of width 256 on 8 x 128 tokens, 4.3 s, no more than its
 own scatter. On a GPU it was not measured.
 
-A traced step can need more memory than the others: where a tensor was used twice, autograd adds its gradients in place, but not while
-they are traced (ATen/TensorSubclassLikeUtils.h: under a dispatch mode every tensor counts as a subclass).
+On a GPU a traced step can show more memory than the steps that follow: where a tensor is used twice, autograd adds its gradients
+into a new tensor while a trace is active, and in place otherwise (ATen/TensorSubclassLikeUtils.h: under a dispatch mode every
+tensor counts as a subclass). A prediction counts them in place.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class MemoryCallback(TrainerCallback):
     """Traces the optimizer steps numbered in `steps` (from 1, counted from where training starts or resumes).
 
     The default traces the first step, in which the optimizer's state appears, and the second, which is like all that
-    follow. `config` is copied into the ledger. `snapshot` (CUDA only) is a file for PyTorch's memory viewer.
+    follow, except that a traced step on a GPU can show more: autograd then sums gradients into new tensors, which it does in place
+    without a trace. `config` is copied into the ledger. `snapshot` (CUDA only) is a file for PyTorch's memory viewer.
 
     `ledger` is None until the last of the steps is over (or training ends), and stays None where the parts did not add
     up to the device's total: a run is not stopped for that, but `problem` says so and a warning is logged. `batches`
