@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+BEGAN = time.monotonic()  # before the imports below, which take long where nothing was read from the disk yet
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -52,7 +53,7 @@ class Session:
     """One call: its items, the pool that runs them, and the results that they leave."""
 
     def __init__(self, args: argparse.Namespace, deadline: float) -> None:
-        self.args, self.deadline, self.began = args, deadline, time.monotonic()
+        self.args, self.deadline, self.began = args, deadline, BEGAN
         self.rehearsed: bool = args.rehearse
         self.work = args.work / ("rehearsed" if args.rehearse else "card")
         if args.rehearse:
@@ -188,7 +189,8 @@ class Session:
             self.left += self.pool.run(items, now + share * (self.deadline - now))
             results.pack(self.work)  # again and again: whoever ends this call may do so without a warning
         self.left = self.pool.run(self.left)
-        self.left += [item for item in self.pool.drain() if item.part not in ("predictions", "plans")]
+        self.left += self.pool.drain()
+        self.left = [item for item in (*self.pool.cut_off, *self.left) if item.part not in ("predictions", "plans")]
 
     def predict_measured(self) -> None:
         """Has what was measured and not predicted yet predicted, by processors without other work."""
@@ -277,7 +279,7 @@ def main() -> int:
     args.out, args.work = args.out.resolve(), args.work.resolve()
     endless = args.predict_only or args.plan
     args.minutes = args.minutes or (1440 if endless else 60 if args.rehearse else 9)
-    session = Session(args, time.monotonic() + 60 * args.minutes)
+    session = Session(args, BEGAN + 60 * args.minutes)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(
             number, lambda *_: sys.exit(143)

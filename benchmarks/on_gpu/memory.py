@@ -130,7 +130,7 @@ def _single() -> list[Configuration]:
     ]
 
 
-KEPT = ("", "checkpointed", "expandable", "8-bit", "snapshot")  # options that a rehearsal tries
+KEPT = ("", "expandable", "8-bit", "snapshot")  # options that a rehearsal tries
 
 
 def _small(whole: list[Configuration]) -> list[Configuration]:

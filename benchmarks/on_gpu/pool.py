@@ -81,6 +81,7 @@ class Pool:
         os.environ |= machine.environment()
         self._context: Any = multiprocessing.get_context(method)
         self._context.set_forkserver_preload(["on_gpu.preload"])
+        self.cut_off: list[Item] = []  # killed because there was no more time: still to be done
         self._running: list[_Running] = []
         self._failed: dict[str, str] = {}  # helper -> why
 
@@ -193,6 +194,8 @@ class Pool:
                     self._failed[item.name] = outcome.error
                 if item.name not in self.helpers:
                     self.finished(outcome)
+            elif item.name not in self.helpers:
+                self.cut_off.append(item)
         return waiting
 
     def _reap(self) -> list[Outcome]:

@@ -42,7 +42,7 @@ def items(work: Path, rehearsed: bool) -> list[Item]:
     labels = ("small-llama",) if rehearsed else ("llama-1b", "flan-t5-base")
     result = [Item("speed card", "speed", "on_gpu.speed_jobs:rates", {"rehearsed": rehearsed}, 6, WHOLE)]
     common = {"work": str(work), "rehearsed": rehearsed}
-    for number, step in enumerate(LADDER[:2] if rehearsed else LADDER):
+    for number, step in enumerate(LADDER[:1] if rehearsed else LADDER):
         for label in labels:
             for contender in (*BESIDE, "footprint") if number == 0 else ("footprint",):
                 arguments = common | {"label": label, "step": vars(step), "contender": contender}
