@@ -96,7 +96,7 @@ def plan_item(ladder: Ladder, facts: dict[str, Any], work: Path, rehearsed: bool
         "plans",
         "on_gpu.fits:plan",
         arguments,
-        90,
+        180,
         env={"CUDA_VISIBLE_DEVICES": "", "PYTORCH_ALLOC_CONF": ""},
     )
 

@@ -208,7 +208,7 @@ def prediction_item(row: dict[str, Any], facts: dict[str, Any], work: Path, rehe
     told = {name: row[name] for name in ("method", "model", "flags", "batches")}
     source = models.by_label(rehearsed)[row["model"]].source
     arguments = {"row": told, "source": source, "facts": facts, "work": str(work)}
-    return Item(f"predict {row['name']}", "predictions", "on_gpu.memory:predict", arguments, 12.0, env=env)
+    return Item(f"predict {row['name']}", "predictions", "on_gpu.memory:predict", arguments, 20.0, env=env)
 
 
 def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
