@@ -66,7 +66,6 @@ def scenarios(rehearsed: bool = False) -> list[Scenario]:
         return [
             Scenario("lora", llama, bf16),
             Scenario("full", t5, bf16, killed=True),
-            Scenario("prefix_tuning", t5, bf16, whole=False),
             Scenario("lora", llama, bf16, "zero2", whole=False),
         ]
     slow = Scenario("full", llama, bf16, "zero3_offload", seconds=120)  # compiles DeepSpeed's optimizer for CPUs
