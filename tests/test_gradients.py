@@ -70,6 +70,16 @@ def test_a_smoothed_validation_loss_does_not_depend_on_batches_either(kind):
     assert smoothed != pytest.approx(validation_loss(kind, 7), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "prompt"])
+def test_a_smoothed_loss_is_trained_as_it_is_validated(kind, tmp_path):
+    smoothing = {"label_smoothing_factor": 0.2, "learning_rate": 0.0}
+    trainer = fine_tuner(
+        kind, tmp_path, rows(kind), rows(kind), per_device_train_batch_size=8, max_steps=1, **smoothing
+    )
+    trainer.guards.on_step_end = trainer.guards.on_train_end = lambda *_, **__: None  # nothing is to move
+    assert trainer.train().training_loss == pytest.approx(validation_loss(kind, 3, number=8, **smoothing), rel=1e-5)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_takes_the_rows_that_the_interrupted_one_would_have_taken(strategy, tmp_path):
     checkpoints = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tiny_models import rows, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from tiny_models import CONFIGS, rows, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
@@ -509,3 +509,24 @@ def test_a_method_that_does_not_fit_the_model_says_what_would(name, method, expe
     with pytest.raises(UserError) as caught:
         method.attach(tiny_model(name))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_all_linear_says_where_it_leaves_out_experts(name, capsys):
+    config = AutoConfig.for_model(name, **CONFIGS["llama"], **EXPERTS)
+    model = Lora(lora_target_modules=["all-linear"], lora_dropout=0.0).attach(AutoModelForCausalLM.from_config(config))
+    tuned = any(p.requires_grad and ".experts." in parameter for parameter, p in model.named_parameters())
+    assert tuned is (name == "mixtral")  # whose experts PEFT knows
+    assert ("all-linear leaves out the experts" in capsys.readouterr().out) is not tuned
+
+
+def test_lora_has_its_default_targets_in_a_model_whose_experts_peft_knows():
+    config = AutoConfig.for_model("mixtral", **CONFIGS["llama"], **EXPERTS)
+    model = Lora().attach(AutoModelForCausalLM.from_config(config))
+    names = {
+        parameter.split(".lora_")[0].rsplit(".", 1)[-1] for parameter, p in model.named_parameters() if p.requires_grad
+    }
+    assert names == {"q_proj", "v_proj"}

@@ -1,10 +1,13 @@
 """Weights that are read are the weights of the file, or the run is refused."""
 
+import json
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import save_with_tokenizer, tiny_config
-from transformers import TrainingArguments
+from tiny_models import save_with_tokenizer, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainingArguments
 
 from toolkit.errors import UserError
 from toolkit.models import ModelArguments, load_model, load_model_config, set_head
@@ -64,3 +67,30 @@ def test_weights_of_another_shape_are_refused(head, tmp_path):
     )
     with pytest.raises(UserError, match=r"mlp.down_proj.weight"):
         loaded(tmp_path, head)
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):
+    save_with_tokenizer(tiny_config("llama"), tmp_path)
+    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the folder holds an adapter"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("architectures", [None, ["LlamaForReviews"]])
+def test_the_rows_of_a_head_for_other_classes_do_not_stay_whatever_class_the_config_names(architectures, tmp_path):
+    config = tiny_config("llama")
+    config.id2label = dict(enumerate("bca"))
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"architectures": architectures}))
+    begun = loaded(tmp_path, head=True)  # whose classes are a, b, c
+    assert torch.equal(begun.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert not any(torch.equal(row, other) for row in begun.score.weight for other in model.score.weight)
+
+
+@pytest.mark.parametrize("name", ["canine", "fnet", "nystromformer", "xlnet", "yoso"])
+def test_a_head_that_reads_padding_is_refused(name, tmp_path):
+    AutoConfig.for_model(name).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="head reads padding"):
+        load_model_config(ModelArguments(model_name_or_path=str(tmp_path), random_weights=True), kind="head")

@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,10 @@ T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 
 # Models whose heads have the names of those that classify texts, and other meanings
 OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
+
+# Models whose heads read padding: FNet mixes all positions, YOSO's and Nystromformer's convolutions and CANINE's and XLNet's
+# heads reach into it, so that the score of a row would depend on the other rows of its batch.
+READS_PADDING = {"canine", "fnet", "nystromformer", "xlnet", "yoso"}
 
 # What a task asks of its model: that it writes text, that it is a decoder (GPT-like), or that it takes a class head.
 ModelKind = Literal["generating", "decoder", "head"]
@@ -162,6 +166,11 @@ def load_model_config(
             raise UserError(
                 f"--model_name_or_path {source}: no such folder; give an existing one or a hub id (user/name)"
             )
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"--model_name_or_path {source}: the folder holds an adapter, which transformers would put into the model that is tuned; "
+                "give its base model, or a folder that footprint merge wrote"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"--model_name_or_path {source}: the folder has no config.json, so it holds no model")
         has_weights = args.random_weights or not needs_weights
@@ -196,6 +205,11 @@ def _check_kind(source: str, config: PreTrainedConfig, kind: ModelKind) -> None:
             raise UserError(
                 f"{source} is a {name} model, for which transformers has no classification head; give another model, "
                 "or --task classification where it generates text"
+            )
+        if name in READS_PADDING:
+            raise UserError(
+                f"{source} is a {name} model, whose classification head reads padding: the score of a row would depend on the other "
+                "rows of its batch; give another model"
             )
         return
     seq2seq = name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder
@@ -393,13 +407,16 @@ def quantization_config(
     )
 
 
-def _make_head_anew(args: ModelArguments, model: PreTrainedModel) -> None:
+def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Collection[str]) -> None:
     """Draws the head again where the checkpoint's own is for other classes, or classifies something else than texts.
 
-    Where it has as many classes, its rows were loaded, and each would stand for another class.
+    Where it has as many classes, its rows were loaded, and each would stand for another class. `missing`: the weights that the
+    checkpoint lacks; one whose config names no architecture, or one of its own, may bring a whole head.
     """
     shipped, config = AutoConfig.from_pretrained(args.source, revision=args.model_revision), model.config
-    if not any(name.endswith(OTHER_HEADS) for name in shipped.architectures or ()) and not has_own_head(shipped):
+    other = any(name.endswith(OTHER_HEADS) for name in shipped.architectures or ())
+    whole = not any(name.startswith(tuple(f"{head}." for head in head_modules(model))) for name in missing)
+    if not (whole or other or has_own_head(shipped)):
         return
     if keeps_head(shipped, [config.id2label[number] for number in range(config.num_labels)]):
         return
@@ -501,7 +518,7 @@ def load_model(
     refuse_missing(args.source, model, found)
     if has_head(config):
         set_seed(training.seed)
-        _make_head_anew(args, model)
+        _make_head_anew(args, model, found["missing_keys"])
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed weights are for widths that 32 divides alone
             module.support_avx512bf16_for_cpu = False

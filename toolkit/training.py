@@ -129,11 +129,22 @@ class FineTuner(Trainer):
         Without N it is the mean of the batch, as where processes share a row (accumulated rows weigh alike).
         """
         if num_items_in_batch is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+            return self._batch_loss(model, inputs, return_outputs)
         local = _label_tokens(inputs["labels"], shifted=self._shifts_labels)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+        result = self._batch_loss(model, inputs, return_outputs)
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
+
+    def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """The mean loss over the label tokens of a batch; Trainer's smoothed one takes as many logits as labels alone."""
+        if self.label_smoother is None or not has_virtual_tokens(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        smoothing = self.args.label_smoothing_factor
+        sums, tokens = row_losses(outputs.logits, labels, aligned=labels.dim() == 1, smoothing=smoothing)
+        loss = sums.sum() / tokens.sum()
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

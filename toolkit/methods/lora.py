@@ -16,6 +16,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from toolkit.console import say
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
 
@@ -111,11 +112,14 @@ class Lora(PeftBased):
         """The configuration for PEFT; on the meta device, where there are no weights to start from, the default init."""
         empty = any(p.is_meta for p in model.parameters())
         init: bool | str = True if empty or self.init_lora_weights == "default" else self.init_lora_weights
+        targets = targets_of(model, "lora_target_modules", self.lora_target_modules, PEFTS_CHOICE)
+        if targets is None:  # told, as PEFT (0.21) does not look for its own choice where it knows a model's experts
+            targets = PEFTS_CHOICE[model.config.model_type]
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=targets_of(model, "lora_target_modules", self.lora_target_modules, PEFTS_CHOICE),
+            target_modules=targets,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=init,
@@ -133,6 +137,8 @@ class Lora(PeftBased):
             raise UserError("--init_lora_weights olora does not know GPT-2's Conv1D layers; give pissa or default")
         with _dora_on_meta():
             model = super().attach(model)
+        if self.lora_target_modules == ["all-linear"] and not any(p.is_meta for p in model.parameters()):
+            _say_left_out(model)
         model.loraplus_lr_ratio = self.loraplus_lr_ratio  # for the optimizer
         if self.changes_base and not any(p.is_meta for p in model.parameters()):
             # on the host, and not as a dictionary, in which a memory account would find tensors of the model's
@@ -140,6 +146,18 @@ class Lora(PeftBased):
                 (k, v.detach().cpu().clone()) for k, v in get_peft_model_state_dict(model).items()
             )
         return model
+
+
+def _say_left_out(model: PeftModel) -> None:
+    """Says where all-linear takes no experts: those that are one stacked tensor, in architectures whose PEFT does not know them."""
+    weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    left = [p.numel() for name, p in weights.items() if re.search(r"\.experts\.(?!base_layer)", name) and p.dim() == 3]
+    if left:
+        share = sum(left) / sum(p.numel() for p in weights.values())
+        say(
+            "warning",
+            f"all-linear leaves out the experts, {share:.0%} of the weights: they are stacked tensors in this model, not linear layers",
+        )
 
 
 @contextmanager

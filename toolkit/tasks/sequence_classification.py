@@ -27,7 +27,7 @@ class HeadEncoder(Encoder):
 
 
 class SequenceClassification(Classification):
-    """Chooses the class by `AutoModelForSequenceClassification`, for any architecture that has one in transformers."""
+    """Chooses the class by `AutoModelForSequenceClassification`, for architectures that have one, unless it reads padding."""
 
     name: ClassVar[str] = "sequence_classification"
     model_kind: ClassVar[ModelKind] = "head"
