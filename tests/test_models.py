@@ -94,3 +94,17 @@ def test_a_head_that_reads_padding_is_refused(name, tmp_path):
     AutoConfig.for_model(name).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="head reads padding"):
         load_model_config(ModelArguments(model_name_or_path=str(tmp_path), random_weights=True), kind="head")
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["text", "head"])
+def test_layers_of_the_file_that_the_config_leaves_out_are_said(head, tmp_path, capsys):
+    save_with_tokenizer(tiny_config("llama"), tmp_path)
+    loaded(tmp_path, head)
+    assert "have no place" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+    loaded(tmp_path, head)
+    assert (
+        "9 tensors of the file have no place in the model of its config.json (model.layers.1."
+        in capsys.readouterr().out
+    )

@@ -18,7 +18,7 @@ from toolkit.files import read_csv
 from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
 from toolkit.methods.lora import ALTERS_BASE
 from toolkit.methods.soft_prompts import read_head_at_the_last_token
-from toolkit.models import ModelArguments, auto_class, load_model, load_model_config, refuse_missing, set_head
+from toolkit.models import ModelArguments, auto_class, check_weights, load_model, load_model_config, set_head
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
 from toolkit.tasks.tokenization import Encoder
@@ -77,7 +77,7 @@ class FinishedRun:
         if self.adapter is None and any(self.path.glob("*.safetensors")):
             config = AutoConfig.from_pretrained(self.path)
             model, found = auto_class(config).from_pretrained(self.path, config=config, output_loading_info=True)
-            refuse_missing(str(self.path), model, found)
+            check_weights(str(self.path), model, found)
             return model.to(_device()).eval()
         config = load_model_config(self.base, kind=self.task.model_kind)
         if self.task.model_kind == "head":

@@ -39,6 +39,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from toolkit.console import say
 from toolkit.embedded import MODEL_DIR
 from toolkit.engine import asked_engine, without_partitioning
 from toolkit.errors import UserError
@@ -470,17 +471,23 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def refuse_missing(source: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Checks what `from_pretrained` has `found`; a head may be new.
+def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Checks what `from_pretrained` has `found`, and says what of the file it has left out; a head may be new.
 
     Raises: UserError where weights of the model are not in `source`, or have other shapes there: transformers begins them random.
     """
     heads = tuple(f"{name}." for name in head_modules(model)) if has_head(model.config) else ()
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(heads))
     missing += sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(heads))
-    if not missing:
-        return
     unknown = sorted(found["unexpected_keys"])
+    if not missing:
+        body = [name for name in unknown if name.startswith(f"{model.base_model_prefix}.")]
+        if body:
+            say(
+                "warning",
+                f"{source}: {len(body)} tensors of the file have no place in the model of its config.json ({body[0]} ...)",
+            )
+        return
     names = f", and has {len(unknown)} that it does not ({unknown[0]} ...)" if unknown else ""
     raise UserError(
         f"{source}: its weights do not fit its config.json: the file lacks {len(missing)} tensors that the model has "
@@ -501,7 +508,7 @@ def load_model(
         set_seed(training.seed)
         return model.to(training.device)
     options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
-    options["ignore_mismatched_sizes"] = True  # a head of another size is made anew; `refuse_missing` sees the rest
+    options["ignore_mismatched_sizes"] = True  # a head of another size is made anew; `check_weights` sees the rest
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
@@ -515,7 +522,7 @@ def load_model(
             model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
-    refuse_missing(args.source, model, found)
+    check_weights(args.source, model, found)
     if has_head(config):
         set_seed(training.seed)
         _make_head_anew(args, model, found["missing_keys"])
