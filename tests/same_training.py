@@ -156,6 +156,7 @@ def task_data(kind: str) -> SimpleNamespace:
         train=rows(kind),
         validation=rows(kind),
         encoder=SimpleNamespace(tokenizer=Writer()),
+        test_prompts=rows(kind)["input_ids"],
         train_fingerprint="the same",
     )
 

@@ -42,6 +42,11 @@ class Outcome:
     cpu_seconds: float = 0.0
 
 
+def _both_ends(text: str) -> str:
+    """A long output without its middle; where a killed item stood is many lines."""
+    return text if len(text) < 16000 else f"{text[:4000]}\n[...]\n{text[-12000:]}"
+
+
 @dataclass
 class _Running:
     item: Item
@@ -225,7 +230,7 @@ class Pool:
             why = f"killed after {seconds:.0f} s" if late else f"ended with exit code {running.process.exitcode}"
             text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
             return Outcome(
-                item, "failed", seconds, {}, f"{why}, and left no answer; the end of what it printed:\n{text[-6000:]}"
+                item, "failed", seconds, {}, f"{why}, and left no answer; what it printed:\n{_both_ends(text)}"
             )
         if told["status"] == "cannot fork":
             self._context = multiprocessing.get_context("spawn")
