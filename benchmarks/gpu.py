@@ -258,7 +258,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--predict-only", action="store_true", help="measure nothing: predict what was measured")
     parser.add_argument("--plan", metavar="CARD", help="measure nothing: predict for the last part what fits on CARD")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results/gpu)"
+        "--out",
+        type=Path,
+        help="folder of the results (default: benchmarks/results/gpu; of a rehearsal, one in --work)",
     )
     parser.add_argument("--work", type=Path, default=_roomy(), help="folder for models and runs, kept between calls")
     parser.add_argument(
@@ -276,7 +278,8 @@ def _roomy() -> Path:
 
 def main() -> int:
     args = arguments()
-    args.out, args.work = args.out.resolve(), args.work.resolve()
+    args.work = args.work.resolve()
+    args.out = (args.out or (args.work / "rehearsed_results" if args.rehearse else RESULTS)).resolve()
     endless = args.predict_only or args.plan
     args.minutes = args.minutes or (1440 if endless else 60 if args.rehearse else 9)
     session = Session(args, BEGAN + 60 * args.minutes)
