@@ -320,8 +320,10 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         raise UserError(" ".join(str(error).split())) from None
     training.output_dir = decided_by_main(lambda: training.output_dir)  # its time stamp must be one for all ranks
     if training.use_cpu and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # TrainingArguments passes it on for GPUs alone
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=training.ddp_timeout))
+        # TrainingArguments passes it on for GPUs alone; before torch 2.14 the function is private
+        c10d = torch.distributed.distributed_c10d
+        set_timeout = c10d.set_timeout if hasattr(c10d, "set_timeout") else c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=training.ddp_timeout))
     training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; torch's DataParallel is never what runs
     return training
 

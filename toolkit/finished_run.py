@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 from toolkit.files import read_csv
 from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
 from toolkit.methods.lora import ALTERS_BASE
-from toolkit.methods.soft_prompts import read_head_at_the_last_token
+from toolkit.methods.soft_prompts import fit_head
 from toolkit.models import ModelArguments, auto_class, check_weights, load_model, load_model_config, set_head
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
@@ -179,7 +179,7 @@ def _with_adapter(base: PreTrainedModel, path: Path, name: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         model = PeftModel.from_pretrained(base, path, adapter_name=name)
-    read_head_at_the_last_token(model)
+    fit_head(model)
     return model
 
 

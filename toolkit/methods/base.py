@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
 from toolkit.memory.units import format_bytes
-from toolkit.methods.soft_prompts import read_head_at_the_last_token
+from toolkit.methods.soft_prompts import fit_head
 from toolkit.models import has_head, head_modules
 
 # For the tiny embedded model and its dialogues, on top of each method's own learning rate.
@@ -120,7 +120,7 @@ def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedMod
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name} does not fit this {model.config.model_type} model: {reason}") from error
     _train_heads_in_float32(wrapped)
-    read_head_at_the_last_token(wrapped)
+    fit_head(wrapped)
     return wrapped
 
 

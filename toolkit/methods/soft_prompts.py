@@ -3,8 +3,10 @@
 Prompt tuning and P-tuning put embeddings before the input's own; prefix tuning puts keys and values into the cache.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -76,14 +78,42 @@ def cache_by_both_names(model: PreTrainedModel) -> Iterator[None]:
         del model.prepare_inputs_for_generation
 
 
-def read_head_at_the_last_token(model: PeftModel) -> None:
+def fit_head(model: PeftModel) -> None:
+    """Makes a head work under virtual tokens and prefixes as it does without: see the two functions below."""
+    if has_head(model.get_base_model().config):
+        _take_prefix_by_its_old_name(model)
+        _read_head_at_the_last_token(model)
+
+
+def _take_prefix_by_its_old_name(model: PeftModel) -> None:
+    """Gives the base model's forward the argument `past_key_values`, where transformers (5.24) calls it `cache`.
+
+    PEFT (0.21) looks for the old name in the signature of a model with a head, and refuses prefix tuning without it.
+    """
+    base = model.get_base_model()
+    plain, signature = base.forward, inspect.signature(base.forward)
+    if model.active_peft_config.peft_type not in IN_THE_CACHE or "cache" not in signature.parameters:
+        return
+
+    @wraps(plain)
+    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return plain(*args, **(kwargs if past_key_values is None else kwargs | {"cache": past_key_values}))
+
+    *others, last = signature.parameters.values()
+    old_name = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
+    rest = [old_name, last] if last.kind is inspect.Parameter.VAR_KEYWORD else [last, old_name]
+    forward.__signature__ = signature.replace(parameters=[*others, *rest])  # type: ignore[attr-defined]
+    base.forward = forward
+
+
+def _read_head_at_the_last_token(model: PeftModel) -> None:
     """Makes the head of a GPT-like model read each row at its last token, where virtual tokens stand before it.
 
     Given embeddings in place of token ids, transformers' heads read the last position, which is padding in all but the
     longest row of a batch.
     """
     base = model.get_base_model()
-    if not (has_head(base.config) and has_virtual_tokens(model)):
+    if not has_virtual_tokens(model):
         return
     mask: list[torch.Tensor] = []  # of the batch that is being read: (rows, length)
 
