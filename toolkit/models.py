@@ -434,6 +434,11 @@ def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Colle
         model.initialize_weights()
 
 
+def is_packed(parameter: nn.Parameter) -> bool:
+    """Whether bitsandbytes holds it in 4 or 8 bits."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
+
+
 @dataclass(frozen=True)
 class Packed:
     """How many elements of a quantized model's weights bitsandbytes packs: those of linear layers alone."""
@@ -446,7 +451,7 @@ class Packed:
     def of(cls, model: nn.Module) -> "Packed":
         """Those of a model without adapters, as `build_on_meta` gives it."""
         weights = dict(model.named_parameters())
-        packed = {name for name, p in weights.items() if type(p).__name__ in ("Params4bit", "Int8Params")}
+        packed = {name for name, p in weights.items() if is_packed(p)}
         experts = {name for name, p in weights.items() if ".experts." in name and p.dim() == 3} - packed
         return cls(*(sum(weights[name].numel() for name in names) for names in (packed, weights, experts)))
 

@@ -155,19 +155,14 @@ class FineTuner(Trainer):
         batches, and on rows that fill up the last batch of several processes.
         """
         inputs = self._prepare_inputs(inputs)
-        smoothing = self.args.label_smoothing_factor
+        shares_rows, seq2seq = self.get_sp_size() > 1, self.model.config.is_encoder_decoder
+        labels = inputs["shift_labels" if shares_rows else "labels"]  # of shared rows, this rank's share
+        if not seq2seq:  # whose decoder may read them; others need not compute the loss as well
+            inputs.pop("labels", None)
+        aligned = shares_rows or seq2seq or labels.dim() == 1
         with torch.no_grad(), self.compute_loss_context_manager():
-            if self.get_sp_size() > 1:  # this rank's share of each row
-                labels = inputs["shift_labels"]
-                logits = model(**inputs).logits
-                sums, tokens = row_losses(logits, labels, aligned=True, smoothing=smoothing)
-            elif self.model.config.is_encoder_decoder:
-                sums, tokens = row_losses(model(**inputs).logits, inputs["labels"], aligned=True, smoothing=smoothing)
-            else:
-                labels = inputs.pop("labels")  # the model need not compute the loss as well
-                sums, tokens = row_losses(
-                    model(**inputs).logits, labels, aligned=labels.dim() == 1, smoothing=smoothing
-                )
+            logits = model(**inputs).logits
+            sums, tokens = row_losses(logits, labels, aligned, self.args.label_smoothing_factor)
         return None, sums, tokens
 
     @property

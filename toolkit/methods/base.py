@@ -15,7 +15,7 @@ from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
 from toolkit.memory.units import format_bytes
 from toolkit.methods.soft_prompts import fit_head
-from toolkit.models import has_head, head_modules
+from toolkit.models import has_head, head_modules, is_packed
 
 # For the tiny embedded model and its dialogues, on top of each method's own learning rate.
 EMBEDDED = {
@@ -161,7 +161,7 @@ def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
     """
     if not getattr(model, "is_quantized", False):
         return
-    short = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16) and not _is_packed(p)]
+    short = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16) and not is_packed(p)]
     if upcast == "all":
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
@@ -175,10 +175,6 @@ def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
         say("quantized", f"{len(short)} tensors that are not quantized are upcast to fp32, which costs {size}")
     else:
         say("quantized", f"nothing is upcast to fp32 (--kbit_upcast all would cost {size} and longer activations)")
-
-
-def _is_packed(parameter: nn.Parameter) -> bool:
-    return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
 def refuse_quantized(given: dict[str, Any], what: str) -> None:
