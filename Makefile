@@ -16,7 +16,7 @@ BIN := .venv/bin
 
 setup: .venv/.footprint
 extensions: setup
-	$(BIN)/python -m toolkit.engine
+	$(BIN)/python -m toolkit.distributed.deepspeed
 demo: setup
 	$(BIN)/accelerate launch --config_file launch/single.yaml recipes/lora.py
 

@@ -11,7 +11,7 @@ import sys
 
 from published import beside, redo
 
-from toolkit.ranks import exits_cleanly
+from toolkit.distributed.ranks import exits_cleanly
 
 METHODS = ("full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "in_context")
 SETTINGS = {

@@ -113,9 +113,9 @@ GRID = [
 
 def launch_of(configuration: Configuration, folder: Path, rank: int) -> dict[str, str]:
     """The environment of `rank`; with settings of its own, from a copy of the launch file in `folder`."""
-    from toolkit.launch import read_launch
+    from toolkit.distributed.launch_files import read_launch_file
 
-    env = read_launch(configuration.launch, configuration.processes).of_rank(rank)
+    env = read_launch_file(configuration.launch, configuration.processes).of_rank(rank)
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in env:
         settings = json.loads(Path(env["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
         settings["zero_optimization"] |= configuration.zero
@@ -137,14 +137,16 @@ def build(configuration: Configuration, base: Path | None = None) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    from toolkit.engine import without_partitioning
-    from toolkit.memory.meta import model_on_meta
+    from toolkit.distributed.deepspeed import without_partitioning
+    from toolkit.models.meta import model_on_meta
 
     torch.manual_seed(0)
     config, dtype = AutoConfig.for_model("llama", **SIZES | configuration.sizes), getattr(torch, configuration.dtype)
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     if configuration.launch in ("zero3", "fsdp2_qlora"):
-        nf4 |= {"bnb_4bit_quant_storage": dtype}  # as `toolkit.models` sets it, for what is shared out is of one dtype
+        nf4 |= {
+            "bnb_4bit_quant_storage": dtype
+        }  # as `toolkit.models.loading` sets it, for what is shared out is of one dtype
     kinds = {"nf4": nf4 | {"bnb_4bit_compute_dtype": dtype}, "int8": {"load_in_8bit": True}}
     with without_partitioning():
         if not configuration.quantization:
@@ -167,7 +169,7 @@ def save_base(configuration: Configuration, base: Path) -> None:
 
 def arguments(configuration: Configuration, folder: Path) -> Any:
     """The same for the prediction and for the ranks."""
-    from toolkit.config import TrainArguments
+    from toolkit.training.arguments import TrainArguments
 
     settings = {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
     settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
@@ -180,7 +182,7 @@ def batches(configuration: Configuration) -> list[dict[str, Any]]:
     """One for each forward pass of each process: 2 rows of 32 tokens."""
     import torch
 
-    from toolkit.engine import SharedRows
+    from toolkit.training.shared_rows import SharedRows
 
     ids = torch.arange(64).reshape(2, 32) + 3
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
@@ -193,9 +195,9 @@ def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
     """The ledger that one process predicts for `rank`."""
     import torch
 
-    from toolkit.memory.shadow import CPU, predict
-    from toolkit.memory.sharding import swapped_bytes, world
-    from toolkit.prediction import ShadowTuner
+    from toolkit.memory.shadow.simulated_rank import swapped_bytes, world
+    from toolkit.memory.shadow.step import CPU, predict
+    from toolkit.runs.prediction import ShadowTuner
 
     def on_meta() -> Any:
         with torch.device("meta"):
@@ -212,20 +214,20 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     from accelerate.state import AcceleratorState
     from deepspeed.accelerator import get_accelerator
 
-    from toolkit.engine import EngineCheck
-    from toolkit.memory import sharding
+    from toolkit.distributed.running import EngineCheck
     from toolkit.memory.measure import MemoryCallback
-    from toolkit.prediction import ShadowTuner
-    from toolkit.preparation import check_engine
+    from toolkit.memory.shadow import simulated_rank
+    from toolkit.runs.prediction import ShadowTuner
+    from toolkit.runs.preflight import check_engine
 
     os.environ.update(launch_of(configuration, folder, rank))
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    AcceleratorState.__init__ = sharding.begin_as_on_gpus(AcceleratorState.__init__)
+    AcceleratorState.__init__ = simulated_rank.begin_as_on_gpus(AcceleratorState.__init__)
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that only some CPUs have
     args = arguments(configuration, folder)
     check_engine(args)
     memory = MemoryCallback()
-    with sharding.uncompiled_adam(), sharding.uncompiled_disk(real_files()):
+    with simulated_rank.uncompiled_adam(), simulated_rank.uncompiled_disk(real_files()):
         trainer = ShadowTuner(build(configuration, folder / "base"), args, batches(configuration), memory)
         trainer.add_callback(EngineCheck(trainer))
         trainer.train()
@@ -237,7 +239,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
 
 def real_files() -> type:
     """What stands for DeepSpeed's compiled handle of a disk, and writes real files."""
-    from toolkit.memory.sharding import Disk
+    from toolkit.memory.shadow.simulated_rank import Disk
 
     class Files(Disk):
         def async_pwrite(self, tensor: Any, path: str, offset: int) -> int:

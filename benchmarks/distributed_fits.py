@@ -63,12 +63,12 @@ def least_states(billions: float, method: str, launch: str, cards: int) -> float
 
 def predict(model: str, method: str, launch: str, cards: int, path: Path) -> None:
     """Writes the ledger of one card to `path`."""
-    from toolkit.launch import read_launch
-    from toolkit.memory.cards import find_card
-    from toolkit.prediction import Launched
+    from toolkit.distributed.launch_files import read_launch_file
+    from toolkit.memory.cuda.cards import find_card
+    from toolkit.runs.prediction import PredictionJob
 
     flags = ["--model_name_or_path", model, *FLAGS]
-    Launched(method, flags, read_launch(launch, cards), find_card(CARD)).predict().save(path)
+    PredictionJob(method, flags, read_launch_file(launch, cards), find_card(CARD)).predict().save(path)
 
 
 def predicted(model: str, method: str, launch: str, cards: int) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def main() -> int:
     args = parser.parse_args()
     result = load()
     if not args.show:
-        from toolkit.files import write_aside
+        from toolkit.files import atomic_write
 
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         for model, launch, method in order():
@@ -156,7 +156,7 @@ def main() -> int:
                         print(error, flush=True)
                         break
                     result["rows"] += known
-                    write_aside(RESULTS, json.dumps(result, indent=1) + "\n")
+                    atomic_write(RESULTS, json.dumps(result, indent=1) + "\n")
                     print(*key, known[0]["fits"], f"{known[0]['process_bytes'] / 2**30:.2f} GiB", flush=True)
                 if known[0]["fits"]:
                     break

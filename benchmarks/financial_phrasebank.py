@@ -12,8 +12,8 @@ import sys
 
 from published import beside, redo
 
+from toolkit.distributed.ranks import exits_cleanly
 from toolkit.errors import UserError
-from toolkit.ranks import exits_cleanly
 
 METHODS = ("lora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3")
 SETTINGS = {

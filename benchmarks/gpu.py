@@ -235,7 +235,7 @@ def predict_only(session: Session, out: Path) -> None:
 
 def plan(session: Session, name: str) -> None:
     """Predicts what fits within each limit on the card of that name, and keeps it with the committed results."""
-    from toolkit.memory.cards import find_card
+    from toolkit.memory.cuda.cards import find_card
     from toolkit.memory.environment import stack_versions
 
     card = find_card(name)

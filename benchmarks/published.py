@@ -11,7 +11,7 @@ import yaml
 from toolkit.compare.command import compare
 from toolkit.compare.tables import NONE, with_half
 from toolkit.console import console, table
-from toolkit.files import write_aside
+from toolkit.files import atomic_write
 from toolkit.methods import METHODS
 from toolkit.metrics import score_title
 
@@ -62,7 +62,7 @@ def beside(folder: Path, published: Figures, settings: Mapping[str, Any], source
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     text = "\n".join(["# Published figures beside ours", "", *lines, "", note, ""])
-    write_aside(folder / "published.md", text)
+    atomic_write(folder / "published.md", text)
     return text
 
 

@@ -57,7 +57,7 @@ def demo_output() -> str:
 def comparison() -> str:
     """Every trained method on the embedded task over three seeds: the headline score, and what it costs."""
     sys.path.insert(0, str(ROOT))
-    from toolkit.memory.units import format_bytes
+    from toolkit.units import format_bytes
 
     data = json.loads((RESULTS / "comparison.json").read_text(encoding="utf-8"))
     metric = data["headline"]

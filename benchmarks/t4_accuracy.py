@@ -126,7 +126,7 @@ def run_one(index: int, row: dict[str, str]) -> dict[str, Any]:
 
 def session_rows(path: Path) -> list[dict[str, str]]:
     """The runs of an archived session in the form of the CSV's rows, with `peak_allocated_mib` and `peak_reserved_mib`."""
-    from toolkit.memory.catalogue import config_of
+    from toolkit.models.catalogue import config_of
 
     rows = []
     for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:

@@ -147,7 +147,7 @@ def config_of(run: Run) -> Any:
     """
     from transformers import AutoConfig
 
-    from toolkit.memory import catalogue
+    from toolkit.models import catalogue
 
     if run.architecture:
         return AutoConfig.for_model(run.architecture, **run.config)
@@ -174,7 +174,7 @@ def build(run: Run) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
-    from toolkit.memory.meta import model_on_meta
+    from toolkit.models.meta import model_on_meta
 
     config, dtype = config_of(run), getattr(torch, run.dtype)
     config.use_cache = run.use_cache and not run.gradient_checkpointing
@@ -269,7 +269,7 @@ def of_the_stack(run: Run, model: Any, mode: Any) -> Iterator[None]:
     from transformers.modeling_utils import AttentionInterface
     from transformers.models.t5 import modeling_t5
 
-    from toolkit.memory import quantized
+    from toolkit.memory.cuda import quantized
 
     transformers, bitsandbytes = run.version("transformers") or (9,), run.version("bitsandbytes") or (9,)
     base = _base(model)
@@ -303,7 +303,7 @@ def _base(model: Any) -> Any:
 def _multiply_before_the_first_layer(model: Any, mode: Any) -> None:
     import torch
 
-    from toolkit.memory.fake import fake_like
+    from toolkit.memory.shadow.fake import fake_like
 
     one = fake_like(mode, torch.empty((1, 1), device="meta"))
 
@@ -418,11 +418,11 @@ def predict(run: Run) -> dict[str, int]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from toolkit.memory.cards import find_card
-    from toolkit.memory.cuda import Cuda
-    from toolkit.memory.fake import make_fake
+    from toolkit.memory.cuda.cards import find_card
+    from toolkit.memory.cuda.device import Cuda
+    from toolkit.memory.shadow.fake import make_fake
     from toolkit.memory.trace import Trace
-    from toolkit.optimizers import ReadAsOne
+    from toolkit.training.optimizers import ReadAsOne
 
     peft = run.version("peft")
     device = Cuda(

@@ -8,13 +8,13 @@ training, but each answer pays for the examples again, in context and in time: t
 """
 
 from toolkit.config import parse_config
-from toolkit.in_context import answer_in_context, finish_in_context
+from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods.in_context import InContext
-from toolkit.models import load_model
-from toolkit.prediction import show_prediction
-from toolkit.preparation import prepare
-from toolkit.ranks import exits_cleanly
-from toolkit.run_folder import RunFolder
+from toolkit.models.loading import load_model
+from toolkit.runs.in_context import answer_in_context, finish_in_context
+from toolkit.runs.prediction import show_prediction
+from toolkit.runs.preflight import prepare
+from toolkit.runs.run_folder import RunFolder
 
 
 @exits_cleanly

@@ -9,15 +9,15 @@ the whole model in fp32. --train_biases and --train_norms train next to nothing 
 """
 
 from toolkit.config import parse_config
-from toolkit.evaluation import evaluate_by_generation
+from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.selective import Selective
-from toolkit.models import load_model
-from toolkit.prediction import say_prediction, show_comparison, show_prediction
-from toolkit.preparation import prepare
-from toolkit.ranks import exits_cleanly
-from toolkit.run_folder import RunFolder
-from toolkit.training import FineTuner, train
+from toolkit.models.loading import load_model
+from toolkit.runs.evaluation import evaluate_by_generation
+from toolkit.runs.prediction import say_prediction, show_comparison, show_prediction
+from toolkit.runs.preflight import prepare
+from toolkit.runs.run_folder import RunFolder
+from toolkit.training.trainer import FineTuner, train
 
 
 @exits_cleanly

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from toolkit.errors import UserError
-from toolkit.training import FineTuner
+from toolkit.training.trainer import FineTuner
 
 kind, when, *sys.argv = sys.argv[1:]
 trains = FineTuner.training_step

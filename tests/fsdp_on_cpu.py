@@ -8,11 +8,11 @@ import sys
 
 from accelerate.state import AcceleratorState
 
-from toolkit import preparation
-from toolkit.memory.sharding import begin_as_on_gpus
+from toolkit.memory.shadow.simulated_rank import begin_as_on_gpus
+from toolkit.runs import preflight
 
 if __name__ == "__main__":
-    preparation.check_fsdp = lambda engine, training: None
+    preflight.check_fsdp = lambda engine, training: None
     AcceleratorState.__init__ = begin_as_on_gpus(AcceleratorState.__init__)
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

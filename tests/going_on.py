@@ -13,11 +13,11 @@ from pathlib import Path
 
 import same_training as same
 
-from toolkit.checkpoints import Origin, check_goes_on, resume_point
-from toolkit.engine import asked_engine
-from toolkit.preparation import check_engine
-from toolkit.ranks import exits_cleanly
-from toolkit.training import FineTuner, train
+from toolkit.distributed.ranks import exits_cleanly
+from toolkit.distributed.request import requested_engine
+from toolkit.runs.preflight import check_engine
+from toolkit.training.checkpoints import RunFingerprint, check_resumable, resume_point
+from toolkit.training.trainer import FineTuner, train
 
 ROWS_A_STEP = 4
 CASES = [(kind, method) for kind in same.KINDS for method in ("full", "lora")]
@@ -31,7 +31,9 @@ def steps(kind: str, method: str, bases: Path, folder: Path, begun: Path | None)
     data = same.task_data(kind)
     if begun is not None:
         args.resume_from_checkpoint = str(resume_point(str(begun / "checkpoint-2"), folder))
-        check_goes_on(begun / "checkpoint-2", Origin.of(asked_engine(), args, data), allow_changed_data=False)
+        check_resumable(
+            begun / "checkpoint-2", RunFingerprint.of(requested_engine(), args, data), allow_changed_data=False
+        )
     model = same.attach(same.load(bases / kind, method, args), kind, method)
     train(FineTuner(model, args, data))
 

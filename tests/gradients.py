@@ -18,11 +18,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from toolkit.config import TrainArguments
+from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods.prompt_tuning import PromptTuning
-from toolkit.models import auto_class, set_head
-from toolkit.ranks import exits_cleanly
-from toolkit.training import FineTuner
+from toolkit.models.heads import auto_class, set_head
+from toolkit.training.arguments import TrainArguments
+from toolkit.training.trainer import FineTuner
 
 KINDS = ("t5", "bart", "llama", "head")
 STRATEGIES = ("random", "group_by_length", "batch_rebalance")
@@ -108,8 +108,10 @@ def fine_tuner(
     settings = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
     args = TrainArguments(output_dir=str(folder), report_to="none", **settings | arguments)
     task = SimpleNamespace(model_kind="head" if kind == "head" else "generating")
-    encoder = SimpleNamespace(tokenizer=Tokenizer())
-    data = SimpleNamespace(task=task, train=train, validation=validation, encoder=encoder, train_fingerprint="")
+    prompt_tokenizer = SimpleNamespace(tokenizer=Tokenizer())
+    data = SimpleNamespace(
+        task=task, train=train, validation=validation, prompt_tokenizer=prompt_tokenizer, train_fingerprint=""
+    )
     return FineTuner(model, args, data, callbacks=list(callbacks))
 
 

@@ -24,7 +24,7 @@ from unittest.mock import patch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-from toolkit.launch import FOLDER, read_launch
+from toolkit.distributed.launch_files import FOLDER, read_launch_file
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -124,7 +124,7 @@ class Run:
         for rank, file in enumerate(self.logs):
             env: dict[str, str] = _single() if preset == "single" else {}
             if processes > 1:
-                env = read_launch(preset, processes).of_rank(rank) | {"MASTER_PORT": str(port)}
+                env = read_launch_file(preset, processes).of_rank(rank) | {"MASTER_PORT": str(port)}
                 (log / str(rank)).mkdir(
                     exist_ok=True
                 )  # whoever says an error leaves a mark beside this, for the others

@@ -17,13 +17,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, BatchEncoding, PreTrainedModel
 
-from toolkit.config import TrainArguments
-from toolkit.generation import generate
+from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods import METHODS
-from toolkit.models import ModelArguments, auto_class, load_model, load_model_config
-from toolkit.preparation import check_engine
-from toolkit.ranks import exits_cleanly
-from toolkit.training import FineTuner, train
+from toolkit.models.arguments import ModelArguments
+from toolkit.models.generation import generate
+from toolkit.models.heads import auto_class
+from toolkit.models.loading import load_model, load_model_config
+from toolkit.runs.preflight import check_engine
+from toolkit.training.arguments import TrainArguments
+from toolkit.training.trainer import FineTuner, train
 
 KINDS = ("t5", "llama")
 CASES = [(kind, method) for kind in KINDS for method in ("full", "lora", "qlora")]
@@ -155,7 +157,7 @@ def task_data(kind: str) -> SimpleNamespace:
         task=SimpleNamespace(model_kind="generating"),
         train=rows(kind),
         validation=rows(kind),
-        encoder=SimpleNamespace(tokenizer=Writer()),
+        prompt_tokenizer=SimpleNamespace(tokenizer=Writer()),
         test_prompts=rows(kind)["input_ids"],
         train_fingerprint="the same",
     )

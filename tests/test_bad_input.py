@@ -15,10 +15,10 @@ from transformers.training_args import ParallelMode
 from transformers.utils.import_utils import is_galore_torch_available, is_lomo_available
 
 from toolkit.config import parse_config
+from toolkit.distributed.launch_files import read_launch_file
 from toolkit.errors import UserError
-from toolkit.launch import read_launch
 from toolkit.methods.lora import Lora
-from toolkit.preparation import check_engine, check_installed, prepare
+from toolkit.runs.preflight import check_engine, check_installed, prepare
 
 ROWS = [("#Person1#: Hi.", "They greet.")] * 8
 
@@ -31,7 +31,7 @@ def refused(monkeypatch, tmp_path):
         def load_model(*args, **kwargs):
             raise AssertionError("a model was loaded")
 
-        monkeypatch.setattr("toolkit.models.load_model", load_model)
+        monkeypatch.setattr("toolkit.models.loading.load_model", load_model)
         monkeypatch.chdir(tmp_path)
         done = recipe(name, *argv)
         assert done.returncode == 2
@@ -91,7 +91,8 @@ def test_a_model_that_does_not_generate_text(refused, tmp_path):
 def test_t5_in_fp16(refused, tiny_t5, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *a: (7, 5))
-    from toolkit.models import ModelArguments, load_model_config
+    from toolkit.models.arguments import ModelArguments
+    from toolkit.models.loading import load_model_config
 
     with pytest.raises(UserError, match="activations exceed fp16's largest number"):
         load_model_config(ModelArguments(str(tiny_t5), random_weights=True), fp16=True)
@@ -150,7 +151,8 @@ def test_resuming_where_there_is_no_checkpoint(refused, rows, data, tmp_path):
 def test_a_gated_and_a_missing_hub_model_say_which_they_are_and_what_to_do(monkeypatch):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from toolkit.models import ModelArguments, load_model_config
+    from toolkit.models.arguments import ModelArguments
+    from toolkit.models.loading import load_model_config
 
     for kind, expected in (
         (GatedRepoError, "is gated: accept its licence"),
@@ -160,7 +162,7 @@ def test_a_gated_and_a_missing_hub_model_say_which_they_are_and_what_to_do(monke
         def fail(*args, kind=kind, **kwargs):
             raise OSError("as transformers wraps it") from kind.__new__(kind)
 
-        monkeypatch.setattr("toolkit.models.AutoConfig.from_pretrained", fail)
+        monkeypatch.setattr("toolkit.models.loading.AutoConfig.from_pretrained", fail)
         with pytest.raises(UserError, match=f"user/name {expected}"):
             load_model_config(ModelArguments("user/name"))
 
@@ -175,7 +177,7 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
         (ConnectError("[Errno -2] Name or service not known"), "the hub cannot be reached ([Errno -2] Name"),
         (LocalTokenNotFoundError("Token is required"), "not logged in to the hub (Token is required)"),
     ):
-        monkeypatch.setattr("toolkit.preparation.whoami", Mock(side_effect=error))
+        monkeypatch.setattr("toolkit.runs.preflight.whoami", Mock(side_effect=error))
         assert f"--push_to_hub: {expected}" in refused("--push_to_hub")
 
 
@@ -228,7 +230,9 @@ def test_a_package_that_is_not_installed(flags, package, expected, refused, monk
 
 
 def test_liger_kernel_that_is_not_installed_beside_a_gpu(monkeypatch):
-    monkeypatch.setattr("toolkit.preparation.is_liger_kernel_available", lambda: False)  # for it may be installed here
+    monkeypatch.setattr(
+        "toolkit.runs.preflight.is_liger_kernel_available", lambda: False
+    )  # for it may be installed here
     with pytest.raises(UserError, match="--use_liger_kernel: liger-kernel is not installed"):
         check_installed(SimpleNamespace(use_liger_kernel=True, device=torch.device("cuda")))
 
@@ -270,15 +274,15 @@ def test_optimizers_and_schedules_that_can_be_built_are_let_through(flags, data,
 
 def test_a_launch_file_where_the_package_was_installed_without_its_repository(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--launch zero4: there is no such launch file .*; there are .*zero3"):
-        read_launch("zero4")
-    monkeypatch.setattr("toolkit.launch.FOLDER", tmp_path / "site-packages" / "launch")
+        read_launch_file("zero4")
+    monkeypatch.setattr("toolkit.distributed.launch_files.FOLDER", tmp_path / "site-packages" / "launch")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError, match=r"launch/ is not here: its files come with the repository.*give the path of one"
     ):
-        read_launch("zero3")
+        read_launch_file("zero3")
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    assert read_launch("zero3", 2).engine.kind == "ZeRO-3"
+    assert read_launch_file("zero3", 2).engine.kind == "ZeRO-3"
 
 
 def test_an_engine_that_is_not_installed(refused, monkeypatch):

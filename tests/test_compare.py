@@ -14,7 +14,7 @@ import pytest
 from comparison_folder import write_comparison, write_run
 from conftest import ROOT, run
 
-from toolkit.compare import launch, plan
+from toolkit.compare import plan, runner
 from toolkit.compare.command import compare
 from toolkit.compare.results import collect
 from toolkit.compare.statistics import interval, paired_bootstrap
@@ -182,7 +182,7 @@ def small_recipes(monkeypatch, tmp_path):
         "shutil.copytree(Path(sys.argv[0]).parent / 'ready', folder)\n"
     )
     write_run(tmp_path / "ready", "full", 0, rows=8)
-    monkeypatch.setattr(launch, "command", lambda run, file: [sys.executable, str(script), *run.argv])
+    monkeypatch.setattr(runner, "command", lambda run, file: [sys.executable, str(script), *run.argv])
     return script
 
 
@@ -207,7 +207,7 @@ def test_a_run_that_fails_does_not_stop_the_rest_and_what_is_done_is_not_done_ag
 
 def test_the_reason_of_a_failure_is_the_recipes_own_not_the_launchers(tmp_path):
     one = plan.Run("lora", 0, tmp_path / "lora-0", ())
-    assert launch.why_failed(one) == "not run yet"
+    assert runner.why_failed(one) == "not run yet"
     launcher = "subprocess.CalledProcessError: Command '['x']' "
     for text, reason in (
         (
@@ -222,7 +222,7 @@ def test_the_reason_of_a_failure_is_the_recipes_own_not_the_launchers(tmp_path):
         ("step 3", "stopped before it was done"),
     ):
         one.log.write_text(text)
-        assert launch.why_failed(one) == reason
+        assert runner.why_failed(one) == reason
 
 
 # ---- results

@@ -7,14 +7,15 @@ import pytest
 import yaml
 from transformers import AutoConfig, TrainingArguments
 
-from toolkit.config import OVERRIDDEN, Parser, parse_config
-from toolkit.data import DataArguments, lengths
+from toolkit.config import Parser, parse_config
+from toolkit.data.loading import DataArguments, lengths
 from toolkit.errors import UserError
 from toolkit.methods import METHODS
 from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
 from toolkit.methods.prompt_tuning import PromptTuning
 from toolkit.methods.qlora import QLora
+from toolkit.training.arguments import OVERRIDDEN
 
 
 def refusal(*argv: str, method=Lora) -> str:

@@ -13,36 +13,39 @@ from conftest import ROOT
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers.training_args import ParallelMode
 
-from toolkit import engine, preparation, ranks
 from toolkit.config import parse_config
-from toolkit.engine import Engine, asked_engine, check_builds, check_disk, read_deepspeed
+from toolkit.distributed import deepspeed, ranks
+from toolkit.distributed.deepspeed import check_builds, check_disk, read_deepspeed
+from toolkit.distributed.engine import Engine
+from toolkit.distributed.request import requested_engine
 from toolkit.errors import UserError
 from toolkit.methods.lora import Lora
-from toolkit.preparation import check_engine
+from toolkit.runs import preflight
+from toolkit.runs.preflight import check_engine
 
 
 def test_without_a_launcher_one_process_is_asked_for():
-    assert asked_engine(env={}) == Engine(1, "no engine")
-    assert str(asked_engine(env={})) == "no engine on 1 process"
+    assert requested_engine(env={}) == Engine(1, "no engine")
+    assert str(requested_engine(env={})) == "no engine on 1 process"
 
 
 def test_accelerates_own_yaml_gives_stage_and_offload_by_the_environment():
     env = {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
-    assert asked_engine(env=env) == Engine(4, "ZeRO-3")
+    assert requested_engine(env=env) == Engine(4, "ZeRO-3")
     offload = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
-    asked = asked_engine(env=env | offload)
+    asked = requested_engine(env=env | offload)
     assert asked == Engine(4, "ZeRO-3", "cpu", "cpu")
     assert str(asked) == "ZeRO-3 on 4 processes, optimizer state on cpu, parameters on cpu"
 
 
 def test_trainers_own_flag_for_deepspeed_wins_over_the_environment():
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    assert asked_engine(config, env={"WORLD_SIZE": "2"}) == Engine(2, "ZeRO-2", "cpu")
+    assert requested_engine(config, env={"WORLD_SIZE": "2"}) == Engine(2, "ZeRO-2", "cpu")
 
 
 def test_a_launcher_that_left_an_address_and_no_world_wanted_several_processes():
     env = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}
-    assert asked_engine(env=env).processes > 1
+    assert requested_engine(env=env).processes > 1
     with pytest.raises(UserError, match="several processes were asked for, and 1 runs"):
         checked(env)
 
@@ -118,12 +121,12 @@ def test_a_lock_that_a_compiler_works_under_is_left_to_it(lock):
 
 
 def test_a_lock_that_was_just_taken_is_given_time_and_may_be_gone_then(lock, monkeypatch):
-    monkeypatch.setattr(engine, "YOUNG_SECONDS", 1.5)
+    monkeypatch.setattr(deepspeed, "YOUNG_SECONDS", 1.5)
     os.utime(lock)
     with pytest.raises(UserError, match="was left by a build"):
         check_builds(OFFLOAD)
     os.utime(lock)
-    monkeypatch.setattr(engine.time, "sleep", lambda seconds: lock.unlink())
+    monkeypatch.setattr(deepspeed.time, "sleep", lambda seconds: lock.unlink())
     check_builds(OFFLOAD)
 
 
@@ -176,7 +179,7 @@ def test_a_rank_that_hears_no_signal_ends_soon_after_another_has_said_an_error(t
     mark = tmp_path / "1" / "error.json"
     script = """
 import signal, time
-from toolkit import ranks
+from toolkit.distributed import ranks
 ranks.LAST_SECONDS = 0.2
 @ranks.exits_cleanly
 def main():
@@ -210,12 +213,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_processes_that_would_compute_in_different_precisions_are_refused(monkeypatch):
     chosen = ["bf16: compute capability 8.6", "fp32: compute capability 7.5"]
-    monkeypatch.setattr(preparation, "gather_object", lambda own: chosen)
+    monkeypatch.setattr(preflight, "gather_object", lambda own: chosen)
     config = SimpleNamespace(precision_reason=chosen[0], training=SimpleNamespace(world_size=2))
     with pytest.raises(UserError, match=r"different precisions \(bf16: .*8.6; fp32: .*7.5\); give --bf16"):
-        preparation._check_same_precision(config)
+        preflight._check_same_precision(config)
     chosen[1] = "bf16: compute capability 8.9"
-    preparation._check_same_precision(config)
+    preflight._check_same_precision(config)
 
 
 NVME = Engine(2, "ZeRO-3", "nvme", "nvme")
@@ -225,7 +228,7 @@ NVME = Engine(2, "ZeRO-3", "nvme", "nvme")
 def disk(tmp_path, monkeypatch):
     """DeepSpeed's configuration of a folder to swap to; async_io could be compiled."""
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
-    monkeypatch.setattr(engine, "_locks", [])
+    monkeypatch.setattr(deepspeed, "_locks", [])
     part = {"device": "nvme", "nvme_path": str(tmp_path / "swap")}
     return {"zero_optimization": {"stage": 3, "offload_optimizer": part, "offload_param": part}}
 
@@ -236,7 +239,7 @@ def test_one_run_at_a_time_swaps_to_a_folder(disk):
         UserError, match=r"another run swaps to .*swap; wait for its end, or give this one another nvme_path"
     ):
         check_disk(NVME, disk)
-    for lock in engine._locks:
+    for lock in deepspeed._locks:
         lock.close()
     check_disk(NVME, disk)
 
@@ -248,7 +251,7 @@ def test_a_disk_takes_libaio_and_on_a_gpu_the_cuda_toolkit(disk, monkeypatch):
     check_disk(Engine(2, "ZeRO-3", "cpu", "cpu"), disk)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(engine, "CUDA_HOME", None)
+    monkeypatch.setattr(deepspeed, "CUDA_HOME", None)
     with pytest.raises(UserError, match="there is no CUDA toolkit here"):
         check_disk(NVME, disk)
 
@@ -258,8 +261,8 @@ def test_what_one_rank_refuses_all_refuse(monkeypatch):
         raise UserError("this machine is too small")
 
     with pytest.raises(UserError, match="too small"):
-        ranks.refused_anywhere(check)
+        ranks.raise_on_all_ranks(check)
     monkeypatch.setattr(PartialState(), "num_processes", 2)
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, "the other one is"])
     with pytest.raises(UserError, match="the other one is"):
-        ranks.refused_anywhere(lambda: None)
+        ranks.raise_on_all_ranks(lambda: None)

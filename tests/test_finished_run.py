@@ -15,13 +15,13 @@ from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from toolkit import finished_run
 from toolkit.cli import main
 from toolkit.errors import UserError
-from toolkit.finished_run import FinishedRun, Models
-from toolkit.generation import generate
-from toolkit.merge import _check_mergeable, merge
 from toolkit.methods.adapter import BottleneckConfig
+from toolkit.models.generation import generate
+from toolkit.runs import finished_run
+from toolkit.runs.finished_run import FinishedRun, Models
+from toolkit.runs.merge import _check_mergeable, merge
 
 SHORT = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--max_length", "64", "--max_target_length", "12")
 
@@ -148,7 +148,7 @@ def test_a_merged_model_is_loaded_by_transformers_alone_and_answers_as_the_adapt
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     texts, tuned = answers(runs / "b")
-    prompts = [FinishedRun(runs / "b").encoder.prompt(text)[0] for text in texts]
+    prompts = [FinishedRun(runs / "b").prompt_tokenizer.prompt(text)[0] for text in texts]
     assert generate(model, tokenizer, prompts, 8, 12) == tuned
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(UserError, match="is not empty; give a new folder"):

@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 
 from toolkit.errors import UserError
-from toolkit.generation import classify, generate, losses
 from toolkit.methods.ia3 import IA3
 from toolkit.methods.lora import Lora
 from toolkit.methods.p_tuning import PTuning
 from toolkit.methods.prefix_tuning import PrefixTuning
 from toolkit.methods.prompt_tuning import PromptTuning
-from toolkit.models import auto_class, set_head
+from toolkit.models.generation import classify, generate, losses
+from toolkit.models.heads import auto_class, set_head
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15, 16], [20, 21]]
 LENGTH = 5

@@ -23,7 +23,7 @@ from on_gpu.pool import Pool
 from on_gpu.results import Results, error_percent, summary, table
 
 from toolkit.config import parse_config
-from toolkit.memory.cards import find_card
+from toolkit.memory.cuda.cards import find_card
 from toolkit.methods import METHODS
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "multiprocessors": 132, "total_bytes": 79 * 2**30}

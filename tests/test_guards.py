@@ -12,13 +12,13 @@ from peft import IA3Config, LoraConfig, PeftModelForCausalLM, PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from toolkit.checksums import checksums
-from toolkit.config import TrainArguments
+from toolkit.distributed.checksums import checksums
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
-from toolkit.guards import FIRST_STEPS, Guards, check_generation, check_saved
 from toolkit.tasks import TASKS
-from toolkit.training import FineTuner
+from toolkit.training.arguments import TrainArguments
+from toolkit.training.guards import FIRST_STEPS, Guards, check_generation, check_saved
+from toolkit.training.trainer import FineTuner
 
 CONFIGS = {
     "lora": LoraConfig(task_type="CAUSAL_LM", r=2),
@@ -39,12 +39,14 @@ def trainer(tmp_path):
         generator = torch.Generator().manual_seed(1)
         ids = [torch.randint(3, 256, (12,), generator=generator).tolist() for _ in range(4)]
         rows = Dataset.from_list([{"input_ids": i, "attention_mask": [1] * 12, "labels": i} for i in ids])
-        encoder = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(MODEL_DIR))
+        prompt_tokenizer = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(MODEL_DIR))
         settings = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "save_strategy": "no"}
         args = TrainArguments(
             output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **settings | arguments
         )
-        data = SimpleNamespace(train=rows, validation=rows, encoder=encoder, task=TASKS["text"], test_prompts=ids)
+        data = SimpleNamespace(
+            train=rows, validation=rows, prompt_tokenizer=prompt_tokenizer, task=TASKS["text"], test_prompts=ids
+        )
         return kind(model, args, data, callbacks=list(callbacks))
 
     return make

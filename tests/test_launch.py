@@ -16,11 +16,13 @@ from reliability import Run
 from safetensors.torch import load_file
 from transformers import LlamaConfig, T5Config
 
-from toolkit.engine import Engine, asked_engine, read_deepspeed
+from toolkit.distributed.deepspeed import read_deepspeed
+from toolkit.distributed.engine import Engine
+from toolkit.distributed.launch_files import read_launch_file
+from toolkit.distributed.request import requested_engine
 from toolkit.errors import UserError
-from toolkit.launch import read_launch
 from toolkit.methods.lora import Lora
-from toolkit.preparation import check_combination
+from toolkit.runs.preflight import check_combination
 
 PRESETS = sorted(path.stem for path in (ROOT / "launch").glob("*.yaml"))
 TINY = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_steps", "2", "--per_device_train_batch_size", "2")
@@ -29,7 +31,7 @@ ENGINES = {  # what each preset must turn into on two processes
     "ddp": Engine(2, "DDP"),
     "fsdp2": Engine(2, "FSDP2"),
     "fsdp2_qlora": Engine(2, "FSDP2"),
-    "sequence_parallel": Engine(2, "ZeRO-3", processes_a_row=2),
+    "sequence_parallel": Engine(2, "ZeRO-3", sequence_parallel_size=2),
     "single": Engine(1, "no engine"),
     "two_machines": Engine(2, "DDP"),
     "zero1": Engine(2, "ZeRO-1"),
@@ -105,7 +107,7 @@ def test_accelerate_reads_each_preset_and_none_fixes_a_precision_or_batch(name):
 @pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("single",)])
 def test_what_a_preset_asks_for_is_what_its_name_says(name):
     """The environment is the one that accelerate's own launcher prepares for the file."""
-    assert read_launch(name, 2).engine == ENGINES[name]
+    assert read_launch_file(name, 2).engine == ENGINES[name]
 
 
 # ---- two processes
@@ -233,7 +235,7 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     }
     for name, value in (told | {"WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    asked = asked_engine()
+    asked = requested_engine()
     model = SimpleNamespace(load_in_8bit=False, model_name_or_path="a-model")
     config = T5Config(num_heads=4)
     with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):

@@ -22,12 +22,12 @@ from test_launch import PRESETS, SHORT, TINY, on_cpu
 from tiny_models import save_with_tokenizer, tiny_config
 from transformers import T5Config
 
-from toolkit.files import write_aside
-from toolkit.finished_run import FinishedRun
-from toolkit.launch import read_launch
+from toolkit.distributed.launch_files import read_launch_file
+from toolkit.files import atomic_write
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
+from toolkit.runs.finished_run import FinishedRun
 
 RESULTS = ROOT / "benchmarks" / "results" / "launch_matrix.json"
 SWAP = ROOT / "runs" / "swap"  # of launch/deepspeed/zero3_nvme.json
@@ -101,7 +101,7 @@ def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
         assert (folder / "completions.csv").read_text() == (place / "alone" / "completions.csv").read_text()
         return found | {"outcome": "runs"}
     if cell.processes > 1:
-        engine = read_launch(cell.preset, cell.processes).engine
+        engine = read_launch_file(cell.preset, cell.processes).engine
         moved = {"optimizer_state": engine.optimizer_state, "parameters": engine.parameters}
         home = {what: "with the model" for what, where in moved.items() if where == "cpu"}  # of a CPU, the same memory
         engine = replace(engine, **home)
@@ -136,7 +136,7 @@ def record(cell: Cell, outcome: dict) -> None:
         "stack": stack_versions(),
         "cells": {cell.id: known[cell.id] for cell in CELLS if cell.id in known},
     }
-    write_aside(RESULTS, json.dumps(content, indent=1) + "\n")
+    atomic_write(RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 @pytest.mark.slow

@@ -17,11 +17,11 @@ from conftest import ROOT, recipe
 from ledgers import assert_same
 from tiny_models import save_with_tokenizer, tiny_config
 
-from toolkit import prediction
-from toolkit.files import write_aside
+from toolkit.files import atomic_write
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
+from toolkit.runs import prediction
 
 RESULTS = ROOT / "benchmarks" / "results" / "matrix.json"
 ARCHITECTURES = ("t5", "bart", "llama", "gpt2", "qwen2")
@@ -132,7 +132,7 @@ def results(request) -> dict:
         cells = {cell.id: known["cells"][cell.id] for cell in CELLS if cell.id in known["cells"]}
         what = "each cell is two steps of the recipe on a tiny model on a CPU, saved, read back, and held to its prediction"
         content = {"what": what, "command": "make matrix", "stack": stack_versions(), "cells": cells}
-        write_aside(RESULTS, json.dumps(content, indent=1) + "\n")
+        atomic_write(RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 @pytest.mark.slow

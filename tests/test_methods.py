@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
-from toolkit.memory import catalogue
-from toolkit.memory.cards import find_card
+from toolkit.memory.cuda.cards import find_card
 from toolkit.methods import METHODS
 from toolkit.methods.adapter import Adapter
 from toolkit.methods.ia3 import IA3
@@ -25,8 +24,9 @@ from toolkit.methods.prefix_tuning import PrefixTuning
 from toolkit.methods.prompt_tuning import PromptTuning
 from toolkit.methods.qlora import QLora
 from toolkit.methods.selective import Selective, layers_of
-from toolkit.models import auto_class, set_head
-from toolkit.training import FineTuner
+from toolkit.models import catalogue
+from toolkit.models.heads import auto_class, set_head
+from toolkit.training.trainer import FineTuner
 
 MODELS = ["t5", "bart", "llama", "gpt2", "qwen2"]
 VARIANTS = [
@@ -251,7 +251,7 @@ def test_prodigy_is_an_optimizer_by_name_whose_rate_is_1(name, tmp_path):
 
 
 def test_prodigy_finds_a_step_size_and_learns():
-    from toolkit.optimizers import Prodigy
+    from toolkit.training.optimizers import Prodigy
 
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(8))

@@ -10,7 +10,9 @@ from tiny_models import save_with_tokenizer, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainingArguments
 
 from toolkit.errors import UserError
-from toolkit.models import ModelArguments, load_model, load_model_config, set_head
+from toolkit.models.arguments import ModelArguments
+from toolkit.models.heads import set_head
+from toolkit.models.loading import load_model, load_model_config
 
 
 def loaded(folder, head=False, **flags):

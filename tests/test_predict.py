@@ -10,15 +10,15 @@ import torch
 from tiny_models import save_with_tokenizer, tiny_config
 from transformers import LlamaConfig, MixtralConfig
 
-from toolkit import prediction
 from toolkit.cli import main
 from toolkit.config import parse_config
 from toolkit.memory import meta_ops
-from toolkit.memory.cards import find_card
-from toolkit.memory.cuda import Cuda
+from toolkit.memory.cuda.cards import find_card
+from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger
 from toolkit.methods.lora import Lora
-from toolkit.predict_command import predict_command
+from toolkit.runs import prediction
+from toolkit.runs.predict_command import predict_command
 
 
 @pytest.fixture(scope="module")

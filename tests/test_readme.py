@@ -11,7 +11,7 @@ from comparison_folder import write_in_context, write_run
 from conftest import ROOT, recipe, run, write_csv
 
 from toolkit.cli import main
-from toolkit.launch import read_launch
+from toolkit.distributed.launch_files import read_launch_file
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -126,7 +126,7 @@ def test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds():
     """It takes minutes, so here it is read, and its result is the one that was committed."""
     words = shlex.split(COMMANDS[7])
     given = dict(itertools.pairwise(words))
-    launch = read_launch(given["--launch"], int(given["--num_processes"]))
+    launch = read_launch_file(given["--launch"], int(given["--num_processes"]))
     assert (words[:3], str(launch.engine)) == (["footprint", "predict", "full"], "ZeRO-3 on 4 processes")
     rows = json.loads((ROOT / "benchmarks" / "results" / "distributed_fits.json").read_text())["rows"]
     wanted = (given["--model_name_or_path"], "full", "zero3", 4)

@@ -17,13 +17,13 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
-from toolkit.in_context import prompts_with_examples
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
 from toolkit.methods.in_context import InContext
-from toolkit.preparation import prepare
-from toolkit.run_folder import _command, without_secrets
-from toolkit.training import make_saveable
+from toolkit.models.generation import make_saveable
+from toolkit.runs.in_context import prompts_with_examples
+from toolkit.runs.preflight import prepare
+from toolkit.runs.run_folder import _command, without_secrets
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 SHORT = ("--max_eval_samples", "4", "--max_target_length", "8", "--logging_steps", "1")

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_csv
 
+from toolkit.data.rows import _load_hub, load_rows
 from toolkit.errors import UserError
 from toolkit.files import csv_text, read_csv
-from toolkit.finished_run import FinishedRun
-from toolkit.tasks.rows import _load_hub, load_rows
+from toolkit.runs.finished_run import FinishedRun
 
 COLUMNS = {"text_column": "dialogue", "summary_column": "summary"}
 ROWS = [(f"text {n}", f"summary {n}") for n in range(40)]

@@ -16,8 +16,8 @@ from conftest import ROOT
 from reliability import Run
 from safetensors.torch import load_file
 
-from toolkit.files import write_aside
-from toolkit.launch import read_launch
+from toolkit.distributed.launch_files import read_launch_file
+from toolkit.files import atomic_write
 from toolkit.memory.environment import stack_versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "engines_equal.json"
@@ -92,7 +92,7 @@ def write_results(cells: dict[str, dict]) -> None:
     )
     cells = {name: cells[name] for name in map("-".join, CELLS) if name in cells}
     content = {"what": what, "command": COMMAND, "stack": stack_versions(), "cells": cells}
-    write_aside(RESULTS, json.dumps(content, indent=1) + "\n")
+    atomic_write(RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 def gradient_difference(kind: str, method: str, bases: Path, one: Path, two: Path) -> float:
@@ -155,7 +155,7 @@ def test_fsdp2_with_qlora_is_fsdp2_so_that_what_holds_for_one_holds_for_the_othe
 
 def test_each_file_of_zero3_has_the_model_shared_out_while_it_is_loaded():
     stages = {
-        path.stem: read_launch(path.stem, 2) for path in (ROOT / "launch").glob("*.yaml") if path.stem != "single"
+        path.stem: read_launch_file(path.stem, 2) for path in (ROOT / "launch").glob("*.yaml") if path.stem != "single"
     }
     three = [launch for launch in stages.values() if launch.engine.kind == "ZeRO-3"]
     assert len(three) == 4

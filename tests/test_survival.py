@@ -20,30 +20,32 @@ from reliability import Run
 from safetensors.torch import load_file
 from same_training import save_bases
 
-from toolkit import checkpoints, ranks, run_folder
-from toolkit.checkpoints import (
+from toolkit.config import parse_config
+from toolkit.distributed import ranks
+from toolkit.embedded import MODEL_DIR
+from toolkit.errors import UserError
+from toolkit.files import atomic_write
+from toolkit.memory.environment import stack_versions
+from toolkit.methods.lora import Lora
+from toolkit.runs import run_folder
+from toolkit.runs.preflight import prepare
+from toolkit.training import checkpoints
+from toolkit.training.callbacks import MetricsFile
+from toolkit.training.checkpoints import (
     ASIDE,
     MANIFEST,
-    Origin,
-    check_goes_on,
+    RunFingerprint,
+    atomic_folder,
+    check_resumable,
     damage,
     newest_first,
     resume_point,
-    set_later_ones_aside,
-    written_whole,
+    set_later_checkpoints_aside,
 )
-from toolkit.config import parse_config
-from toolkit.embedded import MODEL_DIR
-from toolkit.errors import UserError
-from toolkit.files import write_aside
-from toolkit.memory.environment import stack_versions
-from toolkit.methods.lora import Lora
-from toolkit.preparation import prepare
-from toolkit.training import MetricsFile
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
 COMMAND = "python -m pytest tests/test_survival.py -k twenty --matrix"
-ORIGIN = Origin("no engine", 1, True, 4, 42, "rows")
+ORIGIN = RunFingerprint("no engine", 1, True, 4, 42, "rows")
 LENGTHS = ("--max_length", "48", "--max_target_length", "8", "--max_train_samples", "16", "--max_eval_samples", "1")
 STEPS = ("--max_steps", "6", "--save_strategy", "steps", "--save_steps", "1", "--per_device_train_batch_size", "2")
 SMALL = ("--use_cpu", *LENGTHS, *STEPS)
@@ -56,7 +58,7 @@ RESUME = "--resume_from_checkpoint"
 
 def checkpoint(folder, step, origin=ORIGIN):
     """A checkpoint of two small files, one in a folder of its own."""
-    with written_whole(folder / f"checkpoint-{step}", origin, is_main=True, wait=lambda: None) as aside:
+    with atomic_folder(folder / f"checkpoint-{step}", origin, is_main=True, wait=lambda: None) as aside:
         (aside / "trainer_state.json").write_text("{}")
         (aside / "shards").mkdir()
         (aside / "shards" / "rank0.pt").write_bytes(bytes(range(100)))
@@ -65,7 +67,7 @@ def checkpoint(folder, step, origin=ORIGIN):
 
 def test_nothing_is_called_a_checkpoint_before_it_is_whole(tmp_path):
     final = tmp_path / "checkpoint-2"
-    with written_whole(final, ORIGIN, is_main=True, wait=lambda: None) as aside:
+    with atomic_folder(final, ORIGIN, is_main=True, wait=lambda: None) as aside:
         (aside / "weights").write_bytes(b"1234")
         assert aside.is_dir() and not final.exists() and not newest_first(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
@@ -75,7 +77,7 @@ def test_nothing_is_called_a_checkpoint_before_it_is_whole(tmp_path):
     assert kept["files"] == {"weights": {"bytes": 4, "sha256": sha256}} and kept["run"]["data"] == "rows"
     with (
         pytest.raises(KeyboardInterrupt),
-        written_whole(tmp_path / "checkpoint-4", ORIGIN, is_main=True, wait=lambda: None) as aside,
+        atomic_folder(tmp_path / "checkpoint-4", ORIGIN, is_main=True, wait=lambda: None) as aside,
     ):
         (aside / "weights").touch()
         raise KeyboardInterrupt
@@ -90,7 +92,7 @@ def test_a_rank_that_is_not_the_first_waits_and_renames_nothing(tmp_path):
         if len(waited) == 2:
             (tmp_path / ASIDE / "checkpoint-2").rename(tmp_path / "checkpoint-2")
 
-    with written_whole(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as aside:
+    with atomic_folder(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as aside:
         (aside / "rank1.pt").touch()
     assert len(waited) == 2 and not (tmp_path / ASIDE).exists()
     assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["rank1.pt"]
@@ -151,61 +153,61 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
 
 def test_what_cannot_go_on_is_refused_before_a_model_is_loaded(tmp_path):
     kept = checkpoint(tmp_path, 2)
-    check_goes_on(kept, ORIGIN, allow_changed_data=False)
-    check_goes_on(kept, replace(ORIGIN, engine="DDP", processes=4), allow_changed_data=False)
+    check_resumable(kept, ORIGIN, allow_changed_data=False)
+    check_resumable(kept, replace(ORIGIN, engine="DDP", processes=4), allow_changed_data=False)
     for change, said in (
         ({"data": "others"}, "the training rows"),
         ({"seed": 1}, "--seed or --data_seed 1 instead of 42"),
         ({"rows_a_step": 8}, "a step has 8 rows instead of 4"),
     ):
         with pytest.raises(UserError, match=f"{said}.*--allow_changed_data"):
-            check_goes_on(kept, replace(ORIGIN, **change), allow_changed_data=False)
-        check_goes_on(kept, replace(ORIGIN, **change), allow_changed_data=True)
+            check_resumable(kept, replace(ORIGIN, **change), allow_changed_data=False)
+        check_resumable(kept, replace(ORIGIN, **change), allow_changed_data=True)
     with pytest.raises(UserError, match="was written by no engine on 1 processes, and cannot be read by FSDP2 on 2"):
-        check_goes_on(kept, replace(ORIGIN, engine="FSDP2", processes=2), allow_changed_data=True)
+        check_resumable(kept, replace(ORIGIN, engine="FSDP2", processes=2), allow_changed_data=True)
     zero = replace(ORIGIN, engine="ZeRO-2", processes=2)
     kept = checkpoint(tmp_path, 4, zero)
     for change in ({"processes": 4}, {"engine": "ZeRO-3"}, {"engine": "DDP"}):
         with pytest.raises(UserError, match="was written by ZeRO-2 on 2 processes"):
-            check_goes_on(kept, replace(zero, **change), allow_changed_data=True)
+            check_resumable(kept, replace(zero, **change), allow_changed_data=True)
     fsdp = replace(ORIGIN, engine="FSDP2", processes=2)
     kept = checkpoint(tmp_path, 6, fsdp)
     for processes in (2, 4):
-        check_goes_on(kept, replace(fsdp, processes=processes), allow_changed_data=False)
+        check_resumable(kept, replace(fsdp, processes=processes), allow_changed_data=False)
     with pytest.raises(UserError, match="was written by FSDP2 on 2 processes, and cannot be read by DDP on 2"):
-        check_goes_on(kept, replace(fsdp, engine="DDP"), allow_changed_data=True)
+        check_resumable(kept, replace(fsdp, engine="DDP"), allow_changed_data=True)
     kept = checkpoint(tmp_path, 7, replace(fsdp, engine="FSDP1"))
     with pytest.raises(UserError, match="FSDP1, whose checkpoints cannot be gone on from"):
-        check_goes_on(kept, replace(fsdp, engine="FSDP1"), allow_changed_data=True)
+        check_resumable(kept, replace(fsdp, engine="FSDP1"), allow_changed_data=True)
     nvme = replace(ORIGIN, engine="ZeRO-3", processes=2, state_on_disk=True)
     kept = checkpoint(tmp_path, 9, nvme)
     for now in (nvme, replace(nvme, state_on_disk=False)):
         with pytest.raises(
             UserError, match=r"reads back from a checkpoint only a part.*checkpoint-9 was written with it on a disk"
         ):
-            check_goes_on(kept, now, allow_changed_data=True)
+            check_resumable(kept, now, allow_changed_data=True)
     kept = checkpoint(tmp_path, 10, replace(nvme, state_on_disk=False))
     with pytest.raises(UserError, match="this launch file puts it on a disk"):
-        check_goes_on(kept, nvme, allow_changed_data=True)
+        check_resumable(kept, nvme, allow_changed_data=True)
     kept = checkpoint(tmp_path, 8, replace(ORIGIN, whole_state=False))
     with pytest.raises(UserError, match="--save_only_model"):
-        check_goes_on(kept, ORIGIN, allow_changed_data=True)
+        check_resumable(kept, ORIGIN, allow_changed_data=True)
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
     kept = checkpoint(tmp_path, 2)
     monkeypatch.setattr(checkpoints, "_manifest", lambda folder: {"run": asdict(ORIGIN) | {"phase_of_the_moon": 3}})
     with pytest.raises(UserError, match="written by another version of footprint"):
-        check_goes_on(kept, ORIGIN, allow_changed_data=False)
+        check_resumable(kept, ORIGIN, allow_changed_data=False)
 
 
 def test_checkpoints_after_the_one_that_is_gone_on_from_are_set_aside(tmp_path, capsys):
     for step in (2, 4, 6):
         checkpoint(tmp_path, step)
-    set_later_ones_aside(tmp_path / "checkpoint-6", tmp_path)
-    set_later_ones_aside(tmp_path / "checkpoint-2", tmp_path / "another")
+    set_later_checkpoints_aside(tmp_path / "checkpoint-6", tmp_path)
+    set_later_checkpoints_aside(tmp_path / "checkpoint-2", tmp_path / "another")
     assert [path.name for path in newest_first(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
-    set_later_ones_aside(tmp_path / "checkpoint-4", tmp_path)
+    set_later_checkpoints_aside(tmp_path / "checkpoint-4", tmp_path)
     assert "checkpoint-6 is now abandoned-checkpoint-6" in " ".join(capsys.readouterr().out.split())
     assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
     assert (tmp_path / "abandoned-checkpoint-6" / MANIFEST).is_file()
@@ -486,7 +488,7 @@ def test_twenty_kills_lose_nothing_and_every_run_goes_on_to_the_same_weights(who
         if request.config.getoption("--matrix"):
             machine = {"cores": os.cpu_count(), "python": platform.python_version(), "versions": stack_versions()}
             content = {"command": COMMAND, "date": datetime.date.today().isoformat(), **machine, "figures": figures}
-            write_aside(RESULTS, json.dumps(content | {"cases": cases}, indent=1) + "\n")
+            atomic_write(RESULTS, json.dumps(content | {"cases": cases}, indent=1) + "\n")
     assert figures["resumes_equal"] == figures["kills"] == 20 and figures["bytes_lost"] == 0, cases
 
 

@@ -15,27 +15,22 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, TrainingArguments
 
 from toolkit.config import parse_config
-from toolkit.data import DataArguments, label_names, load_data
+from toolkit.data.loading import DataArguments, label_names, load_data
+from toolkit.data.rows import load_rows
 from toolkit.errors import UserError
-from toolkit.finished_run import FinishedRun
-from toolkit.generation import classify, generate, losses
-from toolkit.in_context import prompts_with_examples
 from toolkit.methods.full import Full
 from toolkit.metrics.classification import classification
-from toolkit.models import (
-    ModelArguments,
-    auto_class,
-    head_modules,
-    load_model,
-    load_model_config,
-    load_tokenizer,
-    set_head,
-)
-from toolkit.prediction import predict_run
-from toolkit.preparation import Preparation, prepare
+from toolkit.models.arguments import ModelArguments
+from toolkit.models.generation import classify, generate, losses
+from toolkit.models.heads import auto_class, head_modules, set_head
+from toolkit.models.loading import load_model, load_model_config, load_tokenizer
+from toolkit.models.losses import IGNORE_INDEX
+from toolkit.runs.finished_run import FinishedRun
+from toolkit.runs.in_context import prompts_with_examples
+from toolkit.runs.prediction import predict_run
+from toolkit.runs.preflight import Preflight, prepare
 from toolkit.tasks import TASKS, row_scores
-from toolkit.tasks.rows import load_rows
-from toolkit.tasks.tokenization import MASKED, Truncation
+from toolkit.tasks.tokenization import Truncation
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
@@ -243,9 +238,9 @@ def test_several_files_of_sentences_must_be_chosen_from(tmp_path, llama):
 def test_the_prompt_names_the_classes_and_the_target_is_one(tmp_path, llama):
     loaded = load_data(DataArguments("classification", labelled(tmp_path / "d", train=GOOD + BAD * 4)), *llama)
     row = loaded.train[0]
-    target = [label for label in row["labels"] if label != MASKED]
-    assert loaded.encoder.tokenizer.decode(target, skip_special_tokens=True).strip() in ("up", "down")
-    text = loaded.encoder.tokenizer.decode(loaded.test_prompts[0])
+    target = [label for label in row["labels"] if label != IGNORE_INDEX]
+    assert loaded.prompt_tokenizer.tokenizer.decode(target, skip_special_tokens=True).strip() in ("up", "down")
+    text = loaded.prompt_tokenizer.tokenizer.decode(loaded.test_prompts[0])
     assert "one of: down, up." in text and loaded.test_texts[0] in text
 
 
@@ -253,7 +248,7 @@ def test_the_rows_of_a_head_are_the_text_alone_and_a_class(tmp_path, llama):
     config, tokenizer = llama
     folder = labelled(tmp_path / "d", train=[*GOOD, ("word " * 90, "down")] * 3, validation=BAD, test=GOOD)
     loaded = load_data(DataArguments("sequence_classification", folder, max_length=64), config, tokenizer)
-    assert loaded.encoder.label_names == ("down", "up")
+    assert loaded.prompt_tokenizer.label_names == ("down", "up")
     assert loaded.supervised_tokens == len(loaded.train) == 21
     rows = {tokenizer.decode(row["input_ids"], skip_special_tokens=True).strip(): row for row in loaded.train}
     assert rows["profit rose"]["labels"] == 1
@@ -275,7 +270,10 @@ def test_a_head_classifies_a_batch_as_it_classifies_each_text(llama):
     assert len(set(alone)) > 1
     assert classify(model, llama[1], prompts, 4) == alone
     assert TASKS["sequence_classification"].answers(
-        model, TASKS["sequence_classification"].encoder(llama[1], "{text}", False, 64, 0, ("a", "b", "c")), prompts, 4
+        model,
+        TASKS["sequence_classification"].prompt_tokenizer(llama[1], "{text}", False, 64, 0, ("a", "b", "c")),
+        prompts,
+        4,
     ) == ["abc"[number] for number in alone]
 
 
@@ -344,10 +342,10 @@ def test_a_checkpoints_own_head_keeps_the_order_of_its_classes(shipped, told, ex
     texts, classes = perfect_classifier(tmp_path / "model", data, dict(enumerate(shipped)) if shipped else None)
     rows = [(text, told[number]) for text, number in zip(texts, classes, strict=True) if told[number]]
     loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
-    assert loaded.encoder.label_names == tuple(expected)
-    assert loaded.task.answers(model, loaded.encoder, loaded.test_prompts, 4) == loaded.references
+    assert loaded.prompt_tokenizer.label_names == tuple(expected)
+    assert loaded.task.answers(model, loaded.prompt_tokenizer, loaded.test_prompts, 4) == loaded.references
     assert any(remark.startswith("the checkpoint's own head is kept") for remark in loaded.remarks)
-    numbers = {loaded.encoder.label_names[row["labels"]] for row in loaded.train}
+    numbers = {loaded.prompt_tokenizer.label_names[row["labels"]] for row in loaded.train}
     assert numbers == {name for name in told if name}
 
 
@@ -357,7 +355,7 @@ def test_a_head_for_other_classes_is_made_anew_and_said(told, data, tmp_path):
     texts, _ = perfect_classifier(tmp_path / "model", data, shipped)
     rows = [(text, told[n % len(told)]) for n, text in enumerate(texts)]
     loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
-    assert set(loaded.encoder.label_names) == set(told)
+    assert set(loaded.prompt_tokenizer.label_names) == set(told)
     own = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert torch.equal(model.model.embed_tokens.weight, own.model.embed_tokens.weight)
     assert model.score.weight.shape[0] == len(told)
@@ -408,7 +406,7 @@ def test_classes_that_are_numbers_are_in_the_order_of_their_size(told, expected,
     rows = [(f"text {n}", name) for n, name in enumerate(told * 3)]
     folder = labelled(tmp_path / "d", train=rows, validation=rows[:1], test=rows[:1])
     loaded = load_data(DataArguments("sequence_classification", folder), *llama)
-    assert loaded.encoder.label_names == tuple(expected) == label_names(folder, None, "label")
+    assert loaded.prompt_tokenizer.label_names == tuple(expected) == label_names(folder, None, "label")
 
 
 def test_classes_that_a_data_set_declares_keep_its_order(tmp_path, llama):
@@ -419,7 +417,7 @@ def test_classes_that_a_data_set_declares_keep_its_order(tmp_path, llama):
         rows = {"sentence": [f"{split} {n}" for n in range(6)], "label": [2, 1, 0] * 2}
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
     loaded = load_data(DataArguments("sequence_classification", str(tmp_path)), *llama)
-    assert loaded.encoder.label_names == ("up", "even", "down")
+    assert loaded.prompt_tokenizer.label_names == ("up", "even", "down")
     assert [row["labels"] for row in loaded.train] == [2, 1, 0] * 2
     assert loaded.references == ["down", "even", "up"] * 2
 
@@ -443,7 +441,7 @@ def test_a_sample_of_a_sorted_file_has_each_class(task, tmp_path, llama):
     assert not any("no row of" in remark for remark in one.remarks)
     few = load(2, 0)
     assert "--max_train_samples 2: no row of down among those of train" in few.remarks
-    assert few.encoder.label_names == one.encoder.label_names == ("down", "even", "up")
+    assert few.prompt_tokenizer.label_names == one.prompt_tokenizer.label_names == ("down", "even", "up")
 
 
 def test_labels_that_differ_by_case_alone_are_refused(tmp_path, llama):
@@ -506,27 +504,30 @@ def chat(data, tmp_path, rows, template=CHATML, **flags):
 
 def test_the_loss_is_on_every_turn_of_the_assistant_and_on_nothing_else(data, tmp_path):
     loaded = chat(data, tmp_path, [{"messages": TALK}] * 3)
-    tokenizer, row = loaded.encoder.tokenizer, loaded.train[0]
+    tokenizer, row = loaded.prompt_tokenizer.tokenizer, loaded.train[0]
     spans, open_span = [], []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (MASKED, token)
-        if label == MASKED and open_span:
+        assert label in (IGNORE_INDEX, token)
+        if label == IGNORE_INDEX and open_span:
             spans.append(tokenizer.decode(open_span))
             open_span = []
-        elif label != MASKED:
+        elif label != IGNORE_INDEX:
             open_span.append(token)
     spans.append(tokenizer.decode(open_span)) if open_span else None
     assert [span.strip() for span in spans] == ["Yes, it is.</s>", "Very cold.</s>"]
-    assert loaded.supervised_tokens == 3 * sum(label != MASKED for label in row["labels"])
+    assert loaded.supervised_tokens == 3 * sum(label != IGNORE_INDEX for label in row["labels"])
 
 
 def test_the_last_turn_is_what_is_generated_and_scored(data, tmp_path):
     loaded = chat(data, tmp_path, [{"messages": [*TALK, {"role": "user", "content": "Bye."}]}] * 3)
     assert loaded.references == ["Very cold."] * 3
     assert loaded.test_texts[0].endswith("assistant: Yes, it is.\nuser: And cold?")
-    prompt = loaded.encoder.tokenizer.decode(loaded.test_prompts[0])
+    prompt = loaded.prompt_tokenizer.tokenizer.decode(loaded.test_prompts[0])
     assert prompt.rstrip().endswith("<|assistant|>") and "Very cold" not in prompt and "Bye" not in prompt
-    assert loaded.encoder.prompt("Hi.")[0] == loaded.encoder.prompt([{"role": "user", "content": "Hi."}])[0]
+    assert (
+        loaded.prompt_tokenizer.prompt("Hi.")[0]
+        == loaded.prompt_tokenizer.prompt([{"role": "user", "content": "Hi."}])[0]
+    )
 
 
 def test_prompt_and_response_make_a_conversation(data, tmp_path):
@@ -540,7 +541,7 @@ def test_a_conversation_that_is_too_long_loses_its_end_in_training_and_its_begin
     loaded = chat(data, tmp_path, [{"messages": TALK}, {"messages": long}], max_length=80, max_target_length=8)
     assert len(loaded.train) == 1 and "1 rows of train left out: no label within --max_length 80" in loaded.remarks
     assert [len(ids) for ids in loaded.test_prompts] == [72, 72]
-    assert loaded.encoder.tokenizer.decode(loaded.test_prompts[1]).rstrip().endswith("<|assistant|>")
+    assert loaded.prompt_tokenizer.tokenizer.decode(loaded.test_prompts[1]).rstrip().endswith("<|assistant|>")
     assert loaded.truncation["train"].rows >= 1 and loaded.truncation["test"].rows == 2
 
 
@@ -569,7 +570,7 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
     rows = [{"messages": [*TALK[:2], {"role": "assistant", "content": f"Answer {n}."}]} for n in range(4)]
     loaded = chat(data, tmp_path, rows, "<|begin|>" + CHATML, max_target_length=8)
     config = AutoConfig.from_pretrained(data / "models" / "stories260k")
-    ready = Preparation(config, loaded.encoder.tokenizer, loaded, torch.float32, 0, 0)
+    ready = Preflight(config, loaded.prompt_tokenizer.tokenizer, loaded, torch.float32, 0, 0)
     plain, one, two = (prompts_with_examples(ready, number, seed=0) for number in (0, 1, 2))
     assert plain == loaded.test_prompts
     picked = random.Random(0).sample(range(4), 4)
@@ -577,8 +578,8 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
         turns = [
             turn for index in picked[:count] for turn in (TALK[1], {"role": "assistant", "content": f"Answer {index}."})
         ]
-        assert prompts == [loaded.encoder.prompt([TALK[0], *turns, TALK[1]], 10_000)[0]] * 4
-        text = loaded.encoder.tokenizer.decode(prompts[0])
+        assert prompts == [loaded.prompt_tokenizer.prompt([TALK[0], *turns, TALK[1]], 10_000)[0]] * 4
+        text = loaded.prompt_tokenizer.tokenizer.decode(prompts[0])
         assert text.count("<|system|>") == text.count("<|begin|>") == 1 and text.count("<|user|>") == count + 1
     with pytest.raises(UserError, match="--num_shots 5: the train split has 4 rows"):
         prompts_with_examples(ready, 5, seed=0)
@@ -589,14 +590,18 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
 
 def test_a_turn_ends_with_the_token_that_ends_it_in_the_labels(data):
     tokenizer = tokenizer_of(data, CHAT_END)
-    assert TASKS["chat"].encoder(tokenizer, "", False, 64, 8).end_tokens() == []  # words are no end
+    assert TASKS["chat"].prompt_tokenizer(tokenizer, "", False, 64, 8).end_tokens() == []  # words are no end
     tokenizer.add_tokens("<|im_end|>", special_tokens=True)
-    encoder = TASKS["chat"].encoder(tokenizer, "", False, 64, 8)
-    assert encoder.end_tokens() == [512] != [tokenizer.eos_token_id]
-    assert [label for label in encoder.row(TALK[1:2], "Yes.", Truncation())["labels"] if label != MASKED][-1] == 512
-    encoder = TASKS["chat"].encoder(tokenizer_of(data, "{{ raise_exception('no') }}"), "", False, 64, 8)
-    assert encoder.end_tokens() == []
-    assert TASKS["summarization"].encoder(tokenizer, "{text}", False, 64, 8).end_tokens() == []
+    prompt_tokenizer = TASKS["chat"].prompt_tokenizer(tokenizer, "", False, 64, 8)
+    assert prompt_tokenizer.end_tokens() == [512] != [tokenizer.eos_token_id]
+    assert [
+        label for label in prompt_tokenizer.row(TALK[1:2], "Yes.", Truncation())["labels"] if label != IGNORE_INDEX
+    ][-1] == 512
+    prompt_tokenizer = TASKS["chat"].prompt_tokenizer(
+        tokenizer_of(data, "{{ raise_exception('no') }}"), "", False, 64, 8
+    )
+    assert prompt_tokenizer.end_tokens() == []
+    assert TASKS["summarization"].prompt_tokenizer(tokenizer, "{text}", False, 64, 8).end_tokens() == []
 
 
 def counting_llama(**settings):
@@ -709,25 +714,27 @@ WITHOUT_SYSTEM = CHATML.replace(
 def chat_encoder(data, template, kind="models/stories260k"):
     tokenizer = AutoTokenizer.from_pretrained(data / kind)
     tokenizer.chat_template = template.replace("</s>", tokenizer.eos_token)
-    return TASKS["chat"].encoder(tokenizer, "", False, 4_000, 8)
+    return TASKS["chat"].prompt_tokenizer(tokenizer, "", False, 4_000, 8)
 
 
-def learned(encoder, messages, tools=None):
+def learned(prompt_tokenizer, messages, tools=None):
     """The turns that the labels hold, decoded, the reference of the last one, and what was lost."""
     text, target = TASKS["chat"].pair({"messages_column": messages, "tools_column": tools})
     lost = Truncation()
-    row = encoder.row(text, target, lost)
-    prompt, _ = encoder.prompt(text, 4_000)
+    row = prompt_tokenizer.row(text, target, lost)
+    prompt, _ = prompt_tokenizer.prompt(text, 4_000)
     assert row["input_ids"][: len(prompt)] == prompt  # what is scored is what is trained
-    assert row["labels"][len(prompt) - 1] == MASKED != row["labels"][len(prompt)]
-    turns, previous = [], MASKED
+    assert row["labels"][len(prompt) - 1] == IGNORE_INDEX != row["labels"][len(prompt)]
+    turns, previous = [], IGNORE_INDEX
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (MASKED, token)
-        if label != MASKED:
-            turns = [*turns, [label]] if previous == MASKED else [*turns[:-1], [*turns[-1], label]]
+        assert label in (IGNORE_INDEX, token)
+        if label != IGNORE_INDEX:
+            turns = [*turns, [label]] if previous == IGNORE_INDEX else [*turns[:-1], [*turns[-1], label]]
         previous = label
-    decoded = [encoder.tokenizer.decode(turn).replace(encoder.tokenizer.eos_token, "</s>") for turn in turns]
-    return [turn.strip() for turn in decoded], encoder.reference(text, target), lost
+    decoded = [
+        prompt_tokenizer.tokenizer.decode(turn).replace(prompt_tokenizer.tokenizer.eos_token, "</s>") for turn in turns
+    ]
+    return [turn.strip() for turn in decoded], prompt_tokenizer.reference(text, target), lost
 
 
 KINDS = ["models/stories260k", "tokenizers/gpt2"]
@@ -738,20 +745,20 @@ LONGER = [*PLAIN, {"role": "user", "content": "More?"}, {"role": "assistant", "c
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", [CHATML, SPACED, MARKED, TOOLS, OF_PARTS, TRIMMED, WITHOUT_SYSTEM, ASKS_MORE])
 def test_labels_hold_each_turn_after_the_very_ids_of_its_prompt(template, kind, data):
-    encoder = chat_encoder(data, template, kind)
-    turns, reference, lost = learned(encoder, LONGER)
+    prompt_tokenizer = chat_encoder(data, template, kind)
+    turns, reference, lost = learned(prompt_tokenizer, LONGER)
     assert turns == ["One, two.</s>", "Three.</s>"] and reference == "Three."
     assert (lost.masked_turns, lost.unwritten_turns) == (0, template == WITHOUT_SYSTEM)
-    assert any("<think>" in remark for remark in encoder.remarks()) is (template == ASKS_MORE)
+    assert any("<think>" in remark for remark in prompt_tokenizer.remarks()) is (template == ASKS_MORE)
 
 
 def test_the_first_word_after_a_prompt_that_ends_in_a_space_is_learned(data):
-    encoder = chat_encoder(data, SPACED, "tokenizers/gpt2")
-    whole = encoder.tokenizer("assistant: One").input_ids
-    assert whole[-1] == encoder.tokenizer(" One").input_ids[0]  # the tokenizer joins the space and the word
-    row = encoder.row([{"role": "user", "content": "Hi?"}], "One", Truncation())
-    labels = [label for label in row["labels"] if label != MASKED]
-    assert encoder.tokenizer.convert_ids_to_tokens(labels) == ["One", encoder.tokenizer.eos_token]
+    prompt_tokenizer = chat_encoder(data, SPACED, "tokenizers/gpt2")
+    whole = prompt_tokenizer.tokenizer("assistant: One").input_ids
+    assert whole[-1] == prompt_tokenizer.tokenizer(" One").input_ids[0]  # the tokenizer joins the space and the word
+    row = prompt_tokenizer.row([{"role": "user", "content": "Hi?"}], "One", Truncation())
+    labels = [label for label in row["labels"] if label != IGNORE_INDEX]
+    assert prompt_tokenizer.tokenizer.convert_ids_to_tokens(labels) == ["One", prompt_tokenizer.tokenizer.eos_token]
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Z\u00fcrich", "days": 3}'}}
@@ -765,19 +772,19 @@ WRITTEN = '<call>{"name": "weather", "arguments": {"city": "Z\u00fcrich", "days"
 def test_calls_of_tools_are_learned_and_scored_as_the_template_writes_them(as_text, data):
     messages = [*CALLS, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "It is sunny."}]
     told = (json.dumps(messages), json.dumps(SCHEMA)) if as_text else (messages, SCHEMA)
-    encoder = chat_encoder(data, TOOLS, "tokenizers/gpt2")
-    turns, reference, lost = learned(encoder, *told)
+    prompt_tokenizer = chat_encoder(data, TOOLS, "tokenizers/gpt2")
+    turns, reference, lost = learned(prompt_tokenizer, *told)
     assert turns == [f"{WRITTEN}</s>", "It is sunny.</s>"] and reference == "It is sunny." and lost == Truncation()
-    assert learned(encoder, CALLS)[:2] == ([f"{WRITTEN}</s>"], WRITTEN)
+    assert learned(prompt_tokenizer, CALLS)[:2] == ([f"{WRITTEN}</s>"], WRITTEN)
     text, _ = TASKS["chat"].pair({"messages_column": told[0], "tools_column": told[1]})
-    assert encoder.tokenizer.decode(encoder.prompt(text)[0]).startswith(f"tools {json.dumps(SCHEMA)}")
+    assert prompt_tokenizer.tokenizer.decode(prompt_tokenizer.prompt(text)[0]).startswith(f"tools {json.dumps(SCHEMA)}")
 
 
 def test_tools_come_from_their_column_and_need_not_be_there(data, tmp_path):
     loaded = chat(
         data, tmp_path, [{"messages": CALLS, "tools": SCHEMA}, {"messages": CALLS}] * 2, TOOLS, max_target_length=100
     )
-    decoded = [loaded.encoder.tokenizer.decode(ids) for ids in loaded.test_prompts]
+    decoded = [loaded.prompt_tokenizer.tokenizer.decode(ids) for ids in loaded.test_prompts]
     assert ["tools" in text for text in decoded] == [True, False] * 2
     assert loaded.references == [WRITTEN] * 4 and not any("left out" in remark for remark in loaded.remarks)
     dropped = chat(data, tmp_path, [{"messages": PLAIN, "tools": SCHEMA}] * 2, CHATML)
@@ -825,13 +832,13 @@ def test_what_a_template_leaves_out_of_an_answer_is_refused(template, messages, 
 
 
 def test_parts_of_text_are_the_text_and_turns_of_no_weight_are_not_learned(data):
-    encoder = chat_encoder(data, CHATML)
+    prompt_tokenizer = chat_encoder(data, CHATML)
     parts = [{"type": "text", "text": "Three"}, {"type": "text", "text": "."}]
     messages = [*PLAIN[:2], PLAIN[2] | {"weight": 0}, LONGER[3], {"role": "assistant", "content": parts}]
-    turns, reference, lost = learned(encoder, messages)
+    turns, reference, lost = learned(prompt_tokenizer, messages)
     assert turns == ["Three.</s>"] and reference == "Three." and lost == Truncation()
     empty = [*PLAIN[:2], {"role": "assistant", "content": ""}, *LONGER[3:]]
-    assert learned(encoder, empty)[0] == ["Three.</s>"]
+    assert learned(prompt_tokenizer, empty)[0] == ["Three.</s>"]
 
 
 def test_calls_in_parquet_have_the_arguments_that_each_of_them_has(data, tmp_path):

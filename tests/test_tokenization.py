@@ -5,33 +5,35 @@ from conftest import write_csv
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, DataCollatorForSeq2Seq
 
-from toolkit.data import DataArguments, load_data
+from toolkit.data.loading import DataArguments, load_data
 from toolkit.errors import UserError
-from toolkit.models import ModelArguments, load_tokenizer
-from toolkit.tasks.chat import ChatEncoder
-from toolkit.tasks.sequence_classification import HeadEncoder
+from toolkit.models.arguments import ModelArguments
+from toolkit.models.loading import load_tokenizer
+from toolkit.models.losses import IGNORE_INDEX
+from toolkit.tasks.chat import ChatPromptTokenizer
+from toolkit.tasks.sequence_classification import HeadPromptTokenizer
 from toolkit.tasks.summarization import Summarization
-from toolkit.tasks.text import TextEncoder
-from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
+from toolkit.tasks.text import TextPromptTokenizer
+from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
 TEXT = "#Person1#: I saw nine cats. " * 30
 PROMPT = Summarization.flags["prompt_template"]
 TARGET = "Person1 saw cats."
 
 
-def encoder(data, kind: str, max_length: int = 256, max_target_length: int = 32) -> Encoder:
+def prompt_tokenizer(data, kind: str, max_length: int = 256, max_target_length: int = 32) -> PromptTokenizer:
     folder = {"t5": "tokenizers/t5-small", "gpt2": "tokenizers/gpt2", "llama": "models/stories260k"}[kind]
     tokenizer = AutoTokenizer.from_pretrained(data / folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Encoder(tokenizer, PROMPT, kind == "t5", max_length, max_target_length)
+    return PromptTokenizer(tokenizer, PROMPT, kind == "t5", max_length, max_target_length)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_gpt_like_model_learns_the_target_alone(data, kind):
-    enc = encoder(data, kind)
+    enc = prompt_tokenizer(data, kind)
     row = enc.row("Hello there.", TARGET, Truncation())
-    first = next(i for i, label in enumerate(row["labels"]) if label != MASKED)
+    first = next(i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
     assert row["labels"][first:] == row["input_ids"][first:]
     assert enc.tokenizer.decode(row["labels"][first:], skip_special_tokens=True).strip() == TARGET
     assert row["labels"][-1] == enc.tokenizer.eos_token_id
@@ -41,7 +43,7 @@ def test_a_gpt_like_model_learns_the_target_alone(data, kind):
 
 
 def test_a_t5_like_model_learns_the_target_and_its_end(data):
-    enc = encoder(data, "t5")
+    enc = prompt_tokenizer(data, "t5")
     row = enc.row("Hello there.", TARGET, Truncation())
     assert enc.tokenizer.decode(row["labels"]) == f"{TARGET}</s>"
     assert enc.tokenizer.decode(row["input_ids"]).startswith("Summarize the following conversation.")
@@ -49,20 +51,20 @@ def test_a_t5_like_model_learns_the_target_and_its_end(data):
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 def test_truncation_shortens_the_text_and_never_the_instruction(data, kind):
-    enc = encoder(data, kind, max_length=128, max_target_length=24)
+    enc = prompt_tokenizer(data, kind, max_length=128, max_target_length=24)
     lost = Truncation()
     row = enc.row(TEXT, TARGET, lost)
     assert len(row["input_ids"]) <= 128
     text = enc.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
     assert text.startswith("Summarize the following conversation.") and "Summary:" in text
-    whole = encoder(data, kind, max_length=10_000, max_target_length=24).row(TEXT, TARGET, Truncation())
+    whole = prompt_tokenizer(data, kind, max_length=10_000, max_target_length=24).row(TEXT, TARGET, Truncation())
     assert lost == Truncation(1, len(whole["input_ids"]) - len(row["input_ids"]), 0)
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 @pytest.mark.parametrize("text", ["Hi.", "#Person1#: I saw nine cats. " * 7, TEXT, "{text} {labels} {}", "a\n\n b "])
 def test_the_prompt_that_is_scored_is_the_one_that_is_trained(text, kind, data):
-    enc = encoder(data, kind, max_length=128, max_target_length=24)
+    enc = prompt_tokenizer(data, kind, max_length=128, max_target_length=24)
     prompt, _ = enc.prompt(text)
     for target in ("Cats.", TARGET * 9):
         ids = enc.row(text, target, Truncation())["input_ids"]
@@ -73,16 +75,16 @@ def test_the_prompt_that_is_scored_is_the_one_that_is_trained(text, kind, data):
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_a_cut_target_keeps_its_end_and_is_counted(data, kind):
-    enc = encoder(data, kind, max_target_length=4)
+    enc = prompt_tokenizer(data, kind, max_target_length=4)
     lost = Truncation()
-    labels = [x for x in enc.row("Hi.", "one two three four five six", lost)["labels"] if x != MASKED]
+    labels = [x for x in enc.row("Hi.", "one two three four five six", lost)["labels"] if x != IGNORE_INDEX]
     assert len(labels) == 4 and labels[-1] == enc.tokenizer.eos_token_id
     assert lost.rows == 1 and lost.target_tokens == len(enc.target_ids("one two three four five six")) - 4
 
 
 def test_a_tokenizer_without_a_fast_form_cuts_the_text_as_far_as_it_must(data):
     tokenizer = ByT5Tokenizer()
-    enc = Encoder(tokenizer, "Say: {text} End.", True, 64, 8)
+    enc = PromptTokenizer(tokenizer, "Say: {text} End.", True, 64, 8)
     room = 64 - len(tokenizer("Say:  End.").input_ids)  # bytes
     text = "\u00e9" * 100  # two bytes each
     lost = Truncation()
@@ -91,10 +93,10 @@ def test_a_tokenizer_without_a_fast_form_cuts_the_text_as_far_as_it_must(data):
     assert lost == Truncation(1, 2 * (100 - room // 2), 0)
     assert enc.row(text[: room // 2], "ok", Truncation()) == row
     with pytest.raises(UserError, match="leaves 8 tokens for a prompt whose own words take"):
-        Encoder(tokenizer, "Say: {text} End.", True, 8, 8).row(text, "ok", Truncation())
+        PromptTokenizer(tokenizer, "Say: {text} End.", True, 8, 8).row(text, "ok", Truncation())
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(UserError, match="its tokenizer has no fast form"):
-        ChatEncoder(tokenizer, "", False, 64, 8)
+        ChatPromptTokenizer(tokenizer, "", False, 64, 8)
 
 
 def closing(folder, data):
@@ -110,21 +112,21 @@ def test_a_tokenizer_that_closes_each_text_closes_it_where_nothing_is_written_af
     tokenizer = AutoTokenizer.from_pretrained(closing(tmp_path, data))
     end = tokenizer.eos_token_id
     assert tokenizer("a cat").input_ids[-1] == end
-    head = HeadEncoder(tokenizer, "{text}", False, 16, 0, ("down", "up"))
+    head = HeadPromptTokenizer(tokenizer, "{text}", False, 16, 0, ("down", "up"))
     assert head.row("a cat", "up", Truncation())["input_ids"] == tokenizer("a cat").input_ids
     cut = head.row("a cat " * 20, "up", Truncation())["input_ids"]
     assert len(cut) == 16 and cut[-1] == end and cut.count(end) == 1
-    writes = Encoder(tokenizer, "{text}", False, 32, 8)
+    writes = PromptTokenizer(tokenizer, "{text}", False, 32, 8)
     assert writes.prompt("a cat")[0] == tokenizer("a cat").input_ids[:-1]
     assert writes.row("a cat", "up", Truncation())["input_ids"].count(end) == 1
 
 
 def test_a_tokenizer_that_pads_on_the_left_leaves_the_first_token_of_a_text_in_its_place(data, tmp_path):
     tokenizer = load_tokenizer(ModelArguments(str(closing(tmp_path, data))))
-    encoder = TextEncoder(tokenizer, "{text}", False, 32, 0)
-    rows = [encoder.row(text, "", Truncation()) for text in ("a cat", "a cat sat on the mat")]
+    prompt_tokenizer = TextPromptTokenizer(tokenizer, "{text}", False, 32, 0)
+    rows = [prompt_tokenizer.row(text, "", Truncation()) for text in ("a cat", "a cat sat on the mat")]
     batch = DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in rows])
-    predicted = (batch["labels"][:, 1:] != MASKED).sum().item()  # a GPT-like model predicts none from nothing
+    predicted = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()  # a GPT-like model predicts none from nothing
     assert predicted == sum(len(row["labels"]) - 1 for row in rows)
     assert batch["attention_mask"][:, 0].tolist() == [1, 1]
 
@@ -167,7 +169,7 @@ def test_tokens_that_the_model_has_no_embedding_for_are_refused_where_they_are_u
 
 def test_a_length_without_room_for_the_prompt_is_refused(data):
     with pytest.raises(UserError, match="leaves 8 tokens for a prompt whose own words take"):
-        encoder(data, "t5", max_length=8).row(TEXT, TARGET, Truncation())
+        prompt_tokenizer(data, "t5", max_length=8).row(TEXT, TARGET, Truncation())
 
 
 def load(data, kind: str, folder, **kwargs):
@@ -196,9 +198,9 @@ def test_lengths_beyond_the_model_are_refused(data, small_csv):
 
 def test_a_data_set_whose_every_label_is_masked_is_refused(data, small_csv, monkeypatch):
     loaded = load(data, "llama", small_csv)
-    counted = sum(label != MASKED for labels in loaded.train["labels"] for label in labels)
+    counted = sum(label != IGNORE_INDEX for labels in loaded.train["labels"] for label in labels)
     assert loaded.supervised_tokens == counted > 0
-    monkeypatch.setattr(Encoder, "row", lambda self, *args: {"input_ids": [1, 2], "labels": [MASKED] * 2})
+    monkeypatch.setattr(PromptTokenizer, "row", lambda self, *args: {"input_ids": [1, 2], "labels": [IGNORE_INDEX] * 2})
     with pytest.raises(UserError, match="every label of the train split is masked"):
         load(data, "llama", small_csv)
 

@@ -11,7 +11,7 @@ from conftest import BIN, ROOT
 from reliability import Run
 from test_survival import RESUME, SMALL, TRAIN, furthest, trained
 
-from toolkit.checkpoints import damage, newest_first
+from toolkit.training.checkpoints import damage, newest_first
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 LIMIT = 90  # seconds that a rank waits for another
@@ -54,7 +54,7 @@ def end(host):
         os.kill(int(pid), signal.SIGKILL)
 
 
-class Launch:
+class LaunchEnvironment:
     """The same command on both machines, but for the machine's rank, by accelerate's own launcher; `folder` gets what each writes."""
 
     def __init__(self, hosts, folder, *argv):
@@ -91,7 +91,7 @@ def test_two_machines_of_which_one_is_lost_go_on_to_the_same_weights(lost, hosts
     folder, whole = tmp_path / "run", tmp_path / "whole"
     trained(whole, "--max_steps", "16", "--save_steps", "16", processes=2)
     argv = (TRAIN, *SMALL, *STEPS, "--output_dir", folder)
-    run = Launch(hosts, tmp_path / "first", *argv)
+    run = LaunchEnvironment(hosts, tmp_path / "first", *argv)
     began = time.monotonic()
     while not (folder / "checkpoint-2").exists():
         assert all(one.poll() is None for one in run.launchers) and time.monotonic() < began + 900, run.text()

@@ -6,13 +6,13 @@ python tests/train_only.py [full|lora] --use_cpu --max_steps 4 --output_dir runs
 import sys
 
 from toolkit.config import parse_config
+from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
-from toolkit.models import load_model
-from toolkit.preparation import prepare
-from toolkit.ranks import exits_cleanly
-from toolkit.run_folder import RunFolder
-from toolkit.training import FineTuner, train
+from toolkit.models.loading import load_model
+from toolkit.runs.preflight import prepare
+from toolkit.runs.run_folder import RunFolder
+from toolkit.training.trainer import FineTuner, train
 
 
 @exits_cleanly

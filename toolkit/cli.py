@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from toolkit import __version__
+from toolkit.distributed.ranks import exits_cleanly
 from toolkit.errors import UserError
-from toolkit.ranks import exits_cleanly
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 def generate(args: argparse.Namespace) -> None:
     """Prints what the models of one or several runs answer to each of the given texts, or to each line that is typed."""
-    from toolkit.finished_run import FinishedRun, Models, is_run_folder
+    from toolkit.runs.finished_run import FinishedRun, Models, is_run_folder
 
     paths = list(itertools.takewhile(is_run_folder, map(Path, args.arguments)))
     texts = args.arguments[len(paths) :]
@@ -53,7 +53,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Folds a run's adapter into its base."""
-    from toolkit.merge import merge
+    from toolkit.runs.merge import merge
 
     merge(args.run_dir, args.output_dir, args.dtype)
 
@@ -67,7 +67,7 @@ def compare(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """Shows the memory that a recipe's flags will need; 1 where it is more than the card has."""
-    from toolkit.predict_command import predict_command
+    from toolkit.runs.predict_command import predict_command
 
     return predict_command(args.method, args.flags)
 

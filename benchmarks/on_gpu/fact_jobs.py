@@ -15,7 +15,7 @@ from on_gpu import models, training
 from on_gpu.card import device
 from on_gpu.machine import nvidia_smi
 
-KERNELS = {  # a part of a kernel's name -> what it is called in `toolkit.memory.attention`
+KERNELS = {  # a part of a kernel's name -> what it is called in `toolkit.memory.cuda.attention`
     "cudnn": "cudnn",
     "flash": "flash",
     "fmha_cutlass": "efficient",
@@ -91,7 +91,7 @@ def _heads(where: str, dtype: torch.dtype, size: int, heads: int = 8, length: in
 
 def workspaces(rehearsed: bool) -> dict[str, Any]:
     """Bytes that cuBLAS's and cuBLASLt's workspaces take, in the main thread and in autograd's."""
-    from toolkit.memory.cards import find_card
+    from toolkit.memory.cuda.cards import find_card
 
     it = device(rehearsed)
     found: dict[str, Any] = {}
@@ -125,8 +125,8 @@ def workspaces(rehearsed: bool) -> dict[str, Any]:
 
 
 def attention(rehearsed: bool) -> dict[str, Any]:
-    """Which kernel `scaled_dot_product_attention` chooses and runs, beside what `toolkit.memory.attention` expects."""
-    from toolkit.memory.attention import choose_kernel
+    """Which kernel `scaled_dot_product_attention` chooses and runs, beside what `toolkit.memory.cuda.attention` expects."""
+    from toolkit.memory.cuda.attention import choose_kernel
 
     it = device(rehearsed)
     rows, wrong = [], []
@@ -162,7 +162,7 @@ def attention(rehearsed: bool) -> dict[str, Any]:
 
 
 def _this_card() -> Any:
-    from toolkit.prediction import this_card
+    from toolkit.runs.prediction import this_card
 
     return this_card()
 
@@ -200,7 +200,7 @@ def kernels(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
     """The attention kernels that a step of the real model runs, by implementation; flash-attn only where it is installed."""
     from transformers import AutoConfig
 
-    from toolkit.models import auto_class
+    from toolkit.models.heads import auto_class
 
     it = device(rehearsed)
     folder = models.folder_of(work, label)
@@ -239,11 +239,11 @@ def _kinds(row: dict[str, Any]) -> str:
 def evaluation(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
     """Peaks of loading, of scoring by generation and of validation, which no prediction counts yet."""
     from toolkit.config import parse_config
-    from toolkit.evaluation import evaluate_by_generation
     from toolkit.methods import METHODS
-    from toolkit.models import load_model
-    from toolkit.preparation import prepare
-    from toolkit.training import FineTuner
+    from toolkit.models.loading import load_model
+    from toolkit.runs.evaluation import evaluate_by_generation
+    from toolkit.runs.preflight import prepare
+    from toolkit.training.trainer import FineTuner
 
     it = device(rehearsed)
     length = 64 if rehearsed else 512

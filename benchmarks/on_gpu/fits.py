@@ -18,7 +18,7 @@ from on_gpu.card import device
 from on_gpu.items import Item
 from on_gpu.machine import ROOT
 from on_gpu.results import RESULTS, slug, stack_key
-from toolkit.files import write_aside
+from toolkit.files import atomic_write
 
 GIB, MIB = 2**30, 2**20
 PLAN = RESULTS / "fits.json"
@@ -85,7 +85,7 @@ def keep_plan(facts: dict[str, Any], ladder: str, plan: dict[str, Any], path: Pa
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     content.setdefault(plan_key(facts), {})[ladder] = plan
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    atomic_write(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def plan_item(ladder: Ladder, facts: dict[str, Any], work: Path, rehearsed: bool) -> Item:
@@ -131,10 +131,10 @@ def plan(ladder: dict[str, Any], facts: dict[str, Any], work: str, rehearsed: bo
     """For each limit, how many rows are predicted to fit, by bisection; 0: not one."""
     from on_gpu.memory import card_of
     from toolkit.config import parse_config
-    from toolkit.memory.cuda import Cuda
-    from toolkit.memory.shadow import CPU
+    from toolkit.memory.cuda.device import Cuda
+    from toolkit.memory.shadow.step import CPU
     from toolkit.methods import METHODS
-    from toolkit.prediction import predict_run
+    from toolkit.runs.prediction import predict_run
 
     one = Ladder(**ladder)
     source = models.by_label(rehearsed)[one.model].source

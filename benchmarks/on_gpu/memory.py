@@ -171,7 +171,7 @@ def measure(configuration: Mapping[str, Any], work: str, artifacts: str, rehears
 
 def card_of(facts: Mapping[str, Any]) -> Any:
     """The measured card for a prediction; None for a CPU. Its context is what was measured, where that has been."""
-    from toolkit.memory.cards import Card, card_of_device
+    from toolkit.memory.cuda.cards import Card, card_of_device
 
     if facts.get("capability") is None:
         return None
@@ -184,8 +184,8 @@ def card_of(facts: Mapping[str, Any]) -> Any:
 
 def predict(row: Mapping[str, Any], source: str | dict[str, Any], facts: dict[str, Any], work: str) -> dict[str, Any]:
     """Predicts the very steps of a measured row, for the card of `facts`, in a process that sees no GPU."""
-    from toolkit.launch import ONE_PROCESS
-    from toolkit.prediction import Launched
+    from toolkit.distributed.launch_files import ONE_PROCESS
+    from toolkit.runs.prediction import PredictionJob
 
     if isinstance(source, str):
         name = source
@@ -198,7 +198,7 @@ def predict(row: Mapping[str, Any], source: str | dict[str, Any], facts: dict[st
     batches = [training.rebuilt(batch) for batch in row["batches"]]
     if card is None:
         flags.append("--use_cpu")
-    ledger = Launched(row["method"], flags, ONE_PROCESS, card, batches).predict()
+    ledger = PredictionJob(row["method"], flags, ONE_PROCESS, card, batches).predict()
     return training.ledger_row(ledger)
 
 

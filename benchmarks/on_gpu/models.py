@@ -89,7 +89,7 @@ def config_of(source: str | dict[str, Any]) -> Any:
     """transformers' config of a model's `source`."""
     from transformers import AutoConfig
 
-    from toolkit.memory import catalogue
+    from toolkit.models import catalogue
 
     return catalogue.config_of(source) if isinstance(source, str) else AutoConfig.for_model(**source)
 
@@ -99,8 +99,8 @@ def make(label: str, source: str | dict[str, Any], work: str, rehearsed: bool) -
     import torch
 
     from toolkit.embedded import MODEL_DIR
-    from toolkit.memory import catalogue
-    from toolkit.models import auto_class
+    from toolkit.models import catalogue
+    from toolkit.models.heads import auto_class
 
     began = time.monotonic()
     config = config_of(source)

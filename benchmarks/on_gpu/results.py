@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from toolkit.files import write_aside
+from toolkit.files import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 DONE = ("ok", "out of memory")  # statuses that a later call does not try again; others it does
@@ -95,7 +95,7 @@ class Results:
 
     def write(self) -> None:
         """Writes the file whole, or not at all."""
-        write_aside(self.path, json.dumps(self.content, indent=1) + "\n")
+        atomic_write(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def slug(name: str) -> str:

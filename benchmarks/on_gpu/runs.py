@@ -146,12 +146,12 @@ def _environment(one: Scenario) -> dict[str, str]:
     """What `accelerate launch` leaves in the environment, for one process."""
     if one.launch is None:
         return {}
-    from toolkit.launch import read_launch
+    from toolkit.distributed.launch_files import read_launch_file
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return read_launch(one.launch, 1).of_rank(0) | {"MASTER_PORT": str(port)}
+    return read_launch_file(one.launch, 1).of_rank(0) | {"MASTER_PORT": str(port)}
 
 
 def _script(path: Path, argv: Sequence[str]) -> None:
@@ -160,10 +160,10 @@ def _script(path: Path, argv: Sequence[str]) -> None:
     ):  # accelerate makes a process group FSDP for GPUs alone
         from accelerate.state import AcceleratorState
 
-        from toolkit import preparation
-        from toolkit.memory.sharding import begin_as_on_gpus
+        from toolkit.memory.shadow.simulated_rank import begin_as_on_gpus
+        from toolkit.runs import preflight
 
-        preparation.check_fsdp = lambda *_: None
+        preflight.check_fsdp = lambda *_: None
         AcceleratorState.__init__ = begin_as_on_gpus(AcceleratorState.__init__)
     sys.argv = [str(path), *argv]
     runpy.run_path(str(path), run_name="__main__")

@@ -51,7 +51,7 @@ def measure(label: str, step: dict[str, Any], contender: str, work: str, rehears
     """Median tokens a second, and the peaks, of one contender."""
     from toolkit.config import parse_config
     from toolkit.methods import METHODS
-    from toolkit.preparation import prepare
+    from toolkit.runs.preflight import prepare
 
     it = device(rehearsed)
     rows, length = SHAPES[label]
@@ -96,8 +96,8 @@ def measure(label: str, step: dict[str, Any], contender: str, work: str, rehears
 
 def _footprint(config: Any, ready: Any, watch: Stopwatch) -> Any:
     from toolkit.memory.measure import MemoryCallback
-    from toolkit.models import load_model
-    from toolkit.training import FineTuner
+    from toolkit.models.loading import load_model
+    from toolkit.training.trainer import FineTuner
 
     model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))
     FineTuner(model, config.training, ready.data, callbacks=[MemoryCallback(), watch]).train()
@@ -115,7 +115,7 @@ def _plain_model(config: Any, ready: Any, it: Any) -> Any:
     """A bf16 base with PEFT's LoRA of the recipe's own rank and targets."""
     from peft import LoraConfig, get_peft_model
 
-    from toolkit.models import auto_class
+    from toolkit.models.heads import auto_class
 
     folder = config.model.source
     model = auto_class(ready.model_config).from_pretrained(folder, dtype=torch.bfloat16).to(it.type)

@@ -60,9 +60,9 @@ def measured(
     from toolkit.config import parse_config
     from toolkit.memory.measure import MemoryCallback
     from toolkit.methods import METHODS
-    from toolkit.models import load_model
-    from toolkit.preparation import prepare
-    from toolkit.training import FineTuner
+    from toolkit.models.loading import load_model
+    from toolkit.runs.preflight import prepare
+    from toolkit.training.trainer import FineTuner
 
     seconds, began = {}, time.perf_counter()
     config = parse_config(METHODS[method], list(argv))
@@ -123,7 +123,7 @@ def rebuilt(description: dict[str, list[int]]) -> dict[str, Any]:
     """A batch of the shapes that `describe` told, padded on the right as the collator does."""
     import torch
 
-    from toolkit.prediction import UNMARKED
+    from toolkit.runs.prediction import UNMARKED
 
     shapes = {name: shape for name, shape in description.items() if name != "tokens"}
     batch = {name: torch.full(tuple(shape), UNMARKED) for name, shape in shapes.items()}

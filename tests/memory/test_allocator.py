@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from toolkit.memory.allocator import Allocator, OutOfMemory
+from toolkit.memory.cuda.allocator import Allocator, OutOfMemory
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers.activations import ACT2FN
 
-from toolkit.memory.autocast import FP32, FP32_RESULT, cuda_autocast
+from toolkit.memory.cuda.autocast import FP32, FP32_RESULT, cuda_autocast
 
 HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
 

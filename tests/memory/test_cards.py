@@ -3,9 +3,9 @@
 import pytest
 
 from toolkit.errors import UserError
-from toolkit.memory.cards import CARDS, card_of_device, find_card, generic_card
-from toolkit.memory.cuda import Cuda
-from toolkit.memory.units import GIB, MIB
+from toolkit.memory.cuda.cards import CARDS, card_of_device, find_card, generic_card
+from toolkit.memory.cuda.device import Cuda
+from toolkit.units import GIB, MIB
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from tiny_models import CONFIGS, SPECIAL
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from toolkit.memory.catalogue import ENTRIES, config_of, find, names, separate_head
+from toolkit.models.catalogue import ENTRIES, config_of, find, names, separate_head
 
 
 @pytest.mark.slow

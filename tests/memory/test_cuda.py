@@ -9,15 +9,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from toolkit.config import parse_config
-from toolkit.memory import loading, meta_ops, quantized
-from toolkit.memory.allocator import AllocatorMeter
-from toolkit.memory.attention import choose_kernel
-from toolkit.memory.cards import find_card, generic_card
-from toolkit.memory.cuda import Cuda
-from toolkit.memory.fake import fake_like
+from toolkit.memory import meta_ops
+from toolkit.memory.cuda import loading, quantized
+from toolkit.memory.cuda.allocator import AllocatorMeter
+from toolkit.memory.cuda.attention import choose_kernel
+from toolkit.memory.cuda.cards import find_card, generic_card
+from toolkit.memory.cuda.device import Cuda
+from toolkit.memory.shadow.fake import fake_like
 from toolkit.memory.trace import Trace
 from toolkit.methods.full import Full
-from toolkit.prediction import predict_run
+from toolkit.runs.prediction import predict_run
 
 MIB = 1 << 20
 T4, ADA, HOPPER = find_card("T4"), find_card("4090"), find_card("H200")

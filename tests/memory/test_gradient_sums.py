@@ -11,10 +11,10 @@ from tiny_models import CONFIGS, ENCODER_DECODERS, tiny_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from toolkit.memory import cuda
-from toolkit.memory.cards import find_card
-from toolkit.memory.fake import fake_like, make_fake
+from toolkit.memory.cuda import device
+from toolkit.memory.cuda.cards import find_card
 from toolkit.memory.recording import Counter
+from toolkit.memory.shadow.fake import fake_like, make_fake
 from toolkit.memory.trace import Trace
 
 
@@ -34,17 +34,17 @@ def of_the_engine(run):
 
 def of_the_shadow(run, monkeypatch):
     """The same as the CUDA overlay decides it, on fake tensors."""
-    sums, decide = [], cuda._sums_gradients
+    sums, decide = [], device._sums_gradients
 
     def decision(args):
         in_place = decide(args)
-        if torch._C._current_graph_task_id() != -1 and cuda._caller().co_name == "_engine_run_backward":
+        if torch._C._current_graph_task_id() != -1 and device._caller().co_name == "_engine_run_backward":
             sums.append((tuple(args[0].shape), in_place))
         return in_place
 
-    monkeypatch.setattr(cuda, "_sums_gradients", decision)
-    monkeypatch.setattr(cuda, "_DISPATCH", {*cuda._DISPATCH, __name__})
-    trace = Trace(Counter(), overlay=cuda.CudaOverlay(find_card("RTX 4090")))
+    monkeypatch.setattr(device, "_sums_gradients", decision)
+    monkeypatch.setattr(device, "_DISPATCH", {*device._DISPATCH, __name__})
+    trace = Trace(Counter(), overlay=device.CudaOverlay(find_card("RTX 4090")))
     with trace:
         run()
     trace.close()

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import rows, tiny_model
 from transformers import Trainer, TrainingArguments
 
-from toolkit.memory import cuda_meter
+from toolkit.memory.cuda import meter
 from toolkit.memory.ledger import CATEGORIES
 from toolkit.memory.measure import MemoryCallback
 
@@ -147,7 +147,7 @@ def test_the_peak_of_loading_leaves_out_what_is_outside_the_account(monkeypatch)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["now"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update(now=60))
     gpu = torch.device("cuda:0")
-    with cuda_meter.outside_the_account(gpu):
+    with meter.excluded_from_peak(gpu):
         peak["now"] = 900
-    meter = cuda_meter.CudaMeter(gpu)
-    assert [meter.take_peak(), meter.take_peak()] == [100, 60]
+    counter = meter.CudaMeter(gpu)
+    assert [counter.take_peak(), counter.take_peak()] == [100, 60]

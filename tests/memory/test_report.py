@@ -17,7 +17,7 @@ from toolkit.memory.report import (
     print_ledger,
     print_side_by_side,
 )
-from toolkit.memory.units import GIB
+from toolkit.units import GIB
 
 
 def ledger(weights: int, gradients: int, source: str = "predicted") -> Ledger:

@@ -20,9 +20,9 @@ from transformers import (
 
 from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
-from toolkit.memory.meta import model_on_meta
-from toolkit.memory.shadow import predict
+from toolkit.memory.shadow.step import predict
 from toolkit.methods import METHODS
+from toolkit.models.meta import model_on_meta
 
 MODELS = ["t5", "llama", "gpt2", "qwen2"]
 QUANTIZED = {

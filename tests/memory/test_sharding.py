@@ -14,15 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from toolkit.engine import asked_engine, without_partitioning
+from toolkit.distributed.deepspeed import without_partitioning
+from toolkit.distributed.launch_files import read_launch_file
+from toolkit.distributed.request import requested_engine
 from toolkit.errors import UserError
-from toolkit.launch import read_launch
-from toolkit.memory import attention
-from toolkit.memory.cards import find_card
-from toolkit.memory.cuda import Cuda
+from toolkit.memory.cuda import attention
+from toolkit.memory.cuda.cards import find_card
+from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger
-from toolkit.memory.shadow import CPU, predict
-from toolkit.memory.sharding import in_world, processes, world
+from toolkit.memory.shadow.simulated_rank import in_world, processes, world
+from toolkit.memory.shadow.step import CPU, predict
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -37,7 +38,7 @@ def build():
 
 def ledger(launch: str, number: int, folder: Path, rank: int = 0, device=CPU, **more) -> Ledger:
     """A tiny Llama in fp32, 2 rows of 32 tokens a rank, plain AdamW."""
-    with world(read_launch(launch, number).of_rank(rank)):
+    with world(read_launch_file(launch, number).of_rank(rank)):
         settings = {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": [], "max_steps": 2} | more
         args = TrainingArguments(output_dir=str(folder), dataloader_pin_memory=False, **settings)
 
@@ -143,9 +144,9 @@ def test_files_of_zero_infinity_are_as_large_as_the_tensors_of_1_mib_and_more(tm
 
 def test_a_world_leaves_no_trace(tmp_path):
     environment, address = dict(os.environ), FakeTensor.data_ptr
-    with pytest.raises(ZeroDivisionError), world(read_launch("zero3", 2).of_rank(1)):
+    with pytest.raises(ZeroDivisionError), world(read_launch_file("zero3", 2).of_rank(1)):
         assert (in_world(), processes(), torch.distributed.get_rank()) == (True, 2, 1)
-        assert str(asked_engine()) == "ZeRO-3 on 2 processes"
+        assert str(requested_engine()) == "ZeRO-3 on 2 processes"
         _ = 1 / 0
     assert (in_world(), processes(), torch.distributed.is_initialized()) == (False, 1, False)
     assert dict(os.environ) == environment
@@ -166,13 +167,13 @@ def test_a_world_leaves_no_trace(tmp_path):
 def test_launch_files_that_start_nothing_are_refused(name, number, says, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=says):
-        read_launch(name, number)
+        read_launch_file(name, number)
 
 
 def test_a_launch_file_of_ones_own_is_read_with_its_own_number_of_processes(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: FSDP\nnum_processes: 6\nfsdp_config:\n  fsdp_version: 2\n")
-    launch = read_launch(str(path))
+    launch = read_launch_file(str(path))
     assert (launch.processes, launch.engine.kind, launch.of_rank(5)["LOCAL_RANK"]) == (6, "FSDP2", "5")
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from toolkit.errors import UserError
-from toolkit.memory.units import GIB, MIB, format_bytes, parse_bytes
+from toolkit.units import GIB, MIB, format_bytes, parse_bytes
 
 
 def test_sizes_are_shown_in_binary_units():

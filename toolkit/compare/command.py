@@ -6,14 +6,14 @@ from typing import Any
 
 from rich.table import Table as Grid
 
-from toolkit.compare.launch import run_all
 from toolkit.compare.page import page
 from toolkit.compare.plan import Plan, claim, new_plan, read_plan
 from toolkit.compare.results import collect
+from toolkit.compare.runner import run_all
 from toolkit.compare.tables import about, failures, tables, to_csv, to_markdown
 from toolkit.console import console, say
 from toolkit.errors import UserError
-from toolkit.files import write_aside
+from toolkit.files import atomic_write
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def write(plan: Plan, data: dict[str, Any]) -> None:
     """Writes compare.json, .csv, .md and .html into the comparison's folder."""
     made = {"json": json.dumps(data, indent=1) + "\n", "csv": to_csv(data), "md": to_markdown(data), "html": page(data)}
     for ending, text in made.items():
-        write_aside(plan.folder / f"compare.{ending}", text)
+        atomic_write(plan.folder / f"compare.{ending}", text)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from toolkit.compare.tables import about, failures, tables, title, with_half
 from toolkit.memory.report import GROUPS, grouped
-from toolkit.memory.units import GIB, KIB, MIB, format_bytes
 from toolkit.metrics import score_title
+from toolkit.units import GIB, KIB, MIB, format_bytes
 
 WIDTH = 760  # of every plot, in SVG units; about one pixel on a wide screen
 CHARACTER = 6.6  # mean width of a character of 12 units

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import toolkit
-from toolkit.config import Parser, TrainArguments, parse_config
+from toolkit.config import Parser, parse_config
 from toolkit.errors import UserError, did_you_mean
-from toolkit.files import write_aside
-from toolkit.finished_run import read_json
+from toolkit.files import atomic_write
 from toolkit.methods import METHODS
 from toolkit.methods.in_context import USED
+from toolkit.runs.finished_run import read_json
+from toolkit.training.arguments import TrainArguments
 
 REPOSITORY = Path(toolkit.__file__).parent.parent
 FILE = "comparison.json"
@@ -125,7 +126,7 @@ def claim(plan: Plan, flags: Sequence[str]) -> None:
         (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {"footprint": toolkit.__version__, "methods": list(plan.methods), "seeds": plan.seeds}
         content |= {"launch": plan.launch, "flags": list(flags)}
-        write_aside(plan.folder / FILE, json.dumps(content, indent=2) + "\n")
+        atomic_write(plan.folder / FILE, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"--output_dir {plan.folder} cannot be written ({error.strerror}); give a folder that can"

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import toolkit
-from toolkit.compare.launch import why_failed
 from toolkit.compare.plan import FILE, Plan, Run
+from toolkit.compare.runner import why_failed
 from toolkit.compare.statistics import interval, paired_bootstrap
 from toolkit.errors import UserError
-from toolkit.finished_run import FinishedRun, read_completions, read_json
 from toolkit.memory.ledger import Ledger
+from toolkit.runs.finished_run import FinishedRun, read_completions, read_json
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
 

@@ -34,11 +34,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import TrainerCallback
 
 from toolkit.memory import census
-from toolkit.memory.cuda_meter import CudaMeter
+from toolkit.memory.cuda.meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
-from toolkit.memory.host import on_device
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
 from toolkit.memory.recording import Counter, Meter, Recording
+from toolkit.memory.replay import replay_without_offloaded
 from toolkit.memory.resizing import resizes_seen_by
 from toolkit.memory.trace import Trace
 
@@ -208,7 +208,7 @@ class MemoryCallback(TrainerCallback):
         recording, host, local = self._recording, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if any(event.block.offloaded for event in recording.events):  # seen only where the host's memory is traced too
             recording.close()
-            recording, host = on_device(recording, self.new_trace(model)[0])
+            recording, host = replay_without_offloaded(recording, self.new_trace(model)[0])
         recording = self.settled(recording)
         try:
             self.ledger = ledger_of(

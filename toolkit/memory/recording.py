@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from toolkit.memory.trace import Block, Sink
+from toolkit.memory.trace import Allocation, Sink
 
 
 class Meter(Sink, Protocol):
@@ -52,11 +52,11 @@ class Counter:
     def reserved(self) -> int:
         return self.allocated
 
-    def born(self, block: Block) -> None:
+    def born(self, block: Allocation) -> None:
         self.allocated += block.nbytes
         self._peak = max(self._peak, self.allocated)
 
-    def died(self, block: Block) -> None:
+    def died(self, block: Allocation) -> None:
         self.allocated -= block.nbytes
 
     def entered(self, phase: str, step: int) -> None:
@@ -70,7 +70,7 @@ class Counter:
 class Event(NamedTuple):
     """A block is born (`sign` 1) or dies (-1); the totals are the meter's, after it. Bytes."""
 
-    block: Block
+    block: Allocation
     sign: int
     requested: int
     allocated: int
@@ -102,10 +102,10 @@ class Recording:
         self.windows: list[Window] = []
         self._open(phase, step)
 
-    def born(self, block: Block) -> None:
+    def born(self, block: Allocation) -> None:
         self.events.append(Event(block, 1, *self._totals()))
 
-    def died(self, block: Block) -> None:
+    def died(self, block: Allocation) -> None:
         self.events.append(Event(block, -1, *self._totals()))
 
     def entered(self, phase: str, step: int) -> None:
@@ -132,7 +132,7 @@ class Recording:
         return self.meter.requested, self.meter.allocated, self.meter.reserved
 
 
-def category_of(block: Block) -> str:
+def category_of(block: Allocation) -> str:
     """The category of `block`: the one it was labelled with, else the one that its life shows.
 
     What is born while the autograd graph is built, and outlives that stretch of the pass (the forward pass, or one

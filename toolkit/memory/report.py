@@ -14,7 +14,7 @@ from rich.text import Text
 
 from toolkit.memory.ledger import CATEGORIES, Ledger, PhaseUse
 from toolkit.memory.trace import PHASES
-from toolkit.memory.units import format_bytes
+from toolkit.units import format_bytes
 
 # What a reader asks about first, as groups of categories; each has its colour in every bar.
 GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {

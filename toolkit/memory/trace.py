@@ -35,7 +35,7 @@ _NO_SEQUENCE_NUMBER = 2**63  # AccumulateGrad nodes carry 2**64 - 1: they belong
 
 
 @dataclass(slots=True, eq=False)
-class Block:
+class Allocation:
     """One storage (or hidden buffer): `nbytes` as requested, before any allocator's rounding."""
 
     nbytes: int
@@ -55,9 +55,9 @@ class Block:
 class Sink(Protocol):
     """Listens to a trace. Sinks are told in the order in which they were given, so a meter comes before its reader."""
 
-    def born(self, block: Block) -> None: ...
+    def born(self, block: Allocation) -> None: ...
 
-    def died(self, block: Block) -> None: ...
+    def died(self, block: Allocation) -> None: ...
 
     def entered(self, phase: str, step: int) -> None: ...
 
@@ -90,7 +90,7 @@ class Trace(TorchDispatchMode):
         self._at_head = False
         self._op = ""
         self._module = ""
-        self._blocks: dict[int, Block] = {}  # by address of the StorageImpl
+        self._blocks: dict[int, Allocation] = {}  # by address of the StorageImpl
         self._watches: dict[int, weakref.ref] = {}
         self._sequence_numbers: list[int] = []  # where in the autograd graph a module's operators begin
         self._sequence_modules: list[str] = []
@@ -128,7 +128,7 @@ class Trace(TorchDispatchMode):
 
     # ---- storages
 
-    def track(self, tensor: torch.Tensor, category: str | None = None, op: str | None = None) -> Block | None:
+    def track(self, tensor: torch.Tensor, category: str | None = None, op: str | None = None) -> Allocation | None:
         """Announces `tensor`'s storage if it is new, and labels it where `category` is given. Returns its block."""
         storage = self._storage_of(tensor)
         if storage is None:
@@ -150,14 +150,14 @@ class Trace(TorchDispatchMode):
             self._forget(storage._cdata, block)
             self._watch(storage, "resize_", "communication")
 
-    def _watch(self, storage: torch.UntypedStorage, op: str, category: str | None) -> Block:
+    def _watch(self, storage: torch.UntypedStorage, op: str, category: str | None) -> Allocation:
         key, block = storage._cdata, self._new_block(storage.nbytes(), op, category)
         self._blocks[key] = block
         self._watches[key] = weakref.ref(storage, partial(self._on_death, key, block))
         self._announce(block)
         return block
 
-    def adopt(self, tensor: torch.Tensor, category: str, module: str = "") -> Block | None:
+    def adopt(self, tensor: torch.Tensor, category: str, module: str = "") -> Allocation | None:
         """Tracks a tensor that was there before the trace was (a parameter, the batch), under a known category."""
         before, self._module = self._module, module
         try:
@@ -165,7 +165,7 @@ class Trace(TorchDispatchMode):
         finally:
             self._module = before
 
-    def block_of(self, tensor: torch.Tensor) -> Block | None:
+    def block_of(self, tensor: torch.Tensor) -> Allocation | None:
         """The block of a storage that is tracked already, else None."""
         storage = self._storage_of(tensor)
         return None if storage is None else self._blocks.get(storage._cdata)
@@ -174,13 +174,13 @@ class Trace(TorchDispatchMode):
         """A buffer that a kernel takes and gives back before it returns, unseen by PyTorch's operators."""
         self.release(self.hold(nbytes, op))
 
-    def hold(self, nbytes: int, op: str = "", category: str = "workspaces") -> Block:
+    def hold(self, nbytes: int, op: str = "", category: str = "workspaces") -> Allocation:
         """A buffer without a tensor, such as a library's workspace, held until `release`."""
         block = self._new_block(nbytes, op or self._op, category)
         self._announce(block)
         return block
 
-    def release(self, block: Block) -> None:
+    def release(self, block: Allocation) -> None:
         """Ends the life of a block that `hold` began."""
         block.died_in_segment = self._segment
         for sink in self.sinks:
@@ -199,8 +199,8 @@ class Trace(TorchDispatchMode):
         except NotImplementedError:  # sparse tensors have none; their parts are tracked
             return None
 
-    def _new_block(self, nbytes: int, op: str, category: str | None) -> Block:
-        return Block(
+    def _new_block(self, nbytes: int, op: str, category: str | None) -> Allocation:
+        return Allocation(
             nbytes=nbytes,
             op=op,
             module=self._module,
@@ -212,14 +212,14 @@ class Trace(TorchDispatchMode):
             category=category,
         )
 
-    def _announce(self, block: Block) -> None:
+    def _announce(self, block: Allocation) -> None:
         for sink in self.sinks:
             sink.born(block)
 
-    def _on_death(self, key: int, block: Block, _: weakref.ref) -> None:
+    def _on_death(self, key: int, block: Allocation, _: weakref.ref) -> None:
         self._forget(key, block)
 
-    def _forget(self, key: int, block: Block) -> None:
+    def _forget(self, key: int, block: Allocation) -> None:
         if self._watches.pop(key, None) is not None:
             del self._blocks[key]
             self.release(block)

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
-from toolkit.memory.units import format_bytes
-from toolkit.methods.soft_prompts import fit_head
-from toolkit.models import has_head, head_modules, is_packed
+from toolkit.models.heads import has_head, head_modules
+from toolkit.models.quantization import is_packed
+from toolkit.models.soft_prompts import fit_head
+from toolkit.units import format_bytes
 
 # For the tiny embedded model and its dialogues, on top of each method's own learning rate.
 EMBEDDED = {

@@ -16,7 +16,7 @@ from toolkit.methods.base import (
     refuse_quantized,
     refuse_quantized_model,
 )
-from toolkit.models import has_head, head_modules
+from toolkit.models.heads import has_head, head_modules
 
 LAST_LAYERS = 2
 CHOICES = ("train_last_layers", "train_modules", "train_biases", "train_norms")

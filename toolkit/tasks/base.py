@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError
-from toolkit.generation import generate
-from toolkit.models import ModelKind
-from toolkit.tasks.tokenization import Encoder
+from toolkit.models.generation import generate
+from toolkit.models.heads import ModelKind
+from toolkit.tasks.tokenization import PromptTokenizer
 
 
 def text_in(row: dict[str, Any], flag: str) -> str:
@@ -20,12 +20,12 @@ def text_in(row: dict[str, Any], flag: str) -> str:
 
 
 class Task(ABC):
-    """A task, without state: what a run knows of its data is in its `Encoder` and in `toolkit.data.TaskData`."""
+    """A task, without state: what a run knows of its data is in its `PromptTokenizer` and in `toolkit.data.loading.TaskData`."""
 
     name: ClassVar[str]
     model_kind: ClassVar[ModelKind] = "generating"
     flags: ClassVar[dict[str, Any]]  # the data flags that have an effect here and not in every task, and their defaults
-    encoder: ClassVar[type[Encoder]] = Encoder
+    prompt_tokenizer: ClassVar[type[PromptTokenizer]] = PromptTokenizer
     metric: ClassVar[str]  # the score that stands for the others, which `row_scores` gives row by row
     higher_is_better: ClassVar[bool] = True
     optional: ClassVar[tuple[str, ...]] = ()  # the flags whose columns need not be there
@@ -49,35 +49,46 @@ class Task(ABC):
         """The text of a pair as `completions.csv` shows it."""
         return str(text)
 
-    def reference(self, encoder: Encoder, text: Any, target: Any, prompt: Sequence[int]) -> str:
+    def reference(self, prompt_tokenizer: PromptTokenizer, text: Any, target: Any, prompt: Sequence[int]) -> str:
         """What an answer to `text`, whose `prompt` has these token ids, is scored against."""
         return str(target)
 
     def answers(
         self,
         model: PreTrainedModel,
-        encoder: Encoder,
+        prompt_tokenizer: PromptTokenizer,
         prompts: Sequence[Sequence[int]],
         batch_size: int,
         num_beams: int = 1,
         title: str = "",
     ) -> list[str]:
         """What the model answers to each of `prompts` (token ids), in their order, on every rank."""
-        ends, empty = encoder.end_tokens(), encoder.target_ids("") if encoder.is_encoder_decoder else ()
+        ends, empty = (
+            prompt_tokenizer.end_tokens(),
+            prompt_tokenizer.target_ids("") if prompt_tokenizer.is_encoder_decoder else (),
+        )
         return generate(
-            model, encoder.tokenizer, prompts, batch_size, encoder.max_target_length, num_beams, title, ends, empty
+            model,
+            prompt_tokenizer.tokenizer,
+            prompts,
+            batch_size,
+            prompt_tokenizer.max_target_length,
+            num_beams,
+            title,
+            ends,
+            empty,
         )
 
     def continuations(
         self,
         model: PreTrainedModel,
-        encoder: Encoder,
+        prompt_tokenizer: PromptTokenizer,
         prompts: Sequence[Sequence[int]],
         batch_size: int,
         num_beams: int = 1,
     ) -> list[str]:
         """What a finished run shows for a text of the user: the answer, unless the task scores something else."""
-        return self.answers(model, encoder, prompts, batch_size, num_beams)
+        return self.answers(model, prompt_tokenizer, prompts, batch_size, num_beams)
 
     @abstractmethod
     def score(

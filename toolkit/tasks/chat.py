@@ -10,10 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 from jinja2 import TemplateError
 
 from toolkit.errors import UserError
-from toolkit.models import ModelKind
+from toolkit.models.heads import ModelKind
+from toolkit.models.losses import IGNORE_INDEX
 from toolkit.tasks.base import text_in
 from toolkit.tasks.summarization import Summarization
-from toolkit.tasks.tokenization import MASKED, Encoder, Truncation
+from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}, and what else a template may know: tool_calls, name ...
 REASONING = (
@@ -64,7 +65,7 @@ class _Turn:
 
 
 @dataclass(frozen=True)
-class ChatEncoder(Encoder):
+class ChatPromptTokenizer(PromptTokenizer):
     """Encodes conversations by the tokenizer's chat template.
 
     Raises: UserError where the tokenizer has none, or cannot tell where in a text its tokens are.
@@ -112,7 +113,7 @@ class ChatEncoder(Encoder):
         others = [str(message.get("content", "")) for message in whole.messages if message["role"] != "assistant"]
         names = [str(tool.get("function", tool).get("name", "")) for tool in whole.tools or []]
         lost.unwritten_turns += sum(not _is_in(said, there) for said in others + names)
-        cut_labels = sum(label != MASKED for label in labels[self.max_length :])
+        cut_labels = sum(label != IGNORE_INDEX for label in labels[self.max_length :])
         cut = max(0, len(ids) - self.max_length)
         lost.rows += cut > 0
         lost.text_tokens += cut - cut_labels
@@ -126,7 +127,7 @@ class ChatEncoder(Encoder):
         written = self._written(whole)
         turns = self._turns(whole, written)
         _, labels = self._labelled(written, turns, turns[-1:])
-        learned = self.tokenizer.decode([label for label in labels if label != MASKED], skip_special_tokens=True)
+        learned = self.tokenizer.decode([label for label in labels if label != IGNORE_INDEX], skip_special_tokens=True)
         said = whole.messages[-1].get("content", "")
         return said if _squeezed(learned) == _squeezed(said) else learned.strip()
 
@@ -182,7 +183,7 @@ class ChatEncoder(Encoder):
                 "chat_template that writes it (in the folder of the tokenizer)"
             )
         ids, spans, starts = self._ids(written, _begins(turns))
-        labels = [MASKED] * len(ids)
+        labels = [IGNORE_INDEX] * len(ids)
         for turn, start in zip([turn for turn in turns if turn.begin is not None], starts, strict=True):
             if turn in learned:
                 for place in range(start, len(ids)):
@@ -305,7 +306,7 @@ class Chat(Summarization):
         "num_beams": 1,
     }
     optional: ClassVar[tuple[str, ...]] = ("tools_column",)
-    encoder: ClassVar[type[Encoder]] = ChatEncoder
+    prompt_tokenizer: ClassVar[type[PromptTokenizer]] = ChatPromptTokenizer
     scoring: ClassVar[str] = "ROUGE F-measures with stemming, of the last turn of each conversation"
 
     def column_flags(self, given: dict[str, Any]) -> list[str]:
@@ -358,10 +359,12 @@ class Chat(Summarization):
             for message in text.messages
         )
 
-    def reference(self, encoder: Encoder, text: Conversation, target: Message, prompt: Sequence[int]) -> str:
+    def reference(
+        self, prompt_tokenizer: PromptTokenizer, text: Conversation, target: Message, prompt: Sequence[int]
+    ) -> str:
         """What the assistant says last, as a model that learned it would write it."""
-        assert isinstance(encoder, ChatEncoder)
-        return encoder.reference(text, target)
+        assert isinstance(prompt_tokenizer, ChatPromptTokenizer)
+        return prompt_tokenizer.reference(text, target)
 
 
 def _conversation(text: str | list[Message] | Conversation) -> Conversation:

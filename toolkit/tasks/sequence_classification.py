@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from toolkit.generation import classify
-from toolkit.models import ModelKind
+from toolkit.models.generation import classify
+from toolkit.models.heads import ModelKind
 from toolkit.tasks.classification import Classification
-from toolkit.tasks.tokenization import Encoder, Truncation
+from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
 
 @dataclass(frozen=True)
-class HeadEncoder(Encoder):
+class HeadPromptTokenizer(PromptTokenizer):
     """Rows whose label is the number of a class; a tokenizer that closes each text (RoBERTa's) closes these."""
 
     goes_on: ClassVar[bool] = False
@@ -32,7 +32,7 @@ class SequenceClassification(Classification):
     name: ClassVar[str] = "sequence_classification"
     model_kind: ClassVar[ModelKind] = "head"
     flags: ClassVar[dict[str, Any]] = {"text_column": "sentence", "label_column": "label"}
-    encoder: ClassVar[type[Encoder]] = HeadEncoder
+    prompt_tokenizer: ClassVar[type[PromptTokenizer]] = HeadPromptTokenizer
     scoring: ClassVar[str] = (
         "The majority class is what a model would score that always answers the most frequent label"
     )
@@ -40,15 +40,15 @@ class SequenceClassification(Classification):
     def answers(
         self,
         model: PreTrainedModel,
-        encoder: Encoder,
+        prompt_tokenizer: PromptTokenizer,
         prompts: Sequence[Sequence[int]],
         batch_size: int,
         num_beams: int = 1,
         title: str = "",
     ) -> list[str]:
         """The name of the class with the largest logit for each of `prompts`."""
-        classes = classify(model, encoder.tokenizer, prompts, batch_size, title)
-        return [encoder.label_names[number] for number in classes]
+        classes = classify(model, prompt_tokenizer.tokenizer, prompts, batch_size, title)
+        return [prompt_tokenizer.label_names[number] for number in classes]
 
     def score(
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]

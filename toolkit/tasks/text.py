@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from toolkit.generation import generate, losses
-from toolkit.models import ModelKind, longest_input
+from toolkit.models.generation import generate, losses
+from toolkit.models.heads import ModelKind
+from toolkit.models.loading import longest_input
 from toolkit.tasks.base import Task, text_in
-from toolkit.tasks.tokenization import Encoder, Truncation
+from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
 CONTINUATION = 128
 
 
 @dataclass(frozen=True)
-class TextEncoder(Encoder):
+class TextPromptTokenizer(PromptTokenizer):
     """Rows in which every token carries the loss."""
 
     def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
@@ -35,7 +36,7 @@ class Text(Task):
     name: ClassVar[str] = "text"
     model_kind: ClassVar[ModelKind] = "decoder"
     flags: ClassVar[dict[str, Any]] = {"text_column": "text"}
-    encoder: ClassVar[type[Encoder]] = TextEncoder
+    prompt_tokenizer: ClassVar[type[PromptTokenizer]] = TextPromptTokenizer
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
     scoring: ClassVar[str] = (
@@ -47,26 +48,26 @@ class Text(Task):
         """The text; there is no target beside it."""
         return text_in(row, "text_column"), ""
 
-    def reference(self, encoder: Encoder, text: str, target: str, prompt: Sequence[int]) -> str:
+    def reference(self, prompt_tokenizer: PromptTokenizer, text: str, target: str, prompt: Sequence[int]) -> str:
         """How many tokens of the text are predicted: all but the first."""
         return str(len(prompt) - 1)
 
     def answers(
         self,
         model: PreTrainedModel,
-        encoder: Encoder,
+        prompt_tokenizer: PromptTokenizer,
         prompts: Sequence[Sequence[int]],
         batch_size: int,
         num_beams: int = 1,
         title: str = "",
     ) -> list[str]:
         """The mean loss over the tokens of each text, in nats."""
-        return [repr(loss) for loss in losses(model, encoder.tokenizer, prompts, batch_size, title)]
+        return [repr(loss) for loss in losses(model, prompt_tokenizer.tokenizer, prompts, batch_size, title)]
 
     def continuations(
         self,
         model: PreTrainedModel,
-        encoder: Encoder,
+        prompt_tokenizer: PromptTokenizer,
         prompts: Sequence[Sequence[int]],
         batch_size: int,
         num_beams: int = 1,
@@ -74,7 +75,7 @@ class Text(Task):
         """How the model goes on after each of `prompts`, for at most `CONTINUATION` tokens and as far as its positions go."""
         longest = max(map(len, prompts), default=0)
         room = max(1, (longest_input(model.config) or longest + CONTINUATION) - longest)
-        return generate(model, encoder.tokenizer, prompts, batch_size, min(CONTINUATION, room), num_beams)
+        return generate(model, prompt_tokenizer.tokenizer, prompts, batch_size, min(CONTINUATION, room), num_beams)
 
     def score(
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
-
-MASKED = -100  # the label that the loss passes over
+from toolkit.models.losses import IGNORE_INDEX
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Truncation:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class PromptTokenizer:
     """Encodes rows for one tokenizer and kind of model.
 
     `max_length` is the length in tokens of the encoder's input (T5-like) or of prompt and target together (GPT-like);
@@ -84,7 +83,7 @@ class Encoder:
         lost.text_tokens += cut_text
         lost.target_tokens += cut_target
         if not self.is_encoder_decoder:
-            ids, labels = ids + labels, [MASKED] * len(ids) + labels
+            ids, labels = ids + labels, [IGNORE_INDEX] * len(ids) + labels
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def _cut_by_characters(self, text: str, room: int, whole: int) -> tuple[list[int], int]:

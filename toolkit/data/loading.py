@@ -1,0 +1,482 @@
+"""The data set of a run: its flags, and its rows as token ids ready for one model."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import chain, pairwise
+from typing import Any, ClassVar
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from toolkit.data.rows import Splits, load_rows, sample_of_classes
+from toolkit.errors import UserError
+from toolkit.metrics import normalized
+from toolkit.models.arguments import lasting_path, looks_like_path
+from toolkit.models.heads import class_order
+from toolkit.models.loading import T5_FAMILY, longest_input
+from toolkit.models.losses import IGNORE_INDEX
+from toolkit.tasks import TASKS, Task
+from toolkit.tasks.tokenization import PromptTokenizer, Truncation
+
+DEFAULT_MAX_LENGTH = 512
+DEFAULT_TASK = "summarization"
+BY_TASK = sorted({flag for task in TASKS.values() for flag in task.flags})  # the flags that not every task has
+
+
+def _by_task(flag: str) -> str:
+    """For the help of a flag: its default in each task that has it."""
+    defaults = [f"{task.flags[flag]!r} ({name})" for name, task in sorted(TASKS.items()) if task.flags.get(flag)]
+    return f"Default: {', '.join(defaults)}." if defaults else ""
+
+
+@dataclass
+class DataArguments:
+    """What is learned, from which rows, how they become prompts, and how long they may be."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    task: str = field(
+        default=DEFAULT_TASK,
+        metadata={
+            "choices": sorted(TASKS),
+            "help": "What is learned. classification writes the label; sequence_classification puts a head on the model; "
+            "chat learns the assistant's turns; text is plain language modelling.",
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, a file, or a folder of csv / jsonl / parquet; a .txt file has lines sentence@label. "
+            "Default: the dialogues that come with footprint."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    text_column: str | None = field(default=None, metadata={"help": f"Column with the text. {_by_task('text_column')}"})
+    summary_column: str | None = field(
+        default=None, metadata={"help": f"Column with the summary. {_by_task('summary_column')}"}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": f"Column with the class. {_by_task('label_column')}"}
+    )
+    messages_column: str | None = field(
+        default=None,
+        metadata={"help": f"Column with lists of role and content. {_by_task('messages_column')}"},
+    )
+    tools_column: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Column with lists of the JSON schemas of tools; it need not be there. {_by_task('tools_column')}"
+        },
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with what the user says, where there are no messages."}
+    )
+    response_column: str | None = field(
+        default=None, metadata={"help": "Column with what the assistant answers, beside --prompt_column."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt; {text} stands for the text, {labels} for the classes. " + _by_task("prompt_template")
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of the prompt (T5-like) or of prompt and target together (GPT-like); activations grow "
+            f"with it. Default: {DEFAULT_MAX_LENGTH}, or the model's own limit where that is smaller."
+        },
+    )
+    max_target_length: int | None = field(
+        default=None,
+        metadata={"help": f"Most tokens of the target, also when generating. {_by_task('max_target_length')}"},
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on N rows only: the first ones, or with a label column the same share of each class, the same for every "
+            "--seed."
+        },
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use N rows only of validation, and of test, chosen as by --max_train_samples."}
+    )
+    num_beams: int | None = field(
+        default=None, metadata={"help": f"Beams when generating for the scores; 1 is greedy. {_by_task('num_beams')}"}
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset_name = lasting_path(self.dataset_name)
+        for flag in BY_TASK:
+            if flag not in TASKS[self.task].flags:
+                setattr(self, flag, None)  # a method's default, which has no effect here; `check` refuses a user's
+
+    def check(self, given: dict[str, Any]) -> None:
+        """Raises UserError for values that are not possible or would have no effect."""
+        task = TASKS[self.task]
+        for flag in BY_TASK:
+            if flag in given and flag not in task.flags:
+                others = ", ".join(f"--task {name}" for name, other in sorted(TASKS.items()) if flag in other.flags)
+                raise UserError(f"--{flag} has no effect with --task {task.name} (but with {others}); leave it out")
+        for name in ("max_length", "max_target_length", "max_train_samples", "max_eval_samples", "num_beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} is not possible; give a whole number of at least 1")
+        if (template := self.get("prompt_template")) is not None and "{text}" not in template:
+            raise UserError(f"--prompt_template {template!r} has no {{text}}; write {{text}} where the text goes")
+        if template is not None and "{labels}" in template and "label_column" not in task.flags:
+            raise UserError(
+                f"--prompt_template {template!r} has {{labels}}, and --task {task.name} has no classes; leave it out"
+            )
+        for name in ("dataset_config_name", *(flag for flag in BY_TASK if flag.endswith("_column"))):
+            if name in given and self.dataset_name is None:
+                raise UserError(f"--{name} has no effect without --dataset_name; add it or leave --{name} out")
+        if self.dataset_name is None and task.name != DEFAULT_TASK:
+            raise UserError(
+                f"--task {task.name} needs --dataset_name: the dialogues that come with footprint are for {DEFAULT_TASK}"
+            )
+        task.check(given)
+
+    def get(self, flag: str) -> Any:
+        """The value of a flag that depends on the task: what was given, or the task's default, or None."""
+        value = getattr(self, flag)
+        return TASKS[self.task].flags.get(flag) if value is None else value
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that the task reads, by the flags that name them."""
+        return {flag: self.get(flag) for flag in TASKS[self.task].column_flags(vars(self))}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the rows come from files of this machine."""
+        return self.dataset_name is not None and looks_like_path(self.dataset_name)
+
+
+@dataclass
+class TaskData:
+    """A data set, ready for one model: token ids to train and validate on, and the test split as prompts."""
+
+    task: Task
+    rows: DatasetDict  # train, validation and test, with the columns of the source
+    columns: dict[str, str]  # those that the task reads, by the flags that name them
+    prompt_tokenizer: PromptTokenizer
+    train: Dataset  # columns input_ids, attention_mask, labels: token ids, or the number of a class
+    validation: Dataset
+    test_prompts: list[list[int]]  # token ids, one list a row of the test split
+    references: list[str]  # what the answers to `test_prompts` are scored against
+    truncation: dict[str, Truncation]
+    remarks: list[str]
+    fingerprint: dict[str, str]  # split: SHA-256 over the columns that are read
+    supervised_tokens: int  # labels of the train split that the loss sees
+
+    @property
+    def test(self) -> Dataset:
+        """The rows of the test split."""
+        return self.rows["test"]
+
+    def pairs(self, split: str) -> list[tuple[Any, Any]]:
+        """Text and target of each row of `split`."""
+        return list(_pairs(self.task, self.rows[split], self.columns, split))
+
+    @cached_property
+    def train_fingerprint(self) -> str:
+        """SHA-256 over the rows that are trained on, as token ids, in their order."""
+        digest = hashlib.sha256()
+        for rows in self.train.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
+            digest.update(json.dumps(rows, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def test_texts(self) -> list[str]:
+        """The test split's texts, as `completions.csv` shows them."""
+        return [self.task.shown(text) for text, _ in self.pairs("test")]
+
+
+def load_data(
+    args: DataArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    virtual_tokens: int = 0,
+) -> TaskData:
+    """Reads, checks and tokenizes the data set of `args` for the model of `config`.
+
+    Raises: UserError for whatever is wrong with the files, the columns, the lengths or the labels.
+    """
+    task, columns = TASKS[args.task], args.columns
+    if tokenizer.eos_token_id is None and task.model_kind != "head" and not config.is_encoder_decoder:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, so the model could not learn where to stop; name "
+            "another with --tokenizer_name, or set eos_token in its tokenizer_config.json"
+        )
+    max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
+    optional = [flag for flag in task.optional if getattr(args, flag) is None]
+    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns, optional)
+    columns = {flag: column for flag, column in columns.items() if column in splits["train"].column_names}
+    remarks += more
+    names = _names(splits, columns)
+    _check_names(splits, columns, names)
+    if task.model_kind == "head":
+        names = class_order(config, names)
+    template = (args.get("prompt_template") or "{text}").replace("{labels}", ", ".join(names))
+    prompt_tokenizer = task.prompt_tokenizer(
+        tokenizer, template, config.is_encoder_decoder, max_length, max_target_length, names
+    )
+    _check_written(columns, prompt_tokenizer)
+    for split in splits:
+        flag = "max_train_samples" if split == "train" else "max_eval_samples"
+        most = getattr(args, flag)
+        if most is not None and most < len(splits[split]):
+            splits[split], more = _sample(splits[split], most, columns.get("label_column"))
+            remarks += [f"--{flag} {most}: {remark} of {split}" for remark in more]
+    limit = longest_input(config, tokenizer) if max_target_length and not args.max_target_length else None
+    truncation = {split: Truncation() for split in splits}
+    tokenized, supervised = {}, {}
+    for split in ("train", "validation"):
+        rows, counts = [], []
+        for number, (text, target) in enumerate(_pairs(task, splits[split], columns, split), start=1):
+            if limit and (needed := len(prompt_tokenizer.target_ids(target))) > limit:
+                *_, column = columns.values()
+                raise UserError(
+                    f"row {number:,} of {split}: its {column} has {needed} tokens, more than the {limit} that "
+                    "the model can take; shorten it, or have such labels cut with --max_target_length "
+                    f"{min(max_target_length, limit // 2)}"
+                )
+            try:
+                row = prompt_tokenizer.row(text, target, truncation[split])
+            except UserError as error:
+                raise UserError(f"row {number:,} of {split}: {error}") from None
+            counts.append(_supervised(row["labels"], config.is_encoder_decoder))
+            if counts[-1]:
+                rows.append(row)
+        check_supervision(sum(counts), split)
+        if counts.count(0):
+            remarks.append(f"{counts.count(0):,} rows of {split} left out: no label within --max_length {max_length}")
+        tokenized[split], supervised[split] = Dataset.from_list(rows), sum(counts)
+    test_prompts, references = [], []
+    for number, (text, target) in enumerate(_pairs(task, splits["test"], columns, "test"), start=1):
+        try:
+            ids, cut = prompt_tokenizer.prompt(text)
+            references.append(task.reference(prompt_tokenizer, text, target, ids))
+        except UserError as error:
+            raise UserError(f"row {number:,} of test: {error}") from None
+        test_prompts.append(ids)
+        truncation["test"].rows += cut > 0
+        truncation["test"].text_tokens += cut
+    remarks += [*prompt_tokenizer.remarks(), *_remarks(task, splits, columns, tokenizer, tokenized, truncation)]
+    used = [tokenized[split]["input_ids"] for split in tokenized]
+    if config.is_encoder_decoder and task.model_kind != "head":
+        used += [tokenized[split]["labels"] for split in tokenized]
+    _check_embedded(config, tokenizer, chain(test_prompts, *used))
+    return TaskData(
+        task,
+        splits,
+        columns,
+        prompt_tokenizer,
+        tokenized["train"],
+        tokenized["validation"],
+        test_prompts,
+        references,
+        truncation,
+        remarks,
+        {split: _fingerprint(splits[split], list(columns.values())) for split in splits},
+        supervised["train"],
+    )
+
+
+@cache
+def label_names(dataset_name: str | None, dataset_config_name: str | None, label_column: str) -> tuple[str, ...]:
+    """The classes of a data set, for predicting a head's size without a tokenizer."""
+    columns = {"label_column": label_column}
+    return _names(load_rows(dataset_name, dataset_config_name, columns)[0], columns)
+
+
+def lengths(
+    args: DataArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    virtual_tokens: int = 0,
+) -> tuple[int, int, list[str]]:
+    """The most tokens of a prompt and of a target that the model can take, and a remark for each that its limit lowered.
+
+    The target's is 0 where nothing is written. Without a tokenizer its limit is not known. `virtual_tokens` are positions
+    that the method takes.
+
+    Raises: UserError for lengths that the model cannot take.
+    """
+    limit = longest_input(config, tokenizer)
+    taken = ""
+    if limit and virtual_tokens and config.model_type not in T5_FAMILY:
+        limit, taken = max(1, limit - virtual_tokens), f" ({virtual_tokens} positions are virtual tokens)"
+    remarks = []
+    max_length = args.max_length or DEFAULT_MAX_LENGTH
+    max_target_length = args.get("max_target_length") or 0
+    hard_limit = None if config.model_type in T5_FAMILY else limit
+    for name, value in (("max_length", args.max_length), ("max_target_length", args.max_target_length)):
+        if value is not None and hard_limit and value > hard_limit:
+            raise UserError(f"--{name} {value} is longer than the model can take; give at most {hard_limit}{taken}")
+    if args.max_length is None and limit and limit < max_length:
+        max_length = limit
+        remarks.append(f"max_length {limit}: the most that the model can take{taken}")
+    if not config.is_encoder_decoder and max_target_length >= max_length:
+        if args.max_target_length is not None:
+            raise UserError(
+                f"--max_target_length {max_target_length} leaves no room for a prompt within --max_length {max_length}, "
+                "which holds both for a GPT-like model; lower the first or raise the second"
+            )
+        max_target_length = max(1, max_length // 4)
+        remarks.append(f"max_target_length {max_target_length}: a quarter of max_length")
+    return max_length, max_target_length, remarks
+
+
+def check_supervision(supervised_tokens: int, split: str = "train") -> None:
+    """Raises UserError where no label token is left for the loss."""
+    if supervised_tokens == 0:
+        raise UserError(
+            f"every label of the {split} split is masked, so there is nothing to learn from; check the columns, and that "
+            "--max_length (and --max_target_length, where the task has it) leave room for the target"
+        )
+
+
+def _pairs(task: Task, rows: Dataset, columns: dict[str, str], split: str) -> Any:
+    for number, values in enumerate(zip(*(rows[column] for column in columns.values()), strict=True), start=1):
+        try:
+            yield task.pair(dict(zip(columns, values, strict=True)))
+        except UserError as error:
+            raise UserError(f"row {number:,} of {split}: {error}") from None
+
+
+def _remarks(
+    task: Task,
+    splits: Splits,
+    columns: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: dict[str, Dataset],
+    truncation: dict[str, Truncation],
+) -> list[str]:
+    """What rows lose, or have too much, without being refused."""
+    texts = {split: [task.shown(text) for text, _ in _pairs(task, splits[split], columns, split)] for split in splits}
+    known = {*texts["train"]}
+    remarks = [
+        f"{again:,} of {len(texts[split]):,} rows of {split} have a text that train has too"
+        for split in ("validation", "test")
+        if (again := sum(text in known for text in texts[split]))
+    ]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
+        for split, rows in tokenized.items():
+            if count := sum(ids.count(unknown) for ids in rows["input_ids"]):
+                remarks.append(f"{count:,} tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})")
+            labels = rows["labels"] if task.model_kind != "head" else []
+            if count := sum(ids.count(unknown) for ids in labels):
+                remarks.append(
+                    f"{count:,} label tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})"
+                )
+    for split, lost in truncation.items():
+        if lost.masked_turns:
+            remarks.append(
+                f"{lost.masked_turns:,} turns of the assistant in {split} are not learned: the chat template rewrites them, or "
+                "leaves out a part, once other turns follow"
+            )
+        if lost.unwritten_turns:
+            remarks.append(f"{lost.unwritten_turns:,} turns or tools in {split} are left out by the chat template")
+    return remarks
+
+
+def _check_embedded(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]]) -> None:
+    """Raises UserError where padding or `rows` (token ids) have a token for which the model has no embedding.
+
+    A tokenizer may have more tokens than the model, as Gemma 3's has one for images, while no text brings them up.
+    """
+    embedded = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max((max(ids, default=0) for ids in rows), default=0)
+    highest = max(highest, tokenizer.pad_token_id or 0)
+    if embedded and highest >= embedded:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer gives token {highest:,} ({tokenizer.convert_ids_to_tokens(highest)}), and the "
+            f"model has embeddings for {embedded:,} tokens, numbered from 0; give the model's own tokenizer with --tokenizer_name"
+        )
+
+
+def _supervised(labels: list[int] | int, is_encoder_decoder: bool) -> int:
+    """How many labels of a row the loss sees: one class, or tokens, of which a GPT-like model never predicts the first."""
+    if isinstance(labels, int):
+        return 1
+    return sum(label != IGNORE_INDEX for label in (labels if is_encoder_decoder else labels[1:]))
+
+
+def _sample(rows: Dataset, size: int, label: str | None) -> tuple[Dataset, list[str]]:
+    """The first `size` of `rows`, or with a label column the same share of each class, and a remark on classes without a row."""
+    if label is None:
+        return rows.select(range(size)), []
+    chosen = sample_of_classes(rows, label, size)
+    missing = sorted({*rows[label]} - {*chosen[label]})
+    return chosen, [f"no row of {', '.join(missing)} among those"] if missing else []
+
+
+def _names(splits: Splits, columns: dict[str, str]) -> tuple[str, ...]:
+    """The classes of train, as the data set orders them; else numbers by their size, and names by the alphabet."""
+    if "label_column" not in columns:
+        return ()
+    there = splits["train"][columns["label_column"]]
+    if splits.classes:
+        return tuple(name for name in splits.classes if name in {*there})
+    numbers = all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name, re.ASCII) for name in there)
+    return tuple(sorted({*there}, key=(lambda name: (float(name), name)) if numbers else None))
+
+
+def _check_names(splits: Splits, columns: dict[str, str], names: Sequence[str]) -> None:
+    """Raises UserError for classes that cannot be told apart, or that train does not have."""
+    if not names:
+        return
+    column = columns["label_column"]
+    if len(names) == 1:
+        raise UserError(f"column {column} has one value alone ({names[0]!r}); classification needs at least two")
+    if len(names) > 1000:
+        raise UserError(
+            f"column {column} has {len(names):,} different values, so it holds no classes; name another with --label_column"
+        )
+    for one, other in pairwise(sorted(names, key=normalized)):
+        if normalized(one) == normalized(other):
+            raise UserError(
+                f"column {column} has the labels {one!r} and {other!r}, and answers are compared without regard to case; write "
+                "one of them everywhere"
+            )
+    for split in splits:
+        if unknown := sorted(set(splits[split][column]) - set(names)):
+            raise UserError(f"the {split} split has the label {unknown[0]!r}, which train has not ({', '.join(names)})")
+
+
+def _check_written(columns: dict[str, str], prompt_tokenizer: PromptTokenizer) -> None:
+    """Raises UserError for classes that are too long to write, or for which the tokenizer has no tokens."""
+    if not prompt_tokenizer.label_names or not prompt_tokenizer.max_target_length:
+        return
+    column, ids = (
+        columns["label_column"],
+        {name: prompt_tokenizer.target_ids(name) for name in prompt_tokenizer.label_names},
+    )
+    needed = max(map(len, ids.values()))
+    if needed > prompt_tokenizer.max_target_length:
+        raise UserError(
+            f"--max_target_length {prompt_tokenizer.max_target_length} cuts labels off, the longest of which has {needed} tokens; "
+            f"give at least {needed}"
+        )
+    for name in ids:
+        written = prompt_tokenizer.tokenizer.decode(ids[name], skip_special_tokens=True)
+        if normalized(written) != normalized(name):
+            raise UserError(
+                f"the tokenizer cannot write the label {name!r} of column {column}: it would be {written.strip()!r}; give another "
+                "model or other names, or --task sequence_classification"
+            )
+
+
+def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for values in zip(*(rows[c] for c in columns), strict=True):
+        for value in values:
+            digest.update(f"{value}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""DeepSpeed: its configuration, its disk and its compiled extensions, and models that ZeRO-3 partitions."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import torch
+from torch import nn
+from torch.utils.cpp_extension import CUDA_HOME, get_default_build_root
+
+from toolkit.console import say
+from toolkit.distributed.engine import Engine
+from toolkit.distributed.ranks import exits_cleanly
+from toolkit.errors import UserError
+
+OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "lion_32bit")  # that DeepSpeed has for the CPU
+
+
+_locks: list[IO] = []  # of folders that are this process's until it ends
+
+
+NOT_READ_BACK = (
+    "of a state on NVMe, DeepSpeed 0.19 reads back from a checkpoint only a part, and goes on with the rest as it began"
+)
+
+
+YOUNG_SECONDS = 20.0  # a build has its compiler running this soon after it took its lock
+
+
+def requested_zero(deepspeed: str | dict[str, Any] | None, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """`zero_optimization` of DeepSpeed's configuration; where accelerate's own YAML holds the settings, in the same form."""
+    if source := deepspeed or env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        return read_deepspeed(source).get("zero_optimization", {})
+    names = {
+        "optimizer": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+        "param": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    }
+    offload = {f"offload_{what}": {"device": env.get(name, "none")} for what, name in names.items()}
+    return {"stage": int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), **offload}
+
+
+def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration from a JSON file.
+
+    Raises: UserError where there is no such file, or it holds no JSON object.
+    """
+    if isinstance(source, dict):
+        return source
+    try:
+        content = json.loads(Path(source).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"the launch file names DeepSpeed's configuration {source}, which is not there; paths in launch/ are read from "
+            "the repository's root: start the run there"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"DeepSpeed's configuration {source} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"DeepSpeed's configuration {source} holds a {type(content).__name__}; it must be a JSON object"
+        )
+    return content
+
+
+def join_deepspeed() -> None:
+    """Tells DeepSpeed of the process group: accelerate does that on GPUs, and not with --use_cpu.
+
+    A run on CPUs is a rehearsal: it uses gloo alone, not the shared memory that DeepSpeed would compile code for (minutes).
+    """
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+@contextmanager
+def without_partitioning() -> Iterator[None]:
+    """Within, a model is built whole: under ZeRO-3 transformers would partition it while it is made."""
+    from transformers.integrations import deepspeed as integration
+
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if kept is not None and (settings := kept()) is not None:
+            integration.set_hf_deepspeed_config(settings)
+
+
+@contextmanager
+def gathered_in_use(model: nn.Module) -> Iterator[None]:
+    """Within, a model that ZeRO-3 partitioned while it was loaded can compute: each layer's weights are gathered for it.
+
+    DeepSpeed's engine does the same from when training begins; before that, and for the base model's scores, its hooks
+    are set here and taken away again. Does nothing to any other model.
+    """
+    partitioned = any(hasattr(p, "ds_tensor") for p in model.parameters())
+    if not partitioned or hasattr(model, "ds_inflight_param_registry"):
+        yield
+        return
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.utils.timer import NoopTimer
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    settings = deepspeed_config() or {}
+    zero = settings.get("zero_optimization", {})
+    offload = zero.get("offload_param")
+    limits = {
+        name: zero[f"stage3_{name}"]
+        for name in ("max_live_parameters", "max_reuse_distance")
+        if f"stage3_{name}" in zero
+    }
+    hooks = DeepSpeedZeRoOffload(
+        model,
+        timers=NoopTimer(),
+        ds_config=settings,
+        param_persistence_threshold=0,  # so that every parameter is let go again
+        offload_param_config=DeepSpeedZeroOffloadParamConfig(**offload) if offload else None,
+        **limits,
+    )
+    try:
+        yield
+    finally:
+        hooks.partition_all_parameters()
+        hooks.destroy()
+        del model.ds_inflight_param_registry
+        # Else the engine's backward passes would run those of `hooks`, with their limits.
+        for module in model.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                vars(module).pop(name, None)
+
+
+def check_disk(engine: Engine, deepspeed: str | dict[str, Any] | None = None) -> None:
+    """Takes the folder that DeepSpeed swaps to for this run, until its process ends; called by one process of a machine.
+
+    Raises: UserError where reading and writing the disk cannot be compiled here, or another run swaps to that folder, which
+    each run empties as it begins.
+    """
+    if "nvme" not in (engine.optimizer_state, engine.parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise UserError(
+            f"{engine}: DeepSpeed's async_io cannot be compiled without libaio (Debian, Ubuntu: apt install libaio-dev)"
+        )
+    if torch.cuda.is_available() and CUDA_HOME is None:
+        raise UserError(
+            f"{engine}: DeepSpeed compiles async_io against CUDA's headers, and there is no CUDA toolkit here: install it, or set "
+            "CUDA_HOME to its folder"
+        )
+    import fcntl  # Linux alone, as DeepSpeed is
+
+    zero = requested_zero(deepspeed)
+    parts = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    for path in {part["nvme_path"] for part in parts if part.get("nvme_path")}:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        lock = (Path(path) / "in_use").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run swaps to {path}; wait for its end, or give this one another nvme_path in a JSON of its own"
+            ) from None
+        _locks.append(lock)
+
+
+def check_builds(engine: Engine) -> None:
+    """Raises UserError where what DeepSpeed compiles for `engine` is locked by a build that is no longer running.
+
+    A build takes a lock file in its folder, and one that is killed leaves it there: whoever needs the same library then
+    waits without end. A lock that some compiler works under is somebody's, and is waited for.
+    """
+    names = ["cpu_adam", "cpu_lion"] if engine.optimizer_state != "with the model" else []
+    names += ["async_io"] if "nvme" in (engine.optimizer_state, engine.parameters) else []
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (lock for name in names for lock in root.glob(f"**/{name}/lock")):
+        while (age := _age(lock)) is not None and age < YOUNG_SECONDS and not _is_built(lock.parent):
+            time.sleep(1)
+        if age is not None and age >= YOUNG_SECONDS and not _is_built(lock.parent):
+            raise UserError(
+                f"{lock} was left by a build of {lock.parent.name} that was killed, and DeepSpeed would wait for it without "
+                f"end; delete that file and start again"
+            )
+
+
+def _age(lock: Path) -> float | None:
+    """Seconds since `lock` was taken, or None where it is gone."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_built(folder: Path) -> bool:
+    """Whether some process works in `folder`, as ninja and the compilers that it starts do."""
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == folder.resolve():
+                return True
+        except (psutil.Error, OSError):
+            continue
+    return False
+
+
+def build_extensions() -> None:
+    """Compiles what DeepSpeed would compile at its first use: its Adam for the CPU, and reading and writing of NVMe disks."""
+    import deepspeed
+
+    check_builds(Engine(1, "ZeRO-3", "nvme", "nvme"))
+    for name in ("CPUAdamBuilder", "AsyncIOBuilder"):
+        builder = deepspeed.accelerator.get_accelerator().create_op_builder(name)
+        if not builder.is_compatible(verbose=False):
+            say(
+                "skipped",
+                f"{builder.NAME}: this machine lacks what it needs" + (" (libaio)" if "aio" in builder.NAME else ""),
+            )
+            continue
+        began = time.monotonic()
+        builder.load(verbose=False)
+        say("compiled", f"{builder.NAME} in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    exits_cleanly(build_extensions)()

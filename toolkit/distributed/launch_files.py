@@ -1,0 +1,134 @@
+"""What `accelerate launch` would do with a launch file, without launching anything: for predictions of one rank of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import yaml
+
+from toolkit.distributed.deepspeed import read_deepspeed
+from toolkit.distributed.engine import Engine
+from toolkit.distributed.request import requested_engine
+from toolkit.errors import UserError, did_you_mean
+
+FOLDER = Path(__file__).resolve().parents[2] / "launch"
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """A launch file as accelerate understands it, for a number of processes."""
+
+    processes: int
+    machines: int
+    env: Mapping[str, str]  # what accelerate's launcher leaves in the environment of rank 0
+
+    def of_rank(self, rank: int) -> dict[str, str]:
+        """The environment of `rank`."""
+        local = self.processes // self.machines
+        own = {"RANK": rank, "LOCAL_RANK": rank % local}
+        return {**self.env, **{name: str(value) for name, value in own.items()}}
+
+    @property
+    def engine(self) -> Engine:
+        """What the file asks for.
+
+        Raises: UserError for a DeepSpeed configuration that cannot be read.
+        """
+        return requested_engine(env=self.env)
+
+
+def read_launch_file(name: str, processes: int | None = None) -> LaunchEnvironment:
+    """The launch file `name`: one of launch/ (`zero3`), or a path; with `processes` instead of its own number.
+
+    Raises: UserError for a file that is not there or not accelerate's, and for a number that it cannot start.
+    """
+    path = _find(name)
+    settings = _settings(path)
+    processes = settings.get("num_processes", 1) if processes is None else processes
+    machines = settings.get("num_machines", 1)
+    if not isinstance(processes, int) or processes < 1 or not isinstance(machines, int) or processes % machines:
+        raise UserError(
+            f"--num_processes {processes} cannot be started on {machines} machines; give a multiple of them"
+        )
+    kind = str(settings.get("distributed_type", "NO"))
+    if kind == "NO" and processes > 1:
+        raise UserError(
+            f"{path} starts one process, not {processes}; give another file of launch/, such as --launch ddp"
+        )
+    if kind == "MULTI_GPU" and processes < 2:
+        raise UserError(f"{path} starts at least 2 processes; for one, leave --launch and --num_processes out")
+    if kind not in ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP"):
+        raise UserError(f"{path}: memory under distributed_type {kind} is not predicted; DDP, ZeRO and FSDP2 are")
+    env = {} if kind == "NO" else _environment(path, processes)
+    ranks = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes // machines, "MASTER_PORT": 29500}
+    env |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in ranks.items()}
+    source = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if source is not None:
+        beside = path.parent.parent / source  # paths in launch/ are read from the repository's root
+        env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(beside if beside.is_file() else Path(source).resolve())
+        read_deepspeed(env["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    return LaunchEnvironment(processes, machines, env)
+
+
+ONE_PROCESS = LaunchEnvironment(1, 1, {})
+
+
+def current_launch_environment() -> LaunchEnvironment:
+    """The one that this process is a rank of."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    ranks = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(local)}
+    return LaunchEnvironment(processes, processes // local, {**os.environ, **ranks})
+
+
+def _find(name: str) -> Path:
+    """The file that `name` means: a path, or one of launch/ in the repository, else in the working directory."""
+    folders = (FOLDER, Path("launch").resolve())
+    is_path = "/" in name or name.endswith((".yaml", ".yml", ".json"))
+    for path in [Path(name)] if is_path else [folder / f"{name}.yaml" for folder in folders]:
+        if path.is_file():
+            return path
+    there = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    if not there:
+        raise UserError(
+            f"--launch {name}: there is no such file, and launch/ is not here: its files come with the repository, not with "
+            "the installed package; give the path of one, or run from a clone of the repository"
+        )
+    raise UserError(
+        f"--launch {name}: there is no such launch file{did_you_mean(name, there)}; there are {', '.join(there)}, or "
+        "give the path of one of your own"
+    )
+
+
+def _settings(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--launch {path} cannot be read ({' '.join(str(error).split())[:160]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--launch {path} holds no settings of accelerate; a file of launch/ shows how they look")
+    return content
+
+
+def _environment(path: Path, processes: int) -> dict[str, str]:
+    """What accelerate's own launcher adds to the environment; the number of ranks is torchrun's to add."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import launch
+
+    arguments = ["--config_file", str(path), "--num_processes", str(processes)]
+    arguments += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500", "--machine_rank", "0", "train.py"]
+    with patch.object(launch, "is_port_in_use", lambda port: False):
+        try:
+            args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+            if args.use_deepspeed:
+                args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+                _, env = launch.prepare_deepspeed_cmd_env(args)
+            else:
+                env = launch.prepare_multi_gpu_env(args)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"--launch {path}: accelerate refuses it ({' '.join(str(error).split())[:200]})") from None
+    return {name: value for name, value in env.items() if os.environ.get(name) != value}

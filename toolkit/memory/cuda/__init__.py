@@ -1,0 +1,1 @@
+"""What a CUDA device does that a CPU does not."""

@@ -1,0 +1,363 @@
+"""GPUs: how much memory each really offers, and what its architecture decides. A card is one entry in `CARDS`.
+
+**Memory.** A card of "24 GB" does not offer 24 GiB. `total_gib` is what the driver offers to CUDA, as PyTorch prints it
+in its out-of-memory message ("GPU 0 has a total capacity of ..."): the nominal size less the driver's own part and, on
+cards that have it switched on, ECC. An entry with a `report` was checked against that public report (a GitHub issue);
+the others are values usual for the card, the lowest where drivers differ, and are labelled `total_is_estimate`, as are
+those for which the nominal size less 3.5 % stands (checked ones lie 1.3 % to 7.9 % below it). A desktop takes more.
+
+**Context.** A process that uses CUDA holds memory outside PyTorch's allocator: driver structures, kernels' code, and
+local memory for every thread that can be resident. What is known, in MiB a multiprocessor: 3.5 on a T4 (140.875 MiB in
+training, 40 multiprocessors of 1,024 threads; 69 of the 79 runs that fitcheck-llm 0.3.1 publishes), 3.0 on an RTX 6000 Ada
+(426, 142 of 1,536; before any kernel, unslothai/unsloth-zoo#1053), 3.1 on an RTX 3090 (256, 82 of 1,536; before any kernel,
+invoke-ai/InvokeAI#9413). Where nothing was measured in training 3.5 stand, or where a multiprocessor holds 2,048 threads (A100,
+Hopper, data-centre Blackwell) a third more, as threads go: 504 MiB on an A100, where eight runs of fms-acceleration suggest 523.
+`context_is_estimate` says so. Drivers differ, and libraries with kernels of their own add to it: with flash-attn up to 1.7 GB
+were seen. So no constant can be right for all; it is measured where there is a card.
+
+Numbers of multiprocessors and nominal sizes: NVIDIA's data sheets and architecture whitepapers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from toolkit.errors import UserError
+from toolkit.units import GIB, MIB, parse_bytes
+
+_UNREPORTED_SHARE = 0.965  # of the nominal size, where no report of the capacity was at hand
+_CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB  # of up to 1,536 threads
+_OF_2048_THREADS = ((8, 0), (9, 0), (10, 0))  # compute capabilities
+
+
+def _estimated_context(capability: tuple[int, int], multiprocessors: int) -> int:
+    """Bytes, where nothing was measured; see the module's docstring."""
+    share = 2048 / 1536 if capability in _OF_2048_THREADS else 1
+    return int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR * share)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU model. Sizes in bytes; `capability` is CUDA's compute capability, (8, 9) for sm_89."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    total_bytes: int
+    context_bytes: int
+    total_is_estimate: bool = False
+    context_is_estimate: bool = True
+    taken_bytes: int = 0  # by other programs of this machine, where it is a card that is there
+    nominal_gib: float = 0.0  # what its box says; 0 where nobody said
+
+    @property
+    def architecture(self) -> str:
+        """NVIDIA's name of the generation."""
+        major, minor = self.capability
+        if self.capability == (8, 9):
+            return "Ada"
+        return {6: "Pascal", 7: "Turing" if minor == 5 else "Volta", 8: "Ampere", 9: "Hopper"}.get(major, "Blackwell")
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 arithmetic is native (sm_80 and later)."""
+        return self.capability >= (8, 0)
+
+    @property
+    def budget_bytes(self) -> int:
+        """What a process can take, its CUDA context included."""
+        return self.total_bytes - self.taken_bytes
+
+    @property
+    def blas_workspace_bytes(self) -> int:
+        """The workspace that each thread's cuBLAS handle holds from its first matrix product on (and cuBLASLt shares).
+
+        `parseChosenWorkspaceSize` in ATen/cuda/CublasHandlePool.cpp: ":4096:2:16:8" = 2 x 4 MiB + 8 x 16 KiB, and
+        32 MiB on Hopper and Blackwell.
+        """
+        return 32 * MIB if self.capability[0] in (9, 10, 12) else 2 * 4 * MIB + 8 * 16 * 1024
+
+
+def _card(
+    name: str,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    nominal_gib: float,
+    total_gib: float | None = None,
+    context_mib: float | None = None,
+    report: str = "",
+) -> Card:
+    return Card(
+        name=name,
+        capability=capability,
+        multiprocessors=multiprocessors,
+        total_bytes=int((nominal_gib * _UNREPORTED_SHARE if total_gib is None else total_gib) * GIB),
+        context_bytes=_estimated_context(capability, multiprocessors)
+        if context_mib is None
+        else int(context_mib * MIB),
+        total_is_estimate=not report,
+        context_is_estimate=context_mib is None,
+        nominal_gib=nominal_gib,
+    )
+
+
+PASCAL_DATACENTER, PASCAL, VOLTA = (6, 0), (6, 1), (7, 0)
+TURING, AMPERE_DATACENTER, AMPERE, ADA, HOPPER = (7, 5), (8, 0), (8, 6), (8, 9), (9, 0)
+BLACKWELL_DATACENTER, BLACKWELL = (10, 0), (12, 0)
+
+# name, capability, multiprocessors, nominal GiB, total GiB that PyTorch prints; context MiB and report where known
+CARDS: tuple[Card, ...] = (
+    _card("GTX 1050 Ti", PASCAL, 6, 4),
+    _card("GTX 1060", PASCAL, 10, 6),
+    _card("GTX 1070", PASCAL, 15, 8),
+    _card("GTX 1070 Ti", PASCAL, 19, 8),
+    _card("GTX 1080", PASCAL, 20, 8),
+    _card("GTX 1080 Ti", PASCAL, 28, 11),
+    _card("TITAN Xp", PASCAL, 30, 12),
+    _card("P4", PASCAL, 20, 8),
+    _card("P40", PASCAL, 30, 24),
+    _card("P100", PASCAL_DATACENTER, 56, 16),
+    _card("V100 16GB", VOLTA, 80, 16),
+    _card("V100 32GB", VOLTA, 80, 32),
+    _card("TITAN V", VOLTA, 80, 12),
+    _card("GTX 1650", TURING, 14, 4),
+    _card("GTX 1650 SUPER", TURING, 20, 4),
+    _card("GTX 1660", TURING, 22, 6),
+    _card("GTX 1660 SUPER", TURING, 22, 6),
+    _card("GTX 1660 Ti", TURING, 24, 6, 5.79),
+    _card("RTX 2060", TURING, 30, 6, 5.79),
+    _card("RTX 2060 12GB", TURING, 34, 12),
+    _card("RTX 2070", TURING, 36, 8, 7.79),
+    _card("RTX 2070 SUPER", TURING, 40, 8, 7.79),
+    _card("RTX 2080", TURING, 46, 8, 7.79),
+    _card("RTX 2080 SUPER", TURING, 48, 8, 7.79),
+    _card("RTX 2080 Ti", TURING, 68, 11, 10.75),
+    _card("TITAN RTX", TURING, 72, 24, 23.62),
+    _card("Quadro RTX 4000", TURING, 36, 8),
+    _card("Quadro RTX 5000", TURING, 48, 16),
+    _card("Quadro RTX 6000", TURING, 72, 24),
+    _card("Quadro RTX 8000", TURING, 72, 48, 44.49),
+    _card("T4", TURING, 40, 16, 14.74, context_mib=140.875, report="hpcaitech/Open-Sora#697"),
+    _card("RTX 3050", AMPERE, 20, 8),
+    _card("RTX 3050 6GB", AMPERE, 18, 6),
+    _card("RTX 3050 Laptop", AMPERE, 16, 4),
+    _card("RTX 3050 Ti Laptop", AMPERE, 20, 4),
+    _card("RTX 3060 8GB", AMPERE, 28, 8),
+    _card("RTX 3060 Laptop", AMPERE, 30, 6),
+    _card("RTX 3060", AMPERE, 28, 12, 11.76),
+    _card("RTX 3060 Ti", AMPERE, 38, 8, 7.78),
+    _card("RTX 3070", AMPERE, 46, 8, 7.78),
+    _card("RTX 3070 Ti", AMPERE, 48, 8, 7.78),
+    _card("RTX 3070 Laptop", AMPERE, 40, 8),
+    _card("RTX 3070 Ti Laptop", AMPERE, 46, 8),
+    _card("RTX 3080", AMPERE, 68, 10, 9.77),
+    _card("RTX 3080 12GB", AMPERE, 70, 12, 11.76),
+    _card("RTX 3080 Ti", AMPERE, 80, 12, 11.76),
+    _card("RTX 3080 Laptop 8GB", AMPERE, 48, 8),
+    _card("RTX 3080 Laptop 16GB", AMPERE, 48, 16),
+    _card("RTX 3080 Ti Laptop", AMPERE, 58, 16),
+    _card("RTX 3090", AMPERE, 82, 24, 23.68),
+    _card("RTX 3090 Ti", AMPERE, 84, 24, 23.68),
+    _card("RTX A2000 6GB", AMPERE, 26, 6),
+    _card("RTX A2000 12GB", AMPERE, 26, 12),
+    _card("RTX A4000", AMPERE, 48, 16, 15.72),
+    _card("RTX A4500", AMPERE, 56, 20),
+    _card("RTX A5000", AMPERE, 64, 24, 23.67),
+    _card("RTX A5500", AMPERE, 80, 24),
+    _card("RTX A6000", AMPERE, 84, 48, 47.41),
+    _card("A2", AMPERE, 10, 16),
+    _card("A16", AMPERE, 10, 16),
+    _card("A10", AMPERE, 72, 24, 21.98),
+    _card("A10G", AMPERE, 80, 24, 21.98),
+    _card("A40", AMPERE, 84, 48, 44.35),
+    _card("A30", AMPERE_DATACENTER, 56, 24),
+    _card("A100 40GB", AMPERE_DATACENTER, 108, 40, 39.39),
+    _card("A100 80GB", AMPERE_DATACENTER, 108, 80, 79.14),
+    _card("A800 40GB", AMPERE_DATACENTER, 108, 40),
+    _card("A800 80GB", AMPERE_DATACENTER, 108, 80),
+    _card("RTX 4060", ADA, 24, 8, 7.62),
+    _card("RTX 4050 Laptop", ADA, 20, 6),
+    _card("RTX 4060 Laptop", ADA, 24, 8),
+    _card("RTX 4060 Ti", ADA, 34, 8, 7.62),
+    _card("RTX 4060 Ti 16GB", ADA, 34, 16, 15.57),
+    _card("RTX 4070", ADA, 46, 12, 11.60),
+    _card("RTX 4070 Laptop", ADA, 36, 8),
+    _card("RTX 4070 SUPER", ADA, 56, 12, 11.60),
+    _card("RTX 4070 Ti", ADA, 60, 12, 11.70, report="Kwai-Kolors/Kolors#11"),
+    _card("RTX 4070 Ti SUPER", ADA, 66, 16, 15.57),
+    _card("RTX 4080", ADA, 76, 16, 15.57),
+    _card("RTX 4080 Laptop", ADA, 58, 12),
+    _card("RTX 4080 SUPER", ADA, 80, 16, 15.57),
+    _card("RTX 4090", ADA, 128, 24, 23.52, report="Soul-AILab/SoulX-FlashTalk#5"),
+    _card("RTX 4090 D", ADA, 114, 24),
+    _card("RTX 4090 Laptop", ADA, 76, 16),
+    _card("RTX 2000 Ada", ADA, 22, 16),
+    _card("RTX 4000 Ada", ADA, 48, 20),
+    _card("RTX 4500 Ada", ADA, 60, 24),
+    _card("RTX 5000 Ada", ADA, 100, 32),
+    _card("RTX 5880 Ada", ADA, 110, 48),
+    _card("RTX 6000 Ada", ADA, 142, 48, 47.37, context_mib=426),
+    _card("L4", ADA, 58, 24, 21.95),
+    _card("L20", ADA, 92, 48),
+    _card("L40", ADA, 142, 48, 44.40, report="QwenLM/Qwen3-VL#2097"),
+    _card("L40S", ADA, 142, 48, 44.42, report="stepfun-ai/Step-Video-T2V#8"),
+    _card("H100 80GB", HOPPER, 132, 80, 79.10),
+    _card("H100 PCIe", HOPPER, 114, 80),
+    _card("H800", HOPPER, 132, 80),
+    _card("H20", HOPPER, 78, 96),
+    _card("GH200 96GB", HOPPER, 132, 96),
+    _card("GH200 144GB", HOPPER, 132, 144),
+    _card("H100 NVL", HOPPER, 132, 94, 93.02),
+    _card("H200", HOPPER, 132, 141, 139.72),
+    _card("RTX 5060", BLACKWELL, 30, 8, 7.52),
+    _card("RTX 5050", BLACKWELL, 20, 8),
+    _card("RTX 5060 Laptop", BLACKWELL, 26, 8),
+    _card("RTX 5060 Ti", BLACKWELL, 36, 8, 7.52),
+    _card("RTX 5060 Ti 16GB", BLACKWELL, 36, 16, 15.46),
+    _card("RTX 5070", BLACKWELL, 48, 12, 11.48),
+    _card("RTX 5070 Laptop", BLACKWELL, 36, 8),
+    _card("RTX 5070 Ti Laptop", BLACKWELL, 46, 12),
+    _card("RTX 5070 Ti", BLACKWELL, 70, 16, 15.46),
+    _card("RTX 5080", BLACKWELL, 84, 16, 15.46),
+    _card("RTX 5080 Laptop", BLACKWELL, 60, 16),
+    _card("RTX 5090 Laptop", BLACKWELL, 82, 24),
+    _card("RTX 5090", BLACKWELL, 170, 32, 31.37, report="Wan-Video/Wan2.1#465"),
+    _card("RTX 5090 D", BLACKWELL, 170, 32),
+    _card("RTX PRO 4000 Blackwell", BLACKWELL, 70, 24),
+    _card("RTX PRO 4500 Blackwell", BLACKWELL, 82, 32),
+    _card("RTX PRO 5000 Blackwell", BLACKWELL, 110, 48),
+    _card("RTX PRO 6000 Blackwell", BLACKWELL, 188, 96, 94.97),
+    _card("B200", BLACKWELL_DATACENTER, 148, 180),
+)
+
+
+# Words of names that tell no cards apart: makers, forms, and what drivers and shops add.
+_NOISE = re.compile(
+    r"nvidia|geforce|tesla|quadro|\bgpu\b|graphics|generation|with max-?q design|max-?q|blackwell|"
+    r"(workstation|server|founders) edition|\bsff\b|sxm\d?|\bpg\d+|hbm\d?e?|g?ddr\dx?|[^a-z0-9]"
+)
+_MEMORY = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*g(?:i?b)?\b")  # "80GB", "80 GiB", "12G"
+_LAPTOP = re.compile(r"\b(laptop|mobile|notebook)\b")
+_SEVERAL = re.compile(r"^\s*(\d+)\s*[x×*]\s*(?=\S)|\s[x×*]\s*(\d+)\s*$")
+_AS_SOLD = 0.08  # a size within this share of what the box says is meant to be that: drivers tell "15 GB" of a T4's 16
+_GRACE_HOST_GB = 480  # "GH200 480GB": the memory of the processor beside it, which is not the GPU's
+
+# Names of devices that are no CUDA card, or whose memory is not theirs alone
+_OTHER_MAKERS = re.compile(
+    r"\b(amd|radeon|instinct|intel|arc|gaudi\d?|apple|tpu|ascend|mi\d{2,3}[a-z]?|rx\s?\d{3,4}|gfx\d+|"
+    r"m[1-9]( (pro|max|ultra))?)\b|^\s*[ab][357]\d0\s*$"
+)
+_SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|spark|gb10)\b")
+
+
+def _key(name: str) -> str:
+    """`"NVIDIA H100 80GB HBM3"` -> `"h100"`: what is left when makers' words, form, memory and punctuation go."""
+    text = _MEMORY.sub(" ", name.lower())
+    laptop = "laptop" if _LAPTOP.search(text) else ""
+    return _NOISE.sub("", _LAPTOP.sub(" ", text)) + laptop
+
+
+def _without_prefix(key: str) -> str:
+    return re.sub(r"^(rtx|gtx|titan)", "", key)
+
+
+def _memory(name: str) -> float | None:
+    """The size in GB that `name` tells, or None."""
+    found = _MEMORY.search(name.lower())
+    return None if found is None or float(found[1]) == _GRACE_HOST_GB else float(found[1])
+
+
+def find_card(name: str) -> Card:
+    """The card of that name, as a driver, a shop or a user writes it.
+
+    Case, spaces, "NVIDIA", "GeForce", a leading "RTX" and the form ("SXM4", "HBM3") do not matter; a memory size chooses
+    among the cards of one name. A name that only a memory size tells apart ("A100") gives the smaller card, so that what
+    fits it fits both.
+
+    Raises:
+        UserError: for an unknown name, with the nearest names; for a size that the card does not have, for several cards, and
+            for devices that are no CUDA card of their own memory.
+    """
+    low = name.lower()
+    if several := _SEVERAL.search(low):
+        one, count = _SEVERAL.sub("", name).strip(), several[1] or several[2]
+        raise UserError(
+            f"--gpu {name!r}: name one card; for {count} of them, --gpu {one!r} --launch zero3 --num_processes {count}"
+        )
+    if _SHARED_MEMORY.search(low):
+        raise UserError(
+            f"{name!r} shares its memory with the processor, so its name does not say how much CUDA has; give that with "
+            "--gpu_memory, for instance --gpu_memory 48GiB"
+        )
+    key, size = _key(name), _memory(name)
+    candidates = [card for card in CARDS if _key(card.name) == key]
+    if not candidates and key.endswith(("pcie", "nvl")):  # forms like others, but for the H100
+        key = re.sub(r"(pcie|nvl)$", "", key)
+        candidates = [card for card in CARDS if _key(card.name) == key]
+    short = _without_prefix(key)
+    candidates = candidates or [card for card in CARDS if short and _without_prefix(_key(card.name)) == short]
+    if candidates:
+        if size is None:
+            exact = [card for card in candidates if _memory(card.name) is None]
+            return min(exact or candidates, key=lambda card: card.total_bytes)
+        sized = [card for card in candidates if abs(size / card.nominal_gib - 1) <= _AS_SOLD]
+        if sized:
+            return min(sized, key=lambda card: abs(size / card.nominal_gib - 1))
+        there = " or ".join(f"{card.nominal_gib:g}" for card in sorted(candidates, key=lambda card: card.nominal_gib))
+        raise UserError(
+            f"--gpu {name!r}: that card comes with {there} GB; for another size give --gpu_memory {size:g}GB"
+        )
+    if _OTHER_MAKERS.search(low):
+        raise UserError(
+            f"{name!r} is not predicted: what is replayed is PyTorch's allocator on NVIDIA's CUDA. For a rough figure by CUDA's "
+            "rules give its memory, for instance --gpu_memory 24GiB"
+        )
+    names = {_key(card.name): card.name for card in CARDS}
+    near = [names[k] for k in get_close_matches(key, names, n=5, cutoff=0.5)]
+    near = near or [card.name for card in CARDS if short and short in _key(card.name)][:5]
+    if not near:
+        raise UserError(
+            f"unknown GPU {name!r}; give a name such as 'RTX 4090' or 'A100 80GB', or its memory with --gpu_memory"
+        )
+    raise UserError(f"unknown GPU {name!r}: near names are {', '.join(near)}; or give --gpu_memory")
+
+
+def generic_card(memory: str) -> Card:
+    """A card of `memory` usable bytes, such as "24GiB", for `--gpu_memory`: Ampere rules, no context on top.
+
+    Raises:
+        UserError: where `memory` is not a size.
+    """
+    return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
+
+
+def card_of_device(
+    name: str,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    total_bytes: int,
+    free_bytes: int | None = None,
+    own_bytes: int = 0,
+) -> Card:
+    """The card that this machine has, from `torch.cuda.get_device_properties`: real size, context as known by name.
+
+    `free_bytes` is what CUDA says is free (None: unknown), while this process holds `own_bytes` beside its context. What
+    is neither belongs to other programs, a desktop for one.
+    """
+    try:
+        known = find_card(name)
+        context, estimate = known.context_bytes, known.context_is_estimate
+    except UserError:
+        context, estimate = _estimated_context(capability, multiprocessors), True
+    taken = 0 if free_bytes is None else max(0, total_bytes - free_bytes - own_bytes - context)
+    return Card(
+        name,
+        capability,
+        multiprocessors,
+        total_bytes,
+        context_bytes=context,
+        context_is_estimate=estimate,
+        taken_bytes=taken,
+    )

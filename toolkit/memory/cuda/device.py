@@ -1,0 +1,401 @@
+"""A CUDA card for the shadow step: what its kernels and libraries do that fake tensors on a CPU do not show.
+
+`Cuda(card)` is the shadow's `Device`. Its parts, each with the reason beside it and a test:
+
+- `CudaOverlay` runs operators: buffers that kernels take unseen, workspaces, gradients summed in place.
+- `running()` replaces the Python functions that take another path on a GPU: attention (`attention`), softmax, dropout,
+  the operators that CUDA's autocast runs in float32 (`autocast`), and bitsandbytes (`quantized`).
+- `load()` replays loading (`loading`), `prepare()` makes optimizers use their foreach implementations.
+
+Sources are files of PyTorch 2.14 under aten/src/ATen unless another is named. All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolkit.memory import meta_ops
+from toolkit.memory.cuda import attention, loading, quantized
+from toolkit.memory.cuda.allocator import AllocatorMeter
+from toolkit.memory.cuda.autocast import cuda_autocast, in_lower_precision
+from toolkit.memory.cuda.cards import Card
+from toolkit.memory.trace import Trace
+from toolkit.units import MIB, format_bytes
+
+_NOTEWORTHY = 256 * MIB  # an estimated context is not known better
+_DISPATCH = {__name__, "toolkit.memory.trace", "torch._ops"}  # the modules between an operator's caller and its overlay
+_MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def softmax_backward(args: tuple) -> list[int]:
+    """native/cuda/SoftMax.cu, `softmax_backward_cuda_out`: `tmp = grad * output`, as large as the gradient."""
+    return [_bytes(args[0])]
+
+
+def flash_backward(args: tuple) -> list[int]:
+    """native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`: row sums (batch, heads, queries) and the query's
+    gradient in float32, with queries rounded to 128 and head size to 32; with fewer key heads, their gradients once for
+    each query head."""
+    query, key = args[1], args[2]
+    batch, heads, queries, size = query.shape
+    queries = _round_up(queries, 128)
+    rounded = _round_up(size, 32) if size <= 192 else 256
+    hidden = [4 * batch * heads * queries, 4 * batch * heads * queries * rounded]
+    if key.shape[1] != heads:
+        hidden += 2 * [_bytes(key) * heads // key.shape[1]]
+    return hidden
+
+
+def efficient_backward(args: tuple) -> list[int]:
+    """native/transformers/cuda/attention_backward.cu, `_efficient_attention_backward`: delta (batch, heads, queries) in
+    float32 and, for 16-bit inputs, a workspace in which the query's gradient is summed in float32."""
+    query = args[1]
+    delta = 4 * query.shape[0] * query.shape[1] * query.shape[2]
+    return [delta] if query.dtype == torch.float32 else [delta, 4 * query.numel()]
+
+
+def embedding_backward(args: tuple) -> list[int]:
+    """native/cuda/Embedding.cu: more than 3,072 indices are sorted, with their places, from one buffer into another."""
+    indices = args[1]
+    return [4 * _bytes(indices)] if indices.numel() > 3072 else []
+
+
+def safe_softmax(args: tuple) -> list[int]:
+    """native/transformers/attention.cpp: which scores are masked, in which rows all are, and the zero that is written there.
+
+    It is written into the softmax itself, so there is no second matrix of scores.
+    """
+    scores, dim = args[:2]
+    return [scores.numel(), scores.numel() // scores.shape[dim], scores.element_size()]
+
+
+HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
+    "aten::_safe_softmax": safe_softmax,
+    "aten::_softmax_backward_data": softmax_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": flash_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": efficient_backward,
+    "aten::embedding_dense_backward": embedding_backward,
+}
+
+
+class CudaOverlay:
+    """Runs each operator as `card` would, seen from its memory."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self._threads: set[bool] = set()  # whose cuBLAS handle has its workspace: the main thread's, autograd's
+        _alone()  # while autograd can still be asked
+
+    def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
+        name = op.name()
+        stand_in = quantized.STAND_INS.get(name)
+        if stand_in is not None:
+            return stand_in(self.card, trace, args, kwargs)
+        if name == "aten::add.Tensor" and (_sums_gradients(args) or _adds_a_mask()):
+            return args[0]
+        result = meta_ops.run(op, args, kwargs)
+        if name in _MATRIX_PRODUCTS:
+            self._workspace(trace, result)
+        hidden = HIDDEN.get(name)
+        if hidden is not None:
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    trace.track(tensor)  # PyTorch allocates the result first
+            for block in [trace.hold(nbytes) for nbytes in hidden(args)]:
+                trace.release(block)
+        return result
+
+    def _workspace(self, trace: Trace, result: torch.Tensor) -> None:
+        """cuda/CublasHandlePool.cpp: each thread's handle takes a workspace at its first product and keeps it; autograd
+        has a thread of its own. cuBLASLt (a linear layer with bias) shares it since PyTorch 2.7."""
+        in_autograd = torch._C._current_graph_task_id() != -1
+        if in_autograd not in self._threads:
+            self._threads.add(in_autograd)
+            trace.track(result)
+            trace.hold(self.card.blas_workspace_bytes, "cublas")
+
+
+def _sums_gradients(args: tuple) -> bool:
+    """Whether this addition is one that autograd's engine does in place: the sum of the gradients of a tensor used twice.
+
+    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the engine adds into the first gradient where that is
+    dense, and where neither the tensor nor its storage has another holder. A view never is: it keeps its base, which holds
+    the storage too (the gradient of a linear layer's 3-D input, of a tied embedding). Another holder of the tensor is a
+    second node that the same gradient was given to and that has not run yet. The engine never adds in place to tensor
+    subclasses, which fake tensors are, so the shadow sees each addition out of place, and asks for the counts itself.
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
+        return False
+    if _caller().co_name != "_engine_run_backward":
+        return False
+    first, second = args[:2]
+    alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape
+    return alike and first.dtype == second.dtype and _is_dense(first) and _holders(first) == _alone()
+
+
+def _adds_a_mask() -> bool:
+    """Whether this addition is that of a mask to the scores of the math kernel for attention.
+
+    native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: in place, but not for tensor subclasses. The
+    kernel is called from `attention`, and adds from C++.
+    """
+    return _caller().co_filename == attention.__file__
+
+
+def _caller() -> CodeType:
+    """The Python code from which the operator that is run was called: the nearest outside this package's dispatch.
+
+    Autograd's engine, its nodes and kernels in C++ have no frame: theirs is the code that called them. A node written in
+    Python, or checkpointing's recomputation, has one.
+    """
+    frame: Any = sys._getframe(1)
+    while frame.f_globals.get("__name__") in _DISPATCH:
+        frame = frame.f_back
+    return frame.f_code
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How often PyTorch's C++ side holds `tensor`, and its storage."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+class _FirstGradient(TorchDispatchMode):
+    """Notes the holders of the first gradient that the engine adds to."""
+
+    holders = (0, 0)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if op is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
+            self.holders = _holders(args[0])
+        return op(*args, **(kwargs or {}))
+
+
+@cache
+def _alone() -> tuple[int, int]:
+    """`_holders` of a gradient that has no other holder, as a dispatch mode sees it: the engine, the call and Python's object.
+
+    Found by a backward pass, for the counts differ between versions of PyTorch; not to be called first within an operator.
+    """
+    with torch.enable_grad(), _FirstGradient() as seen:
+        x = torch.ones(1, requires_grad=True) * 1.0
+        torch.autograd.grad(x * 2.0 - x * 3.0, x)
+    return seen.holders
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill the memory that they span, each once (an expanded tensor spans less)."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return span == tensor.numel()
+
+
+class _HalfToFloatSoftmax(torch.autograd.Function):
+    """float16 in, float32 out, in one kernel: neither direction makes a float32 copy of the float16 tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int) -> torch.Tensor:
+        output = x.new_empty(x.shape, dtype=torch.float32)
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (output,) = ctx.saved_tensors
+        result = output.new_empty(output.shape, dtype=torch.float16)
+        product = torch.empty_like(grad)  # `softmax_backward`'s hidden buffer: born behind the result
+        del product
+        return result, None
+
+
+def _is_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast would change what runs on `x`."""
+    return isinstance(x, FakeTensor) and torch.is_autocast_enabled("cpu") and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def replaced_functions(card: Card, built_with_flash: bool = True) -> dict[str, Callable[..., Any]]:
+    """Functions of `torch.nn.functional` by name, as they run on `card`; tensors that are not fake pass unchanged."""
+    softmax, log_softmax, cross_entropy = F.softmax, F.log_softmax, F.cross_entropy
+    dropout, real_attention = F.dropout, F.scaled_dot_product_attention
+    fake_attention = attention.attention_on(card, built_with_flash)
+
+    def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+        # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first. A dtype that is given is kept.
+        dtype = torch.float32 if dtype is None and _is_autocast(input) else dtype
+        if isinstance(input, FakeTensor) and input.dtype == torch.float16 and dtype == torch.float32:
+            return _HalfToFloatSoftmax.apply(input, dim)
+        return softmax(input, dim, _stacklevel, dtype)
+
+    def cuda_log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+        dtype = torch.float32 if dtype is None and _is_autocast(input) else dtype
+        return log_softmax(input, dim, _stacklevel, dtype)
+
+    def cuda_cross_entropy(
+        input: Any,
+        target: Any,
+        weight: Any = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        # native/LossNLL.cpp: its log_softmax is given the input's dtype, which autocast keeps; nll_loss is run in float32.
+        if not _is_autocast(input) or rest or more.get("label_smoothing") or target.is_floating_point():
+            return cross_entropy(input, target, weight, size_average, ignore_index, *rest, **more)
+        more.pop("label_smoothing", None)
+        logs = log_softmax(input, min(1, input.dim() - 1), dtype=input.dtype)
+        return F.nll_loss(logs, target, weight, size_average, ignore_index, **more)
+
+    def cuda_dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        # native/Dropout.cpp: fused on CUDA, where the mask is bool; on a CPU it has the activation's dtype.
+        if isinstance(input, FakeTensor) and training and 0 < p < 1 and not inplace:
+            return torch.native_dropout(input, p, True)[0]
+        return dropout(input, p, training, inplace)
+
+    def cuda_attention(query: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(query, FakeTensor):
+            return in_lower_precision(fake_attention, query, *args, **kwargs)
+        return real_attention(query, *args, **kwargs)
+
+    return {
+        "softmax": cuda_softmax,
+        "log_softmax": cuda_log_softmax,
+        "cross_entropy": cuda_cross_entropy,
+        "dropout": cuda_dropout,
+        "scaled_dot_product_attention": cuda_attention,
+    }
+
+
+def _expandable_segments() -> bool:
+    """Whether the environment, which a run from here would have too, asks for them (PYTORCH_CUDA_ALLOC_CONF: the older name)."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return "expandable_segments:true" in settings.replace(" ", "").lower()
+
+
+@contextmanager
+def _fused_dropout() -> Iterator[None]:
+    """native/Dropout.cpp: on CUDA `at::dropout` is one operator with a bool mask; on a CPU a mask in the input's dtype, and a product.
+
+    `replaced_functions` sees Python's calls alone, and the math kernel for attention calls it from C++.
+    """
+    library = torch.library.Library("aten", "IMPL")
+
+    def dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+        if not train or p == 0 or not input.numel():
+            return input
+        return input * 0 if p == 1 else torch.native_dropout(input, p, train)[0]
+
+    library.impl("dropout", dropout, "AutogradCPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+class Cuda:
+    """A card as the shadow step's device.
+
+    Args:
+        card: whose rules and sizes hold.
+        expandable_segments: the allocator's setting of that name; by default what PYTORCH_ALLOC_CONF says here.
+        budget_bytes: what the process may take, context included; by default all that the card offers.
+        adapters_cast_on_device: see `loading.replay`.
+        empties_cache_after_casts: whether PEFT gives the cache back after its casts (0.20 and later do).
+        built_with_flash: whether PyTorch holds the flash kernel; by default as the installed one does.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        expandable_segments: bool | None = None,
+        budget_bytes: int | None = None,
+        adapters_cast_on_device: bool = False,
+        empties_cache_after_casts: bool = True,
+        built_with_flash: bool | None = None,
+    ) -> None:
+        self.card = card
+        self.name = card.name
+        self.context_bytes: int | None = card.context_bytes
+        self.budget_bytes: int | None = card.budget_bytes if budget_bytes is None else budget_bytes
+        self.expandable_segments = _expandable_segments() if expandable_segments is None else expandable_segments
+        self.adapters_cast_on_device = adapters_cast_on_device
+        self.empties_cache_after_casts = empties_cache_after_casts
+        self.built_with_flash = attention.installed_has_flash() if built_with_flash is None else built_with_flash
+        self._meter = AllocatorMeter(self.expandable_segments)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the card's figures is estimated, one sentence each."""
+        notes = []
+        if self.card.context_is_estimate and self.card.context_bytes:
+            notes.append(f"the CUDA context of {self.card.name} is an estimate: it was not measured")
+        if self.card.total_is_estimate:
+            notes.append(f"the capacity of {self.card.name} is the usual one: it was not checked against a report")
+        if self.card.taken_bytes >= _NOTEWORTHY:
+            notes.append(f"{format_bytes(self.card.taken_bytes)} of {self.card.name} are held by other programs")
+        return tuple(notes)
+
+    def meter(self) -> AllocatorMeter:
+        """A fresh replay of the caching allocator."""
+        self._meter = AllocatorMeter(self.expandable_segments)
+        return self._meter
+
+    def limited_meter(self) -> AllocatorMeter | None:
+        """The same on a card that has the budget and no more."""
+        if self.budget_bytes is None:
+            return None
+        return AllocatorMeter(self.expandable_segments, capacity=self.budget_bytes - (self.context_bytes or 0))
+
+    def overlay(self) -> CudaOverlay:
+        """A fresh overlay: no handle has its workspace yet."""
+        return CudaOverlay(self.card)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While open, functions take the paths that they take on this card."""
+        replaced = replaced_functions(self.card, self.built_with_flash)
+        before = {name: getattr(F, name) for name in replaced}
+        with quantized.cuda_paths(), cuda_autocast(), _fused_dropout():
+            for name, function in replaced.items():
+                setattr(F, name, function)
+            try:
+                yield
+            finally:
+                for name, function in before.items():
+                    setattr(F, name, function)
+
+    def load(self, trace: Trace, model: nn.Module) -> None:
+        """Replays loading, with its staging and its order."""
+        give_back = self._meter.empty_cache if self.empties_cache_after_casts else lambda: None
+        loading.replay(trace, model, give_back, self.adapters_cast_on_device)
+
+    def prepare(self, trainer: Any) -> None:
+        """On CUDA, PyTorch's optimizers update all parameters together (foreach) unless told otherwise."""
+        create = trainer.create_optimizer
+
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            optimizer = create(*args, **kwargs)
+            for group in getattr(trainer.optimizer, "param_groups", ()):
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True
+            return optimizer
+
+        trainer.create_optimizer = create_optimizer

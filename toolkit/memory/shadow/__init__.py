@@ -1,0 +1,1 @@
+"""The shadow step: the real training step on fake tensors."""

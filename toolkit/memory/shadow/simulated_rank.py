@@ -1,0 +1,341 @@
+"""One rank of several, in one process: the real engine (DDP, ZeRO, FSDP2) on fake tensors and a process group that sends nothing.
+
+    with world(read_launch_file("zero3", 4).of_rank(0)):
+        ledger = predict(build, trainer, arguments, device)
+
+Inside, accelerate finds what `accelerate launch` would have left in the environment of rank 0, `torch.distributed` has its own
+fake group of that many ranks, and the shadow step goes the way that a rank goes: the very code of DeepSpeed and of PyTorch
+flattens, partitions, pads, gathers, prefetches, buckets and reduces, so that no buffer of theirs is a formula here. What an
+engine makes is fake like the parameters (`Fakes`), and what it would read out of its values is a zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolkit.memory import meta_ops
+from toolkit.memory.shadow.isolation import isolated
+from toolkit.memory.trace import Trace
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_FACTORIES = {
+    f"aten::{name}"
+    for name in (
+        "empty.memory_format",
+        "empty_strided",
+        "zeros",
+        "ones",
+        "full",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+    )
+}
+_files: dict[str, int] = {}  # what this rank has written to its disk: path -> bytes
+_pinned: set[int] = (
+    set()
+)  # buffers between memory and disk, which live as long as the engine: addresses of their StorageImpl
+_open: list[Mapping[str, str]] = []  # the launch of the world that is open
+
+
+def in_world() -> bool:
+    """Whether the shadow step is a rank of several."""
+    return bool(_open)
+
+
+def in_deepspeed() -> bool:
+    """Whether that rank's engine is DeepSpeed's."""
+    return in_world() and _open[-1].get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def processes() -> int:
+    """How many ranks there are; 1 outside of a world."""
+    return int(_open[-1]["WORLD_SIZE"]) if _open else 1
+
+
+@contextmanager
+def world(launch: Mapping[str, str]) -> Iterator[None]:
+    """Inside, this process is the rank that `launch` (its environment variables) describes."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    with ExitStack() as stack:
+        stack.enter_context(isolated())
+        PartialState._shared_state.clear()
+        os.environ.update(launch)
+        _swap_elsewhere(stack)
+        rank, size = int(launch["RANK"]), int(launch["WORLD_SIZE"])
+        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        stack.callback(distributed.destroy_process_group)
+        stack.enter_context(_replaced(AcceleratorState, "__init__", begin_as_on_gpus(AcceleratorState.__init__)))
+        _open.append(launch)
+        stack.callback(_open.pop)
+        if in_deepspeed():
+            stack.enter_context(_deepspeed())
+        PartialState(cpu=True)
+        yield
+
+
+def swapped_bytes() -> int:
+    """Size of all files that the ranks of one machine have written since the world was opened (ZeRO-Infinity), in bytes."""
+    return sum(_files.values()) * int(_open[-1]["LOCAL_WORLD_SIZE"]) if _open else 0
+
+
+def _swap_elsewhere(stack: ExitStack) -> None:
+    """DeepSpeed empties the folder that it swaps to: here it is given one of no use to anybody."""
+    from toolkit.distributed.deepspeed import read_deepspeed
+
+    _files.clear()
+    _pinned.clear()
+    source = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    settings = copy.deepcopy(read_deepspeed(source)) if source else {}
+    zero = settings.get("zero_optimization", {})
+    swapping = [
+        zero[name] for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("nvme_path")
+    ]
+    if swapping:
+        folder = stack.enter_context(TemporaryDirectory())
+        for part in swapping:
+            part["nvme_path"] = folder
+        path = Path(folder) / "deepspeed.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+
+
+@contextmanager
+def engine_on_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Open while a rank's shadow step runs: what its engine makes is fake too."""
+    from bitsandbytes.nn import modules as quantized
+
+    ddp = nn.parallel.DistributedDataParallel
+    with (
+        _replaced(quantized, "fix_4bit_weight_quant_state_from_module", _keep_quant_state),
+        _replaced(ddp, "__init__", _with_hook(ddp.__init__)),
+        _replaced(FakeTensor, "data_ptr", _address),
+        Fakes(mode),
+    ):
+        yield
+
+
+def applied(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` on fake tensors (its own swaps whole tensors, which are referred to weakly here)."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = fn(parameter.data)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else fn(buffer)
+    return model
+
+
+class Fakes(TorchDispatchMode):
+    """Makes every new floating-point tensor fake, and reads a zero out of every fake one."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if DTensor in types:
+            return NotImplemented  # it asks again for what it holds
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return op(*args, **kwargs)
+        name = op.name()
+        if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if name in _FACTORIES and not any(isinstance(arg, FakeTensor) for arg in args):
+            dtype = kwargs.get("dtype") or (args[0].dtype if isinstance(args[0], torch.Tensor) else None)
+            device = kwargs.get("device")
+            if (dtype or torch.get_default_dtype()).is_floating_point and (device is None or device.type == "cpu"):
+                if isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu":
+                    return op(*args, **kwargs)
+                meta_args = [arg.to(_META) if isinstance(arg, torch.Tensor) else arg for arg in args]
+                return meta_ops.fake(self.mode, op(*meta_args, **(kwargs | {"device": _META, "pin_memory": False})))
+        return meta_ops.run(op, args, kwargs)
+
+
+def _keep_quant_state(module: Any) -> None:
+    """bitsandbytes gives a weight that FSDP gathered its class and its scales back; a fake tensor has a class of its own."""
+    module.weight.quant_state = module.quant_state
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Stands for where a fake tensor's data would be: engines tell tensors apart by it."""
+    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+def gloo_buffers(trace: Trace, op: Any, args: tuple) -> None:
+    """What the CPU's process group takes unseen: it scatters sums out of a copy of its input (ProcessGroupGloo.cpp,
+    `reduce_scatter_tensor_coalesced`); NCCL does not."""
+    if op.name() == "c10d::_reduce_scatter_base_":
+        trace.passing(args[1].numel() * args[1].element_size(), "gloo")
+
+
+def _with_hook(begin: Any) -> Any:
+    """DDP's own all-reduce takes its result from the process group, which here has none: a hook gives the bucket back."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.register_comm_hook(None, lambda state, bucket: _reduced(bucket.buffer()))
+
+    return __init__
+
+
+def _reduced(bucket: torch.Tensor) -> torch.futures.Future:
+    distributed.all_reduce(bucket)
+    future: torch.futures.Future = torch.futures.Future()
+    future.set_result(bucket)
+    return future
+
+
+def begin_as_on_gpus(begin: Any) -> Any:
+    """`AcceleratorState.__init__` (`begin`) that makes a CPU's process group an FSDP group, as accelerate 1.15 does on GPUs alone."""
+
+    def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    return __init__
+
+
+@contextmanager
+def _deepspeed() -> Iterator[None]:
+    """DeepSpeed joins the group, and leaves it."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import numa
+
+    from toolkit.distributed.deepspeed import join_deepspeed
+
+    groups = vars(deepspeed.utils.groups)  # where it remembers process groups
+    kept = {name: copy.copy(value) for name, value in groups.items() if name.isupper() or name == "mpu"}
+    join_deepspeed()
+    try:
+        # it counts a CPU's sockets, by a process of its own, each time that it reduces a gradient
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(get_accelerator(), "is_fp16_supported", lambda: True))  # as on every GPU
+            stack.enter_context(uncompiled_adam())
+            stack.enter_context(_replaced(numa, "get_numa_cores", cache(numa.get_numa_cores)))
+            stack.enter_context(uncompiled_disk(Disk))
+            if os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1") != "1":
+                _shared_rows(stack)
+            yield
+    finally:
+        deepspeed.comm.comm.cdb = None
+        groups.update(kept)
+
+
+def _shared_rows(stack: ExitStack) -> None:
+    """Where ranks share rows, DeepSpeed puts its own attention in transformers' place and remembers groups: until the world ends."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.sequence import layer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    stack.enter_context(patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping))
+    stack.enter_context(patch.dict(layer._all_to_all_groups))
+    for name in ("_SEQUENCE_PARALLEL_GROUP", "_SEQUENCE_DATA_PARALLEL_GROUP"):
+        stack.enter_context(_replaced(parallel_state_sp, name, None))
+
+
+class Disk:
+    """DeepSpeed's compiled handle of a disk (csrc/aio) that writes nothing: it pins buffers, and knows how large each file becomes."""
+
+    def __init__(self, **options: Any) -> None:
+        self._pending = 0
+
+    def new_cpu_locked_tensor(self, numel: int, like: torch.Tensor) -> torch.Tensor:
+        tensor = torch.empty(numel, dtype=like.dtype)
+        _pinned.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in _pinned
+
+    def async_pwrite(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        _files[path] = max(_files.get(path, 0), offset + tensor.numel() * tensor.element_size())
+        self._pending += 1
+        return 0
+
+    def async_pread(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        self._pending += 1
+        return 0
+
+    def wait(self) -> int:
+        done, self._pending = self._pending, 0
+        return done
+
+
+@contextmanager
+def uncompiled_disk(handle: type[Disk]) -> Iterator[None]:
+    """DeepSpeed swaps through `handle`."""
+    from deepspeed.runtime.swap_tensor import (
+        partitioned_optimizer_swapper,
+        partitioned_param_swapper,
+        pipelined_optimizer_swapper,
+    )
+
+    builder = SimpleNamespace(load=lambda verbose=True: SimpleNamespace(aio_handle=handle))
+    with ExitStack() as stack:
+        for swapper in (partitioned_optimizer_swapper, partitioned_param_swapper, pipelined_optimizer_swapper):
+            stack.enter_context(_replaced(swapper, "AsyncIOBuilder", lambda: builder))
+        yield
+
+
+@contextmanager
+def uncompiled_adam() -> Iterator[None]:
+    """DeepSpeed's optimizer for the CPU keeps what it keeps, and updates nothing: its update is compiled C++, in place."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    with _replaced(DeepSpeedCPUAdam, "__init__", _adam_begins), _replaced(DeepSpeedCPUAdam, "step", _adam_steps):
+        yield
+
+
+def _adam_begins(self: Any, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, **options: Any) -> None:
+    defaults = {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+    defaults |= {"bias_correction": True, "amsgrad": False}
+    torch.optim.Optimizer.__init__(self, params, defaults)
+
+
+def _adam_steps(self: Any, closure: Any = None) -> None:
+    """cpu_adam.py, `step`: moments in float32, made at the first step; the update itself is in place."""
+    for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+        if not self.state[parameter]:
+            moments = [torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2)]
+            self.state[parameter] = {"step": 0, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

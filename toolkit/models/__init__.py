@@ -1,0 +1,1 @@
+"""Models: loaded or built without weights, their heads, their losses, and what they write."""

@@ -1,0 +1,288 @@
+"""What a model answers: prompts go through it in batches on all ranks, and only the answers are kept, never logits.
+
+A row's answer is the same alone and in any batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
+from rich.progress import track
+from torch.nn.functional import cross_entropy
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from toolkit.console import console
+from toolkit.distributed.deepspeed import gathered_in_use
+from toolkit.distributed.sharded_models import is_sharded
+from toolkit.errors import UserError
+from toolkit.memory.cuda.meter import excluded_from_peak
+from toolkit.models.soft_prompts import cache_by_both_names, embedded, has_virtual_tokens
+
+Answer = TypeVar("Answer")
+
+# What is taken over from a model's generation_config: the tokens that begin and end a text, and those that are forced or banned.
+# The rest of it stays at transformers' defaults, or the answers of models that ship other settings (penalties of BART's
+# summarizers, sampling of Qwen's chat models, several answers a row) would not be the most probable ones, one for each row.
+TAKEN_OVER = (
+    *("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+)
+
+IGNORES_MASK = {"rwkv"}  # a recurrent model that reads padding as text: its rows are answered one by one
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    title: str = "",
+    end_tokens: Sequence[int] = (),
+    empty_target: Sequence[int] = (),
+) -> list[str]:
+    """The model's texts for `prompts` (token ids), in their order, on every rank. Greedy or beam search: no sampling.
+
+    A text ends with any token that ends one for the model's generation_config or the tokenizer, or is of `end_tokens`.
+    `empty_target` holds the labels of a target without words: an encoder-decoder model begins its answer as its labels begin in
+    training.
+    """
+
+    def answer(batch: list[Sequence[int]]) -> list[str]:
+        return tokenizer.batch_decode(_continued(model, tokenizer, batch), skip_special_tokens=True)
+
+    settings = _settings(model, tokenizer, end_tokens, empty_target)
+    settings.num_beams, settings.max_new_tokens = num_beams, max_new_tokens
+    rows = 1 if model.config.model_type in IGNORES_MASK else batch_size
+    with _generating_by(settings, model):
+        texts = _in_batches(answer, model, prompts, rows, title)
+    return [text.strip() for text in texts]
+
+
+def generation_error(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new_tokens: int = 8
+) -> float:
+    """How far the logits that generation takes its tokens from are off those of one forward pass over the same tokens.
+
+    It is the norm of the difference over that of the logits' spread, for `new_tokens` tokens after (or for) `prompt`. It is zero
+    but for rounding, unless generation loses something: virtual tokens, a prefix, the cache.
+    """
+
+    def answer(batch: list[Sequence[int]]) -> list[float]:
+        output = _continued(model, tokenizer, batch, return_dict_in_generate=True, output_logits=True)
+        written = torch.stack(output.logits, 1)[0].float()  # (new tokens, vocabulary)
+        inputs = {"input_ids": torch.tensor([batch[0]], device=model.device)}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = output.sequences[:, :-1]
+        else:
+            new = output.sequences[:, -len(written) : -1]
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
+        logits = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False).logits
+        whole = logits[0, -len(written) :].float()
+        spread = whole - whole.mean(-1, keepdim=True)
+        return [((whole - written).norm() / spread.norm()).item()]
+
+    settings = _settings(model, tokenizer)
+    settings.max_new_tokens, settings.eos_token_id = new_tokens, None
+    settings.forced_bos_token_id = settings.forced_eos_token_id = None
+    with _generating_by(settings, model):
+        return _in_batches(answer, model, [prompt], 1, "")[0]
+
+
+def _settings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    end_tokens: Sequence[int] = (),
+    empty_target: Sequence[int] = (),
+) -> GenerationConfig:
+    """How to generate, without sampling: what is `TAKEN_OVER` of the model's own settings, and what `generate` says."""
+    holder = _without_peft(model)
+    shipped = holder.generation_config
+    settings = GenerationConfig(**{name: getattr(shipped, name, None) for name in TAKEN_OVER}, do_sample=False)
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.eos_token_id = _end_tokens(shipped, tokenizer, end_tokens)
+    if empty_target:
+        _begin_as_labels(settings, holder, empty_target)
+    return settings
+
+
+@contextmanager
+def _generating_by(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+    """While open, `model` generates by `settings`, with a cache."""
+    holder = _without_peft(model)
+    shipped, use_cache = holder.generation_config, model.config.use_cache
+    model.config.use_cache, holder.generation_config = True, settings
+    try:
+        yield
+    finally:
+        model.config.use_cache, holder.generation_config = use_cache, shipped
+
+
+def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _begin_as_labels(settings: GenerationConfig, model: PreTrainedModel, empty_target: Sequence[int]) -> None:
+    """Lets an answer begin as labels do: mBART's decoder starts with the target's language, which its tokenizer chooses."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        settings.decoder_start_token_id = shift(torch.tensor([empty_target]))[0, 0].item()
+    if settings.forced_bos_token_id is not None:
+        first, *rest = empty_target
+        settings.forced_bos_token_id = first if rest and first not in (settings.eos_token_id or []) else None
+
+
+def classify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str = "",
+) -> list[int]:
+    """The class with the largest logit for each of `prompts` (token ids), in their order, on every rank."""
+
+    def answer(batch: list[Sequence[int]]) -> list[int]:
+        inputs = _padded(tokenizer, batch, "right", model.device)
+        return model(**inputs).logits.argmax(-1).tolist()  # logits: (rows, classes)
+
+    return _in_batches(answer, model, prompts, batch_size, title)
+
+
+def losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str = "",
+) -> list[float]:
+    """The mean negative log-likelihood of each of `prompts` (token ids), in nats, on every rank; 0 for a single token."""
+
+    def answer(batch: list[Sequence[int]]) -> list[float]:
+        inputs = _padded(tokenizer, batch, "right", model.device)
+        ids = inputs["input_ids"]  # (rows, length)
+        logits = model(**inputs).logits[:, -ids.shape[1] :]  # (rows, length, vocabulary), less those of virtual tokens
+        ends = [len(prompt) for prompt in batch]
+        return [
+            cross_entropy(logits[i, : end - 1].float(), ids[i, 1:end]).item() if end > 1 else 0.0
+            for i, end in enumerate(ends)
+        ]
+
+    return _in_batches(answer, model, prompts, batch_size, title)
+
+
+@torch.no_grad()  # not inference_mode: weights that are gathered in it could not be trained on
+def _in_batches(
+    answer: Callable[[list[Sequence[int]]], list[Answer]],
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    title: str,
+) -> list[Answer]:
+    """What `answer` gives for batches of `prompts`, in the order of `prompts`, on every rank.
+
+    Prompts are sorted by length, so that a batch holds little padding, and shared out among the ranks. Every rank answers
+    the same number of batches, for where the model is sharded it computes on all of them or on none.
+    """
+    state = PartialState()
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    mine = order[state.process_index :: state.num_processes]
+    most = -(-len(order) // state.num_processes)  # of the ranks' shares
+    batches = [mine[i : i + batch_size] for i in range(0, most, batch_size)]
+    was_training = model.training
+    model.eval()
+    found: list[tuple[int, Answer]] = []
+    try:
+        with excluded_from_peak(model.device), gathered_in_use(model):
+            for batch in track(
+                batches, description=title, console=console, transient=True, disable=not console.is_terminal
+            ):
+                asked = batch or order[-1:]  # a rank without a row left computes along with the others
+                found += zip(batch, answer([prompts[i] for i in asked])[: len(batch)], strict=True)
+    finally:
+        model.train(was_training)
+    if state.num_processes > 1:
+        found = gather_object(found)
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+def _padded(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], side: str, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` (rows, longest), padded on `side`."""
+    inputs = tokenizer.pad({"input_ids": [list(ids) for ids in prompts]}, padding_side=side, return_tensors="pt")
+    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def _end_tokens(
+    settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, more: Sequence[int]
+) -> list[int] | None:
+    """The ids that end a text, without repetition; None where nothing does."""
+    of_model = settings.eos_token_id
+    told = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id, *more]
+    return sorted({token for token in told if token is not None}) or None
+
+
+def _continued(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], **options: Any
+) -> Any:
+    """The ids (rows, longest answer) that the model writes after (or for) each of `prompts`; an encoder-decoder's with its start token.
+
+    With `options` for more than ids, transformers' own output, whose sequences may begin with the prompt.
+    """
+    options["synced_gpus"] = is_sharded(
+        model
+    )  # transformers sees ZeRO-3 by itself, but not FSDP2 as accelerate sets it up
+    if model.config.is_encoder_decoder:
+        inputs = _padded(tokenizer, prompts, "right", model.device)
+    elif has_virtual_tokens(model):
+        return model.get_base_model().generate(**embedded(model, prompts), **options)
+    else:  # a decoder continues from the last position
+        inputs = _padded(tokenizer, prompts, "left", model.device)
+    with cache_by_both_names(model):
+        output = model.generate(**inputs, **options)
+    prompt = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return output[:, prompt:] if isinstance(output, torch.Tensor) else output
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+BEAMS = ("early_stopping", "length_penalty")
+
+
+def make_saveable(settings: GenerationConfig) -> None:
+    """Mends what some published models contradict themselves in, which transformers loads with a warning and refuses to save.
+
+    Where `do_sample` is not set and settings of sampling are, it becomes true: other libraries sample by them, and
+    that is what the model's author wrote them for. Where it is false, they are dropped, as settings of beam search are
+    with one beam: nothing reads them. The test split is answered without sampling in any case.
+
+    Raises: UserError for what cannot be mended, before anything is trained.
+    """
+    try:
+        settings.validate(strict=True)
+        return
+    except ValueError:
+        pass
+    if settings.do_sample is None and any(getattr(settings, name, None) is not None for name in SAMPLING):
+        settings.do_sample = True
+    unread: tuple[str, ...] = SAMPLING if not settings.do_sample else ()
+    unread += BEAMS if (settings.num_beams or 1) == 1 else ()
+    for name in unread:
+        setattr(settings, name, None)
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the model's generation_config.json could not be saved with what is trained: {reason}"
+        ) from None

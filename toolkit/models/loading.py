@@ -1,0 +1,291 @@
+"""Tokenizer and model: a hub id, a local folder, or the embedded default; in the precision that the machine allows."""
+
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from toolkit.console import say
+from toolkit.distributed.deepspeed import without_partitioning
+from toolkit.distributed.request import requested_engine
+from toolkit.errors import UserError
+from toolkit.models import catalogue
+from toolkit.models.arguments import ModelArguments
+from toolkit.models.heads import (
+    OTHER_HEADS,
+    ModelKind,
+    _check_kind,
+    auto_class,
+    has_head,
+    has_own_head,
+    head_modules,
+    keeps_head,
+)
+from toolkit.models.meta import model_on_meta
+from toolkit.models.quantization import quantization_config
+
+# T5 and its kin. Their activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
+# Their positions are relative: lengths beyond the training length do run.
+T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+
+
+def load_model_config(
+    args: ModelArguments, fp16: bool = False, needs_weights: bool = True, kind: ModelKind = "generating"
+) -> PreTrainedConfig:
+    """Reads the model's config: the only thing that is fetched before the flags are known to be right.
+
+    Where `needs_weights` is false a folder with a config alone will do, and models of the catalogue need no hub.
+
+    Raises: UserError for a missing or gated model, a folder without config, an architecture that transformers does not
+    know or that is not of the `kind` that the task needs, T5 in fp16, or quantization of a model that is already
+    quantized.
+    """
+    source = args.source
+    if args.is_local:
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"--model_name_or_path {source}: no such folder; give an existing one or a hub id (user/name)"
+            )
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"--model_name_or_path {source}: the folder holds an adapter, which transformers would put into the model that is tuned; "
+                "give its base model, or a folder that footprint merge wrote"
+            )
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--model_name_or_path {source}: the folder has no config.json, so it holds no model")
+        has_weights = args.random_weights or not needs_weights
+        if not has_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
+    try:
+        known = None if needs_weights or args.is_local else catalogue.config_of(source)
+        config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_why_not(source, error)) from None
+    _check_kind(source, config, kind)
+    config.problem_type = None  # a checkpoint that had a head may say else: `set_head` alone decides
+    if fp16 and config.model_type in T5_FAMILY:
+        raise UserError(
+            f"--fp16 with {config.model_type}: T5's activations exceed fp16's largest number (65,504) and turn to NaN; "
+            "use --bf16 on a card that has it, or fp32"
+        )
+    if args.dtype == "float16" and config.model_type in T5_FAMILY:
+        raise UserError(f"--dtype float16 with {config.model_type} overflows; use bfloat16 or float32")
+    if (args.load_in_4bit or args.load_in_8bit) and getattr(config, "quantization_config", None) is not None:
+        flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
+        method = config.quantization_config.get("quant_method", "some method")
+        raise UserError(f"{flag}: {source} is already quantized (by {method}); leave the flag out")
+    return config
+
+
+def _why_not(source: str, error: Exception) -> str:
+    """One line for a config that could not be read."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    if any(isinstance(c, GatedRepoError) for c in causes):
+        return (
+            f"{source} is gated: accept its licence on its hub page and log in with `hf auth login`, "
+            "or give a model that is open"
+        )
+    if any(isinstance(c, RepositoryNotFoundError) for c in causes):
+        return f"{source} is not on the hub (or is private: `hf auth login`); check the spelling of user/name"
+    if any(isinstance(c, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for c in causes):
+        return (
+            f"{source} is not in the local cache and the hub cannot be reached; go online once, or give a local folder"
+        )
+    if "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
+        import transformers
+
+        model_type = str(error).split("`")[1] if "`" in str(error) else "unknown"
+        return (
+            f"{source}: transformers {transformers.__version__} does not know the architecture {model_type!r}; "
+            "check model_type in its config.json, or upgrade transformers"
+        )
+    return f"{source}: its config cannot be read ({' '.join(str(error).split())[:200]})"
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (the end-of-text token where the model has none of its own).
+
+    Raises: UserError where there is none, or it has no token to pad with.
+    """
+    source = args.tokenizer_name or args.source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=None if args.tokenizer_name else args.model_revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{source}: no tokenizer can be loaded ({reason}); name one with --tokenizer_name") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"{source}: its tokenizer has neither a padding token nor an end-of-text token, so rows of different lengths make no "
+            "batch; name another with --tokenizer_name, or set pad_token (and eos_token) in its tokenizer_config.json"
+        )
+    tokenizer.padding_side = "right"  # the first token of a text is then predicted from nothing; generation has its own
+    return tokenizer
+
+
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """The most tokens that the model can take in one sequence, or None where neither it nor its tokenizer has a limit.
+
+    Absolute position embeddings (GPT-2, BART) and rotary ones (Llama) end at `max_position_embeddings`; T5's relative
+    positions have no end, and its tokenizer says what it was made for.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if tokenizer is not None and tokenizer.model_max_length < 10**9:
+        limit = min(limit or tokenizer.model_max_length, tokenizer.model_max_length)
+    return limit
+
+
+def weights_dtype(args: ModelArguments, frozen: bool, bf16: bool, fp16: bool) -> tuple[torch.dtype, str]:
+    """The type in which the weights are held, and the reason.
+
+    Trained weights stay in fp32 (mixed precision computes in a shorter type, but small updates would be rounded away);
+    a frozen base loses nothing in the type that it is computed in.
+    """
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype), "--dtype"
+    if frozen and (bf16 or fp16):
+        return (torch.bfloat16 if bf16 else torch.float16), "a frozen base is held in the type that it is computed in"
+    return torch.float32, "trained weights are held in fp32" if not frozen else "no mixed precision"
+
+
+def build_on_meta(
+    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, sharded: bool = False
+) -> PreTrainedModel:
+    """The model without weights: shapes, names and quantized layers, in about a second for any size.
+
+    `sharded`: see `quantization_config`.
+    """
+    try:
+        with without_partitioning():
+            return model_on_meta(
+                auto_class(config),
+                copy.deepcopy(config),
+                dtype,
+                args.attn_implementation,
+                quantization_config(args, config, dtype, sharded),
+            )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Draws the head again where the checkpoint's own is for other classes, or classifies something else than texts.
+
+    Where it has as many classes, its rows were loaded, and each would stand for another class. `missing`: the weights that the
+    checkpoint lacks; one whose config names no architecture, or one of its own, may bring a whole head.
+    """
+    shipped, config = AutoConfig.from_pretrained(args.source, revision=args.model_revision), model.config
+    other = any(name.endswith(OTHER_HEADS) for name in shipped.architectures or ())
+    whole = not any(name.startswith(tuple(f"{head}." for head in head_modules(model))) for name in missing)
+    if not (whole or other or has_own_head(shipped)):
+        return
+    if keeps_head(shipped, [config.id2label[number] for number in range(config.num_labels)]):
+        return
+    heads = [model.get_submodule(name) for name in head_modules(model)]
+    drawn = [one for head in heads for one in (*head.modules(), *head.parameters())]
+    for one in (model, *drawn):
+        one._is_hf_initialized = False
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for head in heads for p in head.parameters()], modifier_rank=0):
+            model.initialize_weights()
+    else:
+        model.initialize_weights()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Checks what `from_pretrained` has `found`, and says what of the file it has left out; a head may be new.
+
+    Raises: UserError where weights of the model are not in `source`, or have other shapes there: transformers begins them random.
+    """
+    heads = tuple(f"{name}." for name in head_modules(model)) if has_head(model.config) else ()
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(heads))
+    missing += sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(heads))
+    unknown = sorted(found["unexpected_keys"])
+    if not missing:
+        body = [name for name in unknown if name.startswith(f"{model.base_model_prefix}.")]
+        if body:
+            say(
+                "warning",
+                f"{source}: {len(body)} tensors of the file have no place in the model of its config.json ({body[0]} ...)",
+            )
+        return
+    names = f", and has {len(unknown)} that it does not ({unknown[0]} ...)" if unknown else ""
+    raise UserError(
+        f"{source}: its weights do not fit its config.json: the file lacks {len(missing)} tensors that the model has "
+        f"({missing[0]} ...){names}; give a whole checkpoint of this architecture, or --random_weights to train from random ones"
+    )
+
+
+def load_model(
+    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, training: TrainingArguments
+) -> PreTrainedModel:
+    """The model with its weights, on the device that trains it.
+
+    Raises: UserError where the weights are missing.
+    """
+    if args.random_weights:
+        set_seed(training.seed)
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+        set_seed(training.seed)
+        return model.to(training.device)
+    options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
+    options["ignore_mismatched_sizes"] = True  # a head of another size is made anew; `check_weights` sees the rest
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if args.load_in_4bit or args.load_in_8bit:
+        engine = requested_engine(training.deepspeed, training.fsdp)
+        options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.shards_parameters)
+        if engine.kind != "ZeRO-3":  # for it, transformers puts the weights on the process's own device by itself
+            options["device_map"] = {"": training.device}
+    set_seed(training.seed)  # for a head, which no checkpoint holds
+    try:
+        with _quiet() if has_head(config) else nullcontext():  # that a head is new is no warning
+            model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
+    except OSError as error:
+        raise UserError(_why_not(args.source, error)) from None
+    check_weights(args.source, model, found)
+    if has_head(config):
+        set_seed(training.seed)
+        _make_head_anew(args, model, found["missing_keys"])
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed weights are for widths that 32 divides alone
+            module.support_avx512bf16_for_cpu = False
+    set_seed(training.seed)  # for the weights that a method adds
+    return model if args.load_in_4bit or args.load_in_8bit else model.to(training.device)

@@ -1,0 +1,37 @@
+"""Cross entropy of each row, and its mean over all label tokens."""
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    EvalPrediction,
+)
+
+
+def row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, aligned: bool, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross entropy of each row, and the number of its label tokens: both (rows,).
+
+    Args:
+        logits: (rows, length, vocabulary), where a GPT-like model's may begin with those of virtual tokens; or (rows, classes).
+        labels: (rows, length), or (rows,) for classes.
+        aligned: whether each logit predicts the label at its own place (T5-like models, heads) instead of the next one's.
+        smoothing: see `torch.nn.functional.cross_entropy`.
+    """
+    if not aligned:  # the first label is predicted where something comes before it: virtual tokens
+        logits = logits[:, -labels.shape[1] - 1 : -1]
+        labels = labels[:, -logits.shape[1] :]
+    sums = [
+        cross_entropy(row.float(), targets, ignore_index=IGNORE_INDEX, label_smoothing=smoothing, reduction="sum")
+        for row, targets in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(sums), labels.ne(IGNORE_INDEX).view(len(labels), -1).sum(1)
+
+
+def mean_loss(rows: EvalPrediction) -> dict[str, float]:
+    """The mean over all label tokens of the validation split, whichever batch and process had them."""
+    return {"loss": float(np.sum(rows.predictions, dtype=np.float64) / np.sum(rows.label_ids))}
+
+
+IGNORE_INDEX = -100  # the label that the loss passes over

@@ -1,0 +1,132 @@
+"""Virtual tokens before the input: what PEFT leaves to its caller, or does wrongly on some versions of transformers.
+
+Prompt tuning and P-tuning put embeddings before the input's own; prefix tuning puts keys and values into the cache.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType
+from torch import nn
+from transformers import PreTrainedModel
+
+from toolkit.models.heads import has_head, head_modules
+
+IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether virtual tokens are part of the sequence that the model reads, as with prompt tuning and P-tuning.
+
+    A GPT-like model then predicts the first token of the text as well, from the last virtual one.
+    """
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning and config.peft_type not in IN_THE_CACHE
+
+
+def embedded(model: PeftModel, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """What a GPT-like base model generates from: `inputs_embeds` (rows, length, width) and `attention_mask` (rows, length).
+
+    Each row is padding, virtual tokens, text. PEFT (0.21) leaves the padding between the virtual tokens and the text, so that a
+    row's answer depends on how long the other rows of its batch are.
+    """
+    embeddings = model.word_embeddings
+    virtual = model.get_prompt(batch_size=1)[0]  # (virtual tokens, width)
+    rows = [torch.cat([virtual, embeddings(torch.tensor(ids, device=model.device)).to(virtual)]) for ids in prompts]
+    longest = max(map(len, rows))
+    inputs = virtual.new_zeros(len(rows), longest, virtual.shape[-1])
+    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=model.device)
+    for row, values in enumerate(rows):
+        inputs[row, -len(values) :] = values
+        mask[row, -len(values) :] = 1
+    return {"inputs_embeds": inputs.to(embeddings.weight.dtype), "attention_mask": mask}
+
+
+@contextmanager
+def cache_by_both_names(model: PreTrainedModel) -> Iterator[None]:
+    """While open, PEFT finds the cache in which it puts a prefix, whichever name transformers gives it.
+
+    transformers 5.24 renamed `past_key_values` to `cache`. PEFT 0.21 writes the old name alone, and generates as if there
+    were no prefix. Here it is given both names, and what it wrote goes to the one that transformers reads.
+    """
+    given = getattr(model, "base_model_prepare_inputs_for_generation", None)
+    if given is None:  # no model of PEFT's
+        yield
+        return
+    of_peft = model.prepare_inputs_for_generation
+
+    def with_both(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = given(*args, **kwargs)
+        return inputs | {"past_key_values": inputs["cache"]} if "cache" in inputs else inputs
+
+    def with_one(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = of_peft(*args, **kwargs)
+        if "cache" in inputs:
+            written = inputs.pop("past_key_values")
+            inputs["cache"] = inputs["cache"] if written is kwargs.get("cache") else written
+        return inputs
+
+    model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation = with_both, with_one
+    try:
+        yield
+    finally:
+        model.base_model_prepare_inputs_for_generation = given
+        del model.prepare_inputs_for_generation
+
+
+def fit_head(model: PeftModel) -> None:
+    """Makes a head work under virtual tokens and prefixes as it does without: see the two functions below."""
+    if has_head(model.get_base_model().config):
+        _take_prefix_by_its_old_name(model)
+        _read_head_at_the_last_token(model)
+
+
+def _take_prefix_by_its_old_name(model: PeftModel) -> None:
+    """Gives the base model's forward the argument `past_key_values`, where transformers (5.24) calls it `cache`.
+
+    PEFT (0.21) looks for the old name in the signature of a model with a head, and refuses prefix tuning without it.
+    """
+    base = model.get_base_model()
+    plain, signature = base.forward, inspect.signature(base.forward)
+    if model.active_peft_config.peft_type not in IN_THE_CACHE or "cache" not in signature.parameters:
+        return
+
+    @wraps(plain)
+    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return plain(*args, **(kwargs if past_key_values is None else kwargs | {"cache": past_key_values}))
+
+    *others, last = signature.parameters.values()
+    old_name = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
+    rest = [old_name, last] if last.kind is inspect.Parameter.VAR_KEYWORD else [last, old_name]
+    forward.__signature__ = signature.replace(parameters=[*others, *rest])  # type: ignore[attr-defined]
+    base.forward = forward
+
+
+def _read_head_at_the_last_token(model: PeftModel) -> None:
+    """Makes the head of a GPT-like model read each row at its last token, where virtual tokens stand before it.
+
+    Given embeddings in place of token ids, transformers' heads read the last position, which is padding in all but the
+    longest row of a batch.
+    """
+    base = model.get_base_model()
+    if not has_virtual_tokens(model):
+        return
+    mask: list[torch.Tensor] = []  # of the batch that is being read: (rows, length)
+
+    def keep_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        embedded, kept = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        mask[:] = [] if embedded is None or kept is None else [kept]
+
+    def take_last(module: nn.Module, args: tuple[Any, ...], scores: torch.Tensor) -> torch.Tensor:
+        if not mask or scores.shape[:-1] != mask[0].shape:
+            return scores  # (rows, classes): this head chose its position itself
+        last = mask[0].shape[1] - 1 - mask[0].flip(1).argmax(1)  # (rows,)
+        return scores[torch.arange(len(last), device=scores.device), last.to(scores.device)].unsqueeze(1)
+
+    base.register_forward_pre_hook(keep_mask, with_kwargs=True)
+    for name in head_modules(base):
+        base.get_submodule(name).register_forward_hook(take_last)

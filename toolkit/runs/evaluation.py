@@ -1,0 +1,39 @@
+"""Scoring: a model answers the test split, and its answers are scored against the references."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from toolkit.config import Config
+from toolkit.console import is_main
+from toolkit.data.loading import TaskData
+
+
+@dataclass
+class Completions:
+    """What one model answered for the test split, and its scores (rank 0 alone)."""
+
+    texts: list[str]
+    scores: dict[str, float]
+
+
+def evaluate_by_generation(model: PreTrainedModel, data: TaskData, config: Config, title: str) -> Completions:
+    """Has the model answer every row of the test split, as its task answers, and scores that against the references.
+
+    Rows with the same text (DialogSum's test split has three references a dialogue) are answered once.
+    """
+    prompts = [tuple(ids) for ids in data.test_prompts]
+    unique = list(dict.fromkeys(prompts))
+    answers = data.task.answers(
+        model,
+        data.prompt_tokenizer,
+        unique,
+        batch_size=config.training.per_device_eval_batch_size,
+        num_beams=config.data.get("num_beams") or 1,
+        title=title,
+    )
+    answer = dict(zip(unique, answers, strict=True))
+    texts = [answer[prompt] for prompt in prompts]
+    return Completions(
+        texts, data.task.score(texts, data.references, data.prompt_tokenizer.label_names) if is_main else {}
+    )

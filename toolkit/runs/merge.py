@@ -1,0 +1,151 @@
+"""`footprint merge RUN_DIR`: an adapter folded into its base, as a model that transformers loads without PEFT."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from toolkit.console import say, table
+from toolkit.errors import UserError
+from toolkit.metrics import score_title
+from toolkit.runs.finished_run import FinishedRun
+from toolkit.runs.run_folder import without_secrets
+
+SAMPLE = 16  # rows of the test split on which logits and scores are compared
+
+# Largest root mean square of (merged - adapter) logits, as a share of the adapter's own spread. The sum of weight and
+# update is rounded once: to 24 bits in fp32, 8 in bf16, 11 in fp16, over some tens of layers. A quantized base multiplies in a shorter
+# type than its dequantized weights do, and LLM.int8() rounds activations too.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
+TOLERANCE_4BIT, TOLERANCE_8BIT = 1e-1, 2e-1
+SURVIVES = 0.5  # of what the adapter does to the logits: with less, rounding has erased the tune
+
+_TOKENS = "its virtual tokens are inputs to the model, not changes of its weights"
+CANNOT = {
+    "PROMPT_TUNING": _TOKENS,
+    "MULTITASK_PROMPT_TUNING": _TOKENS,
+    "P_TUNING": _TOKENS,
+    "CPT": _TOKENS,
+    "PREFIX_TUNING": "its keys and values stand before those of the text, they change no weight",
+    "BOTTLENECK": "a bottleneck adapter is not linear, so no weight can stand for it",
+}
+
+
+def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") -> None:
+    """Merges the run in `run_dir` into `output_dir` (default: its name with `-merged`), and shows that it is the same.
+
+    `dtype` is that of the merged weights; auto: that in which the run held its base.
+
+    Raises: UserError where the method cannot merge, the merged model's logits do not agree, or the folder exists.
+    """
+    run = FinishedRun(run_dir)
+    folder = output_dir or run_dir.resolve().with_name(f"{run_dir.resolve().name}-merged")
+    _check_mergeable(run)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} is not empty; give a new folder")
+    name = run.record["weights"] if dtype == "auto" else dtype
+    sample = run.sample(SAMPLE)
+
+    model = run.model
+    assert isinstance(model, PeftModel)
+    tuned, scores = run.logits(model, sample), run.score(model, sample)
+    effect = tuned - _untuned(run, model, sample)
+    if run.is_quantized:
+        del run.model, model
+        base = _dequantized(run, getattr(torch, name))
+        model = PeftModel.from_pretrained(base, run.path)
+    model = model.to(getattr(torch, name)).eval()
+    before = _untuned(run, model, sample)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{run.record['method']} cannot be merged: PEFT says: {reason}") from None
+    after = run.logits(merged, sample)
+    difference = _rms(after - tuned) / _rms(tuned - tuned.mean())
+    survived = 1 - _rms((after - before) - effect) / max(_rms(effect), 1e-30)
+    merged_scores = run.score(merged, sample)
+
+    kinds = list(scores)
+    rows = [[who, *(f"{s[k]:.4f}" for k in kinds)] for who, s in (("adapter", scores), ("merged", merged_scores))]
+    table(f"Scores on {len(sample)} rows of the test split", ["model", *map(score_title, kinds)], rows)
+    tolerance = _tolerance(run, name)
+    say("logits", f"differ by {difference:.2g} of their spread (at most {tolerance:g} in {name}, else not merged)")
+    say("tune", f"{survived:.1%} of what the adapter does to the logits is in the merged weights")
+    if not survived >= SURVIVES:
+        raise UserError(
+            f"rounding to {name} would leave {max(survived, 0):.0%} of the tune: the updates are smaller than the "
+            "weights' last bit; merge in float32 (--dtype float32), or keep the adapter"
+        )
+    if not difference <= tolerance:
+        raise UserError(
+            f"the merged model's logits differ from the adapter's by {difference:.2g} of their spread, more than "
+            f"{tolerance:g}: nothing was written; keep the adapter"
+            + ("" if name == "float32" else ", or --dtype float32")
+        )
+    about = {
+        "merged_from": without_secrets(run.record["command"]),  # runs of old versions kept them
+        "base_model": run.base.model_name_or_path or "the tiny T5 that comes with footprint",
+        "dtype": name,
+        "dequantized": run.is_quantized,
+        "rows": len(sample),
+        "scores": {"adapter": scores, "merged": merged_scores},
+        "logits_difference": difference,
+        "tune_survived": survived,
+    }
+    _save(merged, run, folder, about)
+    say("folder", str(folder))
+
+
+def _check_mergeable(run: FinishedRun) -> None:
+    method = run.record["method"]
+    if run.adapter is None:
+        kept = "it is a whole model already" if any(run.path.glob("*.safetensors")) else "it trains nothing"
+        raise UserError(f"{run.path}: {method} leaves no adapter, so there is nothing to merge: {kept}")
+    reason = CANNOT.get(str(getattr(run.adapter.peft_type, "value", run.adapter.peft_type)))
+    if reason is not None:
+        raise UserError(f"{run.path}: {method} cannot be merged: {reason}; use the run folder as it is")
+
+
+def _untuned(run: FinishedRun, model: PeftModel, sample: list[tuple[str, str]]) -> torch.Tensor:
+    """The logits without the adapter."""
+    with model.disable_adapter():
+        return run.logits(model, sample)
+
+
+def _dequantized(run: FinishedRun, dtype: torch.dtype) -> Any:
+    """The base with weights of `dtype` that hold what its quantized ones stood for."""
+    base = run.load_base().dequantize(dtype).to(dtype)
+    base.is_loaded_in_4bit = base.is_loaded_in_8bit = (
+        False  # dequantizing leaves them, and IA3 refuses to merge by them
+    )
+    return base
+
+
+def _rms(logits: torch.Tensor) -> float:
+    return float(logits.square().mean().sqrt())
+
+
+def _tolerance(run: FinishedRun, dtype: str) -> float:
+    if run.base.load_in_8bit:
+        return TOLERANCE_8BIT
+    return max(TOLERANCE[dtype], TOLERANCE[run.record["weights"]], TOLERANCE_4BIT if run.base.load_in_4bit else 0.0)
+
+
+def _save(model: Any, run: FinishedRun, folder: Path, about: dict[str, Any]) -> None:
+    """Writes model, tokenizer and `merge.json` beside `folder`, and renames them there."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(aside)
+        run.prompt_tokenizer.tokenizer.save_pretrained(aside)
+        (aside / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        aside.replace(folder)  # an empty folder is replaced
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); give a folder that can") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

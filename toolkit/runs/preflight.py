@@ -1,0 +1,383 @@
+"""Everything that can be known, and refused, before a model is loaded: engine, config, tokenizer, data, method."""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from huggingface_hub import whoami
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available
+
+from toolkit.config import Config
+from toolkit.console import say
+from toolkit.data.loading import TaskData, load_data
+from toolkit.distributed.deepspeed import NOT_READ_BACK, OFFLOADED_OPTIMIZERS, check_builds, check_disk, join_deepspeed
+from toolkit.distributed.engine import Engine
+from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
+from toolkit.distributed.request import requested_engine
+from toolkit.errors import UserError
+from toolkit.models.heads import has_own_head, keeps_head, set_head
+from toolkit.models.loading import build_on_meta, load_model_config, load_tokenizer, weights_dtype
+from toolkit.models.quantization import Packed
+from toolkit.tasks import TASKS
+from toolkit.training import optimizers
+from toolkit.training.arguments import TrainArguments
+from toolkit.training.trainer import FineTuner
+
+NOT_OF_SHARDS = ("8bit", "paged", "bnb", "lion", "ademamix", "adafactor")  # in names of optimizers
+
+
+@dataclass
+class Preflight:
+    """A run that is known to be possible, and what it will be."""
+
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: TaskData
+    dtype: torch.dtype  # of the weights as loaded
+    trainable_parameters: int
+    all_parameters: int
+
+
+def prepare(config: Config) -> Preflight:
+    """Reads config, tokenizer and data, tries the method on a model without weights, and says what will be done.
+
+    Raises: UserError for every mistake that can be found without loading a model.
+    """
+    training = config.training
+    check_engine(training)
+    check_installed(training)
+    _check_same_precision(config)
+    kind = TASKS[config.data.task].model_kind
+    model_config = load_model_config(config.model, fp16=training.fp16, kind=kind)
+    check_combination(requested_engine(training.deepspeed, training.fsdp), config, model_config)
+    tokenizer = load_tokenizer(config.model)
+    with training.main_process_first(desc="reading the data"):
+        data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens)
+    if kind == "head":
+        if not config.model.random_weights:
+            data.remarks.extend(_head_remarks(model_config, data.prompt_tokenizer.label_names))
+        set_head(model_config, data.prompt_tokenizer.label_names, tokenizer.pad_token_id)
+    dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
+    base = build_on_meta(config.model, model_config, dtype)
+    packed = Packed.of(base)
+    model = config.method.attach(base)
+    if config.method.trains:
+        _check_whole_batches(training, data)
+        check_schedule(training, model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    preparation = Preflight(model_config, tokenizer, data, dtype, trainable, total)
+    _say_what_will_be_done(config, preparation, packed, why)
+    return preparation
+
+
+def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[str]:
+    """What becomes of the head that a checkpoint brings."""
+    if not has_own_head(config):
+        return []
+    own = [str(config.id2label[number]) for number in range(config.num_labels)]
+    if not keeps_head(config, label_names):
+        return [
+            f"the checkpoint's head is for other classes ({', '.join(own)[:200]}), so a new one is made; to keep it, give the labels "
+            "its names, or write theirs into id2label of its config.json"
+        ]
+    pairs = [name if name == mine else f"{mine} is {name}" for mine, name in zip(own, label_names, strict=True)]
+    return [f"the checkpoint's own head is kept, with the classes in its order: {', '.join(pairs)[:200]}"]
+
+
+def check_engine(training: TrainArguments) -> None:
+    """Raises UserError where the launch or a flag needs something that this machine lacks: an engine, a compiler, a login."""
+    engine = requested_engine(training.deepspeed, training.fsdp)
+    if engine.kind.startswith("ZeRO") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
+            "or launch with launch/single.yaml"
+        )
+    check_fsdp(engine, training)
+    if engine.processes > training.world_size:
+        raise UserError(
+            f"several processes were asked for, and {training.world_size} runs: accelerate's --cpu and MULTI_CPU start one "
+            "alone; use a file of launch/, and append --use_cpu to the recipe"
+        )
+    if training.world_size > 1 and training.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            f"the launch asked for {engine}, but what runs is no engine on {training.world_size} processes: there is no GPU for "
+            "them; for a trial without GPUs, append --use_cpu to the recipe"
+        )
+    if 1 < engine.sequence_parallel_size < engine.processes and training.device.type == "cpu":
+        raise UserError(
+            f"{engine}: on CPUs torch exchanges the tokens of a row only among all processes (gloo); a trial without GPUs takes "
+            f"parallelism_config_sp_size: {engine.processes}"
+        )
+    offload = engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model"
+    if (offload or training.torch_compile) and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        what = "offloading the optimizer" if offload else "--torch_compile"
+        raise UserError(
+            f"{what} compiles C++ code, and there is no compiler: install one (Debian, Ubuntu: apt install g++)"
+        )
+    optim = optimizers.name_of(training)
+    if offload and optim not in OFFLOADED_OPTIMIZERS:
+        raise UserError(
+            f"--optim {optim}: the launch file offloads the optimizer, and DeepSpeed would run its Adam instead; give one of "
+            f"{', '.join(OFFLOADED_OPTIMIZERS)}, or choose a launch file without offload"
+        )
+    if engine.kind.startswith("ZeRO"):
+        raise_on_all_ranks(lambda: _check_machine(engine, training) if training.local_process_index == 0 else None)
+        join_deepspeed()
+    if training.push_to_hub:
+        broadcast_from_main(lambda: _check_login(training.hub_token))
+
+
+def check_fsdp(engine: Engine, training: TrainArguments) -> None:
+    """Raises UserError where FSDP was asked for on CPUs: accelerate would run DDP instead, or nothing that is wrapped."""
+    if engine.kind.startswith("FSDP") and training.device.type == "cpu":
+        why = "--use_cpu was given" if training.use_cpu else "there is no GPU here"
+        raise UserError(
+            f"the launch asked for {engine}, which accelerate runs on GPUs alone, and {why}; for a trial on CPUs use "
+            "launch/zero3.yaml, with --use_cpu after the recipe's name"
+        )
+
+
+def check_installed(training: TrainArguments) -> None:
+    """Raises UserError for a flag whose library is not there or cannot run, and for sharding by flag on one process."""
+    if training.use_liger_kernel and training.device.type in ("cpu", "mps"):
+        raise UserError(
+            "--use_liger_kernel: its kernels need a GPU that Triton supports, and none is used; leave it out"
+        )
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out")
+    if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            "--fsdp shares a model out among processes, and one runs: accelerate launch --config_file launch/fsdp2.yaml, "
+            "or leave it out"
+        )
+    there = get_available_reporting_integrations()
+    for name in training.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                if name not in there:
+                    callback()  # says what it lacks; one that is there would begin its work
+        except (ValueError, ImportError, RuntimeError, AssertionError) as error:
+            raise UserError(f"--report_to {name}: {_line(error)}") from None
+
+
+def check_schedule(training: TrainArguments, model: PreTrainedModel) -> None:
+    """Builds the optimizer on one weight and steps its schedule, so that what they refuse is refused here.
+
+    Optimizers that are chosen by the model's layers (GaLore, APOLLO, LOMO) are looked up with `model`, and not built.
+
+    Raises: UserError with their own words, and for --optim_args and --lr_scheduler_kwargs that change nothing.
+    """
+    optim = optimizers.name_of(training)
+    try:
+        kind, options = FineTuner.get_optimizer_cls_and_kwargs(training, model)
+        plain = FineTuner.get_optimizer_cls_and_kwargs(_with(training, optim_args=None), model)[1]
+        weight = torch.nn.Parameter(torch.zeros(1))
+        by_layer = is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & set(options)
+        optimizer = torch.optim.SGD([weight], lr=1.0) if by_layer else kind([weight], **options)
+    except BUILD_ERRORS as error:
+        args = f" --optim_args {training.optim_args}" if training.optim_args else ""
+        raise UserError(f"--optim {optim}{args}: {_line(error)}") from None
+    if training.optim_args and not by_layer and repr(options) == repr(plain):
+        raise UserError(f"--optim_args {training.optim_args} changes nothing of --optim {optim}; leave it out")
+    schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
+    given = training.lr_scheduler_kwargs or {}
+    if given and schedule in ("constant", "constant_with_warmup"):
+        raise UserError(f"--lr_scheduler_kwargs has no effect with --lr_scheduler_type {schedule}; leave it out")
+    try:
+        steps = max(training.max_steps, 100)
+        made = get_scheduler(schedule, optimizer, training.get_warmup_steps(steps), steps, dict(given))
+        if isinstance(made, torch.optim.lr_scheduler.LambdaLR):
+            for lambda_of in made.lr_lambdas:
+                lambda_of(steps - 1)
+    except BUILD_ERRORS as error:
+        shown = f" --lr_scheduler_kwargs '{json.dumps(given)}'" if given else ""
+        reason = re.sub(r"\b_?get_\w+\(\)", "it", _line(error))
+        raise UserError(f"--lr_scheduler_type {schedule}{shown}: {reason}") from None
+
+
+def _check_whole_batches(training: TrainArguments, data: TaskData) -> None:
+    """Raises UserError where dropping what fills no batch on every process would leave none."""
+    if not training.dataloader_drop_last:
+        return
+    splits = {"train": len(data.train)}
+    if str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no":
+        splits["eval"] = len(data.validation)
+    for split, rows in splits.items():
+        size = getattr(training, f"per_device_{split}_batch_size")
+        if rows < size * training.world_size:
+            what = "to train" if split == "train" else "to validate"
+            raise UserError(
+                f"--dataloader_drop_last leaves nothing {what}: {rows} rows are fewer than a batch of {size} on each of "
+                f"{training.world_size} processes; lower --per_device_{split}_batch_size, or leave --dataloader_drop_last out"
+            )
+
+
+BUILD_ERRORS = (ValueError, ImportError, TypeError, RuntimeError, AttributeError, AssertionError, KeyError)
+
+
+def _with(training: TrainArguments, **changes: Any) -> TrainArguments:
+    changed = copy.copy(training)
+    changed.__dict__.update(changes)
+    return changed
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _check_machine(engine: Engine, training: TrainArguments) -> None:
+    check_disk(engine, training.deepspeed)
+    check_builds(engine)
+
+
+def check_combination(engine: Engine, config: Config, model_config: PreTrainedConfig) -> None:
+    """Raises UserError for a model or precision that the engine which was asked for cannot train."""
+    if engine.shards_parameters and config.model.load_in_8bit:
+        raise UserError(
+            f"--load_in_8bit under {engine.kind}: its integer weights cannot be shared out; use --load_in_4bit, or "
+            "launch/zero2.yaml"
+        )
+    if engine.shards_parameters and config.method.changes_base:
+        raise UserError(
+            f"--init_lora_weights {getattr(config.method, 'init_lora_weights', '')} under {engine.kind}: it starts from whole "
+            "weights, of which each process has a share; use launch/zero2.yaml, or leave it out"
+        )
+    if engine.optimizer_state == "nvme" and config.training.load_best_model_at_end:
+        raise UserError(f"--load_best_model_at_end under {engine}: {NOT_READ_BACK}; leave it out")
+    if engine.parameters == "nvme" and config.model.load_in_4bit and not config.training.bf16:
+        raise UserError(
+            f"--load_in_4bit in fp32 under {engine}: what DeepSpeed 0.19 reads back from the disk is bf16 there; add --bf16, or use "
+            "launch/zero3_offload.yaml"
+        )
+    optim = optimizers.name_of(config.training)
+    if engine.kind == "FSDP2" and any(part in optim for part in NOT_OF_SHARDS):
+        raise UserError(
+            f"--optim {optim} under FSDP2: bitsandbytes' optimizers and Adafactor do not update shards (DTensors); use "
+            "adamw_torch_fused, or launch/zero2.yaml"
+        )
+    if engine.kind.startswith("ZeRO") and optim == "adagrad":
+        raise UserError(
+            f"--optim adagrad under {engine.kind}: DeepSpeed 0.19 makes it anew with one group of parameters, and fails where "
+            "there are two (with and without weight decay); use adamw_torch_fused"
+        )
+    if engine.sequence_parallel_size > 1:
+        _check_parallelism(engine)
+        heads = getattr(model_config.get_text_config(), "num_attention_heads", 0)
+        if model_config.is_encoder_decoder or heads % engine.sequence_parallel_size:
+            what = (
+                "an encoder-decoder model" if model_config.is_encoder_decoder else f"a model of {heads} attention heads"
+            )
+            name = config.model.model_name_or_path or "the embedded tiny T5"
+            raise UserError(
+                f"{name} is {what}; sharing rows among {engine.sequence_parallel_size} processes takes a GPT-like model "
+                "whose number of heads they divide: choose another model or launch file"
+            )
+
+
+def _check_parallelism(engine: Engine) -> None:
+    """Raises UserError where the launch file's parallelism_config is not for as many processes as run: accelerate does not look."""
+    sizes = {
+        name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1"))
+        for name in ("dp_replicate", "dp_shard", "sp")
+    }
+    made = math.prod(sizes.values())
+    if made != engine.processes:
+        told = " x ".join(f"{name}_size {size}" for name, size in sizes.items())
+        rows, rest = divmod(engine.processes, engine.sequence_parallel_size)
+        fitting = [f"parallelism_config_sp_size: {engine.processes}"]
+        if not rest:
+            fitting.insert(0, f"parallelism_config_dp_shard_size: {rows} (so many rows at a time)")
+        raise UserError(
+            f"the launch file's parallelism_config is for {made} processes ({told}), and {engine.processes} run: start {made}, or "
+            f"set {' or '.join(fitting)}"
+        )
+
+
+def _check_same_precision(config: Config) -> None:
+    """Raises UserError where machines with different cards chose differently."""
+    chosen = gather_object([config.precision_reason]) if config.training.world_size > 1 else []
+    if len({reason.split(":")[0] for reason in chosen}) > 1:
+        raise UserError(
+            f"the processes would compute in different precisions ({'; '.join(sorted(set(chosen)))}); give --bf16 or --fp16, or "
+            "--bf16 false for fp32"
+        )
+
+
+def _check_login(token: str | None) -> None:
+    try:
+        whoami(token)
+    except Exception as error:  # that of a connection comes from the hub's HTTP library, which its versions change
+        reason = " ".join(str(error).split())[:120]
+        if isinstance(error, HfHubHTTPError | LocalTokenNotFoundError):
+            raise UserError(
+                f"--push_to_hub: not logged in to the hub ({reason}); run `hf auth login` or leave it out"
+            ) from None
+        raise UserError(f"--push_to_hub: the hub cannot be reached ({reason}); leave it out, and push later") from None
+
+
+def _say_what_will_be_done(config: Config, ready: Preflight, packed: Packed, why: str) -> None:
+    training, data = config.training, ready.data
+    name = config.model.model_name_or_path or "the embedded tiny T5"
+    weights = "random weights" if config.model.random_weights else str(ready.dtype).removeprefix("torch.")
+    if config.model.load_in_4bit or config.model.load_in_8bit:
+        short = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "8-bit"
+        weights = f"{short} for {packed.packed / packed.all:.0%} of the parameters, {weights} for the rest"
+    else:
+        weights += f": {why}"
+    say("model", f"{name} ({ready.model_config.model_type}, weights {weights})")
+    if packed.packed and (warning := packed.warning(ready.dtype)):
+        say("warning", warning)
+    share = ready.trainable_parameters / ready.all_parameters
+    say(
+        "method",
+        f"{config.method.name}: {ready.trainable_parameters:,} of {ready.all_parameters:,} parameters are trained ({share:.2%})",
+    )
+    say("precision", config.precision_reason)
+    say("optimizer", f"{optimizers.name_of(training)}: {config.optimizer_reason}")
+    labels = "labels" if data.task.model_kind == "head" else "label tokens"
+    rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"
+    say(
+        "data",
+        f"{config.data.dataset_name or 'the embedded dialogues'}: {rows}; {data.supervised_tokens:,} {labels}",
+    )
+    for remark in data.remarks:
+        say("data", remark)
+    for split, lost in data.truncation.items():
+        if lost.rows:
+            target, flags = "", f"--max_length {data.prompt_tokenizer.max_length}"
+            if data.prompt_tokenizer.max_target_length:
+                target = f" and {lost.target_tokens:,} of target"
+                flags += f", --max_target_length {data.prompt_tokenizer.max_target_length}"
+            say(
+                "truncated", f"{lost.rows:,} rows of {split} lost {lost.text_tokens:,} tokens of text{target} ({flags})"
+            )
+    split = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    say(
+        "batch",
+        f"{split} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
+        f"accumulated x {training.world_size} processes",
+    )
+    if training.load_best_model_at_end:
+        patience = training.early_stopping_patience
+        stop = f", stopping after {patience} evaluations without a better one" if patience else ""
+        say("validation", f"chooses the checkpoint with the best {training.metric_for_best_model}{stop}")
+    else:
+        say("validation", "chooses nothing: the last weights are kept (--load_best_model_at_end changes that)")

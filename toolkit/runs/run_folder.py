@@ -1,0 +1,206 @@
+"""A run folder that explains itself: config, versions, data, metrics, memory, completions, model card and weights.
+
+config.yaml       every setting by its flag name; `--config` reads it
+run.json          method, command, seed, versions, fingerprint of the data, parameters, scores, time
+metrics.jsonl     a line for each logged step
+memory.json       the memory account
+completions.csv   text, reference, base and tuned answer of the test split
+README.md         the model card
+adapter_model.safetensors or model.safetensors, the tokenizer, and checkpoint-N folders
+"""
+
+import json
+import os
+import shlex
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from toolkit import __version__
+from toolkit.config import Config
+from toolkit.console import console, is_main, say, table
+from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
+from toolkit.distributed.request import requested_engine
+from toolkit.errors import UserError
+from toolkit.files import atomic_write, csv_text
+from toolkit.memory.environment import stack_versions
+from toolkit.memory.ledger import Ledger
+from toolkit.memory.report import print_ledger
+from toolkit.metrics import score_title
+from toolkit.runs.evaluation import Completions
+from toolkit.runs.model_card import model_card
+from toolkit.runs.preflight import Preflight
+from toolkit.training.arguments import TrainArguments
+from toolkit.training.checkpoints import (
+    REPLICATED_FILES,
+    RunFingerprint,
+    check_resumable,
+    resume_point,
+    set_later_checkpoints_aside,
+)
+
+
+class RunFolder:
+    """The folder of one run. Rank 0 alone writes, and each file is written aside and renamed."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.record = record
+        self.began = time.monotonic()
+
+    @classmethod
+    def create(cls, config: Config, ready: Preflight) -> "RunFolder":
+        """Makes the folder of `config`, with its config.yaml and run.json.
+
+        `--resume_from_checkpoint` becomes the folder to go on from.
+
+        Raises: UserError where the folder cannot be written, is not empty and not resumed, or cannot be gone on from.
+        """
+        path = Path(config.training.output_dir)
+        checkpoint, mark = broadcast_from_main(lambda: _claim(path, config, ready))
+        config.training.resume_from_checkpoint = checkpoint
+        raise_on_all_ranks(lambda: _check_shared(mark, config.training))
+        if is_main:
+            mark.unlink()
+        run = cls(path, _record(config, ready))
+        run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
+        run.write("run.json", json.dumps(run.record, indent=2))
+        say("folder", str(path))
+        return run
+
+    def write(self, name: str, text: str) -> None:
+        """Writes one file of the folder, from rank 0."""
+        if is_main:
+            atomic_write(self.path / name, text)
+
+    def finish(
+        self, config: Config, ready: Preflight, base: Completions, tuned: Completions, ledger: Ledger | None
+    ) -> None:
+        """Writes scores, completions, memory account and model card, and shows scores and memory."""
+        self.record |= {"scores": {"base": base.scores, "tuned": tuned.scores}, "finished": True}
+        self.record["seconds"] = round(time.monotonic() - self.began, 1)
+        self.write("run.json", json.dumps(self.record, indent=2))
+        self.write("completions.csv", _completions(ready, base, tuned))
+        if ledger is not None and is_main:
+            ledger.save(self.path / "memory.json")
+        self.write("README.md", model_card(config, self.record, ledger))
+        if not is_main:
+            return
+        kinds = list(base.scores)
+        rows = [[who, *(f"{scores[k]:.4f}" for k in kinds)] for who, scores in self.record["scores"].items()]
+        title = f"Scores on the test split ({len(ready.data.test):,} rows)"
+        table(title, ["model", *map(score_title, kinds)], rows)
+        if ledger is not None:
+            print_ledger(console, ledger)
+        say("folder", str(self.path))
+        example = "#Person1#: ..." if config.data.dataset_name is None else "a text"
+        say("next", f'footprint generate {self.path} "{example}"')
+
+
+def _claim(path: Path, config: Config, ready: Preflight) -> tuple[str | None, Path]:
+    """Makes the folder this run's own; returns the checkpoint that it goes on from, and a file in the folder to look for."""
+    training = config.training
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
+    checkpoint = resume_point(training.resume_from_checkpoint, path)
+    if checkpoint is not None:
+        asked = requested_engine(training.deepspeed, training.fsdp)
+        check_resumable(checkpoint, RunFingerprint.of(asked, training, ready.data), training.allow_changed_data)
+        set_later_checkpoints_aside(checkpoint, path)
+    elif training.resume_from_checkpoint is None and path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
+        )
+    mark = path / f".claimed.{uuid.uuid4().hex}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be written ({error.strerror}); give a folder that can") from None
+    return str(checkpoint) if checkpoint else None, mark
+
+
+def _check_shared(mark: Path, training: TrainArguments) -> None:
+    """Raises UserError where this process does not see the folder of rank 0, and the run needs that."""
+    engine = requested_engine(training.deepspeed, training.fsdp)
+    needs = {
+        "--resume_from_checkpoint": training.resume_from_checkpoint is not None,
+        "--load_best_model_at_end": training.load_best_model_at_end,
+        f"checkpoints under {engine.kind}": engine.kind not in REPLICATED_FILES and training.save_strategy != "no",
+    }
+    needing = [what for what, needed in needs.items() if needed]
+    if needing and not mark.exists():
+        raise UserError(
+            f"--output_dir {mark.parent} of rank 0 is not what rank {os.environ.get('RANK')} finds by that name, and "
+            f"{', '.join(needing)} must be read and written by all: give a folder on a disk that the machines share"
+        )
+
+
+def _record(config: Config, ready: Preflight) -> dict[str, Any]:
+    data, training = ready.data, config.training
+    return {
+        "footprint": __version__,
+        "method": config.method.name,
+        "task": data.task.name,
+        "command": without_secrets(shlex.join(_command())),
+        "seed": training.seed,
+        "processes": training.world_size,
+        "versions": stack_versions(),
+        "precision": config.precision_reason,
+        "weights": str(ready.dtype).removeprefix("torch."),
+        "parameters": {"trainable": ready.trainable_parameters, "all": ready.all_parameters},
+        "data": {
+            "name": config.data.dataset_name or "embedded",
+            "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+            "sha256": data.fingerprint,
+            "truncated": {split: vars(lost) for split, lost in data.truncation.items()},
+        },
+        "label_names": list(data.prompt_tokenizer.label_names),
+        "prompt_template": data.prompt_tokenizer.template,
+        "max_length": data.prompt_tokenizer.max_length,
+        "max_target_length": data.prompt_tokenizer.max_target_length,
+        "finished": False,
+    }
+
+
+def _command() -> list[str]:
+    """The words that started this run: those of its launcher, with its own flags, where a parent process is one; else python's."""
+    argv = list(sys.argv)
+    for parent in psutil.Process().parents():
+        try:
+            words = parent.cmdline()
+        except psutil.Error:  # another user's, or gone
+            continue
+        if words[-len(argv) :] != argv:
+            continue
+        before = words[: -len(argv)]
+        for at, word in enumerate(before):
+            if Path(word).name in ("accelerate", "accelerate-launch", "torchrun", "deepspeed"):
+                return [Path(word).name, *before[at + 1 :], *argv]
+            if word == "accelerate.commands.launch":  # python -m
+                return ["accelerate", "launch", *before[at + 1 :], *argv]
+    return ["python", *argv]
+
+
+def without_secrets(command: str) -> str:
+    """`command` with HIDDEN in place of the hub's token: a run folder is shown and pushed."""
+    words = shlex.split(command)
+    for at, word in enumerate(words):
+        name, assigned, _ = word.partition("=")
+        if name not in ("--hub_token", "--hub-token"):
+            continue
+        if assigned:
+            words[at] = f"{name}=HIDDEN"
+        elif at + 1 < len(words):
+            words[at + 1] = "HIDDEN"
+    return shlex.join(words)
+
+
+def _completions(ready: Preflight, base: Completions, tuned: Completions) -> str:
+    columns = (ready.data.test_texts, ready.data.references, base.texts, tuned.texts)
+    return csv_text(["text", "reference", "base", "tuned"], zip(*columns, strict=True))

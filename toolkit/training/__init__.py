@@ -1,0 +1,1 @@
+"""Training: transformers' Trainer with our loss, guards, checkpoints and optimizers."""

@@ -1,0 +1,171 @@
+"""The flags of training: Hugging Face's `TrainingArguments`, our defaults, and what is refused."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from toolkit.errors import UserError
+from toolkit.training import optimizers
+
+# TrainingArguments that have no effect here, because this project or accelerate decides them. Giving one is an error.
+OVERRIDDEN = {
+    "accelerator_config": "accelerate's settings come from its own configuration file: `accelerate launch --config_file FILE`",
+    "auto_find_batch_size": "the batch size that runs must be the one that was asked for and accounted for",
+    "average_tokens_across_devices": "the loss is always averaged over the tokens of all processes",
+    "batch_eval_metrics": "metrics are computed from generated text, once, at the end",
+    "bf16_full_eval": "evaluation computes in the precision of training: --bf16",
+    "disable_tqdm": "progress is a live line in a terminal and plain lines elsewhere",
+    "do_eval": "use --eval_strategy to evaluate on the validation split while training",
+    "do_predict": "the test split is always scored once, at the end",
+    "do_train": "a recipe trains",
+    "eval_accumulation_steps": "evaluation keeps no logits, so there is nothing to accumulate",
+    "eval_do_concat_batches": "evaluation keeps no logits, so there is nothing to concatenate",
+    "enable_jit_checkpoint": "SIGTERM always saves a checkpoint and ends the run",
+    "eval_use_gather_object": "evaluation keeps no logits, so there is nothing to gather",
+    "fp16_full_eval": "evaluation computes in the precision of training: --fp16",
+    "include_for_metrics": "metrics are computed from generated text, once, at the end",
+    "include_num_input_tokens_seen": "real (unpadded) tokens are always counted",
+    "label_names": "the labels of every task here are in `labels`",
+    "length_column_name": "lengths are taken from the tokenized rows",
+    "liger_kernel_config": "it cannot be written as a flag; --use_liger_kernel takes the defaults",
+    "local_rank": "accelerate launch tells each process its rank",
+    "log_on_each_node": "rank 0 alone logs",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "parallelism_config": "it comes from accelerate's own configuration file: `accelerate launch --config_file FILE`",
+    "prediction_loss_only": "evaluation never keeps logits",
+    "remove_unused_columns": "the tokenized rows have no unused columns",
+    "save_on_each_node": "rank 0 alone writes the run folder",
+    "skip_memory_metrics": "memory is accounted for by the project itself: see memory.json in the run folder",
+}
+
+
+NEWEST = "true"  # what --resume_from_checkpoint holds where it names no folder
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """Hugging Face's `TrainingArguments` with defaults for one consumer GPU, and early stopping by flags."""
+
+    _argument_group_name = "training (all of transformers.TrainingArguments)"
+
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every N optimizer steps (below 1: a share of all)."}
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep the newest N checkpoints, and the best."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after N evaluations without a better --metric_for_best_model on the validation split."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much that metric must improve to count as better."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from a checkpoint-N folder, or (true, or no value) from the newest whole one in --output_dir."
+        },
+    )
+    allow_changed_data: bool = field(
+        default=False,
+        metadata={"help": "Resume although rows, their order or the rows of a step changed since the checkpoint."},
+    )
+    optim: str = field(
+        default=TrainingArguments.__dataclass_fields__["optim"].default,
+        metadata={"help": "An optimizer of transformers.training_args.OptimizerNames, or prodigy (arXiv:2306.06101)."},
+    )
+    memory_snapshot: bool = field(
+        default=False,
+        metadata={
+            "help": "Also record every allocation on the GPU, for https://pytorch.org/memory_viz (slows the run's start)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Lets Prodigy past the closed list of names."""
+        wanted = optimizers.name_of(self)
+        if wanted == "prodigy":
+            self.optim = "adamw_torch"
+        super().__post_init__()
+        if wanted == "prodigy":
+            self.optim = wanted
+            optimizers.prodigy_arguments(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What Trainer pickles into training_args.bin, which is pushed with the weights: all but the hub's token."""
+        return self.__dict__ | {"hub_token": None}
+
+
+def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses numbers that no run can have. `settings` holds what was given and the recipe's defaults."""
+    for name, least in (
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("early_stopping_patience", 1),
+    ):
+        value = settings.get(name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} is not possible; give a whole number of at least {least}")
+    steps = settings.get("max_steps", -1)
+    if steps == 0 or steps < -1:
+        raise UserError(f"--max_steps {steps} trains nothing; give at least 1, or leave it out to train by epochs")
+    if steps > 0 and "num_train_epochs" in given:
+        raise UserError(f"--num_train_epochs has no effect beside --max_steps {steps}; leave one of them out")
+    epochs = settings.get("num_train_epochs", 3.0)
+    if epochs <= 0:
+        raise UserError(f"--num_train_epochs {epochs:g} trains nothing; give a number above 0")
+    rate = settings.get("learning_rate", 1.0)
+    if not 0 < rate < float("inf"):
+        raise UserError(f"--learning_rate {rate:g} is not possible; give a number above 0, for instance 1e-4")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= settings.get(name, 0.9) < 1:
+            raise UserError(f"--{name} {settings[name]:g} is not possible; give a number from 0 to below 1")
+    if not 0 <= settings.get("seed", 0) < 2**32:
+        raise UserError(f"--seed {settings['seed']} is not possible; give a whole number from 0 to {2**32 - 1}")
+    if settings.get("early_stopping_patience") is not None:
+        if not settings.get("load_best_model_at_end") or str(settings.get("eval_strategy", "no")) == "no":
+            raise UserError(
+                "--early_stopping_patience needs something to watch: add --eval_strategy epoch --load_best_model_at_end"
+            )
+    elif "early_stopping_threshold" in given:
+        raise UserError(
+            "--early_stopping_threshold has no effect without --early_stopping_patience; add it or leave it out"
+        )
+    if settings.get("allow_changed_data") and not settings.get("resume_from_checkpoint"):
+        raise UserError("--allow_changed_data has no effect without --resume_from_checkpoint; add it or leave it out")
+    _check_strategies(settings, given)
+    reports = settings.get("report_to") not in (None, "none", ["none"], [])
+    if "run_name" in given and not reports:
+        raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
+    for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"):
+        trackio = name == "hub_private_repo" and reports  # which has a use for it
+        if name in given and not settings.get("push_to_hub") and not trackio:
+            raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
+
+
+def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuses settings of evaluations and checkpoints that would have no effect, or fail at the first evaluation."""
+    evaluates, saves = str(settings.get("eval_strategy", "no")), str(settings.get("save_strategy", "epoch"))
+    for what, strategy in (("save", saves), ("eval", evaluates)):
+        if f"{what}_steps" in given and strategy != "steps":
+            raise UserError(
+                f"--{what}_steps has no effect with --{what}_strategy {strategy}; add --{what}_strategy steps, or leave it out"
+            )
+    if saves == "best" and evaluates == "no":
+        raise UserError("--save_strategy best needs evaluations to compare; add --eval_strategy epoch (or steps)")
+    if "metric_for_best_model" in given:
+        watched = settings.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+        if not (settings.get("load_best_model_at_end") or saves == "best" or watched):
+            raise UserError(
+                "--metric_for_best_model has no effect without --load_best_model_at_end or --save_strategy best; add one "
+                "or leave it out"
+            )
+        if given["metric_for_best_model"] not in ("loss", "eval_loss"):
+            raise UserError(
+                f"--metric_for_best_model {given['metric_for_best_model']} is not known while training: the validation split is "
+                "evaluated by its loss alone (scores of generated text come once, at the end); give loss, or leave it out"
+            )

@@ -1,0 +1,116 @@
+"""Callbacks of a training: leaving after SIGTERM with a checkpoint, and metrics.jsonl."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from toolkit.console import say
+from toolkit.distributed.ranks import Preempted, RollCall, sigterm
+from toolkit.files import atomic_write
+
+
+class Preemption(TrainerCallback):
+    """After SIGTERM on any rank: all take the step to its end, save a checkpoint, and leave (exit code 143).
+
+    Trainer's own --enable_jit_checkpoint saves when a timer of each rank has run out, so that ranks wait for each other
+    in different steps, and in the middle of accumulated batches, of which the resumed run then knows nothing.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.leaving = False
+        self.ranks = RollCall(args.device, args.ddp_timeout)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.leaving = self.ranks.any(sigterm.received)
+        if self.leaving:
+            control.should_training_stop = True
+            control.should_evaluate &= (
+                args.load_best_model_at_end
+            )  # there is little time, but the choice needs each one
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.leaving:
+            if not float(state.epoch or 0).is_integer():  # no epoch has ended
+                control.should_evaluate = control.should_log = False
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.leaving:
+            say(
+                "stopped",
+                f"by SIGTERM, with {PREFIX_CHECKPOINT_DIR}-{state.global_step}; --resume_from_checkpoint goes on",
+            )
+            raise Preempted
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each logged step as a line of `metrics.jsonl`; on resuming, lines after the checkpoint are taken back.
+
+    The last step is always logged. `seconds` are those within steps since training began (or was resumed), and
+    `tokens_per_second` counts real tokens of all ranks over the steps after the first two, which are slowed by the
+    memory account; evaluations and checkpoints are left out of both.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen = 0
+        self.began = 0.0
+        self.durations: list[float] = []  # of each step, in seconds
+        self.tokens: list[int] = []  # of each step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [
+                line for line in lines if line.endswith("}\n")
+            ]  # a run may have been ended in the middle of its last
+            kept = [line.rstrip() for line in whole if json.loads(line)["step"] <= state.global_step]
+            atomic_write(self.path, "".join(f"{line}\n" for line in kept))
+        self.seen, self.durations, self.tokens = state.num_input_tokens_seen, [], []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.durations.append(time.monotonic() - self.began)
+        self.tokens.append(state.num_input_tokens_seen - self.seen)
+        self.seen = state.num_input_tokens_seen
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        first = 2 if len(self.durations) > 2 else 0
+        rate = sum(self.tokens[first:]) / max(sum(self.durations[first:]), 1e-9)
+        line = {"step": state.global_step, "tokens": state.num_input_tokens_seen}
+        line |= {"seconds": round(sum(self.durations), 3), "tokens_per_second": round(rate, 1)}
+        line |= {name: value for name, value in logs.items() if name != "num_input_tokens_seen"}
+        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in line.items()}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(finite) + "\n")

@@ -1,0 +1,301 @@
+"""Checkpoints that are whole or not there, and what a run must have in common with the one that it goes on from.
+
+    checkpoint-N/manifest.json   bytes and SHA-256 of every other file, and what run wrote them
+    .saving/checkpoint-N         one that is being written; what a kill leaves there is removed when the run goes on
+    damaged-checkpoint-N         one whose files were not those of its manifest when the run went on
+    abandoned-checkpoint-N       one that was written after the one that the run was told to go on from
+
+Writing costs one more reading of what was written, for the hashes (and waits for the disk to have it); so does resuming.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
+
+from toolkit.console import say
+from toolkit.data.loading import TaskData
+from toolkit.distributed.deepspeed import NOT_READ_BACK
+from toolkit.distributed.engine import Engine
+from toolkit.errors import UserError
+from toolkit.training.arguments import NEWEST, TrainArguments
+from toolkit.units import format_bytes
+
+MANIFEST = "manifest.json"
+ASIDE = ".saving"
+_NAME = re.compile(r"checkpoint-(\d+)")
+REPLICATED_FILES = ("no engine", "DDP")  # engines whose checkpoints are the same files, for any number of processes
+
+
+@dataclass(frozen=True)
+class RunFingerprint:
+    """The run that writes a checkpoint, as far as another must be like it to go on from there."""
+
+    engine: str
+    processes: int
+    whole_state: bool  # with the optimizer's state, without which nothing can go on
+    rows_a_step: int
+    seed: int
+    data: str  # SHA-256 over the rows that are trained on, as token ids, in their order
+    state_on_disk: bool = False  # the optimizer's, under ZeRO-Infinity
+
+    @classmethod
+    def of(cls, engine: Engine, training: TrainArguments, data: TaskData) -> "RunFingerprint":
+        """That of a run with these settings."""
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return cls(
+            engine.kind,
+            engine.processes,
+            not training.save_only_model,
+            batch * engine.processes // engine.sequence_parallel_size,
+            training.seed if training.data_seed is None else training.data_seed,
+            data.train_fingerprint,
+            engine.optimizer_state == "nvme",
+        )
+
+
+@contextmanager
+def atomic_folder(final: Path, origin: RunFingerprint, is_main: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """The folder to write the checkpoint `final` into; at the end of the block it gets its manifest and its name.
+
+    Called by all ranks, of which each may write; `wait` is a barrier. Until the one renaming nothing is called
+    checkpoint-N that is not whole, whenever the processes are killed.
+
+    Raises: UserError where a file cannot be written, after what had been written was removed.
+    """
+    aside = final.parent / ASIDE / final.name
+    with readable_write_errors(final.name, final.parent):
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            yield aside
+            wait()
+            if is_main:
+                _write_manifest(aside, origin)
+                shutil.rmtree(final, ignore_errors=True)  # of a run that was told to go on from an earlier one
+                aside.rename(final)
+                _to_disk(final.parent)
+        except BaseException:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            raise
+    wait()
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+@contextmanager
+def readable_write_errors(what: str, output_dir: Path) -> Iterator[None]:
+    """Within, a file that cannot be written, in the words of whichever library writes it, becomes a `UserError`."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_write_failure(error):
+            raise
+        raise UserError(_cannot_write(what, output_dir, error)) from error
+
+
+def _write_manifest(folder: Path, origin: RunFingerprint) -> None:
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _to_disk(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    content = {"run": asdict(origin), "files": files}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=1) + "\n", encoding="utf-8")
+    _to_disk(manifest)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until `path` would survive the machine's end: a folder's entries, or a file's bytes."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    """That of a manifest's content, which vouches for the others."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_write_failure(error: BaseException) -> bool:
+    if isinstance(error, OSError | SafetensorError | CheckpointException):
+        return not isinstance(error, ConnectionError)
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("PytorchStreamWriter", "inline_container"))
+
+
+def _cannot_write(what: str, output_dir: Path, error: BaseException) -> str:
+    free = shutil.disk_usage(output_dir).free
+    kept = newest_first(output_dir)
+    needed = sum(file["bytes"] for file in _manifest(kept[0])["files"].values()) if kept else 0
+    reason = " ".join((str(error) or type(error).__name__).split())[:160]
+    takes = f", and a checkpoint takes {format_bytes(needed)}" if needed else ""
+    go_on = f"then go on from {kept[0].name} with --resume_from_checkpoint true" if kept else "then start again"
+    return (
+        f"{what} could not be written to {output_dir} ({reason}); {format_bytes(free)} are free there{takes}: make room, or "
+        f"keep fewer with --save_total_limit, {go_on}"
+    )
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoint-N folders in `folder`, the last step's first."""
+    if not folder.is_dir():
+        return []
+    found = {
+        int(match[1]): path for path in folder.iterdir() if path.is_dir() and (match := _NAME.fullmatch(path.name))
+    }
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    """What stands in the manifest: `run` and `files`, of which there are none where it is missing or was altered."""
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if content.pop("sha256") == _sha256_of(content):
+            return content
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        pass
+    return {"files": {}}
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of `checkpoint`, in a few words with the file's name; None where it is whole."""
+    files = _manifest(checkpoint)["files"]
+    if not files:
+        return f"{MANIFEST} is missing or was altered"
+    for name, kept in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != kept["bytes"]:
+            return f"{name} has {size:,} bytes instead of {kept['bytes']:,}"
+        if _sha256(path) != kept["sha256"]:
+            return f"{name} was altered: its SHA-256 is not the one that it was saved with"
+    return None
+
+
+def resume_point(asked: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, or None to start: `--resume_from_checkpoint true` takes the newest whole one.
+
+    Damaged ones that are newer are named and moved out of its way, and what a killed run left half-written is removed. A
+    run that was stopped before its first checkpoint starts again, so that one command restarts a run whenever it was killed.
+
+    Raises: UserError where there is nothing to go on from, or it is damaged.
+    """
+    if asked is None:
+        return None
+    shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
+    if asked != NEWEST:
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: no checkpoint there; give the path of a checkpoint-N folder"
+            )
+        if wrong := damage(Path(asked)):
+            raise UserError(
+                f"--resume_from_checkpoint {asked}: {wrong}; give another, or `true` for the newest that is whole"
+            )
+        return Path(asked)
+    found = newest_first(output_dir)
+    begun = output_dir.is_dir() and ((output_dir / "config.yaml").is_file() or not any(output_dir.iterdir()))
+    if not found and not begun:
+        raise UserError(
+            f"--resume_from_checkpoint: no checkpoint in {output_dir}; give --output_dir of the run to resume, "
+            "or the path of one of its checkpoint-N folders"
+        )
+    if not found:
+        say("resuming", f"{output_dir} has no checkpoint yet, so the run starts from its beginning")
+        return None
+    damaged: dict[Path, str] = {}
+    for checkpoint in found:
+        if wrong := damage(checkpoint):
+            damaged[checkpoint] = wrong
+            continue
+        for bad, wrong in damaged.items():
+            moved = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(moved, ignore_errors=True)
+            bad.rename(moved)
+            say("warning", f"{bad}: {wrong}; it is now {moved.name}, and {checkpoint.name} is used")
+        say("resuming", f"from {checkpoint}, whose files are whole")
+        return checkpoint
+    first, wrong = next(iter(damaged.items()))
+    raise UserError(
+        f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole ({first.name}: {wrong}); start anew"
+    )
+
+
+def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> None:
+    """Renames what the run wrote after `checkpoint`: it goes on from there on another way, which `true` must find again."""
+    if checkpoint.resolve().parent != output_dir.resolve():
+        return
+    for later in newest_first(output_dir):
+        if later.name == checkpoint.name:
+            return
+        moved = later.with_name(f"abandoned-{later.name}")
+        shutil.rmtree(moved, ignore_errors=True)
+        later.rename(moved)
+        say("resuming", f"{later.name} is now {moved.name}: the run goes on from an earlier one")
+
+
+def check_resumable(checkpoint: Path, now: RunFingerprint, allow_changed_data: bool) -> None:
+    """Raises UserError where a run like `now` cannot go on from `checkpoint`, or would silently see other rows.
+
+    The files of one process and of DDP are the same, and FSDP2's are read by any number of processes. ZeRO's are the shares of
+    one number of processes, and of one stage. Those of FSDP1, for which there is no launch file, are accelerate's, and not tried.
+    """
+    try:
+        then = RunFingerprint(**_manifest(checkpoint)["run"])
+    except TypeError:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} was written by another version of footprint, whose manifest this one does not "
+            "know; go on with that version"
+        ) from None
+    if then.state_on_disk or now.state_on_disk:
+        whose = f"{checkpoint} was written with it" if then.state_on_disk else "this launch file puts it"
+        raise UserError(
+            f"--resume_from_checkpoint: {NOT_READ_BACK} ({whose} on a disk); choose launch/zero3_offload.yaml for runs that must be "
+            "resumed"
+        )
+    if not then.whole_state:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} was saved with --save_only_model, without the optimizer's state; start "
+            "anew from its weights"
+        )
+    if then.engine == "FSDP1":
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} was written by FSDP1, whose checkpoints cannot be gone on from; start anew "
+            "with launch/fsdp2.yaml"
+        )
+    same = then.engine == now.engine or {then.engine, now.engine} <= set(REPLICATED_FILES)
+    if not same or (then.engine.startswith("ZeRO") and then.processes != now.processes):
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} was written by {then.engine} on {then.processes} processes, and cannot be "
+            f"read by {now.engine} on {now.processes}: launch it as it was"
+        )
+    changed = []
+    if then.data != now.data:
+        changed.append("the training rows (or their tokens) are others")
+    if then.seed != now.seed:
+        changed.append(f"their order is (--seed or --data_seed {now.seed} instead of {then.seed})")
+    if then.rows_a_step != now.rows_a_step:
+        changed.append(
+            f"a step has {now.rows_a_step} rows instead of {then.rows_a_step} (--per_device_train_batch_size x "
+            "--gradient_accumulation_steps x processes)"
+        )
+    if changed and not allow_changed_data:
+        raise UserError(
+            f"since {checkpoint} was written {', and '.join(changed)}, so some rows would be seen twice or never; undo that, "
+            "or give --allow_changed_data to go on all the same"
+        )

@@ -1,0 +1,243 @@
+"""What every run is checked for while it trains and when it is saved; a violation stops the run and says which.
+
+| guard | when | what it costs |
+|---|---|---|
+| gradient: its norm is above zero | the first steps | nothing: the Trainer computes it anyway |
+| update: trained weights have changed | the first steps, and the end | reads the trained weights once a check |
+| frozen: frozen weights have not changed | the end | reads the frozen weights twice, on their device, without a copy: |
+| | | 0.2 to 0.3 s a GiB measured on one slow CPU core; on a GPU, reading them once at its bandwidth |
+| saved: what was saved reloads as what was trained | the end | an adapter: two forward passes of one row, no memory; a full |
+| | | model: the saved file is read once, into the CPU's memory |
+| generation: what it writes follows from its forward passes | the end | writes 8 tokens after one row, and reads them once |
+
+That there are label tokens at all is checked before the run (`tasks`). Weights that ZeRO-3 or FSDP share out are checked
+shard by shard; what they save is only checked for not being empty. Where an engine keeps its own fp32 copy of 16-bit weights,
+a few small steps may round to nothing: there `update` is checked at the end alone.
+"""
+
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from toolkit.data.loading import TaskData
+from toolkit.distributed.checksums import checksums
+from toolkit.distributed.sharded_models import is_sharded
+from toolkit.errors import UserError
+from toolkit.methods.lora import ALTERS_BASE
+from toolkit.models.generation import generation_error
+from toolkit.models.loading import longest_input
+
+FIRST_STEPS = 3  # LoRA's A moves from the second step on, and a warm-up's first step may have a learning rate of 0
+LOGITS_TOLERANCE = 1e-3  # of the largest logit: the weights are the same bits, but a GPU may choose other kernels
+# The same, where an initialization altered the base, which was rounded once more.
+ROUNDED_BASE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Of the logits' spread. Lost virtual tokens showed as 0.4 and more on tiny models, rounding as 4e-5 in fp32 and 0.006 in bf16, but
+# for mixtures of experts (0.12), where a rounded choice of expert changes all that follows.
+ROW, TOKENS = 64, 8  # at most so many of the row's tokens are read, and so many are written
+GENERATION_TOLERANCE = 1e-2
+GENERATION_TOLERANCE_ROUNDED = 0.25  # 16 bits, or a quantized base
+
+
+class Guards(TrainerCallback):
+    """Watches gradients and weights of one training; raises `UserError` at the first step that shows a violation."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        self.norms: list[float] = []
+        self.rate = 0.0
+        self.counted = 0  # steps that must have changed something
+        self.trained, self.frozen = checksums(model, trainable=True), checksums(model, trainable=False)
+        if not self.trained:
+            raise UserError("guard 'update': no weight is trainable, so nothing can be learned; choose other targets")
+
+    def gradient(self, norm: Any) -> None:
+        """Takes the norm that the Trainer has computed over all gradients, before the optimizer steps."""
+        if len(self.norms) < FIRST_STEPS and norm is not None:
+            self.norms.append(float(norm))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.counted < FIRST_STEPS:
+            self.rate = max(group["lr"] for group in kwargs["optimizer"].param_groups)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.counted >= FIRST_STEPS:
+            return
+        if len(self.norms) == FIRST_STEPS and not any(norm > 0 for norm in self.norms):
+            self._refuse_gradient()
+        # A step whose gradients overflowed is skipped by the loss scaler of fp16, and must change nothing.
+        self.counted += self.rate > 0 and math.isfinite(self.norms[-1] if self.norms else 0.0)
+        if self.counted == FIRST_STEPS and not _is_rounded(model):
+            self._check_update(model)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        if not self.norms and not self.counted:
+            return  # resumed where the run had ended: no step was taken
+        if self.norms and not any(norm > 0 for norm in self.norms):
+            self._refuse_gradient()
+        if self.counted < FIRST_STEPS or _is_rounded(model):
+            self._check_update(model)
+        changed = [name for name, now in checksums(model, trainable=False).items() if self.frozen.get(name, now) != now]
+        if changed:
+            raise UserError(
+                f"guard 'frozen': {len(changed)} of {len(self.frozen)} frozen weights have changed while training, "
+                f"{changed[0]} among them; something writes to weights that it does not own"
+            )
+
+    def _check_update(self, model: nn.Module | None) -> None:
+        assert model is not None
+        if checksums(model, trainable=True) == self.trained:
+            raise UserError(
+                f"guard 'update': after {self.counted} steps no trained weight has changed (learning rate {self.rate:g}, "
+                f"gradient norm {self.norms[-1]:g}); raise --learning_rate"
+            )
+
+    def _refuse_gradient(self) -> None:
+        shown = ", ".join(f"{norm:g}" for norm in self.norms)
+        raise UserError(
+            f"guard 'gradient': its norm was {shown} in the first {len(self.norms)} steps, so nothing can be learned; "
+            "the loss does not depend on the trained weights"
+        )
+
+
+def _is_rounded(model: nn.Module | None) -> bool:
+    """Whether all that trains is 16 bits wide, as it is under DeepSpeed with bf16 or fp16, which updates a copy in fp32."""
+    assert model is not None
+    return all(p.dtype.itemsize == 2 for p in model.parameters() if p.requires_grad)
+
+
+def check_saved(trainer: Trainer) -> None:
+    """Reads back what `trainer` has saved into its output folder, on rank 0.
+
+    Raises: UserError where the file holds no weights, or others than those in memory.
+    """
+    folder, model = Path(trainer.args.output_dir), trainer.model
+    if not trainer.is_world_process_zero():
+        return
+    _check_not_empty(folder)
+    if is_sharded(model):
+        return
+    if isinstance(model, PeftModel):
+        _check_adapter(trainer, model, folder)
+    else:
+        _check_weights(model, folder)
+
+
+def check_generation(trainer: Trainer, data: TaskData) -> None:
+    """Compares what the trained model writes after one row of the test split with its forward passes, on every rank.
+
+    Raises: UserError where they differ, as they do where PEFT does not know the generation of a newer transformers.
+    """
+    if data.task.model_kind == "head":
+        return
+    model = trainer.model
+    limit = longest_input(model.config) or ROW + TOKENS
+    room = min(ROW, limit - TOKENS - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0))
+    error = generation_error(model, data.prompt_tokenizer.tokenizer, data.test_prompts[0][: max(1, room)], TOKENS)
+    rounded = model.dtype.itemsize == 2 or getattr(model, "is_quantized", False)
+    tolerance = GENERATION_TOLERANCE_ROUNDED if rounded else GENERATION_TOLERANCE
+    if not error <= tolerance:
+        raise UserError(
+            f"guard 'generation': what the trained model writes does not follow from what it was trained on: the logits differ by "
+            f"{error:.2g} of their spread (at most {tolerance:g}). transformers {version('transformers')} and peft {version('peft')} "
+            "may not fit together; install the versions of constraints.txt"
+        )
+
+
+def _check_not_empty(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    elements = 0
+    for file in files:
+        try:
+            with safe_open(file, "pt") as stream:
+                elements += sum(math.prod(stream.get_slice(name).get_shape()) for name in stream.keys())  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own kind
+            raise UserError(f"guard 'saved': {file} cannot be read back ({' '.join(str(error).split())})") from None
+    if not elements:
+        raise UserError(f"guard 'saved': {folder} holds no weights; the method trained something that is not saved")
+
+
+@torch.no_grad()
+def _check_adapter(trainer: Trainer, model: PeftModel, folder: Path) -> None:
+    """The logits of one training row, before and after the adapter is read back from its file."""
+    before = _logits(trainer, model)
+    config, tolerance = model.active_peft_config, LOGITS_TOLERANCE
+    if str(getattr(config, "init_lora_weights", "")).startswith(ALTERS_BASE):
+        tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
+        from toolkit.runs.finished_run import FinishedRun
+
+        after = _logits(trainer, FinishedRun(folder, must_be_finished=False).model)
+    elif config.is_prompt_learning:  # what is saved is what the prompt encoder gives, not the encoder
+        reloaded = PeftModel.from_pretrained(model.get_base_model(), folder)
+        after = _logits(trainer, reloaded)
+    else:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(math.nan)  # what the file does not bring stays, and shows
+        weights = load_peft_weights(str(folder), device="cpu")
+        set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
+        lost = [name for name, p in model.named_parameters() if p.requires_grad and p.isnan().any()]
+        if lost:
+            raise UserError(f"guard 'saved': {len(lost)} trained weights are not in {folder}, {lost[0]} among them")
+        after = _logits(trainer, model)
+    worst = float((after - before).abs().max() / before.abs().max())
+    if not worst <= tolerance:
+        raise UserError(
+            f"guard 'saved': the adapter read back from {folder} gives logits that differ by {worst:.2g} of the largest "
+            f"(at most {tolerance:g}); the saved files do not hold what was trained"
+        )
+
+
+def _logits(trainer: Trainer, model: nn.Module) -> torch.Tensor:
+    """The logits (1, length, vocabulary) or (1, labels) of the first training row, in evaluation mode, fp32."""
+    assert trainer.train_dataset is not None and trainer.data_collator is not None
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    was_training = model.training
+    model.eval()
+    with trainer.compute_loss_context_manager():
+        logits = model(**batch).logits
+    model.train(was_training)
+    return logits.float()
+
+
+@torch.no_grad()
+def _check_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Each tensor that `folder` loads against the one in memory, in the type in which it is loaded."""
+    loaded = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        there = loaded.get(name)
+        if there is None or not torch.equal(there, tensor.to("cpu", there.dtype)):
+            what = "is missing" if there is None else "differs"
+            raise UserError(
+                f"guard 'saved': in what was saved to {folder}, {name} {what}; the run's result is not kept"
+            )

@@ -1,0 +1,343 @@
+"""Training: transformers' Trainer, with a loss that does not depend on how a batch is split, and guards."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from toolkit.console import say
+from toolkit.data.loading import TaskData
+from toolkit.distributed.ranks import leave_process_group, sigterm
+from toolkit.distributed.request import requested_engine
+from toolkit.distributed.running import EngineCheck
+from toolkit.distributed.sharded_models import share_tied_tables
+from toolkit.errors import UserError
+from toolkit.memory.measure import MemoryCallback
+from toolkit.methods.lora import save_over_original_base
+from toolkit.models.generation import make_saveable
+from toolkit.models.losses import IGNORE_INDEX, mean_loss, row_losses
+from toolkit.models.soft_prompts import has_virtual_tokens
+from toolkit.training.arguments import TrainArguments
+from toolkit.training.callbacks import MetricsFile, Preemption
+from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors
+from toolkit.training.guards import Guards, check_generation, check_saved
+from toolkit.training.optimizers import Prodigy, prodigy_arguments
+from toolkit.training.progress import ProgressCallback
+from toolkit.training.sampling import LengthGrouped
+from toolkit.training.shards import load_optimizer_shards, load_weight_shards, save_shards
+from toolkit.training.shared_rows import SharedRows
+
+
+class FineTuner(Trainer):
+    """`transformers.Trainer` whose gradients are the mean over all label tokens (or labels) of an optimizer step.
+
+    The same rows give the same gradients as one batch, as accumulated batches, or spread over processes. Trainer passes
+    `num_items_in_batch` to the model and trusts it to divide by it; T5, mT5 and BART accept the argument and ignore it,
+    so their loss grows with the accumulation steps (seen in transformers 5.17 to 5.23).
+    """
+
+    guards: Guards | None = None  # a shadow step has none
+    sampler: torch.utils.data.Sampler | None = None  # of the train split, once it was asked for
+    written_to: Path | None = None  # while a checkpoint is being written, its parent folder
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainArguments,
+        data: TaskData,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.guards = Guards()
+        self.data = data
+        metrics = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
+        callbacks = [ProgressCallback(), metrics, self.guards, Preemption(), *(callbacks or [])]
+        if args.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        tokenizer = data.prompt_tokenizer.tokenizer
+        for settings in filter(None, (model.config, getattr(model, "generation_config", None))):  # as Trainer would
+            settings.pad_token_id = tokenizer.pad_token_id
+        if getattr(model, "generation_config", None) is not None:
+            make_saveable(model.generation_config)
+        collator: Any
+        if data.task.model_kind == "head":  # labels are (rows,), not (rows, length)
+            collator = DataCollatorWithPadding(tokenizer)
+        else:
+            seq2seq = model if model.config.is_encoder_decoder else None
+            collator = DataCollatorForSeq2Seq(tokenizer, model=seq2seq, label_pad_token_id=IGNORE_INDEX)
+        engine = requested_engine(args.deepspeed, args.fsdp)
+        if engine.sequence_parallel_size > 1:
+            longest = max(len(ids) for split in (data.train, data.validation) for ids in split["input_ids"])
+            collator, args.dataloader_drop_last = SharedRows(collator, engine.sequence_parallel_size, longest), True
+        if engine.kind == "FSDP2":
+            share_tied_tables(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=tokenizer,
+            compute_metrics=mean_loss,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
+        if has_virtual_tokens(model):
+            self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
+        self.add_callback(EngineCheck(self))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on the device. Shares of rows are contiguous there, as models expect; on a CPU DeepSpeed gives views of the whole."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.get_sp_size() > 1:
+            inputs = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return inputs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss over this batch's label tokens, weighted by their share in the whole optimizer step.
+
+        With n the label tokens here and N those of all batches and processes of the step, the sum over batches of
+        mean x n / N is the mean over all N tokens. DDP averages over processes, hence the factor `num_processes`.
+        Without N it is the mean of the batch, as where processes share a row (accumulated rows weigh alike).
+        """
+        if num_items_in_batch is None:
+            return self._batch_loss(model, inputs, return_outputs)
+        local = _label_tokens(inputs["labels"], shifted=self._shifts_labels)
+        result = self._batch_loss(model, inputs, return_outputs)
+        scale = local / num_items_in_batch * self.accelerator.num_processes
+        return (result[0] * scale, result[1]) if return_outputs else result * scale
+
+    def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """The mean loss over the label tokens of a batch; Trainer's smoothed one takes as many logits as labels alone."""
+        if self.label_smoother is None or not has_virtual_tokens(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        smoothing = self.args.label_smoothing_factor
+        sums, tokens = row_losses(outputs.logits, labels, aligned=labels.dim() == 1, smoothing=smoothing)
+        loss = sums.sum() / tokens.sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """The summed loss of each row of a validation batch, and its number of label tokens: both (rows,).
+
+        Trainer would average the means of batches, so that the loss depends on how rows fall into batches, on padding of
+        batches, and on rows that fill up the last batch of several processes.
+        """
+        inputs = self._prepare_inputs(inputs)
+        shares_rows, seq2seq = self.get_sp_size() > 1, self.model.config.is_encoder_decoder
+        labels = inputs["shift_labels" if shares_rows else "labels"]  # of shared rows, this rank's share
+        if not seq2seq:  # whose decoder may read them; others need not compute the loss as well
+            inputs.pop("labels", None)
+        aligned = shares_rows or seq2seq or labels.dim() == 1
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+            sums, tokens = row_losses(logits, labels, aligned, self.args.label_smoothing_factor)
+        return None, sums, tokens
+
+    @property
+    def _shifts_labels(self) -> bool:
+        return not self.model.config.is_encoder_decoder and not has_virtual_tokens(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `--optim` names; with LoRA+, B's parameters in a group of a higher learning rate."""
+        ratio = getattr(self.model, "loraplus_lr_ratio", None)
+        if ratio is not None and getattr(self, "optimizer", None) is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options |= {"loraplus_weight_decay": self.args.weight_decay, "loraplus_lr_ratio": ratio}
+            self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
+        return super().create_optimizer(model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """Trainer's own choice by name, and Prodigy."""
+        if args.optim == "prodigy":
+            return Prodigy, prodigy_arguments(args)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass; stops the run at a loss that is not finite.
+
+        Raises: UserError with the step and the last checkpoint, before the optimizer takes the bad gradients.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            good = newest_first(Path(self.args.output_dir))
+            kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint had been written yet"
+            raise UserError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}; {kept}. "
+                "Lower --learning_rate, or compute in fp32 or --bf16"
+            )
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that the Trainer logs, whichever engine computes it; shown to the guards."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.guards is not None:
+            self.guards.gradient(norm)
+        return norm
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        """The order of rows that `--train_sampling_strategy` names."""
+        args, rows = self.args, self.train_dataset
+        if args.train_sampling_strategy == "group_by_length":
+            lengths = [len(ids) for ids in rows["input_ids"]]
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.sampler = LengthGrouped(lengths, args.train_batch_size * args.gradient_accumulation_steps, seed)
+        else:
+            self.sampler = super()._get_train_sampler(train_dataset)
+        return self.sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One epoch, or nothing where the checkpoint that was resumed from is the last: Trainer would take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        set_epoch = getattr(self.sampler, "set_epoch", None)
+        if set_epoch is not None:  # a data loader that skips what a checkpoint has seen does not pass it on
+            set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, written aside by all ranks and renamed when it is whole (`checkpoints`); then old ones go."""
+        args, state = self.args, self.state
+        final = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        origin = RunFingerprint.of(requested_engine(args.deepspeed, args.fsdp), args, self.data)
+        with atomic_folder(final, origin, args.should_save, self.accelerator.wait_for_everyone) as aside:
+            self.written_to = aside.parent
+            super()._save_checkpoint(model, trial)
+            self.written_to = None
+            if state.best_model_checkpoint == str(aside):
+                state.best_model_checkpoint = str(final)
+                if args.should_save:
+                    state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if args.should_save:
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """What training goes on with beside the weights; under FSDP2 each rank's share of both (`shards`)."""
+        if not self._is_fsdp2:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(self.model, self.optimizer.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint."""
+        if self._is_fsdp2:
+            load_weight_shards(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The rest of a checkpoint."""
+        if not self._is_fsdp2 or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer_shards(self.model, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        """Puts the weights of the best checkpoint into the model."""
+        if self._is_fsdp2:
+            load_weight_shards(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _is_fsdp2(self) -> bool:
+        return requested_engine(self.args.deepspeed, self.args.fsdp).kind == "FSDP2"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes checkpoints, and looks for those to delete."""
+        return str(self.written_to or self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads a checkpoint that has its lasting name; Trainer asks for it before."""
+        if self.written_to is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Saves tied weights once, also where an engine gathered each of their names into a tensor of its own."""
+        if state_dict:
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # name to the name that it is tied to
+            state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> None:
+        """Uploads the run folder as it stands, from rank 0, which the others do not wait for: it may take longer than their time-out.
+
+        Trainer would save the model and a model card of its own over what was converted, checked and written.
+        """
+        is_main = self.is_world_process_zero()
+        leave_process_group()
+        if not is_main:
+            return
+        self._finish_current_push()
+        HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            ignore_patterns=["_*", ".*", f"*{PREFIX_CHECKPOINT_DIR}-*"],
+            revision=self.args.hub_revision,
+        )
+
+
+def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """How many of `labels` the loss sees: all classes (batch,), or the tokens (batch, length) that are not masked.
+
+    A GPT-like model never predicts the first position.
+    """
+    return (labels[:, 1:] if shifted and labels.dim() == 2 else labels).ne(IGNORE_INDEX).sum()
+
+
+def train(trainer: FineTuner) -> None:
+    """Trains (or resumes), saves the result into the run folder, and says which checkpoint was chosen by what."""
+    args = trainer.args
+    try:
+        with sigterm.deferred_to_a_step():
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback | MemoryCallback):
+                callback.abort()
+        raise
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        say(
+            "chosen",
+            f"{Path(trainer.state.best_model_checkpoint).name}: best {args.metric_for_best_model} on the validation split"
+            f" ({trainer.state.best_metric:.4f})",
+        )
+    with readable_write_errors("the trained weights", Path(args.output_dir)):
+        trainer.save_model(args.output_dir, _internal_call=True)
+    if trainer.is_world_process_zero():
+        save_over_original_base(trainer.model, Path(args.output_dir))
+    check_saved(trainer)
+    check_generation(trainer, trainer.data)
