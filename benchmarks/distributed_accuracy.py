@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +170,7 @@ def save_base(configuration: Configuration, base: Path) -> None:
 
 def arguments(configuration: Configuration, folder: Path) -> Any:
     """The same for the prediction and for the ranks."""
-    from toolkit.training.arguments import TrainArguments
+    from toolkit.config.arguments import TrainArguments
 
     settings = {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
     settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
@@ -182,7 +183,7 @@ def batches(configuration: Configuration) -> list[dict[str, Any]]:
     """One for each forward pass of each process: 2 rows of 32 tokens."""
     import torch
 
-    from toolkit.training.shared_rows import SharedRows
+    from toolkit.data.shared_rows import SharedRows
 
     ids = torch.arange(64).reshape(2, 32) + 3
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
@@ -191,13 +192,23 @@ def batches(configuration: Configuration) -> list[dict[str, Any]]:
     return [batch] * (2 * configuration.flags.get("gradient_accumulation_steps", 1) * configuration.processes)
 
 
+def trainer_of(model: Any, args: Any, configuration: Configuration, callback: Any) -> Any:
+    """The trainer of a run over the configuration's batches."""
+    from toolkit.distributed.request import requested_engine
+    from toolkit.methods.full import Full
+    from toolkit.runs.prediction import Batches, of_batches
+    from toolkit.training.trainer import FineTuner
+
+    config = SimpleNamespace(training=of_batches(args), engine=requested_engine(), method=Full())
+    return FineTuner(model, config, Batches(batches(configuration)), [callback])
+
+
 def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
     """The ledger that one process predicts for `rank`."""
     import torch
 
     from toolkit.memory.shadow.simulated_rank import swapped_bytes, world
     from toolkit.memory.shadow.step import CPU, predict
-    from toolkit.runs.prediction import ShadowTuner
 
     def on_meta() -> Any:
         with torch.device("meta"):
@@ -205,7 +216,7 @@ def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
 
     with world(launch_of(configuration, folder, rank)):
         args = arguments(configuration, folder)
-        ledger = predict(on_meta, lambda m, a, callback: ShadowTuner(m, a, batches(configuration), callback), args, CPU)
+        ledger = predict(on_meta, lambda m, a, callback: trainer_of(m, a, configuration, callback), args, CPU)
         return replace(ledger, nvme_bytes=swapped_bytes())
 
 
@@ -214,10 +225,11 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     from accelerate.state import AcceleratorState
     from deepspeed.accelerator import get_accelerator
 
+    from toolkit.distributed.request import requested_engine
     from toolkit.distributed.running import EngineCheck
     from toolkit.memory.measure import MemoryCallback
     from toolkit.memory.shadow import simulated_rank
-    from toolkit.runs.prediction import ShadowTuner
+    from toolkit.memory.shadow.step import keep_only
     from toolkit.runs.preflight import check_engine
 
     os.environ.update(launch_of(configuration, folder, rank))
@@ -225,11 +237,13 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     AcceleratorState.__init__ = simulated_rank.begin_as_on_gpus(AcceleratorState.__init__)
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that only some CPUs have
     args = arguments(configuration, folder)
-    check_engine(args)
+    engine = requested_engine()
+    check_engine(engine, args)
     memory = MemoryCallback()
     with simulated_rank.uncompiled_adam(), simulated_rank.uncompiled_disk(real_files()):
-        trainer = ShadowTuner(build(configuration, folder / "base"), args, batches(configuration), memory)
-        trainer.add_callback(EngineCheck(trainer))
+        trainer = trainer_of(build(configuration, folder / "base"), args, configuration, memory)
+        keep_only(trainer, memory)
+        trainer.add_callback(EngineCheck(trainer, engine))
         trainer.train()
     memory.ledger.save(folder / f"rank{rank}.json")
     torch_distributed = sys.modules["torch.distributed"]

@@ -68,7 +68,7 @@ def predict(model: str, method: str, launch: str, cards: int, path: Path) -> Non
     from toolkit.runs.prediction import PredictionJob
 
     flags = ["--model_name_or_path", model, *FLAGS]
-    PredictionJob(method, flags, read_launch_file(launch, cards), find_card(CARD)).predict().save(path)
+    PredictionJob.of(method, flags, read_launch_file(launch, cards), find_card(CARD)).predict().save(path)
 
 
 def predicted(model: str, method: str, launch: str, cards: int) -> dict[str, Any]:

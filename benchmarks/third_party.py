@@ -422,7 +422,7 @@ def predict(run: Run) -> dict[str, int]:
     from toolkit.memory.cuda.device import Cuda
     from toolkit.memory.shadow.fake import make_fake
     from toolkit.memory.trace import Trace
-    from toolkit.training.optimizers import ReadAsOne
+    from toolkit.optimizers import ReadAsOne
 
     peft = run.version("peft")
     device = Cuda(

@@ -10,7 +10,6 @@ training, but each answer pays for the examples again, in context and in time: t
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods.in_context import InContext
-from toolkit.models.loading import load_model
 from toolkit.runs.in_context import answer_in_context, finish_in_context
 from toolkit.runs.prediction import show_prediction
 from toolkit.runs.preflight import prepare
@@ -26,7 +25,7 @@ def main() -> None:
     ready = prepare(config)  # tokenizer and data; every mistake is found here, before a model loads
     run = RunFolder.create(config, ready)
 
-    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    model = ready.load_model()  # with its weights
     finish_in_context(run, ready, answer_in_context(model, ready, config))
 
 

@@ -11,7 +11,6 @@ from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.prefix_tuning import PrefixTuning
-from toolkit.models.loading import load_model
 from toolkit.runs.evaluation import evaluate_by_generation
 from toolkit.runs.prediction import say_prediction, show_comparison, show_prediction
 from toolkit.runs.preflight import prepare
@@ -29,13 +28,13 @@ def main() -> None:
     run = RunFolder.create(config, ready)
     say_prediction(config)  # what the worst batch will need
 
-    model = load_model(config.model, ready.model_config, ready.dtype, config.training)
+    model = ready.load_model()  # with its weights
     base = evaluate_by_generation(model, ready.data, config, title="base model")
 
     model = config.method.attach(model)
     memory = MemoryCallback(snapshot=config.snapshot_file)
-    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory])
-    train(trainer)
+    trainer = FineTuner(model, config, ready.data, callbacks=[memory])
+    train(trainer, run.checkpoint)
 
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
     show_comparison(config, memory)  # the prediction beside what was measured

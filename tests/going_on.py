@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import same_training as same
+from training_data import config_of
 
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.distributed.request import requested_engine
 from toolkit.runs.preflight import check_engine
 from toolkit.training.checkpoints import RunFingerprint, check_resumable, resume_point
 from toolkit.training.trainer import FineTuner, train
@@ -27,15 +27,18 @@ def steps(kind: str, method: str, bases: Path, folder: Path, begun: Path | None)
     """The run in `folder`, from its beginning or from the checkpoint-2 in `begun`."""
     settings = {"learning_rate": 1e-2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     args = same.arguments(folder, ROWS_A_STEP // int(os.environ.get("WORLD_SIZE", "1")), **settings)
-    check_engine(args)
-    data = same.task_data(kind)
+    config = config_of(args)
+    check_engine(config.engine, args)
+    data, checkpoint = same.task_data(kind), None
     if begun is not None:
-        args.resume_from_checkpoint = str(resume_point(str(begun / "checkpoint-2"), folder))
+        checkpoint = str(resume_point(str(begun / "checkpoint-2"), folder))
         check_resumable(
-            begun / "checkpoint-2", RunFingerprint.of(requested_engine(), args, data), allow_changed_data=False
+            begun / "checkpoint-2",
+            RunFingerprint.of(config.engine, args, data.train_fingerprint),
+            allow_changed_data=False,
         )
     model = same.attach(same.load(bases / kind, method, args), kind, method)
-    train(FineTuner(model, args, data))
+    train(FineTuner(model, config, data), checkpoint)
 
 
 @exits_cleanly

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
+from training_data import config_of, task_data
 from transformers import (
     AutoConfig,
     DataCollatorForSeq2Seq,
@@ -18,10 +19,10 @@ from transformers import (
     TrainerCallback,
 )
 
+from toolkit.config.arguments import TrainArguments
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods.prompt_tuning import PromptTuning
 from toolkit.models.heads import auto_class, set_head
-from toolkit.training.arguments import TrainArguments
 from toolkit.training.trainer import FineTuner
 
 KINDS = ("t5", "bart", "llama", "head")
@@ -108,11 +109,7 @@ def fine_tuner(
     settings = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
     args = TrainArguments(output_dir=str(folder), report_to="none", **settings | arguments)
     task = SimpleNamespace(model_kind="head" if kind == "head" else "generating")
-    prompt_tokenizer = SimpleNamespace(tokenizer=Tokenizer())
-    data = SimpleNamespace(
-        task=task, train=train, validation=validation, prompt_tokenizer=prompt_tokenizer, train_fingerprint=""
-    )
-    return FineTuner(model, args, data, callbacks=list(callbacks))
+    return FineTuner(model, config_of(args), task_data(task, train, validation, Tokenizer()), callbacks)
 
 
 def gradients(kind: str, batch_size: int, accumulation: int, ours: bool = True) -> dict[str, torch.Tensor]:

@@ -11,20 +11,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import training_data
 from datasets import Dataset
 from gradients import SIZES, Tokenizer
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, BatchEncoding, PreTrainedModel
 
+from toolkit.config.arguments import TrainArguments
+from toolkit.data.loading import TaskData
 from toolkit.distributed.ranks import exits_cleanly
+from toolkit.distributed.request import requested_engine
 from toolkit.methods import METHODS
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.generation import generate
 from toolkit.models.heads import auto_class
 from toolkit.models.loading import load_model, load_model_config
 from toolkit.runs.preflight import check_engine
-from toolkit.training.arguments import TrainArguments
 from toolkit.training.trainer import FineTuner, train
 
 KINDS = ("t5", "llama")
@@ -123,7 +126,8 @@ def written(model: PreTrainedModel, kind: str) -> list[str]:
 def load(source: Path, method: str, args: TrainArguments) -> PreTrainedModel:
     """The model in the folder `source` as a recipe loads it, for the engine that runs."""
     flags = ModelArguments(model_name_or_path=str(source), load_in_4bit=method == "qlora")
-    return load_model(flags, load_model_config(flags), torch.float32, args)
+    engine = requested_engine(args.deepspeed, args.fsdp)
+    return load_model(flags, load_model_config(flags), torch.float32, args, engine)
 
 
 def attach(model: PreTrainedModel, kind: str, method: str) -> PreTrainedModel:
@@ -151,21 +155,16 @@ def arguments(folder: Path, batch_size: int, **settings: Any) -> TrainArguments:
     )
 
 
-def task_data(kind: str) -> SimpleNamespace:
-    """As much of `data.TaskData` as training asks for."""
-    return SimpleNamespace(
-        task=SimpleNamespace(model_kind="generating"),
-        train=rows(kind),
-        validation=rows(kind),
-        prompt_tokenizer=SimpleNamespace(tokenizer=Writer()),
-        test_prompts=rows(kind)["input_ids"],
-        train_fingerprint="the same",
-    )
+def task_data(kind: str) -> TaskData:
+    """The same rows to train, to validate and to answer."""
+    task = SimpleNamespace(model_kind="generating")
+    return training_data.task_data(task, rows(kind), rows(kind), Writer(), rows(kind)["input_ids"])
 
 
 def trained(kind: str, method: str, bases: Path, args: TrainArguments) -> tuple[FineTuner, dict[str, int]]:
     """The trainer after training, its model saved in the run's folder; and the `packed` weights of its base as loaded."""
-    check_engine(args)
+    config = training_data.config_of(args)
+    check_engine(config.engine, args)
     base = load(bases / kind, method, args)
     packed: dict[str, int] = {}
     for parameter in base.parameters():
@@ -173,7 +172,7 @@ def trained(kind: str, method: str, bases: Path, args: TrainArguments) -> tuple[
             how = "shared out" if hasattr(parameter, "ds_tensor") else "whole"
             stored = f"{str(parameter.dtype).removeprefix('torch.')}, {how}"
             packed[stored] = packed.get(stored, 0) + 1
-    trainer = FineTuner(attach(base, kind, method), args, task_data(kind))
+    trainer = FineTuner(attach(base, kind, method), config, task_data(kind))
     train(trainer)
     return trainer, packed
 

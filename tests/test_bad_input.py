@@ -15,6 +15,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils.import_utils import is_galore_torch_available, is_lomo_available
 
 from toolkit.config import parse_config
+from toolkit.distributed.engine import NO_ENGINE
 from toolkit.distributed.launch_files import read_launch_file
 from toolkit.errors import UserError
 from toolkit.methods.lora import Lora
@@ -295,7 +296,10 @@ def test_a_compiler_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="--torch_compile compiles C\\+\\+ code, and there is no compiler"):
         check_engine(
-            SimpleNamespace(torch_compile=True, push_to_hub=False, deepspeed=None, fsdp=None, world_size=1, optim="sgd")
+            NO_ENGINE,
+            SimpleNamespace(
+                torch_compile=True, push_to_hub=False, deepspeed=None, fsdp=None, world_size=1, optim="sgd"
+            ),
         )
 
 

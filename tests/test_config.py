@@ -7,7 +7,8 @@ import pytest
 import yaml
 from transformers import AutoConfig, TrainingArguments
 
-from toolkit.config import Parser, parse_config
+from toolkit.config import RecipeParser, parse_config
+from toolkit.config.arguments import OVERRIDDEN
 from toolkit.data.loading import DataArguments, lengths
 from toolkit.errors import UserError
 from toolkit.methods import METHODS
@@ -15,7 +16,6 @@ from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
 from toolkit.methods.prompt_tuning import PromptTuning
 from toolkit.methods.qlora import QLora
-from toolkit.training.arguments import OVERRIDDEN
 
 
 def refusal(*argv: str, method=Lora) -> str:
@@ -37,14 +37,14 @@ def yaml_file(tmp_path):
 
 
 def test_every_training_argument_is_a_flag_by_its_own_name():
-    flags = Parser(Lora).flags()
+    flags = RecipeParser(Lora).flags()
     names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     assert len(names) > 90
     assert names <= set(flags)
 
 
 def test_every_overridden_flag_exists_and_is_refused_with_its_reason():
-    parser = Parser(Full)
+    parser = RecipeParser(Full)
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     assert set(OVERRIDDEN) <= known
     for name, reason in OVERRIDDEN.items():

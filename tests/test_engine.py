@@ -59,7 +59,7 @@ def checked(env, **training):
             patch.delenv(name)
         for name, value in env.items():
             patch.setenv(name, value)
-        check_engine(SimpleNamespace(**usual | training))
+        check_engine(requested_engine(), SimpleNamespace(**usual | training))
 
 
 def test_an_optimizer_that_deepspeed_would_replace_is_refused(tmp_path):

@@ -10,13 +10,15 @@ from huggingface_hub import HfApi
 from memory.tiny_models import tiny_model
 from peft import IA3Config, LoraConfig, PeftModelForCausalLM, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from training_data import config_of, task_data
 from transformers import AutoTokenizer, TrainerCallback
 
+from toolkit.config.arguments import TrainArguments
 from toolkit.distributed.checksums import checksums
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
+from toolkit.methods import METHODS
 from toolkit.tasks import TASKS
-from toolkit.training.arguments import TrainArguments
 from toolkit.training.guards import FIRST_STEPS, Guards, check_generation, check_saved
 from toolkit.training.trainer import FineTuner
 
@@ -39,15 +41,13 @@ def trainer(tmp_path):
         generator = torch.Generator().manual_seed(1)
         ids = [torch.randint(3, 256, (12,), generator=generator).tolist() for _ in range(4)]
         rows = Dataset.from_list([{"input_ids": i, "attention_mask": [1] * 12, "labels": i} for i in ids])
-        prompt_tokenizer = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(MODEL_DIR))
+        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
         settings = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "save_strategy": "no"}
         args = TrainArguments(
             output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **settings | arguments
         )
-        data = SimpleNamespace(
-            train=rows, validation=rows, prompt_tokenizer=prompt_tokenizer, task=TASKS["text"], test_prompts=ids
-        )
-        return kind(model, args, data, callbacks=list(callbacks))
+        data = task_data(TASKS["text"], rows, rows, tokenizer, ids)
+        return kind(model, config_of(args, METHODS["full" if method == "full" else "lora"]()), data, callbacks)
 
     return make
 
@@ -58,7 +58,7 @@ def test_a_good_run_passes_every_guard_and_keeps_its_weights(trainer, method, tm
     good.train()
     before = {name: p.clone() for name, p in good.model.named_parameters()}
     good.save_model(str(tmp_path))
-    check_saved(good)
+    check_saved(good, good.config)
     check_generation(good, good.data)
     assert all(torch.equal(p, before[name]) for name, p in good.model.named_parameters())
 
@@ -120,16 +120,16 @@ def test_an_adapter_file_that_is_empty_incomplete_or_altered_is_refused(trainer,
 
     save_file({**weights, name: weights[name] * 1.5}, file)
     with pytest.raises(UserError, match=r"guard 'saved': the adapter read back .* gives logits that differ"):
-        check_saved(run)
+        check_saved(run, run.config)
     save_file({key: tensor for key, tensor in weights.items() if key != name}, file)
     with pytest.raises(UserError, match="guard 'saved': 1 trained weights are not in"):
-        check_saved(run)
+        check_saved(run, run.config)
     save_file({}, file)
     with pytest.raises(UserError, match=r"guard 'saved': .* holds no weights"):
-        check_saved(run)
+        check_saved(run, run.config)
     file.write_bytes(b"")
     with pytest.raises(UserError, match=r"guard 'saved': .* cannot be read back"):
-        check_saved(run)
+        check_saved(run, run.config)
 
 
 def test_a_full_model_that_was_saved_with_other_weights_is_refused(trainer, tmp_path):
@@ -140,7 +140,7 @@ def test_a_full_model_that_was_saved_with_other_weights_is_refused(trainer, tmp_
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"guard 'saved': .*model\.norm\.weight differs"):
-        check_saved(run)
+        check_saved(run, run.config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])

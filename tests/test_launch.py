@@ -224,7 +224,14 @@ def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv,
 def asking(model, method=None, **training):
     """What `check_combination` looks at of a Config."""
     usual = {"optim": "adamw_torch", "bf16": False, "load_best_model_at_end": False}
-    return SimpleNamespace(model=model, method=method or Lora(), training=SimpleNamespace(**usual | training))
+    usual |= training
+    return SimpleNamespace(
+        model=model, method=method or Lora(), training=SimpleNamespace(**usual), optimizer=usual["optim"]
+    )
+
+
+def combined(engine, asked, model_config):
+    check_combination(SimpleNamespace(**vars(asked), engine=engine, model_config=model_config))
 
 
 def test_rows_are_shared_only_by_models_that_can(monkeypatch):
@@ -239,19 +246,19 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     model = SimpleNamespace(load_in_8bit=False, model_name_or_path="a-model")
     config = T5Config(num_heads=4)
     with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
-        check_combination(asked, asking(model), config)
+        combined(asked, asking(model), config)
     default = SimpleNamespace(load_in_8bit=False, model_name_or_path=None)
     with pytest.raises(UserError, match="the embedded tiny T5 is an encoder-decoder model"):
-        check_combination(asked, asking(default), config)
+        combined(asked, asking(default), config)
     with pytest.raises(UserError, match="a model of 3 attention heads"):
-        check_combination(asked, asking(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
-    check_combination(asked, asking(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
+        combined(asked, asking(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
+    combined(asked, asking(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
     with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be shared out"):
-        check_combination(Engine(2, "ZeRO-3"), asking(SimpleNamespace(load_in_8bit=True)), config)
+        combined(Engine(2, "ZeRO-3"), asking(SimpleNamespace(load_in_8bit=True)), config)
     pissa = asking(model, Lora(init_lora_weights="pissa"))
     with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):
-        check_combination(Engine(2, "FSDP2"), pissa, config)
-    check_combination(Engine(2, "ZeRO-2"), pissa, config)
+        combined(Engine(2, "FSDP2"), pissa, config)
+    combined(Engine(2, "ZeRO-2"), pissa, config)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,7 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
 def test_an_optimizer_that_an_engine_cannot_run_is_refused(kind, optim):
     model = SimpleNamespace(load_in_8bit=False)
     with pytest.raises(UserError, match=f"--optim {optim} under {kind}: .*use adamw_torch_fused"):
-        check_combination(Engine(2, kind), asking(model, optim=optim), LlamaConfig())
+        combined(Engine(2, kind), asking(model, optim=optim), LlamaConfig())
 
 
 def test_the_best_of_several_checkpoints_is_not_read_back_from_a_disk():
@@ -270,7 +277,7 @@ def test_the_best_of_several_checkpoints_is_not_read_back_from_a_disk():
     model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
     config = asking(model, load_best_model_at_end=True)
     with pytest.raises(UserError, match=r"--load_best_model_at_end under ZeRO-3 .* reads back .* only a part"):
-        check_combination(nvme, config, T5Config(num_heads=4))
+        combined(nvme, config, T5Config(num_heads=4))
 
 
 def test_a_4_bit_base_goes_to_a_disk_in_bf16_alone():
@@ -278,12 +285,12 @@ def test_a_4_bit_base_goes_to_a_disk_in_bf16_alone():
     nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
     model, config = SimpleNamespace(load_in_8bit=False, load_in_4bit=True), T5Config(num_heads=4)
     with pytest.raises(UserError, match=r"--load_in_4bit in fp32 under ZeRO-3 on 2 processes, .* add --bf16"):
-        check_combination(
+        combined(
             nvme,
             asking(model),
             config,
         )
-    check_combination(
+    combined(
         nvme,
         asking(model, bf16=True),
         config,

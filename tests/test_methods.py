@@ -26,6 +26,7 @@ from toolkit.methods.qlora import QLora
 from toolkit.methods.selective import Selective, layers_of
 from toolkit.models import catalogue
 from toolkit.models.heads import auto_class, set_head
+from toolkit.runs.prediction import Batches
 from toolkit.training.trainer import FineTuner
 
 MODELS = ["t5", "bart", "llama", "gpt2", "qwen2"]
@@ -220,17 +221,13 @@ def test_rslora_scales_by_the_root_of_the_rank():
 def trainer_of(model, tmp_path, *flags: str, method=Lora):
     """A `FineTuner` over one row, for its optimizer."""
     config = parse_config(method, [*flags, "--output_dir", str(tmp_path / "run"), "--use_cpu"])
-
-    class OneRow(FineTuner):
-        def __init__(self) -> None:
-            super(FineTuner, self).__init__(model=model, args=config.training, train_dataset=rows("t5", 2))
-
-    return OneRow()
+    return FineTuner(model, config, Batches(rows("t5", 2)))
 
 
 def test_lora_plus_gives_b_its_own_learning_rate(tmp_path):
     model = Lora(loraplus_lr_ratio=16.0).attach(tiny_model("t5"))
-    optimizer = trainer_of(model, tmp_path, "--learning_rate", "1e-3", "--weight_decay", "0.1").create_optimizer()
+    flags = ("--learning_rate", "1e-3", "--weight_decay", "0.1", "--loraplus_lr_ratio", "16")
+    optimizer = trainer_of(model, tmp_path, *flags).create_optimizer()
     names = {id(p): key for key, p in model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == {key for key, p in model.named_parameters() if p.requires_grad}
@@ -251,7 +248,7 @@ def test_prodigy_is_an_optimizer_by_name_whose_rate_is_1(name, tmp_path):
 
 
 def test_prodigy_finds_a_step_size_and_learns():
-    from toolkit.training.optimizers import Prodigy
+    from toolkit.optimizers import Prodigy
 
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(8))

@@ -22,6 +22,7 @@ from same_training import save_bases
 
 from toolkit.config import parse_config
 from toolkit.distributed import ranks
+from toolkit.distributed.engine import NO_ENGINE, Engine
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
 from toolkit.files import atomic_write
@@ -215,17 +216,20 @@ def test_checkpoints_after_the_one_that_is_gone_on_from_are_set_aside(tmp_path, 
 
 def test_a_folder_that_only_some_machines_see_is_refused_where_all_must(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    plain = {"deepspeed": None, "fsdp": None, "resume_from_checkpoint": None, "load_best_model_at_end": False}
-    plain |= {"save_strategy": "epoch"}
-    run_folder._check_shared(tmp_path / ".claimed", SimpleNamespace(**plain))
-    best = SimpleNamespace(**plain | {"load_best_model_at_end": True})
+    mark = tmp_path / ".claimed"
+
+    def check(engine, best=False):
+        training = SimpleNamespace(load_best_model_at_end=best, save_strategy="epoch")
+        run_folder._check_shared(mark, SimpleNamespace(training=training, engine=engine), resumes=False)
+
+    check(NO_ENGINE)
     with pytest.raises(UserError, match=r"is not what rank 1 finds by that name, and --load_best_model_at_end must"):
-        run_folder._check_shared(tmp_path / ".claimed", best)
-    zero = SimpleNamespace(**plain | {"deepspeed": {"zero_optimization": {"stage": 2}}})
+        check(NO_ENGINE, best=True)
+    zero = Engine(2, "ZeRO-2")
     with pytest.raises(UserError, match="checkpoints under ZeRO-2 must be"):
-        run_folder._check_shared(tmp_path / ".claimed", zero)
-    (tmp_path / ".claimed").touch()
-    run_folder._check_shared(tmp_path / ".claimed", zero)
+        check(zero)
+    mark.touch()
+    check(zero)
 
 
 def test_the_metrics_of_a_run_that_was_ended_while_it_wrote_them_go_on(tmp_path):

@@ -9,7 +9,6 @@ from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
-from toolkit.models.loading import load_model
 from toolkit.runs.preflight import prepare
 from toolkit.runs.run_folder import RunFolder
 from toolkit.training.trainer import FineTuner, train
@@ -20,9 +19,9 @@ def main() -> None:
     method = {"full": Full, "lora": Lora}[sys.argv.pop(1) if sys.argv[1] in ("full", "lora") else "lora"]
     config = parse_config(method)
     ready = prepare(config)
-    RunFolder.create(config, ready)
-    model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))
-    train(FineTuner(model, config.training, ready.data))
+    run = RunFolder.create(config, ready)
+    model = config.method.attach(ready.load_model())
+    train(FineTuner(model, config, ready.data), run.checkpoint)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,6 @@ def evaluation(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
     """Peaks of loading, of scoring by generation and of validation, which no prediction counts yet."""
     from toolkit.config import parse_config
     from toolkit.methods import METHODS
-    from toolkit.models.loading import load_model
     from toolkit.runs.evaluation import evaluate_by_generation
     from toolkit.runs.preflight import prepare
     from toolkit.training.trainer import FineTuner
@@ -260,9 +259,9 @@ def evaluation(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
         found[name] = dict(zip(("allocated_bytes", "reserved_bytes"), it.peaks(), strict=True))
         return result
 
-    model = peak("load", lambda: load_model(config.model, ready.model_config, ready.dtype, config.training))
+    model = peak("load", lambda: ready.load_model())
     peak("generate", lambda: evaluate_by_generation(model, ready.data, config, title="base model"))
-    trainer = FineTuner(config.method.attach(model), config.training, ready.data)
+    trainer = FineTuner(config.method.attach(model), config, ready.data)
     peak("train", trainer.train)
     peak("evaluate", trainer.evaluate)
     peak("generate, tuned", lambda: evaluate_by_generation(trainer.model, ready.data, config, title="tuned model"))

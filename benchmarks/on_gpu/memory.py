@@ -198,7 +198,7 @@ def predict(row: Mapping[str, Any], source: str | dict[str, Any], facts: dict[st
     batches = [training.rebuilt(batch) for batch in row["batches"]]
     if card is None:
         flags.append("--use_cpu")
-    ledger = PredictionJob(row["method"], flags, ONE_PROCESS, card, batches).predict()
+    ledger = PredictionJob.of(row["method"], flags, ONE_PROCESS, card, batches=batches).predict()
     return training.ledger_row(ledger)
 
 

@@ -96,11 +96,10 @@ def measure(label: str, step: dict[str, Any], contender: str, work: str, rehears
 
 def _footprint(config: Any, ready: Any, watch: Stopwatch) -> Any:
     from toolkit.memory.measure import MemoryCallback
-    from toolkit.models.loading import load_model
     from toolkit.training.trainer import FineTuner
 
-    model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))
-    FineTuner(model, config.training, ready.data, callbacks=[MemoryCallback(), watch]).train()
+    model = config.method.attach(ready.load_model())
+    FineTuner(model, config, ready.data, callbacks=[MemoryCallback(), watch]).train()
     return model
 
 

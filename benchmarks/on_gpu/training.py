@@ -60,7 +60,6 @@ def measured(
     from toolkit.config import parse_config
     from toolkit.memory.measure import MemoryCallback
     from toolkit.methods import METHODS
-    from toolkit.models.loading import load_model
     from toolkit.runs.preflight import prepare
     from toolkit.training.trainer import FineTuner
 
@@ -71,10 +70,10 @@ def measured(
     on_cuda = config.training.device.type == "cuda"
     if on_cuda:
         allocator_settings(allocator)
-    model = config.method.attach(load_model(config.model, ready.model_config, ready.dtype, config.training))
+    model = config.method.attach(ready.load_model())
     memory = MemoryCallback(snapshot=snapshot)
     untraced = Untraced(device(rehearsed=not on_cuda), memory)
-    trainer = FineTuner(model, config.training, ready.data, callbacks=[memory, untraced])
+    trainer = FineTuner(model, config, ready.data, callbacks=[memory, untraced])
     seconds["load"], began = time.perf_counter() - began, time.perf_counter()
     trainer.train()
     seconds["train"] = time.perf_counter() - began

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import toolkit
-from toolkit.config import Parser, parse_config
+from toolkit.config import RecipeParser, TrainArguments, parse_config
 from toolkit.errors import UserError, did_you_mean
 from toolkit.files import atomic_write
 from toolkit.methods import METHODS
 from toolkit.methods.in_context import USED
 from toolkit.runs.finished_run import read_json
-from toolkit.training.arguments import TrainArguments
 
 REPOSITORY = Path(toolkit.__file__).parent.parent
 FILE = "comparison.json"
@@ -191,7 +190,7 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
             raise UserError(f"--{name} has no place in a comparison: {REFUSED[name]}")
         takers = [method for method in methods if name in known[method]]
         if methods and not takers:
-            owners = [m for m, cls in METHODS.items() if name in Parser(cls).flags()]
+            owners = [m for m, cls in METHODS.items() if name in RecipeParser(cls).flags()]
             hint = f" (it belongs to the method {owners[0]}, which is not compared)" if owners else ""
             hint = hint or did_you_mean(name, {flag for flags_of in known.values() for flag in flags_of})
             raise UserError(f"unknown flag --{name}{hint}; python recipes/METHOD.py --help lists those of each")
@@ -202,7 +201,7 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
 
 def _flags(method: str) -> set[str]:
     """The flags that have an effect with a method: where nothing is trained, not those of training."""
-    flags = set(Parser(METHODS[method]).flags())
+    flags = set(RecipeParser(METHODS[method]).flags())
     return flags if METHODS[method].trains else flags - {f.name for f in fields(TrainArguments)} | USED
 
 

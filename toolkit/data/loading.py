@@ -10,9 +10,16 @@ from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from toolkit.data.rows import Splits, load_rows, sample_of_classes
+from toolkit.data.shared_rows import SharedRows
 from toolkit.errors import UserError
 from toolkit.metrics import normalized
 from toolkit.models.arguments import lasting_path, looks_like_path
@@ -173,11 +180,31 @@ class TaskData:
     remarks: list[str]
     fingerprint: dict[str, str]  # split: SHA-256 over the columns that are read
     supervised_tokens: int  # labels of the train split that the loss sees
+    is_collated: ClassVar[bool] = False  # rows, of which `collator` makes batches
 
     @property
     def test(self) -> Dataset:
         """The rows of the test split."""
         return self.rows["test"]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that made the token ids."""
+        return self.prompt_tokenizer.tokenizer
+
+    def collator(self, model: PreTrainedModel, sequence_parallel_size: int = 1) -> Any:
+        """Makes batches of rows, padded to the longest: labels are (rows, length), or (rows,) for a head.
+
+        Where several processes share the tokens of a row, all batches are as long as the longest row.
+        """
+        if self.task.model_kind == "head":
+            return DataCollatorWithPadding(self.tokenizer)
+        seq2seq = model if model.config.is_encoder_decoder else None
+        collator = DataCollatorForSeq2Seq(self.tokenizer, model=seq2seq, label_pad_token_id=IGNORE_INDEX)
+        if sequence_parallel_size == 1:
+            return collator
+        longest = max(len(ids) for split in (self.train, self.validation) for ids in split["input_ids"])
+        return SharedRows(collator, sequence_parallel_size, longest)
 
     def pairs(self, split: str) -> list[tuple[Any, Any]]:
         """Text and target of each row of `split`."""

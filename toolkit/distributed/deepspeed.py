@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.cpp_extension import CUDA_HOME, get_default_build_root
 
 from toolkit.console import say
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.errors import UserError
 
@@ -216,7 +216,7 @@ def build_extensions() -> None:
     """Compiles what DeepSpeed would compile at its first use: its Adam for the CPU, and reading and writing of NVMe disks."""
     import deepspeed
 
-    check_builds(Engine(1, "ZeRO-3", "nvme", "nvme"))
+    check_builds(Engine(1, EngineKind.ZERO_3, "nvme", "nvme"))
     for name in ("CPUAdamBuilder", "AsyncIOBuilder"):
         builder = deepspeed.accelerator.get_accelerator().create_op_builder(name)
         if not builder.is_compatible(verbose=False):

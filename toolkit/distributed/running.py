@@ -14,8 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from toolkit.console import say
 from toolkit.distributed.checksums import checksums
-from toolkit.distributed.engine import REPLICATED, Engine, Place
-from toolkit.distributed.request import requested_engine
+from toolkit.distributed.engine import Engine, EngineKind, Place
 from toolkit.errors import UserError
 
 
@@ -32,10 +31,11 @@ def running_engine(trainer: Trainer) -> Engine:
     shards = [p.to_local() for p in trainer.model.parameters() if isinstance(p, DTensor)]
     if shards:
         place = _place([shard.device for shard in shards], trainer)
-        return Engine(processes, "FSDP2", place, place)
+        return Engine(processes, EngineKind.FSDP2, place, place)
     if type(wrapped).__name__ == "FullyShardedDataParallel":
-        return Engine(processes, "FSDP1")
-    return Engine(processes, "DDP" if isinstance(wrapped, nn.parallel.DistributedDataParallel) else "no engine")
+        return Engine(processes, EngineKind.FSDP1)
+    is_ddp = isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    return Engine(processes, EngineKind.DDP if is_ddp else EngineKind.NONE)
 
 
 def _place(devices: list[torch.device], trainer: Trainer) -> Place:
@@ -60,7 +60,7 @@ def _running_zero(trainer: Trainer, processes: int) -> Engine:
         state, where = _place([master.device for master in masters], trainer), "with the model"
     mpu = getattr(engine, "mpu", None)
     row = mpu.get_sequence_parallel_world_size() if mpu is not None else 1
-    return Engine(processes, f"ZeRO-{stage}", state, where, row)
+    return Engine(processes, EngineKind(f"ZeRO-{stage}"), state, where, row)
 
 
 class EngineCheck(TrainerCallback):
@@ -69,14 +69,15 @@ class EngineCheck(TrainerCallback):
     Raises: UserError, before the first step and after it.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, requested: Engine) -> None:
         self.trainer = trainer
+        self.requested = requested
         self.checked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        asked = requested_engine(args.deepspeed, args.fsdp)
+        asked = self.requested
         self.running = running_engine(self.trainer)
         if args.device.type == "cpu":  # where offloading to its memory leaves everything where it is
             home = [p if p != "cpu" else "with the model" for p in (asked.optimizer_state, asked.parameters)]
@@ -85,11 +86,11 @@ class EngineCheck(TrainerCallback):
             raise UserError(
                 f"the launch asked for {asked}, but what runs is {self.running}; {_advice(asked, self.running)}"
             )
-        if self.running.kind != "no engine":
+        if self.running.kind is not EngineKind.NONE:
             say("engine", str(self.running))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.checked or self.running.processes == 1 or self.running.kind not in REPLICATED:
+        if self.checked or self.running.processes == 1 or not self.running.kind.replicates_parameters:
             return
         self.checked = True
         name = first_that_differs(self.trainer.model)

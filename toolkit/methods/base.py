@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer
 
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
@@ -51,9 +53,9 @@ class Method(ABC):
         return 0
 
     @property
-    def changes_base(self) -> bool:
-        """Whether attaching it to a model changes the model's own weights."""
-        return False
+    def changes_base(self) -> str:
+        """The setting by which attaching it changes the model's own weights, such as `--init_lora_weights pissa`; else empty."""
+        return ""
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +77,18 @@ class Method(ABC):
 
         Raises: UserError where the method does not fit the model.
         """
+
+    def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
+        """The optimizer over parameter groups of the method's own, of the class that `--optim` names; None: Trainer makes it."""
+        return None
+
+    def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:  # noqa: B027 - few methods have something to do
+        """Called by rank 0 when the trained weights are in `folder`: rewrites what another base than the saved one needs."""
+
+    @classmethod
+    def adapter_changes_base(cls, config: PeftConfig) -> bool:
+        """Whether a saved adapter with `config` changes the base's weights as it is loaded: such a base is not shared."""
+        return False
 
 
 @dataclass

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import dora
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_CHOICE
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer
 
 from toolkit.console import say
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
+from toolkit.optimizers import OWN
 
 # Initializations that take what the adapter starts with out of the base: such an adapter is right on a base that was
 # altered in the same way alone.
@@ -100,13 +103,15 @@ class Lora(PeftBased):
         if self.loraplus_lr_ratio is not None:
             if self.loraplus_lr_ratio < 1:
                 raise UserError(f"--loraplus_lr_ratio {self.loraplus_lr_ratio:g} is not possible; give at least 1")
-            if given.get("optim") == "prodigy":
-                raise UserError("--optim prodigy knows one learning rate alone; leave out --loraplus_lr_ratio")
+            own = OWN.get(name := given.get("optim", ""))
+            if own is not None and own.one_learning_rate:
+                raise UserError(f"--optim {name} knows one learning rate alone; leave out --loraplus_lr_ratio")
 
     @property
-    def changes_base(self) -> bool:
+    def changes_base(self) -> str:
         """PiSSA and OLoRA take the weights' principal parts out of them."""
-        return self.init_lora_weights.startswith(("pissa", "olora"))
+        changes = self.init_lora_weights.startswith(("pissa", "olora"))
+        return f"--init_lora_weights {self.init_lora_weights}" if changes else ""
 
     def configure(self, model: PreTrainedModel) -> LoraConfig:
         """The configuration for PEFT; on the meta device, where there are no weights to start from, the default init."""
@@ -139,13 +144,34 @@ class Lora(PeftBased):
             model = super().attach(model)
         if self.lora_target_modules == ["all-linear"] and not any(p.is_meta for p in model.parameters()):
             _say_left_out(model)
-        model.loraplus_lr_ratio = self.loraplus_lr_ratio  # for the optimizer
         if self.changes_base and not any(p.is_meta for p in model.parameters()):
             # on the host, and not as a dictionary, in which a memory account would find tensors of the model's
             model.initial_adapter = tuple(
                 (k, v.detach().cpu().clone()) for k, v in get_peft_model_state_dict(model).items()
             )
         return model
+
+    def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
+        """With LoRA+, an optimizer with B's parameters in groups of a higher learning rate."""
+        if self.loraplus_lr_ratio is None:
+            return None
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        options |= {"loraplus_weight_decay": trainer.args.weight_decay, "loraplus_lr_ratio": self.loraplus_lr_ratio}
+        return create_loraplus_optimizer(trainer.model, kind, **options)
+
+    def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:
+        """Rewrites the adapter for the base as it is on the hub, where PiSSA or OLoRA changed the one in memory."""
+        save_over_original_base(model, folder)
+
+    @classmethod
+    def adapter_changes_base(cls, config: PeftConfig) -> bool:
+        """Whether PEFT takes what the adapter starts with out of the base."""
+        return takes_from_base(config)
+
+
+def takes_from_base(config: PeftConfig) -> bool:
+    """Whether PEFT takes what an adapter of `config` starts with out of the base when it is loaded."""
+    return str(getattr(config, "init_lora_weights", "")).startswith(ALTERS_BASE)
 
 
 def _say_left_out(model: PeftModel) -> None:

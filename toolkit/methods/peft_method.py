@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from toolkit.errors import UserError, did_you_mean
 from toolkit.methods.base import EMBEDDED, PeftBased, task_type
+from toolkit.methods.lora import takes_from_base
 
 # Methods that need more than a model, a configuration and rows, by PEFT's own description of them.
 UNFIT = {
@@ -68,6 +69,11 @@ class AnyPeft(PeftBased):
     def configure(self, model: PreTrainedModel) -> PeftConfig:
         """The configuration for PEFT."""
         return self._made({"task_type": task_type(model)} | self._settings())
+
+    @classmethod
+    def adapter_changes_base(cls, config: PeftConfig) -> bool:
+        """As LoRA's: its type may be LORA."""
+        return takes_from_base(config)
 
     def _settings(self) -> dict[str, Any]:
         """The fields in the file of `--peft_config`."""

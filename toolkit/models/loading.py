@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from toolkit.console import say
 from toolkit.distributed.deepspeed import without_partitioning
-from toolkit.distributed.request import requested_engine
+from toolkit.distributed.engine import NO_ENGINE, Engine, EngineKind
 from toolkit.errors import UserError
 from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
@@ -254,7 +254,11 @@ def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) ->
 
 
 def load_model(
-    args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, training: TrainingArguments
+    args: ModelArguments,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    training: TrainingArguments,
+    engine: Engine = NO_ENGINE,
 ) -> PreTrainedModel:
     """The model with its weights, on the device that trains it.
 
@@ -270,9 +274,10 @@ def load_model(
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
-        engine = requested_engine(training.deepspeed, training.fsdp)
-        options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.shards_parameters)
-        if engine.kind != "ZeRO-3":  # for it, transformers puts the weights on the process's own device by itself
+        options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.kind.shards_parameters)
+        if (
+            engine.kind is not EngineKind.ZERO_3
+        ):  # for it, transformers puts the weights on the process's own device by itself
             options["device_map"] = {"": training.device}
     set_seed(training.seed)  # for a head, which no checkpoint holds
     try:

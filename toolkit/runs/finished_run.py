@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArg
 
 from toolkit.errors import UserError
 from toolkit.files import read_csv
-from toolkit.methods import METHODS  # noqa: F401 - a tuner of ours is known to PEFT once it is imported
-from toolkit.methods.lora import ALTERS_BASE
+from toolkit.methods import METHODS, Method  # with them, tuners of ours are known to PEFT
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import auto_class, set_head
 from toolkit.models.loading import check_weights, load_model, load_model_config
@@ -90,8 +89,8 @@ class FinishedRun:
     @property
     def shares_with(self) -> str:
         """Runs of which this is the same take the same base, each with its own adapter."""
-        taken = str(getattr(self.adapter, "init_lora_weights", "")).startswith(ALTERS_BASE)
-        if self.adapter is None or taken or self.base.random_weights:
+        method = METHODS.get(self.record["method"], Method)
+        if self.adapter is None or method.adapter_changes_base(self.adapter) or self.base.random_weights:
             return str(self.path)
         head = f"{self.record['label_names']} {self.record['seed']}" if self.task.model_kind == "head" else ""
         return f"{self.base} {self.record['weights']} {head}"

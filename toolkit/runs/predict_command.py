@@ -38,6 +38,7 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
         import torch
         from rich.console import Console
 
+        from toolkit.distributed.engine import EngineKind
         from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
         from toolkit.memory.cuda.cards import find_card, generic_card
         from toolkit.memory.report import print_ledger
@@ -51,8 +52,8 @@ def predict_command(method: str, flags: Sequence[str]) -> int:
         named = find_card(args.gpu) if args.gpu else generic_card(args.gpu_memory) if args.gpu_memory else None
         card = named or (None if "--use_cpu" in rest else this_card())
         launch = read_launch_file(args.launch, args.num_processes) if args.launch is not None else ONE_PROCESS
-        launched = PredictionJob(method, rest, launch, card)
-        apart = launch.engine.kind != "no engine" and torch.cuda.is_available()
+        launched = PredictionJob.of(method, rest, launch, card)
+        apart = launch.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
         ledger = launched.predict_apart() if apart else launched.predict()
         if args.json:
             print(json.dumps(ledger.to_json()), file=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import subprocess
@@ -10,22 +11,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-import yaml
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from toolkit.config import Config, parse_config
+from toolkit.config import Config, Flags, configure, read_flags
 from toolkit.console import console, is_main, say
 from toolkit.data.loading import label_names, lengths
+from toolkit.data.shared_rows import SharedRows, shared_length
 from toolkit.distributed.deepspeed import without_partitioning
-from toolkit.distributed.engine import Engine
-from toolkit.distributed.launch_files import LaunchEnvironment, current_launch_environment
+from toolkit.distributed.engine import EngineKind
+from toolkit.distributed.launch_files import LaunchEnvironment
 from toolkit.distributed.ranks import broadcast_from_main
-from toolkit.distributed.request import requested_engine
-from toolkit.distributed.sharded_models import share_tied_tables
 from toolkit.errors import LESS_MEMORY, UserError
 from toolkit.memory.cuda.cards import Card, card_of_device
 from toolkit.memory.cuda.device import Cuda
@@ -37,40 +35,37 @@ from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
 from toolkit.methods import METHODS
 from toolkit.models import catalogue
 from toolkit.models.heads import has_head, set_head
-from toolkit.models.loading import build_on_meta, load_model_config, weights_dtype
+from toolkit.models.loading import build_on_meta
 from toolkit.models.quantization import Packed
 from toolkit.runs.preflight import check_combination
-from toolkit.tasks import TASKS
-from toolkit.training import optimizers
-from toolkit.training.shared_rows import SharedRows, shared_length
 from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
 
 Batch = dict[str, torch.Tensor]
+PREDICTED = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
 UNMARKED = 5  # a token that no tokenizer in use gives to padding, to a beginning or to an end
 
 
 def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | None = None) -> Ledger:
     """The ledger of two optimizer steps over `batches` (one for each forward pass), by default over the worst batch.
 
-    In a `sharding.world` it is that of the world's rank, which takes those batches like every other.
+    In a `simulated_rank.world` it is that of the world's rank, which takes those batches like every other.
 
     Raises: UserError for a model or an option whose memory cannot be predicted.
     """
-    training = config.training
+    config = config if config.predict else replace(config, predict=True)  # so that no weights are needed
+    training, engine = config.training, config.engine
     if not config.method.trains:
         raise UserError(f"{config.method.name} trains nothing, so there is no training step to predict")
-    data, kind = config.data, TASKS[config.data.task].model_kind
-    model_config = load_model_config(config.model, fp16=training.fp16, needs_weights=False, kind=kind)
+    model_config = config.model_config
     if getattr(model_config, "quantization_config", None) is not None:
         raise UserError("a checkpoint that is already quantized cannot be predicted; name the original model")
-    if kind == "head":
+    if config.task.model_kind == "head":
+        data = config.data
         names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"])
         set_head(model_config, names, model_config.pad_token_id or 0)
-    engine = requested_engine(training.deepspeed, training.fsdp)
-    _refuse_unpredicted(engine, config)
-    check_combination(engine, config, model_config)
-    dtype, _ = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
+    _refuse_unpredicted(config)
+    check_combination(config)
     passes = STEPS * training.gradient_accumulation_steps
     batches = batches or [worst_batch(config, model_config, engine.sequence_parallel_size)] * passes
     batches = [batch for batch in batches for _ in range(processes())]  # ranks take turns
@@ -78,17 +73,17 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     warnings: set[str] = set()
 
     def build() -> PreTrainedModel:
-        model = build_on_meta(config.model, model_config, dtype, sharded=engine.shards_parameters)
+        model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
         packed = Packed.of(model)
-        if packed.packed and (warning := packed.warning(dtype)):
+        if packed.packed and (warning := packed.warning(config.dtype)):
             warnings.add(warning)
         if not config.model.random_weights:  # which are made from the config alone, as this model is
             catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
             return config.method.attach(model)
 
-    def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> Trainer:
-        return ShadowTuner(model, arguments, batches, callback)
+    def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> FineTuner:
+        return FineTuner(model, replace(config, training=of_batches(arguments)), Batches(batches), [callback])
 
     try:
         ledger = predict(build, trainer, training, device, config.as_dict())
@@ -96,19 +91,19 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         raise
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # a model's or an engine's on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
-        where = "" if engine.kind == "no engine" else f" under {engine}"
+        where = "" if engine.kind is EngineKind.NONE else f" under {engine}"
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"memory of {config.method.name}{where} cannot be predicted: {type(error).__name__}: {reason}"
         ) from error
     notes = ledger.notes + tuple(warnings)
-    if engine.kind != "no engine" and device is not CPU:
+    if engine.kind is not EngineKind.NONE and device is not CPU:
         notes += ("what NCCL and other streams hold is not counted: it was not measured",)
         if ledger.host_bytes:
             notes += ("pinned host memory is counted as asked for; PyTorch may round each buffer up to a power of two",)
-    if device is not CPU and "paged" in optimizers.name_of(training):
+    if device is not CPU and "paged" in config.optimizer:
         notes += ("a paged optimizer's state is counted as on the card, from which the driver can move it to the host",)
-    return replace(ledger, processes=processes(), engine=engine.kind, nvme_bytes=swapped_bytes(), notes=notes)
+    return replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes(), notes=notes)
 
 
 @dataclass(frozen=True)
@@ -116,10 +111,18 @@ class PredictionJob:
     """A recipe under a launch file: what is needed to predict it, in any process."""
 
     method: str
-    flags: Sequence[str]  # of the recipe
+    flags: Flags  # of the recipe
     launch: LaunchEnvironment
     card: Card | None = None  # None: the processes compute on CPUs
     batches: list[Batch] | None = None  # of rank 0, whose ledger is meant then; else that of the rank that needs most
+
+    @classmethod
+    def of(cls, method: str, argv: Sequence[str], launch: LaunchEnvironment, card: Card | None, **others: Any) -> Self:
+        """That of a command line, without the program's name.
+
+        Raises: UserError for an unknown flag, a missing or a mistyped value.
+        """
+        return cls(method, read_flags(METHODS[method], argv), launch, card, **others)
 
     def predict(self) -> Ledger:
         """The ledger of one rank.
@@ -131,11 +134,11 @@ class PredictionJob:
         """
         device = CPU if self.card is None else Cuda(self.card)
         method, engine = METHODS[self.method], self.launch.engine
-        if engine.kind == "no engine":
-            return predict_run(parse_config(method, self.flags, self.card), device, self.batches)
+        if engine.kind is EngineKind.NONE:
+            return predict_run(configure(method, self.flags, self.card), device, self.batches)
         with world(self.launch.of_rank(0)):
-            config = parse_config(method, self.flags, self.card)
-        last = engine.kind in ("ZeRO-1", "ZeRO-2") and self.batches is None
+            config = configure(method, self.flags, self.card)
+        last = engine.kind in (EngineKind.ZERO_1, EngineKind.ZERO_2) and self.batches is None
         with world(self.launch.of_rank(self.launch.processes - 1 if last else 0)):
             return predict_run(config, device, self.batches)
 
@@ -167,17 +170,17 @@ def run_job(folder: str) -> None:
         (Path(folder) / "refused").write_text(str(error), encoding="utf-8")
 
 
-def _refuse_unpredicted(engine: Engine, config: Config) -> None:
+def _refuse_unpredicted(config: Config) -> None:
     """Raises UserError for engines and their options whose memory the shadow step does not know."""
-    if processes() == 1 and engine.kind == "no engine":
+    engine = config.engine
+    if processes() == 1 and engine.kind is EngineKind.NONE:
         return
-    if engine.kind not in ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"):
+    if engine.kind not in PREDICTED:
         raise UserError(f"memory under {engine.kind} is not predicted; DDP, ZeRO-1 to ZeRO-3 and FSDP2 are")
-    offload = {engine.optimizer_state, engine.parameters} - {"with the model"}
-    if offload and engine.kind == "FSDP2":
+    if engine.offloads and engine.kind is EngineKind.FSDP2:
         raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
-    optim = optimizers.name_of(config.training)
-    if offload and not optim.startswith("adamw_torch"):
+    optim = config.optimizer
+    if engine.offloads and not optim.startswith("adamw_torch"):
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is predicted for adamw_torch_fused alone")
 
 
@@ -215,22 +218,26 @@ def _whole_rows(batch: Batch, sequence_parallel_size: int) -> Batch:
     return SharedRows.with_positions({name: batch[name].repeat(1, sequence_parallel_size) for name in names})
 
 
-class ShadowTuner(FineTuner):
-    """`FineTuner` over batches that are already collated, without data set or tokenizer."""
+@dataclass(frozen=True)
+class Batches:
+    """Batches that are collated already, as a `FineTuner` reads them: each is a row of its data set, and nothing is saved."""
 
-    def __init__(
-        self, model: PreTrainedModel, args: TrainingArguments, batches: list[Batch], callback: MemoryCallback
-    ) -> None:
-        args.remove_unused_columns = False
-        if requested_engine(args.deepspeed, args.fsdp).kind == "FSDP2":
-            share_tied_tables(model)
-        Trainer.__init__(
-            self, model=model, args=args, data_collator=_single_batch, train_dataset=batches, callbacks=[callback]
-        )
-        self._train_batch_size = 1  # a row of this data set is a batch
+    train: list[Batch]
+    validation: None = None
+    tokenizer: None = None
+    train_fingerprint: str = ""
+    is_collated: bool = True
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+    def collator(self, model: PreTrainedModel, sequence_parallel_size: int = 1) -> Any:
+        """Takes one batch as it is."""
+        return _single_batch
+
+
+def of_batches(arguments: Any) -> Any:
+    """A copy of a Trainer's `arguments` under which it takes `Batches` in their order, as they are."""
+    changed = copy.copy(arguments)
+    changed.train_sampling_strategy, changed.remove_unused_columns = "sequential", False
+    return changed
 
 
 def _single_batch(rows: list[Any]) -> Any:
@@ -249,13 +256,9 @@ def this_card() -> Card | None:
 def _predicted_here(config: Config, batches: list[Batch] | None = None) -> Ledger:
     """The ledger of the run that this process is, or is a rank of, on the device that it has."""
     card = this_card() if config.training.device.type == "cuda" else None
-    if requested_engine(config.training.deepspeed, config.training.fsdp).kind == "no engine":
+    if config.engine.kind is EngineKind.NONE:
         return predict_run(config, CPU if card is None else Cuda(card), batches)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "config.yaml"
-        settings.write_text(yaml.safe_dump(config.as_dict() | {"memory_snapshot": False}), encoding="utf-8")
-        flags = ("--config", str(settings))
-        return PredictionJob(config.method.name, flags, current_launch_environment(), card, batches).predict_apart()
+    return PredictionJob(config.method.name, config.as_flags(), config.launch, card, batches).predict_apart()
 
 
 def show_prediction(config: Config) -> None:
@@ -286,7 +289,7 @@ def show_comparison(config: Config, memory: MemoryCallback) -> None:
     if not is_main or memory.ledger is None or "labels" not in memory.batches[0]:
         return
     try:
-        row = requested_engine(config.training.deepspeed, config.training.fsdp).sequence_parallel_size
+        row = config.engine.sequence_parallel_size
         predicted = _predicted_here(config, [_whole_rows(batch, row) for batch in memory.batches])
         predicted.save(Path(config.training.output_dir) / "predicted_memory.json")
         print_comparison(console, predicted, memory.ledger)

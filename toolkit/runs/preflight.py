@@ -24,20 +24,18 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
+from toolkit import optimizers
 from toolkit.config import Config
+from toolkit.config.arguments import TrainArguments
 from toolkit.console import say
 from toolkit.data.loading import TaskData, load_data
 from toolkit.distributed.deepspeed import NOT_READ_BACK, OFFLOADED_OPTIMIZERS, check_builds, check_disk, join_deepspeed
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
-from toolkit.distributed.request import requested_engine
 from toolkit.errors import UserError
 from toolkit.models.heads import has_own_head, keeps_head, set_head
-from toolkit.models.loading import build_on_meta, load_model_config, load_tokenizer, weights_dtype
+from toolkit.models.loading import build_on_meta, load_model, load_tokenizer
 from toolkit.models.quantization import Packed
-from toolkit.tasks import TASKS
-from toolkit.training import optimizers
-from toolkit.training.arguments import TrainArguments
 from toolkit.training.trainer import FineTuner
 
 NOT_OF_SHARDS = ("8bit", "paged", "bnb", "lion", "ademamix", "adafactor")  # in names of optimizers
@@ -47,12 +45,20 @@ NOT_OF_SHARDS = ("8bit", "paged", "bnb", "lion", "ademamix", "adafactor")  # in 
 class Preflight:
     """A run that is known to be possible, and what it will be."""
 
-    model_config: PreTrainedConfig
+    config: Config
+    model_config: PreTrainedConfig  # with the head of a classification task
     tokenizer: PreTrainedTokenizerBase
     data: TaskData
-    dtype: torch.dtype  # of the weights as loaded
     trainable_parameters: int
     all_parameters: int
+
+    def load_model(self) -> PreTrainedModel:
+        """The model with its weights, on the device that trains it.
+
+        Raises: UserError where the weights are missing.
+        """
+        own = self.config
+        return load_model(own.model, self.model_config, own.dtype, own.training, own.engine)
 
 
 def prepare(config: Config) -> Preflight:
@@ -61,21 +67,19 @@ def prepare(config: Config) -> Preflight:
     Raises: UserError for every mistake that can be found without loading a model.
     """
     training = config.training
-    check_engine(training)
+    check_engine(config.engine, training)
     check_installed(training)
     _check_same_precision(config)
-    kind = TASKS[config.data.task].model_kind
-    model_config = load_model_config(config.model, fp16=training.fp16, kind=kind)
-    check_combination(requested_engine(training.deepspeed, training.fsdp), config, model_config)
+    check_combination(config)
+    model_config = copy.deepcopy(config.model_config)  # a head is this run's data's
     tokenizer = load_tokenizer(config.model)
     with training.main_process_first(desc="reading the data"):
         data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens)
-    if kind == "head":
+    if config.task.model_kind == "head":
         if not config.model.random_weights:
             data.remarks.extend(_head_remarks(model_config, data.prompt_tokenizer.label_names))
         set_head(model_config, data.prompt_tokenizer.label_names, tokenizer.pad_token_id)
-    dtype, why = weights_dtype(config.model, config.method.freezes_base, training.bf16, training.fp16)
-    base = build_on_meta(config.model, model_config, dtype)
+    base = build_on_meta(config.model, model_config, config.dtype)
     packed = Packed.of(base)
     model = config.method.attach(base)
     if config.method.trains:
@@ -83,9 +87,9 @@ def prepare(config: Config) -> Preflight:
         check_schedule(training, model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    preparation = Preflight(model_config, tokenizer, data, dtype, trainable, total)
-    _say_what_will_be_done(config, preparation, packed, why)
-    return preparation
+    ready = Preflight(config, model_config, tokenizer, data, trainable, total)
+    _say_what_will_be_done(ready, packed)
+    return ready
 
 
 def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[str]:
@@ -102,10 +106,9 @@ def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[
     return [f"the checkpoint's own head is kept, with the classes in its order: {', '.join(pairs)[:200]}"]
 
 
-def check_engine(training: TrainArguments) -> None:
+def check_engine(engine: Engine, training: TrainArguments) -> None:
     """Raises UserError where the launch or a flag needs something that this machine lacks: an engine, a compiler, a login."""
-    engine = requested_engine(training.deepspeed, training.fsdp)
-    if engine.kind.startswith("ZeRO") and importlib.util.find_spec("deepspeed") is None:
+    if engine.kind.is_zero and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
             "or launch with launch/single.yaml"
@@ -126,7 +129,7 @@ def check_engine(training: TrainArguments) -> None:
             f"{engine}: on CPUs torch exchanges the tokens of a row only among all processes (gloo); a trial without GPUs takes "
             f"parallelism_config_sp_size: {engine.processes}"
         )
-    offload = engine.kind.startswith("ZeRO") and engine.optimizer_state != "with the model"
+    offload = engine.kind.is_zero and engine.optimizer_state != "with the model"
     if (offload or training.torch_compile) and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         what = "offloading the optimizer" if offload else "--torch_compile"
         raise UserError(
@@ -138,7 +141,7 @@ def check_engine(training: TrainArguments) -> None:
             f"--optim {optim}: the launch file offloads the optimizer, and DeepSpeed would run its Adam instead; give one of "
             f"{', '.join(OFFLOADED_OPTIMIZERS)}, or choose a launch file without offload"
         )
-    if engine.kind.startswith("ZeRO"):
+    if engine.kind.is_zero:
         raise_on_all_ranks(lambda: _check_machine(engine, training) if training.local_process_index == 0 else None)
         join_deepspeed()
     if training.push_to_hub:
@@ -147,7 +150,7 @@ def check_engine(training: TrainArguments) -> None:
 
 def check_fsdp(engine: Engine, training: TrainArguments) -> None:
     """Raises UserError where FSDP was asked for on CPUs: accelerate would run DDP instead, or nothing that is wrapped."""
-    if engine.kind.startswith("FSDP") and training.device.type == "cpu":
+    if engine.kind.is_fsdp and training.device.type == "cpu":
         why = "--use_cpu was given" if training.use_cpu else "there is no GPU here"
         raise UserError(
             f"the launch asked for {engine}, which accelerate runs on GPUs alone, and {why}; for a trial on CPUs use "
@@ -248,16 +251,17 @@ def _check_machine(engine: Engine, training: TrainArguments) -> None:
     check_builds(engine)
 
 
-def check_combination(engine: Engine, config: Config, model_config: PreTrainedConfig) -> None:
-    """Raises UserError for a model or precision that the engine which was asked for cannot train."""
-    if engine.shards_parameters and config.model.load_in_8bit:
+def check_combination(config: Config) -> None:
+    """Raises UserError for a model or precision that the requested engine cannot train."""
+    engine, model_config = config.engine, config.model_config
+    if engine.kind.shards_parameters and config.model.load_in_8bit:
         raise UserError(
             f"--load_in_8bit under {engine.kind}: its integer weights cannot be shared out; use --load_in_4bit, or "
             "launch/zero2.yaml"
         )
-    if engine.shards_parameters and config.method.changes_base:
+    if engine.kind.shards_parameters and config.method.changes_base:
         raise UserError(
-            f"--init_lora_weights {getattr(config.method, 'init_lora_weights', '')} under {engine.kind}: it starts from whole "
+            f"{config.method.changes_base} under {engine.kind}: it starts from whole "
             "weights, of which each process has a share; use launch/zero2.yaml, or leave it out"
         )
     if engine.optimizer_state == "nvme" and config.training.load_best_model_at_end:
@@ -267,13 +271,13 @@ def check_combination(engine: Engine, config: Config, model_config: PreTrainedCo
             f"--load_in_4bit in fp32 under {engine}: what DeepSpeed 0.19 reads back from the disk is bf16 there; add --bf16, or use "
             "launch/zero3_offload.yaml"
         )
-    optim = optimizers.name_of(config.training)
-    if engine.kind == "FSDP2" and any(part in optim for part in NOT_OF_SHARDS):
+    optim = config.optimizer
+    if engine.kind is EngineKind.FSDP2 and any(part in optim for part in NOT_OF_SHARDS):
         raise UserError(
             f"--optim {optim} under FSDP2: bitsandbytes' optimizers and Adafactor do not update shards (DTensors); use "
             "adamw_torch_fused, or launch/zero2.yaml"
         )
-    if engine.kind.startswith("ZeRO") and optim == "adagrad":
+    if engine.kind.is_zero and optim == "adagrad":
         raise UserError(
             f"--optim adagrad under {engine.kind}: DeepSpeed 0.19 makes it anew with one group of parameters, and fails where "
             "there are two (with and without weight decay); use adamw_torch_fused"
@@ -333,17 +337,17 @@ def _check_login(token: str | None) -> None:
         raise UserError(f"--push_to_hub: the hub cannot be reached ({reason}); leave it out, and push later") from None
 
 
-def _say_what_will_be_done(config: Config, ready: Preflight, packed: Packed, why: str) -> None:
-    training, data = config.training, ready.data
+def _say_what_will_be_done(ready: Preflight, packed: Packed) -> None:
+    config, training, data = ready.config, ready.config.training, ready.data
     name = config.model.model_name_or_path or "the embedded tiny T5"
-    weights = "random weights" if config.model.random_weights else str(ready.dtype).removeprefix("torch.")
+    weights = "random weights" if config.model.random_weights else str(config.dtype).removeprefix("torch.")
     if config.model.load_in_4bit or config.model.load_in_8bit:
         short = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "8-bit"
         weights = f"{short} for {packed.packed / packed.all:.0%} of the parameters, {weights} for the rest"
     else:
-        weights += f": {why}"
+        weights += f": {config.dtype_reason}"
     say("model", f"{name} ({ready.model_config.model_type}, weights {weights})")
-    if packed.packed and (warning := packed.warning(ready.dtype)):
+    if packed.packed and (warning := packed.warning(config.dtype)):
         say("warning", warning)
     share = ready.trainable_parameters / ready.all_parameters
     say(
@@ -351,7 +355,7 @@ def _say_what_will_be_done(config: Config, ready: Preflight, packed: Packed, why
         f"{config.method.name}: {ready.trainable_parameters:,} of {ready.all_parameters:,} parameters are trained ({share:.2%})",
     )
     say("precision", config.precision_reason)
-    say("optimizer", f"{optimizers.name_of(training)}: {config.optimizer_reason}")
+    say("optimizer", f"{config.optimizer}: {config.optimizer_reason}")
     labels = "labels" if data.task.model_kind == "head" else "label tokens"
     rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"
     say(

@@ -25,7 +25,6 @@ from toolkit import __version__
 from toolkit.config import Config
 from toolkit.console import console, is_main, say, table
 from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
-from toolkit.distributed.request import requested_engine
 from toolkit.errors import UserError
 from toolkit.files import atomic_write, csv_text
 from toolkit.memory.environment import stack_versions
@@ -35,9 +34,7 @@ from toolkit.metrics import score_title
 from toolkit.runs.evaluation import Completions
 from toolkit.runs.model_card import model_card
 from toolkit.runs.preflight import Preflight
-from toolkit.training.arguments import TrainArguments
 from toolkit.training.checkpoints import (
-    REPLICATED_FILES,
     RunFingerprint,
     check_resumable,
     resume_point,
@@ -48,8 +45,9 @@ from toolkit.training.checkpoints import (
 class RunFolder:
     """The folder of one run. Rank 0 alone writes, and each file is written aside and renamed."""
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], checkpoint: str | None = None) -> None:
         self.path = path
+        self.checkpoint = checkpoint
         self.record = record
         self.began = time.monotonic()
 
@@ -57,17 +55,16 @@ class RunFolder:
     def create(cls, config: Config, ready: Preflight) -> "RunFolder":
         """Makes the folder of `config`, with its config.yaml and run.json.
 
-        `--resume_from_checkpoint` becomes the folder to go on from.
+        Its `checkpoint` is the folder that `--resume_from_checkpoint` means, to resume from; None where the run begins.
 
         Raises: UserError where the folder cannot be written, is not empty and not resumed, or cannot be gone on from.
         """
         path = Path(config.training.output_dir)
         checkpoint, mark = broadcast_from_main(lambda: _claim(path, config, ready))
-        config.training.resume_from_checkpoint = checkpoint
-        raise_on_all_ranks(lambda: _check_shared(mark, config.training))
+        raise_on_all_ranks(lambda: _check_shared(mark, config, resumes=checkpoint is not None))
         if is_main:
             mark.unlink()
-        run = cls(path, _record(config, ready))
+        run = cls(path, _record(config, ready), checkpoint)
         run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
         run.write("run.json", json.dumps(run.record, indent=2))
         say("folder", str(path))
@@ -109,8 +106,8 @@ def _claim(path: Path, config: Config, ready: Preflight) -> tuple[str | None, Pa
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
     checkpoint = resume_point(training.resume_from_checkpoint, path)
     if checkpoint is not None:
-        asked = requested_engine(training.deepspeed, training.fsdp)
-        check_resumable(checkpoint, RunFingerprint.of(asked, training, ready.data), training.allow_changed_data)
+        fingerprint = RunFingerprint.of(config.engine, training, ready.data.train_fingerprint)
+        check_resumable(checkpoint, fingerprint, training.allow_changed_data)
         set_later_checkpoints_aside(checkpoint, path)
     elif training.resume_from_checkpoint is None and path.is_dir() and any(path.iterdir()):
         raise UserError(
@@ -125,13 +122,13 @@ def _claim(path: Path, config: Config, ready: Preflight) -> tuple[str | None, Pa
     return str(checkpoint) if checkpoint else None, mark
 
 
-def _check_shared(mark: Path, training: TrainArguments) -> None:
+def _check_shared(mark: Path, config: Config, resumes: bool) -> None:
     """Raises UserError where this process does not see the folder of rank 0, and the run needs that."""
-    engine = requested_engine(training.deepspeed, training.fsdp)
+    training, kind = config.training, config.engine.kind
     needs = {
-        "--resume_from_checkpoint": training.resume_from_checkpoint is not None,
+        "--resume_from_checkpoint": resumes,
         "--load_best_model_at_end": training.load_best_model_at_end,
-        f"checkpoints under {engine.kind}": engine.kind not in REPLICATED_FILES and training.save_strategy != "no",
+        f"checkpoints under {kind}": not kind.replicates_checkpoints and training.save_strategy != "no",
     }
     needing = [what for what, needed in needs.items() if needed]
     if needing and not mark.exists():
@@ -152,7 +149,7 @@ def _record(config: Config, ready: Preflight) -> dict[str, Any]:
         "processes": training.world_size,
         "versions": stack_versions(),
         "precision": config.precision_reason,
-        "weights": str(ready.dtype).removeprefix("torch."),
+        "weights": str(config.dtype).removeprefix("torch."),
         "parameters": {"trainable": ready.trainable_parameters, "all": ready.all_parameters},
         "data": {
             "name": config.data.dataset_name or "embedded",

@@ -22,18 +22,16 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
+from toolkit.config.arguments import NEWEST, TrainArguments
 from toolkit.console import say
-from toolkit.data.loading import TaskData
 from toolkit.distributed.deepspeed import NOT_READ_BACK
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.errors import UserError
-from toolkit.training.arguments import NEWEST, TrainArguments
 from toolkit.units import format_bytes
 
 MANIFEST = "manifest.json"
 ASIDE = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
-REPLICATED_FILES = ("no engine", "DDP")  # engines whose checkpoints are the same files, for any number of processes
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,16 @@ class RunFingerprint:
     state_on_disk: bool = False  # the optimizer's, under ZeRO-Infinity
 
     @classmethod
-    def of(cls, engine: Engine, training: TrainArguments, data: TaskData) -> "RunFingerprint":
-        """That of a run with these settings."""
+    def of(cls, engine: Engine, training: TrainArguments, train_fingerprint: str) -> "RunFingerprint":
+        """That of a run with these settings, over rows of that SHA-256."""
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return cls(
-            engine.kind,
+            str(engine.kind),
             engine.processes,
             not training.save_only_model,
             batch * engine.processes // engine.sequence_parallel_size,
             training.seed if training.data_seed is None else training.data_seed,
-            data.train_fingerprint,
+            train_fingerprint,
             engine.optimizer_state == "nvme",
         )
 
@@ -257,7 +255,8 @@ def check_resumable(checkpoint: Path, now: RunFingerprint, allow_changed_data: b
     """
     try:
         then = RunFingerprint(**_manifest(checkpoint)["run"])
-    except TypeError:
+        then_kind, now_kind = EngineKind(then.engine), EngineKind(now.engine)
+    except (TypeError, ValueError):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} was written by another version of footprint, whose manifest this one does not "
             "know; go on with that version"
@@ -273,13 +272,13 @@ def check_resumable(checkpoint: Path, now: RunFingerprint, allow_changed_data: b
             f"--resume_from_checkpoint: {checkpoint} was saved with --save_only_model, without the optimizer's state; start "
             "anew from its weights"
         )
-    if then.engine == "FSDP1":
+    if then_kind is EngineKind.FSDP1:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} was written by FSDP1, whose checkpoints cannot be gone on from; start anew "
             "with launch/fsdp2.yaml"
         )
-    same = then.engine == now.engine or {then.engine, now.engine} <= set(REPLICATED_FILES)
-    if not same or (then.engine.startswith("ZeRO") and then.processes != now.processes):
+    same = then_kind is now_kind or (then_kind.replicates_checkpoints and now_kind.replicates_checkpoints)
+    if not same or (then_kind.is_zero and then.processes != now.processes):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} was written by {then.engine} on {then.processes} processes, and cannot be "
             f"read by {now.engine} on {now.processes}: launch it as it was"

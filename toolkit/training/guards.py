@@ -15,6 +15,7 @@ shard by shard; what they save is only checked for not being empty. Where an eng
 a few small steps may round to nothing: there `update` is checked at the end alone.
 """
 
+import copy
 import math
 from importlib.metadata import version
 from pathlib import Path
@@ -26,13 +27,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from toolkit.config import Config
 from toolkit.data.loading import TaskData
 from toolkit.distributed.checksums import checksums
 from toolkit.distributed.sharded_models import is_sharded
 from toolkit.errors import UserError
-from toolkit.methods.lora import ALTERS_BASE
 from toolkit.models.generation import generation_error
-from toolkit.models.loading import longest_input
+from toolkit.models.loading import load_model, longest_input
+from toolkit.models.soft_prompts import fit_head
 
 FIRST_STEPS = 3  # LoRA's A moves from the second step on, and a warm-up's first step may have a learning rate of 0
 LOGITS_TOLERANCE = 1e-3  # of the largest logit: the weights are the same bits, but a GPU may choose other kernels
@@ -136,7 +138,7 @@ def _is_rounded(model: nn.Module | None) -> bool:
     return all(p.dtype.itemsize == 2 for p in model.parameters() if p.requires_grad)
 
 
-def check_saved(trainer: Trainer) -> None:
+def check_saved(trainer: Trainer, config: Config) -> None:
     """Reads back what `trainer` has saved into its output folder, on rank 0.
 
     Raises: UserError where the file holds no weights, or others than those in memory.
@@ -148,7 +150,7 @@ def check_saved(trainer: Trainer) -> None:
     if is_sharded(model):
         return
     if isinstance(model, PeftModel):
-        _check_adapter(trainer, model, folder)
+        _check_adapter(trainer, config, model, folder)
     else:
         _check_weights(model, folder)
 
@@ -188,16 +190,14 @@ def _check_not_empty(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _check_adapter(trainer: Trainer, model: PeftModel, folder: Path) -> None:
+def _check_adapter(trainer: Trainer, config: Config, model: PeftModel, folder: Path) -> None:
     """The logits of one training row, before and after the adapter is read back from its file."""
     before = _logits(trainer, model)
-    config, tolerance = model.active_peft_config, LOGITS_TOLERANCE
-    if str(getattr(config, "init_lora_weights", "")).startswith(ALTERS_BASE):
+    adapter, tolerance = model.active_peft_config, LOGITS_TOLERANCE
+    if config.method.adapter_changes_base(adapter):
         tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
-        from toolkit.runs.finished_run import FinishedRun
-
-        after = _logits(trainer, FinishedRun(folder, must_be_finished=False).model)
-    elif config.is_prompt_learning:  # what is saved is what the prompt encoder gives, not the encoder
+        after = _logits(trainer, _reloaded(config, model, folder))
+    elif adapter.is_prompt_learning:  # what is saved is what the prompt encoder gives, not the encoder
         reloaded = PeftModel.from_pretrained(model.get_base_model(), folder)
         after = _logits(trainer, reloaded)
     else:
@@ -216,6 +216,15 @@ def _check_adapter(trainer: Trainer, model: PeftModel, folder: Path) -> None:
             f"guard 'saved': the adapter read back from {folder} gives logits that differ by {worst:.2g} of the largest "
             f"(at most {tolerance:g}); the saved files do not hold what was trained"
         )
+
+
+def _reloaded(config: Config, trained: PeftModel, folder: Path) -> PeftModel:
+    """The adapter in `folder` over the base as it was before training."""
+    own = copy.deepcopy(trained.get_base_model().config)  # with the head's classes
+    base = load_model(config.model, own, config.dtype, config.training, config.engine)
+    reloaded = PeftModel.from_pretrained(base, folder)
+    fit_head(reloaded)
+    return reloaded
 
 
 def _logits(trainer: Trainer, model: nn.Module) -> torch.Tensor:

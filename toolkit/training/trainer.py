@@ -1,18 +1,18 @@
 """Training: transformers' Trainer, with a loss that does not depend on how a batch is split, and guards."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -21,27 +21,52 @@ from transformers import (
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from toolkit.config import Config, TrainArguments
 from toolkit.console import say
 from toolkit.data.loading import TaskData
+from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import leave_process_group, sigterm
-from toolkit.distributed.request import requested_engine
 from toolkit.distributed.running import EngineCheck
 from toolkit.distributed.sharded_models import share_tied_tables
 from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
-from toolkit.methods.lora import save_over_original_base
 from toolkit.models.generation import make_saveable
 from toolkit.models.losses import IGNORE_INDEX, mean_loss, row_losses
 from toolkit.models.soft_prompts import has_virtual_tokens
-from toolkit.training.arguments import TrainArguments
+from toolkit.optimizers import OWN, name_of
 from toolkit.training.callbacks import MetricsFile, Preemption
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors
 from toolkit.training.guards import Guards, check_generation, check_saved
-from toolkit.training.optimizers import Prodigy, prodigy_arguments
 from toolkit.training.progress import ProgressCallback
 from toolkit.training.sampling import LengthGrouped
 from toolkit.training.shards import load_optimizer_shards, load_weight_shards, save_shards
-from toolkit.training.shared_rows import SharedRows
+
+
+class TrainingData(Protocol):
+    """What a `FineTuner` reads: `toolkit.data.loading.TaskData`, or batches that are collated already."""
+
+    @property
+    def train(self) -> Any:
+        """The rows to train on, a data set or list."""
+
+    @property
+    def validation(self) -> Any:
+        """The rows to validate on, or None."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that is saved with the model, and whose padding the model takes over; None: nothing is saved."""
+
+    @property
+    def is_collated(self) -> bool:
+        """Whether each item of `train` is a whole batch already."""
+
+    @property
+    def train_fingerprint(self) -> str:
+        """SHA-256 over the rows that are trained on, in their order."""
+
+    def collator(self, model: PreTrainedModel, sequence_parallel_size: int = 1) -> Any:
+        """Makes a batch of rows of `train` or `validation`."""
 
 
 class FineTuner(Trainer):
@@ -52,55 +77,38 @@ class FineTuner(Trainer):
     so their loss grows with the accumulation steps (seen in transformers 5.17 to 5.23).
     """
 
-    guards: Guards | None = None  # a shadow step has none
+    optimizer: Any  # as Trainer has it: accelerate wraps it
     sampler: torch.utils.data.Sampler | None = None  # of the train split, once it was asked for
     written_to: Path | None = None  # while a checkpoint is being written, its parent folder
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainArguments,
-        data: TaskData,
-        callbacks: list[TrainerCallback] | None = None,
+        self, model: PreTrainedModel, config: Config, data: TrainingData, callbacks: Sequence[TrainerCallback] = ()
     ) -> None:
-        self.guards = Guards()
-        self.data = data
-        metrics = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
-        callbacks = [ProgressCallback(), metrics, self.guards, Preemption(), *(callbacks or [])]
-        if args.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
-        tokenizer = data.prompt_tokenizer.tokenizer
-        for settings in filter(None, (model.config, getattr(model, "generation_config", None))):  # as Trainer would
-            settings.pad_token_id = tokenizer.pad_token_id
-        if getattr(model, "generation_config", None) is not None:
-            make_saveable(model.generation_config)
-        collator: Any
-        if data.task.model_kind == "head":  # labels are (rows,), not (rows, length)
-            collator = DataCollatorWithPadding(tokenizer)
-        else:
-            seq2seq = model if model.config.is_encoder_decoder else None
-            collator = DataCollatorForSeq2Seq(tokenizer, model=seq2seq, label_pad_token_id=IGNORE_INDEX)
-        engine = requested_engine(args.deepspeed, args.fsdp)
+        self.config, self.data = config, data
+        args, engine = copy.copy(config.training), config.engine
         if engine.sequence_parallel_size > 1:
-            longest = max(len(ids) for split in (data.train, data.validation) for ids in split["input_ids"])
-            collator, args.dataloader_drop_last = SharedRows(collator, engine.sequence_parallel_size, longest), True
-        if engine.kind == "FSDP2":
+            args.dataloader_drop_last = True
+        if engine.kind is EngineKind.FSDP2:
             share_tied_tables(model)
+        if data.tokenizer is not None:
+            _end_as_the_tokenizer(model, data.tokenizer)
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=data.collator(model, engine.sequence_parallel_size),
             train_dataset=data.train,
             eval_dataset=data.validation,
-            processing_class=tokenizer,
+            processing_class=data.tokenizer,
             compute_metrics=mean_loss,
-            callbacks=callbacks,
+            callbacks=[*_own_callbacks(args), *callbacks],
         )
+        if data.is_collated:
+            self._train_batch_size = 1  # items a batch, whatever --per_device_train_batch_size says of rows
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
         if has_virtual_tokens(model):
             self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
-        self.add_callback(EngineCheck(self))
+        self.add_callback(EngineCheck(self, engine))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on the device. Shares of rows are contiguous there, as models expect; on a CPU DeepSpeed gives views of the whole."""
@@ -164,19 +172,16 @@ class FineTuner(Trainer):
         return not self.model.config.is_encoder_decoder and not has_virtual_tokens(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that `--optim` names; with LoRA+, B's parameters in a group of a higher learning rate."""
-        ratio = getattr(self.model, "loraplus_lr_ratio", None)
-        if ratio is not None and getattr(self, "optimizer", None) is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            options |= {"loraplus_weight_decay": self.args.weight_decay, "loraplus_lr_ratio": ratio}
-            self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
+        """The optimizer that `--optim` names, over the method's own groups of parameters where it has some."""
+        if self.optimizer is None:
+            self.optimizer = self.config.method.make_optimizer(self)
         return super().create_optimizer(model)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """Trainer's own choice by name, and Prodigy."""
-        if args.optim == "prodigy":
-            return Prodigy, prodigy_arguments(args)
+        """Trainer's own choice by name, and those of `toolkit.optimizers.OWN`."""
+        if (own := OWN.get(name_of(args))) is not None:
+            return own.optimizer, own.arguments(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -197,8 +202,8 @@ class FineTuner(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm that the Trainer logs, whichever engine computes it; shown to the guards."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.guards is not None:
-            self.guards.gradient(norm)
+        for guards in (callback for callback in self.callback_handler.callbacks if isinstance(callback, Guards)):
+            guards.gradient(norm)
         return norm
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
@@ -226,7 +231,7 @@ class FineTuner(Trainer):
         """Trainer's checkpoint, written aside by all ranks and renamed when it is whole (`checkpoints`); then old ones go."""
         args, state = self.args, self.state
         final = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        origin = RunFingerprint.of(requested_engine(args.deepspeed, args.fsdp), args, self.data)
+        origin = RunFingerprint.of(self.config.engine, args, self.data.train_fingerprint)
         with atomic_folder(final, origin, args.should_save, self.accelerator.wait_for_everyone) as aside:
             self.written_to = aside.parent
             super()._save_checkpoint(model, trial)
@@ -273,7 +278,7 @@ class FineTuner(Trainer):
 
     @property
     def _is_fsdp2(self) -> bool:
-        return requested_engine(self.args.deepspeed, self.args.fsdp).kind == "FSDP2"
+        return self.config.engine.kind is EngineKind.FSDP2
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes checkpoints, and looks for those to delete."""
@@ -310,6 +315,22 @@ class FineTuner(Trainer):
         )
 
 
+def _own_callbacks(args: TrainArguments) -> list[TrainerCallback]:
+    callbacks = [ProgressCallback(), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), Guards(), Preemption()]
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+    return callbacks
+
+
+def _end_as_the_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives `model` the tokenizer's padding, as Trainer would, and makes its generation settings fit to be saved."""
+    generation = getattr(model, "generation_config", None)
+    for settings in filter(None, (model.config, generation)):
+        settings.pad_token_id = tokenizer.pad_token_id
+    if generation is not None:
+        make_saveable(generation)
+
+
 def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
     """How many of `labels` the loss sees: all classes (batch,), or the tokens (batch, length) that are not masked.
 
@@ -318,12 +339,12 @@ def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
     return (labels[:, 1:] if shifted and labels.dim() == 2 else labels).ne(IGNORE_INDEX).sum()
 
 
-def train(trainer: FineTuner) -> None:
-    """Trains (or resumes), saves the result into the run folder, and says which checkpoint was chosen by what."""
+def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
+    """Trains (or resumes from `checkpoint`), saves the result into the run folder, and says which checkpoint was chosen by what."""
     args = trainer.args
     try:
         with sigterm.deferred_to_a_step():
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback | MemoryCallback):
@@ -338,6 +359,7 @@ def train(trainer: FineTuner) -> None:
     with readable_write_errors("the trained weights", Path(args.output_dir)):
         trainer.save_model(args.output_dir, _internal_call=True)
     if trainer.is_world_process_zero():
-        save_over_original_base(trainer.model, Path(args.output_dir))
-    check_saved(trainer)
-    check_generation(trainer, trainer.data)
+        trainer.config.method.finish_saving(trainer.model, Path(args.output_dir))
+    check_saved(trainer, trainer.config)
+    if isinstance(trainer.data, TaskData):
+        check_generation(trainer, trainer.data)

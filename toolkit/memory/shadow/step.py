@@ -187,7 +187,7 @@ def predict(
         if arguments.fp16 and not simulated_rank.in_deepspeed():
             stack.enter_context(_fp16_autocast())
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
-        _only(shadow, callback)
+        keep_only(shadow, callback)
         device.prepare(shadow)
         stack.enter_context(_real_losses())
         stack.enter_context(quantized.dequantized_by_peft())
@@ -259,7 +259,7 @@ def refuse_unsupported(arguments: TrainingArguments) -> None:
         raise UserError("--auto_find_batch_size has no one batch size to predict; give --per_device_train_batch_size")
 
 
-def _only(trainer: Trainer, callback: MemoryCallback) -> None:
+def keep_only(trainer: Trainer, callback: MemoryCallback) -> None:
     """Leaves the callbacks that steer training and ours: the others write logs and files of a run that is none."""
     for other in list(trainer.callback_handler.callbacks):
         if other is not callback and not isinstance(other, DefaultFlowCallback):

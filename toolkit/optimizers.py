@@ -1,7 +1,9 @@
-"""Optimizers beside those that transformers' Trainer knows by name."""
+"""Optimizers beside those that transformers' Trainer knows by name. `OWN` is their registry: one entry adds one to --optim."""
 
 import ast
 import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import prodigyopt
@@ -64,3 +66,22 @@ def prodigy_arguments(args: TrainingArguments) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             raise ValueError(f"--optim_args {pair}: {value!r} is not a number, True or False") from None
     return chosen
+
+
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """An optimizer that `--optim` takes beside Trainer's own."""
+
+    optimizer: type[torch.optim.Optimizer]
+    arguments: Callable[[TrainingArguments], dict[str, Any]]  # its keyword arguments; ValueError for a bad --optim_args
+    paper: str  # arXiv id
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # training flags where the user names none
+    one_learning_rate: bool = False  # whether it refuses groups of parameters with learning rates of their own
+
+
+OWN: dict[str, OwnOptimizer] = {
+    # Prodigy finds the step size itself, and the learning rate multiplies it.
+    "prodigy": OwnOptimizer(
+        Prodigy, prodigy_arguments, "arXiv:2306.06101", {"learning_rate": 1.0}, one_learning_rate=True
+    )
+}

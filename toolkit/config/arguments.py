@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from toolkit import optimizers
 from toolkit.errors import UserError
-from toolkit.training import optimizers
 
 # TrainingArguments that have no effect here, because this project or accelerate decides them. Giving one is an error.
 OVERRIDDEN = {
@@ -75,7 +75,11 @@ class TrainArguments(TrainingArguments):
     )
     optim: str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
-        metadata={"help": "An optimizer of transformers.training_args.OptimizerNames, or prodigy (arXiv:2306.06101)."},
+        metadata={
+            "help": "An optimizer of transformers.training_args.OptimizerNames, or "
+            + ", ".join(f"{name} ({own.paper})" for name, own in optimizers.OWN.items())
+            + "."
+        },
     )
     memory_snapshot: bool = field(
         default=False,
@@ -85,14 +89,15 @@ class TrainArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Lets Prodigy past the closed list of names."""
-        wanted = optimizers.name_of(self)
-        if wanted == "prodigy":
+        """Lets optimizers of our own past the closed list of names."""
+        name = optimizers.name_of(self)
+        own = optimizers.OWN.get(name)
+        if own is not None:
             self.optim = "adamw_torch"
         super().__post_init__()
-        if wanted == "prodigy":
-            self.optim = wanted
-            optimizers.prodigy_arguments(self)
+        if own is not None:
+            self.optim = name
+            own.arguments(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What Trainer pickles into training_args.bin, which is pushed with the weights: all but the hub's token."""

@@ -1,0 +1,129 @@
+"""Flags and YAML files, as they were typed: each is read by the flag of its name, and none is answered yet."""
+
+import dataclasses
+import json
+import sys
+from argparse import SUPPRESS, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from toolkit import methods
+from toolkit.config.arguments import NEWEST, TrainArguments
+from toolkit.data.loading import DataArguments
+from toolkit.errors import UserError, did_you_mean
+from toolkit.models.arguments import ModelArguments
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a user says of a run, by flag name, with values of the flags' types; without defaults."""
+
+    given: Mapping[str, Any]  # on the command line
+    from_file: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in YAML, where `given` does not say else
+    predict: bool = False  # show the predicted memory instead of training
+
+
+def read_flags(method: type[methods.Method], argv: Sequence[str] | None = None) -> Flags:
+    """The flags of the recipe for `method` on the command line, and those of its `--config FILE`.
+
+    Raises: UserError for an unknown flag or key, a missing or a mistyped value, and a file that cannot be read.
+    """
+    parser = RecipeParser(method, description=sys.modules[method.__module__].__doc__)
+    given = parser.given(sys.argv[1:] if argv is None else argv)
+    predict, path = given.pop("predict", False), given.pop("config", None)
+    return Flags(given, _from_yaml(parser, Path(path)) if path is not None else {}, predict)
+
+
+class RecipeParser(HfArgumentParser):
+    """Hugging Face's parser, with one clear line instead of a usage page, and no guessing of abbreviated flags."""
+
+    def __init__(self, method: type[methods.Method], **kwargs: Any) -> None:
+        super().__init__([method, ModelArguments, DataArguments, TrainArguments], allow_abbrev=False, **kwargs)
+        self.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; flags here win.")
+        next(a for a in self._actions if a.dest == "resume_from_checkpoint").__dict__ |= {"nargs": "?", "const": NEWEST}
+        self.add_argument("--predict", action="store_true", help="Show what memory the run will need, and do not run.")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+    def given(self, argv: Sequence[str], where: str = "") -> dict[str, Any]:
+        """The settings that `argv` names, as field name to typed value, without defaults.
+
+        Raises: UserError for an unknown flag (with the nearest valid one), a missing or a mistyped value.
+        """
+        marker = object()
+        names = {action.dest for action in self._actions if action.dest is not SUPPRESS}
+        try:
+            space, rest = self.parse_known_args(list(argv), Namespace(**dict.fromkeys(names, marker)))
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
+        if rest:
+            self._refuse_unknown(rest[0], where)
+        return {name: value for name, value in vars(space).items() if value is not marker}
+
+    def flags(self) -> dict[str, Any]:
+        """Flag name (without dashes) to its argparse action."""
+        return {
+            option.lstrip("-"): action
+            for action in self._actions
+            for option in action.option_strings
+            if "_" in option or "-" not in option[2:]
+        }
+
+    def _refuse_unknown(self, got: str, where: str) -> NoReturn:
+        name = got.lstrip("-").split("=")[0].replace("-", "_")
+        if not got.startswith("-"):
+            raise UserError(f"{where}unexpected value {got!r}: every setting is a flag, --name value")
+        owners = [m for m, cls in sorted(methods.METHODS.items()) if name in {f.name for f in dataclasses.fields(cls)}]
+        hint = f" (it belongs to the method {owners[0]})" if owners else did_you_mean(name, self.flags())
+        shown = name if where else f"--{name}"
+        raise UserError(f"{where}unknown {'key' if where else 'flag'} {shown}{hint}; --help lists them all")
+
+
+def _from_yaml(parser: RecipeParser, path: Path) -> dict[str, Any]:
+    """The settings of a YAML file. Each goes through the flag of its name, so types are checked by the same rules."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path}: not valid YAML ({reason})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: got a {type(content).__name__}; the file must hold `flag_name: value` lines")
+    given: dict[str, Any] = {}
+    flags = parser.flags()
+    where = f"{path}: "
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in flags or name in ("config", "help", "h"):
+            parser._refuse_unknown(f"--{name}", where)
+        if value is None:
+            continue  # as if the key were not there
+        if name == "report_to" and isinstance(value, list):  # as a run's own config.yaml has it; the flag takes one
+            given[name] = [str(one) for one in value]
+            continue
+        given |= parser.given(_as_argv(name, value, flags[name], where), where)
+    return given
+
+
+def _as_argv(name: str, value: Any, action: Any, where: str) -> list[str]:
+    takes_list = action.nargs == "+"
+    if isinstance(value, list):
+        if not takes_list:
+            raise UserError(f"{where}{name} takes one value, got a list of {len(value)}")
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, dict):
+        if name not in TrainingArguments._VALID_DICT_FIELDS:
+            raise UserError(
+                f"{where}{name} takes one value, got a mapping with {', '.join(map(str, value)) or 'no keys'}"
+            )
+        return [f"--{name}", json.dumps(value)]
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]

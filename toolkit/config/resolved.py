@@ -1,0 +1,258 @@
+"""Flags become one frozen `Config`, in which every question about a run is answered once, before anything is loaded."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from toolkit import methods, optimizers
+from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
+from toolkit.config.parser import Flags, RecipeParser, read_flags
+from toolkit.data.loading import DataArguments
+from toolkit.distributed.engine import Engine
+from toolkit.distributed.launch_files import LaunchEnvironment, current_launch_environment
+from toolkit.distributed.ranks import broadcast_from_main
+from toolkit.distributed.request import requested_engine
+from toolkit.errors import UserError
+from toolkit.memory.cuda.cards import Card
+from toolkit.models.arguments import ModelArguments
+from toolkit.models.loading import load_model_config, weights_dtype
+from toolkit.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one run is: its method, model, data and training, how it is launched, and what follows from them, with the reason.
+
+    Preflight, prediction, training and the run folder take this and ask nothing again.
+    """
+
+    method: methods.Method
+    model: ModelArguments
+    data: DataArguments
+    training: TrainArguments
+    launch: LaunchEnvironment = field(repr=False)  # of this process
+    engine: Engine  # the one that was requested
+    dtype: torch.dtype  # of the weights as loaded
+    dtype_reason: str
+    precision_reason: str
+    optimizer: str  # its name
+    optimizer_reason: str
+    predict: bool = False  # show the predicted memory instead of training; needs a model's config, but no weights
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return TASKS[self.data.task]
+
+    @cached_property
+    def model_config(self) -> PreTrainedConfig:
+        """The model's own configuration, without the head of a classification task, whose classes the data names.
+
+        Raises: UserError as `toolkit.models.loading.load_model_config` does.
+        """
+        needs_weights, kind = not self.predict, self.task.model_kind
+        return load_model_config(self.model, fp16=self.training.fp16, needs_weights=needs_weights, kind=kind)
+
+    @property
+    def snapshot_file(self) -> Path | None:
+        """Where the GPU's allocations of the first steps are recorded for PyTorch's memory viewer, if they are to be."""
+        return Path(self.training.output_dir) / "memory_snapshot.pickle" if self.training.memory_snapshot else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting as flag name to plain value: what `config.yaml` in the run folder holds, and `--config` reads.
+
+        Left out are the folder that the run is in, secrets, and whatever is unset.
+        """
+        flat: dict[str, Any] = {}
+        for part in (self.method, self.model, self.data):
+            flat |= dataclasses.asdict(part)
+        hidden = {*OVERRIDDEN, "output_dir", "resume_from_checkpoint", "allow_changed_data", "hub_token"}
+        flat |= {name: value for name, value in self.training.to_dict().items() if name not in hidden}
+        return {name: value for name, value in flat.items() if value not in (None, "", [], {})}
+
+    def as_flags(self) -> Flags:
+        """The flags from which another process makes the same configuration, to predict it."""
+        return Flags({}, self.as_dict() | {"memory_snapshot": False}, predict=True)
+
+
+def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None, card: Card | None = None) -> Config:
+    """Reads the command line (and `--config FILE`) of the recipe for `method` into a checked `Config`.
+
+    Raises: UserError for anything that cannot be right, before data or model are touched.
+    """
+    return configure(method, read_flags(method, argv), card)
+
+
+def configure(method: type[methods.Method], flags: Flags, card: Card | None = None) -> Config:
+    """The configuration of a run of `method` with `flags`, launched as this process is.
+
+    With a `card`, it is the one for that card, which need not be in this machine: it can be predicted.
+
+    Raises: UserError for anything that cannot be right, before data or model are touched.
+    """
+    given, named = _merged(method, flags)
+    launch, engine = current_launch_environment(), requested_engine(named.get("deepspeed"), named.get("fsdp"))
+    if card is None and not named.get("use_cpu"):
+        _check_gpus()
+    optim, why = _choose_optimizer(method, engine, _on_gpu(named, card))
+    settings = method.defaults(given) | ({"optim": optim} if optim else {}) | named
+    if (own_optimizer := optimizers.OWN.get(settings.get("optim", ""))) is not None:
+        settings |= {name: value for name, value in own_optimizer.defaults.items() if name not in named}
+    for name in given:
+        if name in OVERRIDDEN:
+            raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")
+    check_training(settings, given)
+    model, data, own = (_build(part, settings) for part in (ModelArguments, DataArguments, method))
+    for part in (model, data, own):
+        part.check(given)
+    bf16, fp16, reason = choose_precision(settings, card)
+    settings |= {"bf16": bf16, "fp16": fp16}
+    if settings.get("memory_snapshot") and (flags.predict or card is not None or not _on_gpu(settings, None)):
+        raise UserError("--memory_snapshot has no effect here: it records a run on a GPU, as it trains; leave it out")
+    if card is not None:
+        settings["use_cpu"] = True  # the prediction runs here
+    training = _build_training(settings, own, model)
+    dtype, dtype_reason = weights_dtype(model, own.freezes_base, training.bf16, training.fp16)
+    return Config(
+        method=own,
+        model=model,
+        data=data,
+        training=training,
+        launch=launch,
+        engine=engine,
+        dtype=dtype,
+        dtype_reason=dtype_reason,
+        precision_reason=reason,
+        optimizer=optimizers.name_of(training),
+        optimizer_reason="as asked for" if "optim" in named else why,
+        predict=flags.predict,
+    )
+
+
+def _merged(method: type[methods.Method], flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the user says that differs from the defaults (`given`), and all that the user says (`named`).
+
+    A key of a file at its default says nothing: a run's own config.yaml, which names every setting, can be run again.
+    """
+    given, from_file = dict(flags.given), dict(flags.from_file)
+    if not from_file:
+        return given, given
+    for flag, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
+        if flag in given and other not in given:
+            from_file.pop(other, None)  # the file's length of the run is overruled
+    for what in ("save", "eval"):
+        if given.get(f"{what}_strategy", "steps") != "steps":
+            from_file.pop(f"{what}_steps", None)
+    named = from_file | given
+    usual, parser = method.defaults(named), RecipeParser(method)
+    changed = {k: v for k, v in from_file.items() if v != usual.get(k, parser.get_default(k))}
+    return changed | given, named
+
+
+def _choose_optimizer(method: type[methods.Method], engine: Engine, on_gpu: bool) -> tuple[str | None, str]:
+    """The optimizer where none is asked for (None: Trainer's own default), and why."""
+    optim, why = method.optimizer(on_gpu)
+    if optim and engine.kind.is_zero and engine.optimizer_state != "with the model":
+        return None, "its state is offloaded, so that it need not be small or paged"
+    if optim and engine.kind == "FSDP2":
+        return None, "bitsandbytes' optimizers do not update FSDP2's shards"
+    return optim, why
+
+
+def _check_gpus() -> None:
+    """Raises UserError where two processes of this machine would take the same GPU."""
+    local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < there < local:
+        raise UserError(
+            f"{local} processes were started on this machine, which has {there} GPU{'s' if there > 1 else ''}: launch with "
+            f"--num_processes {there}"
+        )
+
+
+def _on_gpu(settings: dict[str, Any], card: Card | None) -> bool:
+    return card is not None or (torch.cuda.is_available() and not settings.get("use_cpu"))
+
+
+def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tuple[bool, bool, str]:
+    """Whether to compute in bf16 or fp16 (neither: fp32), and why: bf16 wherever the card has it, unless flags say else.
+
+    Raises: UserError for flags that exclude each other, and for fp16 without a GPU.
+    """
+    bf16, fp16 = settings.get("bf16"), settings.get("fp16")
+    if bf16 and fp16:
+        raise UserError("--bf16 and --fp16 exclude each other; give one of them")
+    on_gpu = _on_gpu(settings, card)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if bf16 is None and fp16 is None and launched in ("bf16", "fp16"):
+        return launched == "bf16", launched == "fp16", f"{launched}: the launch configuration"
+    if fp16 and not on_gpu:
+        raise UserError("--fp16 needs a GPU, and there is none here (or --use_cpu was given); use --bf16 or fp32")
+    if bf16 is not None or fp16 is not None:
+        name = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+        return bool(bf16), bool(fp16), f"{name}: as asked for"
+    if not on_gpu:
+        return False, False, "fp32: " + ("--use_cpu" if settings.get("use_cpu") else "no GPU")
+    if card is not None:
+        (major, minor), has_bf16 = card.capability, card.has_bf16
+    else:
+        major, minor = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))  # not chosen yet
+        has_bf16 = major >= 8  # Ampere and later
+    return has_bf16, False, f"{'bf16' if has_bf16 else 'fp32'}: compute capability {major}.{minor}"
+
+
+def _build(cls: type, settings: dict[str, Any]) -> Any:
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    return cls(**{name: value for name, value in settings.items() if name in names})
+
+
+def _build_training(settings: dict[str, Any], method: methods.Method, model: ModelArguments) -> TrainArguments:
+    ours = {
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "logging_nan_inf_filter": False,
+        "prediction_loss_only": True,
+    }
+    if settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"):
+        ours["gradient_checkpointing_kwargs"] = settings.get("gradient_checkpointing_kwargs") or {
+            "use_reentrant": False
+        }
+    usual = {"dataloader_pin_memory": torch.cuda.is_available()}
+    if "per_device_train_batch_size" in settings:  # for Trainer's own 8 may need more memory than training does
+        usual["per_device_eval_batch_size"] = settings["per_device_train_batch_size"]
+    settings = usual | settings | ours
+    if settings.get("save_strategy") == "best":  # Trainer's own default where --load_best_model_at_end asks
+        settings.setdefault("metric_for_best_model", "loss")
+    resume = settings.get("resume_from_checkpoint")
+    if resume is not None and resume.lower() in ("true", "1", "false", "0"):
+        resume = settings["resume_from_checkpoint"] = NEWEST if resume.lower() in ("true", "1") else None
+    if not settings.get("output_dir"):
+        names_folder = resume is not None and resume != NEWEST
+        settings["output_dir"] = str(Path(str(resume)).parent) if names_folder else _new_output_dir(method, model)
+    try:
+        training = _build(TrainArguments, settings)
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    training.output_dir = broadcast_from_main(lambda: training.output_dir)  # its time stamp must be one for all ranks
+    if training.use_cpu and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # TrainingArguments passes it on for GPUs alone; before torch 2.14 the function is private
+        c10d = torch.distributed.distributed_c10d
+        set_timeout = c10d.set_timeout if hasattr(c10d, "set_timeout") else c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=training.ddp_timeout))
+    training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; torch's DataParallel is never what runs
+    return training
+
+
+def _new_output_dir(method: methods.Method, model: ModelArguments) -> str:
+    """`runs/<method>-<model>-<time>`: a folder that no earlier run has used."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs") / f"{method.name}-{model.short_name}-{stamp}"
+    names = [folder] + [folder.with_name(f"{folder.name}-{n}") for n in range(2, 100)]
+    return str(next(name for name in names if not name.exists()))
