@@ -562,9 +562,8 @@ def rewritten(texts: Mapping[str, str]) -> dict[str, str]:
             if name not in PARTS:
                 raise SystemExit(f"{file}: the marker <!-- {name} --> belongs to no part of benchmarks/readme.py")
             if end != bool(opened) or (end and name != opened):
-                raise SystemExit(
-                    f"{file}: {found[0]} stands where {f'<!-- end {opened} -->' if opened else 'no part is open'}"
-                )
+                missing = f"<!-- end {opened} --> is missing" if opened else "no part is open"
+                raise SystemExit(f"{file}: {found[0]} stands where {missing}")
             if end:
                 made[name] = made[name] if name in made else PARTS[name]()
                 pieces.append(made[name] + "\n")
