@@ -1,4 +1,4 @@
-"""Base, LoRA and full fine-tuning on the embedded default, over 3 seeds: the scores that README shows.
+"""Base, LoRA and full fine-tuning on the embedded default, over 3 seeds: the scores that benchmarks/README.md shows.
 
     python benchmarks/embedded.py
 

@@ -1,8 +1,9 @@
-"""Writes the generated parts of README.md anew from committed results; `--check` only compares.
+"""Rewrites the generated parts of every README from committed results; `--check` only compares.
 
     python benchmarks/readme.py
 
-A part stands between `<!-- NAME -->` and `<!-- end NAME -->`.
+A part stands between `<!-- NAME -->` and `<!-- end NAME -->`, in whichever README needs it. A part without a place, and a marker
+without a part, are errors.
 """
 
 import ast
@@ -10,12 +11,23 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+READMES = (
+    "README.md",
+    "recipes/README.md",
+    "launch/README.md",
+    "benchmarks/README.md",
+    "toolkit/README.md",
+    "toolkit/memory/README.md",
+)
+MARKER = re.compile(r"<!-- (end )?([^>]*?) -->")
+LINES_OF_DEMO = 10  # of its output: the scores, the peak, and the bar with its legend
 
 
 def embedded_scores() -> str:
@@ -23,7 +35,7 @@ def embedded_scores() -> str:
     result = json.loads((RESULTS / "embedded.json").read_text(encoding="utf-8"))
     runs = result["runs"]
     lines = [
-        "| | trained parameters | saved | ROUGE-1 | ROUGE-2 | ROUGE-L (least to most) | seconds |",
+        "| | trained parameters | saved | ROUGE-1 | ROUGE-2 | ROUGE-L (lowest to highest seed) | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     base = runs[0]["scores"]["base"]
@@ -49,9 +61,35 @@ def embedded_scores() -> str:
 
 
 def demo_output() -> str:
-    """How a run of `recipes/lora.py` on the embedded default ends in the terminal."""
+    """The last lines that `recipes/lora.py` prints on the embedded default."""
     result = json.loads((RESULTS / "embedded.json").read_text(encoding="utf-8"))
     return "\n".join(["```", *result["demo"], "```"])
+
+
+def demo() -> str:
+    """The same, without the table of memory by phase."""
+    result = json.loads((RESULTS / "embedded.json").read_text(encoding="utf-8"))
+    return "\n".join(["```", *result["demo"][:LINES_OF_DEMO], "```"])
+
+
+def predictions() -> str:
+    """Every committed third-party run beside its prediction: the figure that decides whether it fits."""
+    result = json.loads((RESULTS / "third_party.json").read_text(encoding="utf-8"))
+    forms = {"none": "", "nf4_double_quant": "4-bit "}
+    lines = ["| GPU | run, rows x tokens | measured | predicted | error |", "|---|---|---:|---:|---:|"]
+    for row in sorted(result["rows"], key=lambda row: row["measured_bytes"][row["decides"]]):
+        sizes = [f"{row[kind][row['decides']] / 2**30:.2f} GiB" for kind in ("measured_bytes", "predicted_bytes")]
+        what = f"{forms[row['quantization']]}{row['method']}, {row['model'].split('/')[-1]}, {row['batch_size']} x {row['seq_len']:,}"
+        card = row["card"].removeprefix("NVIDIA ").removeprefix("GeForce ")
+        lines.append(f"| {card} | {what} | {' | '.join(sizes)} | {row['error_percent'][row['decides']]:+.2f} % |")
+    t4 = json.loads((RESULTS / "t4_accuracy.json").read_text(encoding="utf-8"))["summary_percent"]["all"]
+    allocated, reserved = t4["peak_allocated"], t4["peak_reserved"]
+    lines += [
+        "",
+        f"On {reserved['rows']} more runs, on a Tesla T4, peak allocated memory is {allocated['mean']:.2f} % off on average "
+        f"({allocated['worst']:.2f} % at worst), peak reserved memory {reserved['mean']:.1f} % ({reserved['worst']:.0f} % at worst).",
+    ]
+    return "\n".join(lines)
 
 
 def comparison() -> str:
@@ -85,8 +123,8 @@ def comparison() -> str:
     rows, versions = data["data"]["rows"]["test"], data["versions"]
     lines += [
         "",
-        f"Test split of {rows} rows, {data['seeds']} seeds, each recipe on its defaults; differences by paired bootstrap over the rows "
-        f"with Student's t for the seeds, `noise` where their 95 % interval holds 0. {data['date']}, a busy CPU, torch {versions['torch']}, transformers "
+        f"Test split of {rows} rows, {data['seeds']} seeds, each recipe with its defaults. Differences: paired bootstrap over the rows, "
+        f"Student's t over the seeds; `noise` means that the 95 % interval contains 0. {data['date']}, a busy CPU, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, peft {versions['peft']}; made by `footprint compare --methods "
         f"{','.join(e['method'] for e in data['entries'] if e['method'] != 'base')} --seeds {data['seeds']}`.",
     ]
@@ -94,7 +132,7 @@ def comparison() -> str:
 
 
 def t4_accuracy() -> str:
-    """Predicted against measured on a Tesla T4, with the peers' predictions of the same runs; errors in percent."""
+    """Predicted against measured on a Tesla T4, and what other tools predict for the same runs; errors in percent."""
     result = json.loads((RESULTS / "t4_accuracy.json").read_text(encoding="utf-8"))
     lines = ["| runs | allocated, mean (worst) | reserved, mean (worst) |", "|---|---:|---:|"]
     for group, errors in result["summary_percent"].items():
@@ -103,7 +141,7 @@ def t4_accuracy() -> str:
     peers = result["summary_percent"]["all"]
     lines += [
         "",
-        f"{result['runs']} measured runs have been predicted so far ({result['date']}). On the same ones, mean error on allocated memory: "
+        f"{result['runs']} measured runs are predicted ({result['date']}). Other tools on the same runs, mean error of allocated memory: "
         f"fitcheck-llm {peers['fitcheck_allocated']['mean']:.2f} %, accelerate {peers['accelerate']['mean']:.0f} %, "
         f"DeepSpeed {peers['deepspeed']['mean']:.0f} %; made by `python benchmarks/t4_accuracy.py`.",
         "",
@@ -113,7 +151,7 @@ def t4_accuracy() -> str:
 
 
 def _session(result: dict[str, Any]) -> str:
-    """The same people's other session on that card, and how far runs of one configuration are from each other."""
+    """An earlier session of the same authors on that card, and how much two measurements of one configuration differ."""
     session = json.loads((RESULTS / "t4_session.json").read_text(encoding="utf-8"))
     rows = session["rows"]
     errors = [abs(row["error_percent"]["peak_reserved"]) for row in rows]
@@ -124,18 +162,18 @@ def _session(result: dict[str, Any]) -> str:
         measured.setdefault(key, []).append(row["measured_mib"]["peak_reserved"])
     spread = max((max(found) / min(found) - 1, key) for key, found in measured.items())[1]
     return (
-        f"Of the {len(rows)} NF4 runs of an earlier session on that card (predicted {session['date']}, `--session`), the reserved memory of "
-        f"{exact} was predicted to the MiB; mean error {sum(errors) / len(errors):.2f} %, worst {max(errors):.2f} %. What was measured "
-        f"differs between sessions: for {spread[0].split('/')[1]}, {spread[1]}, {spread[2]} x {spread[3]} tokens it was "
-        f"{' and '.join(f'{mib:,.0f}' for mib in sorted(measured[spread]))} MiB."
+        f"An earlier session on that card has {len(rows)} NF4 runs (predicted {session['date']}, `--session`). The prediction of reserved "
+        f"memory is exact to the MiB for {exact} of them; mean error {sum(errors) / len(errors):.2f} %, worst {max(errors):.2f} %. The "
+        f"two sessions measured different figures for the same configuration: {spread[0].split('/')[1]}, {spread[1]}, {spread[2]} x "
+        f"{spread[3]} tokens took {' and '.join(f'{mib:,.0f}' for mib in sorted(measured[spread]))} MiB."
     )
 
 
 def third_party() -> str:
-    """Predicted against measured on sets of runs that others published; errors in percent, and what is known of them."""
+    """Predicted against measured on published sets of runs; errors in percent, and their known causes."""
     result = json.loads((RESULTS / "third_party.json").read_text(encoding="utf-8"))
     lines = [
-        "| set | rows | allocated, mean (worst) | what decides whether it fits, mean (worst; most under) |",
+        "| set | rows | allocated, mean (worst) | figure that decides whether it fits, mean (worst; worst underestimate) |",
         "|---|---:|---:|---:|",
     ]
     notes = []
@@ -166,7 +204,7 @@ def methods() -> str:
 
 
 def combinations() -> str:
-    """How many cells of the matrix train, of those that were run, by method and form of the weights; and why others do not."""
+    """How many cells of the matrix train, by method and form of the weights, and the reasons of those that are refused."""
     path = RESULTS / "matrix.json"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
     if not cells:
@@ -185,9 +223,12 @@ def combinations() -> str:
         counts = [f"{sum(o['outcome'] == 'trains' for o in f)} of {len(f)}" if f else "not run" for f in found]
         lines.append(f"| `{method}` | {' | '.join(counts)} |")
     dates = sorted({outcome["date"] for outcome in cells.values()})
-    lines += ["", f"{len(cells)} cells run, {' to '.join(dates[:: max(len(dates) - 1, 1)])}; `make matrix` runs all."]
+    lines += [
+        "",
+        f"{len(cells)} cells were run, {' to '.join(dates[:: max(len(dates) - 1, 1)])}; `make matrix` runs all.",
+    ]
     if reasons:
-        lines += ["Refused, in the recipe's own words, with what those cells have in common:", ""]
+        lines += ["Refused cells, by what they have in common, with the recipe's message:", ""]
     for (method, reason), places in reasons.items():
         common = [values[0] for values in zip(*places, strict=True) if len(set(values)) == 1]
         lines.append(f"- `{method}`, {', '.join(common)} ({len(places)} cells): {reason}")
@@ -195,7 +236,7 @@ def combinations() -> str:
 
 
 def launches() -> str:
-    """Which recipe runs under which file of launch/, and how its ranks ended; why others do not."""
+    """Which recipe runs under which file of launch/, the exit codes of its ranks, and the reasons of those that are refused."""
     path = RESULTS / "launch_matrix.json"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
     if not cells:
@@ -219,21 +260,21 @@ def launches() -> str:
     lines = ["| | `full` | `lora` | `qlora` | the other recipes |", "|---|---|---|---|---|"]
     number = len(list((ROOT / "recipes").glob("*.py"))) - len(columns)
     for row, found in sorted(rows.items(), key=lambda pair: pair[0].replace("`", "")):
-        asked = row in ("`ddp`", "`zero2`")  # the files that every recipe is run under
-        last = f"{others.get(row, []).count('runs')} of {number} run" if asked else ""
+        full_row = row in ("`ddp`", "`zero2`")  # the files under which every recipe is run
+        last = f"{others.get(row, []).count('runs')} of {number} run" if full_row else ""
         lines.append(f"| {row} | {' | '.join(found.get(column, 'not run') for column in columns)} | {last} |")
     together = [cell for cell in cells.values() if cell["processes"] > 1 and cell["outcome"] != "refused"]
     codes = [code for cell in together for code in cell["codes"]]
     swapped = [cell["swapped_bytes"] for cell in cells.values() if "swapped_bytes" in cell]
     dates = sorted({cell["date"] for cell in cells.values()})
-    disk = f"; under `zero3_nvme` each left {min(swapped) / 2**20:.0f} MiB or more on the disk" if swapped else ""
+    disk = f"; each run under `zero3_nvme` wrote at least {min(swapped) / 2**20:.0f} MiB to the disk" if swapped else ""
     lines += [
         "",
         f"{len(together)} runs of 2 processes: exit code 0 on {codes.count(0)} of {len(codes)} ranks, {sum(code < 0 for code in codes)} "
         f"aborts{disk}. {len(cells)} cells, {' to '.join(dates[:: max(len(dates) - 1, 1)])}; `make matrix` runs all.",
     ]
     if reasons:
-        lines += ["Refused, with the recipe's own words:", ""]
+        lines += ["Refused cells, with the recipe's message:", ""]
         lines += [f"- {', '.join(places)}: {reason}" for reason, places in reasons.items()]
     return "\n".join(lines)
 
@@ -246,14 +287,14 @@ def prediction_speed() -> str:
         lines.append(f"| {name} | {run['cpu_seconds']:.0f} | {run['peak_rss_bytes'] / 2**20:.0f} |")
     lines += [
         "",
-        f"{result['date']}, on a core that needs {result['ten_million_additions_seconds']:.1f} s for ten million additions in Python; "
+        f"{result['date']}; ten million additions in Python take {result['ten_million_additions_seconds']:.1f} s on this core; "
         "made by `python benchmarks/prediction_speed.py`.",
     ]
     return "\n".join(lines)
 
 
 def reliability() -> str:
-    """What the kill tests found."""
+    """The result of the kill tests."""
     path = RESULTS / "reliability.json"
     if not path.is_file():
         return "The kill tests have not been run yet: `make matrix`."
@@ -263,15 +304,15 @@ def reliability() -> str:
     alone = kinds.pop(None, 0)
     where = f"{alone} on one process" + "".join(f", {count} on two under {name}" for name, count in kinds.items())
     return (
-        f"{figures['kills']} runs ({where}) were stopped by `kill -9` of a rank or all, {figures['while_saving']} of them while "
-        f"saving, and {figures['damaged_files']} newest checkpoints spoilt: {figures['resumes_equal']} of {figures['runs']} went on "
-        "to the weights of a run that was never stopped (the same bits, or within 1e-6 over two processes); bytes of whole "
-        f"checkpoints lost: {figures['bytes_lost']} ({result['date']}, torch {versions['torch']}, `{result['command']}`)."
+        f"{figures['kills']} runs ({where}) were stopped by `kill -9` of one rank or all, {figures['while_saving']} of them while "
+        f"saving; in {figures['damaged_files']} the newest checkpoint was then damaged. After resuming, {figures['resumes_equal']} of "
+        f"{figures['runs']} ended with the weights of an uninterrupted run (identical bits on one process, within 1e-6 on two). Bytes "
+        f"of complete checkpoints lost: {figures['bytes_lost']} ({result['date']}, torch {versions['torch']}, `{result['command']}`)."
     )
 
 
 def engines_equal() -> str:
-    """How far two processes are from one of the same global batch: any loss of 20 steps, by engine, model and method."""
+    """Two processes against one with the same global batch: the largest difference of any of 20 losses, by engine, model and method."""
     path = RESULTS / "engines_equal.json"
     if not path.is_file():
         return "The engines have not been compared yet: `make matrix`."
@@ -287,17 +328,17 @@ def engines_equal() -> str:
     dates, stack = sorted(found["date"] for found in cells.values()), result["stack"]
     lines += [
         "",
-        f"The gradient of the first step differs by at most {gradient:.1e}. {dates[-1]}, torch {stack['torch']}, transformers "
+        f"The gradients of the first step differ by at most {gradient:.1e}. {dates[-1]}, torch {stack['torch']}, transformers "
         f"{stack['transformers']}, DeepSpeed {stack['deepspeed']}; made by `{result['command']}`.",
     ]
     return "\n".join(lines)
 
 
 def distributed_accuracy() -> str:
-    """Predicted against real ranks, the greatest errors by launch file, beside DeepSpeed's own estimators."""
+    """Predicted against real ranks: the worst errors by launch file, and those of DeepSpeed's own estimators."""
     result = json.loads((RESULTS / "distributed_accuracy.json").read_text(encoding="utf-8"))
     lines = [
-        "| | runs | states, worst | peak, worst | DeepSpeed's estimate of states, worst |",
+        "| | runs | states, worst | peak, worst | DeepSpeed's estimator, states, worst |",
         "|---|---:|---:|---:|---:|",
     ]
     for launch, errors in result["summary_percent"].items():
@@ -330,15 +371,15 @@ def distributed_fits() -> str:
             cells = [found[model, method, launch] for launch in fits.LAUNCHES]
             lines.append(f"| `{method}` {model.split('/')[1]} | {' | '.join(cells)} |")
     dates = sorted(row["date"] for row in result["rows"])
-    lines += ["", f"{len(dates)} predicted so far, {dates[-1]}; made by `python benchmarks/distributed_fits.py`."]
+    lines += ["", f"{len(dates)} predictions, {dates[-1]}; made by `python benchmarks/distributed_fits.py`."]
     return "\n".join(lines)
 
 
 def stacks() -> str:
-    """The ends of pyproject.toml's ranges as they were tried."""
+    """The tests under the oldest and the newest versions that pyproject.toml admits."""
     path = RESULTS / "stacks.json"
     if not path.is_file():
-        return "The ends of these ranges have not been tried yet: `make stacks`."
+        return "The oldest and the newest versions have not been tested yet: `make stacks`."
     result = json.loads(path.read_text(encoding="utf-8"))
     names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
     shown = []
@@ -346,22 +387,22 @@ def stacks() -> str:
         versions = ", ".join(f"{name} {stack['versions'][name]}" for name in names if name in stack["versions"])
         recipe = "`recipes/lora.py` ran" if stack["recipe"] else "`recipes/lora.py` failed"
         shown.append(
-            f"on the {end} (Python {stack['python']}, {versions}) {stack['passed']} fast tests passed, {stack['failed']} failed, "
+            f"on the {end} versions (Python {stack['python']}, {versions}) {stack['passed']} fast tests passed, {stack['failed']} failed, "
             f"and {recipe}"
         )
-    return f"`{result['command']}` tried both ends of these ranges on {result['date']}: {'; '.join(shown)}."
+    return f"`{result['command']}` tested the oldest and the newest versions on {result['date']}: {'; '.join(shown)}."
 
 
 def gpu_accuracy() -> str:
-    """What `make gpu` measured, by card: how far predictions were, and what ran, fitted and was fast; or that nothing was yet."""
+    """What `make gpu` measured, by card: errors of predictions, recipes that ran, limits that held; or that nothing was measured."""
     sys.path.insert(0, str(Path(__file__).parent))
     from on_gpu.results import Results, summary, verdict
 
     files = sorted(path for path in (RESULTS / "gpu").glob("*.json") if path.name != "fits.json")
     if not files:
-        return "On a GPU nothing has been measured by this project yet: `make gpu` stands ready for it."
+        return "This project has not measured anything on a GPU yet; `make gpu` does it."
     lines = [
-        "| card | configurations | allocated, mean (worst) | without the trace | reserved, mean (worst) | recipes that ran "
+        "| card | configurations | allocated, mean (worst) | same, step without trace | reserved, mean (worst) | recipes that ran "
         "| limits as predicted |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -384,44 +425,171 @@ def gpu_accuracy() -> str:
     return "\n".join([*lines, "", "; ".join(notes) + "; made by `make gpu`."])
 
 
-PARTS = {
-    "gpu accuracy": gpu_accuracy,
-    "stacks": stacks,
-    "distributed accuracy": distributed_accuracy,
-    "distributed fits": distributed_fits,
-    "engines equal": engines_equal,
-    "comparison": comparison,
-    "demo output": demo_output,
-    "embedded scores": embedded_scores,
-    "t4 accuracy": t4_accuracy,
-    "third party": third_party,
-    "prediction speed": prediction_speed,
-    "methods": methods,
-    "combinations": combinations,
-    "launches": launches,
-    "reliability": reliability,
+def categories() -> str:
+    """The ledger's categories with their meaning, read from `toolkit/memory/ledger.py`."""
+    tree = ast.parse((ROOT / "toolkit" / "memory" / "ledger.py").read_text(encoding="utf-8"))
+    value = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "CATEGORIES"
+    )
+    lines = ["| category | meaning |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {what} |" for name, what in ast.literal_eval(value).items())])
+
+
+# Each file of benchmarks/results: what it holds, and the command that writes it where the file does not name one itself.
+COMMITTED = {
+    "comparison.json": (
+        "[Every trained method](#methods-compared) on the embedded task, over several seeds",
+        "footprint compare --methods METHODS --seeds N",
+    ),
+    "distributed_accuracy.json": (
+        "[Predictions for several processes](#several-processes-against-real-ranks) against real ranks on a CPU",
+        "python benchmarks/distributed_accuracy.py",
+    ),
+    "distributed_fits.json": (
+        "[The fewest 24 GB cards](#fewest-cards-on-which-a-run-fits) on which each run is predicted to fit",
+        "python benchmarks/distributed_fits.py",
+    ),
+    "embedded.json": (
+        "[Scores of LoRA and full fine-tuning](#the-embedded-task) on the embedded task, and the demo's output",
+        "python benchmarks/embedded.py",
+    ),
+    "engines_equal.json": (
+        "[Two processes train like one](../launch/README.md#two-processes-train-like-one): differences of losses and gradients",
+        "",
+    ),
+    "launch_matrix.json": (
+        "[Recipes under launch files](../launch/README.md#which-recipe-runs-under-which-file) on two real processes",
+        "",
+    ),
+    "matrix.json": (
+        "[Which options combine](../recipes/README.md#what-combines): a run of two steps for each combination",
+        "",
+    ),
+    "prediction_speed.json": (
+        "[Time and RAM of a prediction](#time-of-a-prediction)",
+        "python benchmarks/prediction_speed.py",
+    ),
+    "reliability.json": ("[Runs that were killed and resumed](../launch/README.md#when-a-run-is-interrupted)", ""),
+    "stacks.json": (
+        "[Tests on the oldest and the newest versions](#oldest-and-newest-versions) of the dependencies",
+        "",
+    ),
+    "t4_accuracy.json": (
+        "[Predictions against third-party T4 measurements](#accuracy-on-third-party-t4-measurements)",
+        "python benchmarks/t4_accuracy.py CSV",
+    ),
+    "t4_session.json": (
+        "The same for [an earlier session](#accuracy-on-third-party-t4-measurements) on that card",
+        "python benchmarks/t4_accuracy.py --session JSON",
+    ),
+    "third_party.json": (
+        "[Predictions against other third-party measurements](#accuracy-on-other-third-party-measurements)",
+        "python benchmarks/third_party.py SET CSV",
+    ),
+    "gpu/fits.json": ("Limits predicted beforehand for `make gpu`", "python benchmarks/gpu.py --plan CARD"),
 }
 
 
-def rewritten(text: str) -> str:
-    """README with every generated part made anew."""
-    for name, make in PARTS.items():
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no part between <!-- {name} --> and <!-- end {name} -->")
-        text = pattern.sub(lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text)
-    return text
+def results() -> str:
+    """Every file of benchmarks/results: what it holds, the command that writes it, and its dates."""
+    lines = ["| file | what it shows | command | date |", "|---|---|---|---|"]
+    for path in sorted(
+        path for path in RESULTS.rglob("*") if path.is_file() and path.parent in (RESULTS, RESULTS / "gpu")
+    ):
+        name = path.relative_to(RESULTS).as_posix()
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if name in COMMITTED:
+            what, command = COMMITTED[name]
+        elif name.startswith("gpu/"):
+            what, command = f"[Measured on {content['card']['name']}](#on-a-gpu)", "make gpu"
+        else:
+            raise SystemExit(f"benchmarks/results/{name} is not described: add it to COMMITTED in benchmarks/readme.py")
+        dates = sorted(set(_dates(content)))
+        when = " to ".join(dates[:: max(len(dates) - 1, 1)])
+        lines.append(f"| `{name}` | {what} | `{command or content['command']}` | {when} |")
+    return "\n".join(lines)
+
+
+def _dates(tree: Any) -> Iterator[str]:
+    """Every "date" in a result, as YYYY-MM-DD."""
+    if isinstance(tree, dict):
+        if isinstance(tree.get("date"), str):
+            yield tree["date"][:10]
+        tree = tree.values()
+    elif not isinstance(tree, list):
+        return
+    for value in tree:
+        yield from _dates(value)
+
+
+PARTS = {
+    "demo": demo,
+    "predictions": predictions,
+    "methods": methods,
+    "demo output": demo_output,
+    "combinations": combinations,
+    "launches": launches,
+    "engines equal": engines_equal,
+    "reliability": reliability,
+    "results": results,
+    "t4 accuracy": t4_accuracy,
+    "third party": third_party,
+    "distributed accuracy": distributed_accuracy,
+    "distributed fits": distributed_fits,
+    "prediction speed": prediction_speed,
+    "gpu accuracy": gpu_accuracy,
+    "comparison": comparison,
+    "embedded scores": embedded_scores,
+    "stacks": stacks,
+    "categories": categories,
+}
+
+
+def rewritten(texts: Mapping[str, str]) -> dict[str, str]:
+    """`texts` (the name of a README -> its text) with every generated part made anew.
+
+    Raises: SystemExit, which names the file and the part, for a marker without a part or without its partner, and for a part
+    that stands in none of them.
+    """
+    made: dict[str, str] = {}
+    new = {}
+    for file, text in texts.items():
+        pieces, start, opened = [], 0, ""
+        for found in MARKER.finditer(text):
+            end, name = bool(found[1]), found[2]
+            if name not in PARTS:
+                raise SystemExit(f"{file}: the marker <!-- {name} --> belongs to no part of benchmarks/readme.py")
+            if end != bool(opened) or (end and name != opened):
+                missing = f"<!-- end {opened} --> is missing" if opened else "no part is open"
+                raise SystemExit(f"{file}: {found[0]} stands where {missing}")
+            if end:
+                made[name] = made[name] if name in made else PARTS[name]()
+                pieces.append(made[name] + "\n")
+                start, opened = found.start(), ""
+            else:
+                pieces.append(text[start : found.end()] + "\n")
+                opened = name
+        if opened:
+            raise SystemExit(f"{file}: <!-- {opened} --> is not closed by <!-- end {opened} -->")
+        new[file] = "".join([*pieces, text[start:]])
+    if missing := [name for name in PARTS if name not in made]:
+        raise SystemExit(f"no README has a place for {', '.join(f'<!-- {name} -->' for name in missing)}")
+    return new
 
 
 def main() -> int:
-    """Writes README.md, or with `--check` exits 1 where it is not what the results say."""
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
+    """Writes the READMEs; with `--check` it writes nothing, names those that differ from the results, and returns 1."""
+    old = {name: (ROOT / name).read_text(encoding="utf-8") for name in READMES}
     new = rewritten(old)
-    if "--check" in sys.argv:
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    changed = [name for name in READMES if new[name] != old[name]]
+    for name in changed:
+        if "--check" in sys.argv:
+            print(f"{name} is not what the results say")
+        else:
+            (ROOT / name).write_text(new[name], encoding="utf-8")
+    return int(bool(changed) and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

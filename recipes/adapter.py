@@ -3,9 +3,10 @@
     accelerate launch recipes/adapter.py
     accelerate launch recipes/adapter.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --adapter_style pfeiffer
 
-Choose it where LoRA learns too little: an adapter is not linear, so it adds what no change of the weights could. It costs
-a little time at every step and when generating, for it cannot be merged. --adapter_style pfeiffer (Pfeiffer et al. 2020,
-arXiv:2005.00247) has half as many. Loading the result needs `import toolkit.methods.adapter`, which footprint does itself.
+Choose it when LoRA learns too little: an adapter is not linear, so it can learn what no change of the weights can. It costs
+a little time in each step and when generating, because it cannot be merged. --adapter_style pfeiffer (Pfeiffer et al. 2020,
+arXiv:2005.00247) uses half as many adapters. Loading the result needs `import toolkit.methods.adapter`; the footprint command
+does this itself.
 """
 
 from toolkit.config import parse_config

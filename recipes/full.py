@@ -3,8 +3,8 @@
     accelerate launch recipes/full.py
     accelerate launch recipes/full.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
 
-Choose it where the task is far from what the model knows, and memory allows: beside the weights it keeps a gradient and
-two optimizer states for each of them, 16 bytes a parameter in fp32 with AdamW. It is the reference for the other methods.
+Choose it when the task is far from what the model knows, and memory allows it: for each weight it also keeps a gradient and
+two optimizer states, 16 bytes per parameter in fp32 with AdamW. It is the reference for the other methods.
 """
 
 from toolkit.config import parse_config

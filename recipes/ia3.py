@@ -3,8 +3,8 @@
     accelerate launch recipes/ia3.py
     accelerate launch recipes/ia3.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
 
-Choose it for the smallest adapter, a tenth of LoRA's, where the model already knows the task somewhat. It costs activations
-as LoRA does, and needs a high learning rate. It merges into weights that are not quantized.
+Choose it for the smallest adapter, a tenth of LoRA's size, when the model already knows something about the task. It needs as
+much memory for activations as LoRA, and a high learning rate. It can be merged into weights that are not quantized.
 """
 
 from toolkit.config import parse_config

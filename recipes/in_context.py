@@ -3,8 +3,8 @@
     accelerate launch recipes/in_context.py
     accelerate launch recipes/in_context.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --num_shots 0 1 4
 
-Choose it before any training: what the model can do without and with a few examples is what a method has to beat. It costs no
-training, but each answer pays for the examples again, in context and in time: the table shows both.
+Choose it before any training: a method must beat what the model does with no or a few examples. It needs no training, but each
+answer processes the examples again. The table shows their cost in tokens and in time.
 """
 
 from toolkit.config import parse_config

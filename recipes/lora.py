@@ -4,7 +4,7 @@
     accelerate launch recipes/lora.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
 
 Choose it first: it comes close to full fine-tuning on most tasks, needs almost no memory for gradients and optimizer
-state, and leaves an adapter of a few MiB. What it does not save is activations: see the memory table after the run.
+state, and leaves an adapter of a few MiB. It does not save activations: see the memory table after the run.
 """
 
 from toolkit.config import parse_config

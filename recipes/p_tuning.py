@@ -3,8 +3,8 @@
     accelerate launch recipes/p_tuning.py
     accelerate launch recipes/p_tuning.py --model_name_or_path google/flan-t5-large --dataset_name knkarthick/dialogsum
 
-Choose it over prompt tuning where that does not start to learn: the network ties the embeddings together. It costs the
-same longer sequence, and on small models gains as little.
+Choose it over prompt tuning when that does not start to learn: the network couples the embeddings. Its sequences are as long
+as those of prompt tuning, and on small models it gains as little.
 """
 
 from toolkit.config import parse_config

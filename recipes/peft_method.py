@@ -1,10 +1,10 @@
-"""Any other of PEFT's methods: train what --peft_type names, configured by a file.
+"""Any other method of PEFT: --peft_type names it, and a file configures it.
 
     accelerate launch recipes/peft_method.py
     accelerate launch recipes/peft_method.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --peft_type LOHA
 
-Choose it to try what has no recipe of its own, such as VERA (arXiv:2310.11454, the default), LOHA, OFT or LN_TUNING; --peft_config
-FILE (YAML or JSON) sets the fields of PEFT's configuration class. What it costs depends on the method: add --predict to see.
+Choose it for a method that has no recipe of its own, such as VERA (arXiv:2310.11454, the default), LOHA, OFT or LN_TUNING.
+--peft_config FILE (YAML or JSON) sets the fields of PEFT's configuration class. Its cost depends on the method: --predict shows it.
 """
 
 from toolkit.config import parse_config

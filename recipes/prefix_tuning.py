@@ -3,8 +3,8 @@
     accelerate launch recipes/prefix_tuning.py
     accelerate launch recipes/prefix_tuning.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
 
-Choose it for generation where one frozen model serves many tasks and a soft prompt alone is too weak. It costs cache for
-the prefix in every layer, and cannot be combined with gradient checkpointing: on long inputs LoRA needs less memory.
+Choose it for generation when one frozen model serves many tasks and a soft prompt is too weak. It needs cache for the prefix
+in every layer, and cannot be combined with gradient checkpointing: on long inputs LoRA needs less memory.
 """
 
 from toolkit.config import parse_config

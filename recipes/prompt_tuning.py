@@ -3,8 +3,8 @@
     accelerate launch recipes/prompt_tuning.py
     accelerate launch recipes/prompt_tuning.py --model_name_or_path google/flan-t5-large --dataset_name knkarthick/dialogsum
 
-Choose it for large models that follow instructions, where one frozen model serves many tasks in the same batch: a task is
-a few kilobytes. It costs a longer sequence at every step and when generating, learns slowly, and gains little on small models.
+Choose it for large models that follow instructions, when one frozen model serves many tasks in the same batch: a task takes
+a few kilobytes. Sequences are longer in each step and when generating. It learns slowly, and gains little on small models.
 """
 
 from toolkit.config import parse_config

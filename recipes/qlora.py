@@ -3,8 +3,8 @@
     accelerate launch recipes/qlora.py
     accelerate launch recipes/qlora.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
 
-Choose it where the weights alone fill the card: they take a quarter of what they take in bf16 (--load_in_8bit: half). It
-costs time, for each layer is dequantized whenever it is used, and a little quality. Activations are those of LoRA.
+Choose it when the weights alone fill the card: they take a quarter of their size in bf16 (--load_in_8bit: half). It costs time,
+because each layer is dequantized whenever it is used, and a little quality. Activations are those of LoRA.
 """
 
 from toolkit.config import parse_config

@@ -3,9 +3,9 @@
     accelerate launch recipes/selective.py
     accelerate launch recipes/selective.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum --train_norms
 
-Choose it where the result must be a plain model without an adapter, or where activations are what does not fit: with
---train_last_layers N the layers below keep none. It costs gradients and optimizer state for what is trained alone, and
-the whole model in fp32. --train_biases and --train_norms train next to nothing and learn little new.
+Choose it when the result must be a plain model without an adapter, or when activations do not fit: with
+--train_last_layers N the layers below keep none. It keeps gradients and optimizer state only for the trained weights, but
+the whole model in fp32. --train_biases and --train_norms train very few weights and learn little new.
 """
 
 from toolkit.config import parse_config

@@ -1,7 +1,7 @@
 """Which recipe runs under which file of launch/. A cell is a run of the recipe itself on real ranks: two steps, saved whole,
 read back on one process, held to its prediction, and all ranks gone with exit code 0, or refused with the recipe's own reason.
 
-`make matrix` runs every cell and writes benchmarks/results/launch_matrix.json, from which README's table is made; without
+`make matrix` runs every cell and writes benchmarks/results/launch_matrix.json, from which a table in launch/README.md is made; without
 `--matrix` a few cells that change daily are run and compared with that file.
 """
 

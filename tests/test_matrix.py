@@ -1,7 +1,7 @@
 """What combines with what: each method on each architecture, in each form of the weights, with and without checkpointing, for
 text and for a class head. A cell is a run of the recipe itself: two steps, saved, read back, and held to its prediction.
 
-`make matrix` runs every cell and writes benchmarks/results/matrix.json, from which README's table is made; without `--matrix`
+`make matrix` runs every cell and writes benchmarks/results/matrix.json, from which the table in recipes/README.md is made; without `--matrix`
 a few cells that change daily are run and compared with that file.
 """
 

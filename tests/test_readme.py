@@ -1,50 +1,248 @@
-"""README: its commands run, and its figures are those of the committed results."""
+"""The READMEs: their commands run, their links and names are right, and their figures are those of the committed results."""
 
 import itertools
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from comparison_folder import write_in_context, write_run
 from conftest import ROOT, recipe, run, write_csv
 
 from toolkit.cli import main
+from toolkit.config import parse_config
 from toolkit.distributed.launch_files import read_launch_file
+from toolkit.methods import METHODS
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.split("#")[0].strip() if line.startswith("make") else line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.strip().splitlines()
-]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import readme  # a script of benchmarks/, which is no package
+
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.READMES}
+LINKED = [*readme.READMES, ".github/CONTRIBUTING.md", "toolkit/embedded/model/README.md"]
 SHORT = ["--max_steps", "2", "--max_train_samples", "8", "--max_eval_samples", "2", "--max_length", "64"]
 SHORT += ["--max_target_length", "8", "--per_device_train_batch_size", "2"]
 
+# How each command in a bash block begins -> the test of this file that runs it, or reads what it would do.
+COVERED = {
+    "README.md": {
+        "make demo": "test_make_demo_trains_and_its_result_generates",
+        "make test": "test_make_test_runs_every_test",
+        "accelerate launch recipes/lora.py": "test_each_training_command_runs_with_local_stand_ins_for_the_hub",
+        "accelerate launch recipes/full.py": "test_each_training_command_runs_with_local_stand_ins_for_the_hub",
+        "accelerate launch --config_file": "test_each_training_command_runs_with_local_stand_ins_for_the_hub",
+        "footprint predict": "test_predict_and_report_run_as_they_stand",
+        "footprint report": "test_predict_and_report_run_as_they_stand",
+    },
+    "recipes/README.md": {
+        "python recipes/lora.py --help": "test_the_help_of_a_recipe_lists_the_flags_of_its_method",
+        'footprint generate RUN_DIR "': "test_make_demo_trains_and_its_result_generates",
+        "footprint generate RUN_DIR RUN_B": "test_make_demo_trains_and_its_result_generates",
+        "footprint merge": "test_make_demo_trains_and_its_result_generates",
+        "footprint compare --methods": "test_the_compare_commands_plan_every_run_and_show_what_is_there",
+        "footprint compare --show": "test_the_compare_commands_plan_every_run_and_show_what_is_there",
+    },
+    "launch/README.md": {
+        "footprint predict full": "test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds",
+    },
+    "benchmarks/README.md": {
+        "python benchmarks/readme.py": "test_the_generated_parts_are_what_the_committed_results_say",
+    },
+    "toolkit/README.md": {},
+    "toolkit/memory/README.md": {
+        "footprint report": "test_predict_and_report_run_as_they_stand",
+    },
+}
+
+
+def commands(file: str) -> list[str]:
+    """The lines of the bash blocks of a README; without the comments behind make's."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", TEXTS[file], re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [line.split("#")[0].strip() if line.startswith("make") else line for line in lines if line]
+
+
+def command(file: str, start: str) -> str:
+    """The one command of `file` that begins with `start`."""
+    (found,) = [one for one in commands(file) if one.startswith(start)]
+    return found
+
+
+# ---- the generated parts
+
 
 def test_the_generated_parts_are_what_the_committed_results_say():
-    assert run("python", "benchmarks/readme.py", "--check").returncode == 0, (
-        "run: make results (or benchmarks/readme.py)"
-    )
+    words = command("benchmarks/README.md", "python benchmarks/readme.py").split()
+    done = run(*words, "--check")
+    assert done.returncode == 0, f"{done.stdout}run: make results (or benchmarks/readme.py)"
 
 
-def test_every_command_is_covered_here():
-    assert COMMANDS[:2] == ["make demo", "make test"]
-    assert [command.split()[0] for command in COMMANDS[2:]] == ["accelerate"] * 3 + ["footprint"] * 8
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<!-- demo -->\n<!-- end demo -->\n", "no README has a place for .*methods"),
+        ("<!-- a wish -->\n<!-- end a wish -->\n", "X.md: the marker <!-- a wish --> belongs to no part"),
+        ("<!-- demo -->\n", "X.md: <!-- demo --> is not closed"),
+        ("<!-- end demo -->\n", "X.md: <!-- end demo --> stands where no part is open"),
+        ("<!-- demo -->\n<!-- methods -->\n", "X.md: <!-- methods --> stands where <!-- end demo --> is missing"),
+    ],
+)
+def test_a_part_without_a_place_and_a_marker_without_a_part_are_errors(text, expected):
+    with pytest.raises(SystemExit, match=expected):
+        readme.rewritten({"X.md": text})
 
 
-def test_the_file_tree_names_what_is_there():
-    tree = README.split("## The house")[1]
-    for path in [*(ROOT / "toolkit").glob("*.py"), *(p for p in (ROOT / "toolkit").iterdir() if p.is_dir())]:
-        if not path.name.startswith("__"):
-            assert path.name in tree, f"README's file tree lacks {path.name}"
+def test_a_part_is_written_into_every_file_that_has_its_markers():
+    old = {
+        name: re.sub(r"(<!-- methods -->\n).*?(<!-- end methods -->)", r"\1stale\n\2", text, flags=re.DOTALL)
+        for name, text in TEXTS.items()
+    }
+    assert old != TEXTS
+    old["X.md"] = "before\n<!-- methods --><!-- end methods -->\nafter\n"
+    new = readme.rewritten(old)
+    assert new.pop("X.md") == f"before\n<!-- methods -->\n{readme.methods()}\n<!-- end methods -->\nafter\n"
+    assert new == TEXTS
+
+
+def test_every_committed_result_is_listed_with_its_command_and_its_date():
+    results = ROOT / "benchmarks" / "results"
+    files = [*results.glob("*"), *(results / "gpu").glob("*")]
+    names = [path.relative_to(results).as_posix() for path in files if path.is_file()]
+    assert len(names) >= 13
+    for name in names:
+        assert re.search(
+            rf"^\| `{re.escape(name)}` \| .+ \| `.+` \| \d{{4}}-\d\d-\d\d.* \|$",
+            TEXTS["benchmarks/README.md"],
+            re.MULTILINE,
+        ), name
+
+
+def test_a_result_that_nobody_described_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "new.json").write_text('{"date": "2026-11-27"}')
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=r"benchmarks/results/new\.json is not described"):
+        readme.results()
+
+
+# ---- what the pages say
+
+
+def test_the_first_page_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 200
+
+
+def test_every_readme_is_checked_here():
+    folders = [ROOT, *(ROOT / name for name in ("recipes", "launch", "benchmarks", "toolkit", "tests", ".github"))]
+    found = {path for folder in folders for path in (folder.glob("*.md") if folder == ROOT else folder.rglob("*.md"))}
+    assert {path.relative_to(ROOT).as_posix() for path in found} == set(LINKED), "add the page to LINKED"
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", LINKED)
+def test_links_lead_to_files_and_headings_that_are_there(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    assert links or "embedded" in file
+    for link in links:
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / file).parent / path).resolve() if path else ROOT / file
+        assert target.exists(), f"{file} links to {link}"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{file} links to {link}"
+
+
+@pytest.mark.parametrize("file", LINKED)
+def test_files_and_tests_that_are_named_are_there(file):
+    """Paths between backticks: from the repository's root, or from the page's own folder."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`([\w./-]+)`", text):
+        if re.fullmatch(r"test_\w+", name):
+            assert f"def {name}(" in tests, f"{file} names {name}"
+        elif re.search(r"\.(py|yaml)$|/$", name) and "NAME" not in name and not name.startswith("benchmarks/results/"):
+            assert (ROOT / name).exists() or (ROOT / file).parent.joinpath(name).exists(), f"{file} names {name}"
+
+
+def test_flags_that_are_named_are_those_of_the_commands(capsys):
+    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    for method in METHODS.values():
+        with pytest.raises(SystemExit):
+            parse_config(method, ["--help"])
+        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    for path in [
+        ROOT / "tests" / "conftest.py",
+        *(ROOT / "toolkit").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]:
+        known |= set(re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8")))
+    for file in LINKED:
+        text = readme.MARKER.sub("", (ROOT / file).read_text(encoding="utf-8"))
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known
+        assert not unknown - ({"--output_dir", "--threads"} if "embedded" in file else set()), f"{file} names {unknown}"
+
+
+def test_the_file_tree_names_what_is_there_and_nothing_else():
+    tree = re.search(r"## Files\n\n```\n(.*?)```", TEXTS["toolkit/README.md"], re.DOTALL)[1]
+    named, folders = set(), []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 4, line.split()[0]
+        folders[depth:] = [name.rstrip("/")]
+        named.add("/".join(folders))
+    assert len(named) == len(tree.splitlines())
+    toolkit = ROOT / "toolkit"
+    there = {path for path in toolkit.rglob("*") if path.suffix in (".py", ".jinja") and path.name != "__init__.py"}
+    there |= {path.parent for path in there} | {toolkit, toolkit / "__init__.py", toolkit / "embedded" / "model"}
+    assert named == {path.relative_to(ROOT).as_posix() for path in there}
+
+
+def test_every_launch_file_has_a_row():
+    rows = re.search(r"## Which file\n(.*?)\n## ", TEXTS["launch/README.md"], re.DOTALL)[1]
+    listed = [
+        name
+        for row in rows.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+\.yaml)`", row.split("|")[1])
+    ]
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "launch").glob("*.yaml"))
+
+
+# ---- the commands
+
+
+@pytest.mark.parametrize("file", readme.READMES)
+def test_every_command_is_covered_by_a_test(file):
+    covered = COVERED[file]
+    assert sorted(commands(file)) == sorted(command(file, start) for start in covered)
+    for test in covered.values():
+        assert callable(globals()[test]), test
+
+
+def test_make_test_runs_every_test():
+    done = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    *_, last = done.stdout.splitlines()
+    assert "-m pytest" in last and "slow" not in last
+    assert "ruff check" in done.stdout and "mypy" in done.stdout
+
+
+def test_the_help_of_a_recipe_lists_the_flags_of_its_method():
+    python, script, flag = command("recipes/README.md", "python").split()
+    done = recipe(Path(script).stem, flag)
+    assert python == "python" and done.returncode == 0
+    assert "--lora_r" in done.stdout and "--learning_rate" in done.stdout
 
 
 @pytest.mark.slow
 def test_make_setup_installs_nothing_a_second_time():
-    import subprocess
-
     if not (ROOT / ".venv" / ".footprint").exists():
         pytest.skip("the environment was not made by make")
     done = subprocess.run(["make", "--dry-run", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -52,8 +250,8 @@ def test_make_setup_installs_nothing_a_second_time():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [2, 3, 4])
-def test_each_training_command_runs_with_local_stand_ins_for_the_hub(number, data, tiny_t5, tmp_path):
+@pytest.mark.parametrize("start", [start for start in COVERED["README.md"] if start.startswith("accelerate")])
+def test_each_training_command_runs_with_local_stand_ins_for_the_hub(start, data, tiny_t5, tmp_path):
     """Hub ids become folders here, everything else is what README says; two steps, on a few rows."""
     rows = [(f"Person {n} saw a cat.", f"Cat {n}.") for n in range(8)]
     renamed = write_csv(tmp_path / "articles", train=rows, validation=rows, test=rows)
@@ -65,8 +263,9 @@ def test_each_training_command_runs_with_local_stand_ins_for_the_hub(number, dat
         "knkarthick/dialogsum": [str(data / "dialogsum")],
         "path/to/folder": [str(renamed)],
     }
-    words = [word for part in shlex.split(COMMANDS[number]) for word in stand_ins.get(part, [part])]
-    extra = ["--use_cpu"] if "ddp" in COMMANDS[number] else []
+    shown = command("README.md", start)
+    words = [word for part in shlex.split(shown) for word in stand_ins.get(part, [part])]
+    extra = ["--use_cpu"] if "ddp" in shown else []
     flags = [*SHORT, *extra, "--output_dir", tmp_path / "run"]
     if extra:
         done = run(*words, *flags)
@@ -82,40 +281,41 @@ def test_each_training_command_runs_with_local_stand_ins_for_the_hub(number, dat
 
 @pytest.mark.slow
 def test_predict_and_report_run_as_they_stand(capfd, tmp_path):
-    for command in COMMANDS[5:7]:
-        words = shlex.split(command)
-        if words[1] == "report":
-            assert words[2:] == ["runs/RUN_A", "runs/RUN_B"]
-            words[2:] = [str(tmp_path / "RUN_A"), str(tmp_path / "RUN_B")]
-        else:
-            words.append("--json")
+    def shown(words: list[str]) -> str:
         with pytest.raises(SystemExit) as caught:
             main(words[1:])
-        shown = capfd.readouterr().out
-        assert not caught.value.code, shown
-        if words[1] == "predict":
-            assert json.loads(shown)["fits"]
-            for name in ("RUN_A", "RUN_B"):
-                (tmp_path / name).mkdir()
-                (tmp_path / name / "memory.json").write_text(shown)
-        else:
-            assert "RUN_A" in shown and "RUN_B" in shown
+        out = capfd.readouterr().out
+        assert not caught.value.code, out
+        return out
+
+    ledger = shown([*shlex.split(command("README.md", "footprint predict")), "--json"])
+    assert json.loads(ledger)["fits"]
+    for name in ("RUN_A", "RUN_B", "RUN_DIR"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "memory.json").write_text(ledger)
+    (tmp_path / "RUN_DIR" / "predicted_memory.json").write_text(ledger)
+    report = command("README.md", "footprint report")
+    assert report.split()[2:] == ["runs/RUN_A", "runs/RUN_B"]
+    table = shown(report.replace("runs/", f"{tmp_path}/").split())
+    assert "RUN_A" in table and "RUN_B" in table
+    beside = shown(
+        command("toolkit/memory/README.md", "footprint report").replace("RUN_DIR", f"{tmp_path}/RUN_DIR").split()
+    )
+    assert "predicted_memory" in beside and "RUN_DIR" in beside
 
 
 @pytest.mark.slow
 def test_make_demo_trains_and_its_result_generates(tmp_path):
     """What `make demo` launches; make's own part is the test above."""
-    recipe = ("accelerate", "launch", "--config_file", "launch/single.yaml", "recipes/lora.py")
-    assert " ".join(recipe) in (ROOT / "Makefile").read_text()
-    done = run(*recipe, "--output_dir", tmp_path / "run")
+    launch = ("accelerate", "launch", "--config_file", "launch/single.yaml", "recipes/lora.py")
+    assert " ".join(launch) in (ROOT / "Makefile").read_text()
+    done = run(*launch, "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     base, tuned = (float(re.search(rf"│ {who} +│ +([\d.]+)", done.stdout)[1]) for who in ("base", "tuned"))
     assert tuned > base + 0.1
     (tmp_path / "typed").write_text("#Person1#: Is it raining?\n")
-    for number in (8, 9, 10):
-        words = shlex.split(
-            COMMANDS[number].replace("RUN_DIR", str(tmp_path / "run")).replace("RUN_B", str(tmp_path / "run"))
-        )
+    for start in ('footprint generate RUN_DIR "', "footprint generate RUN_DIR RUN_B", "footprint merge"):
+        words = shlex.split(re.sub("RUN_DIR|RUN_B", str(tmp_path / "run"), command("recipes/README.md", start)))
         with (tmp_path / "typed").open() as typed:
             written = run(*words, stdin=typed)
         assert written.returncode == 0 and written.stdout.strip(), written.stderr
@@ -124,7 +324,7 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
 
 def test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds():
     """It takes minutes, so here it is read, and its result is the one that was committed."""
-    words = shlex.split(COMMANDS[7])
+    words = shlex.split(command("launch/README.md", "footprint predict full"))
     given = dict(itertools.pairwise(words))
     launch = read_launch_file(given["--launch"], int(given["--num_processes"]))
     assert (words[:3], str(launch.engine)) == (["footprint", "predict", "full"], "ZeRO-3 on 4 processes")
@@ -147,8 +347,9 @@ def test_the_compare_commands_plan_every_run_and_show_what_is_there(monkeypatch,
                 write_run(one.folder, one.method, one.seed, rows=60)
 
     monkeypatch.setattr("toolkit.compare.command.run_all", leave_results)
-    for number in (11, 12):
+    for start in ("footprint compare --methods", "footprint compare --show"):
+        words = shlex.split(command("recipes/README.md", start))[1:]
         with pytest.raises(SystemExit) as caught:
-            main([word.replace("runs/comparison", str(tmp_path / "c")) for word in shlex.split(COMMANDS[number])[1:]])
+            main([word.replace("runs/comparison", str(tmp_path / "c")) for word in words])
         assert not caught.value.code
         assert "Against full fine-tuning" in capfd.readouterr().out

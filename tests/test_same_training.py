@@ -1,6 +1,6 @@
 """Two processes train as one does, under every engine: the gradient, the loss of 20 steps, what is saved and what it writes.
 
-`make matrix` runs every cell and writes the differences to benchmarks/results/engines_equal.json, from which README's table is made.
+`make matrix` runs every cell and writes the differences to benchmarks/results/engines_equal.json, from which a table in launch/README.md is made.
 """
 
 import datetime
