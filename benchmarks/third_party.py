@@ -418,11 +418,11 @@ def predict(run: Run) -> dict[str, int]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from toolkit.config.optimizers import ReadAsOne
     from toolkit.memory.cuda.cards import find_card
     from toolkit.memory.cuda.device import Cuda
     from toolkit.memory.shadow.fake import make_fake
     from toolkit.memory.trace import Trace
-    from toolkit.optimizers import ReadAsOne
 
     peft = run.version("peft")
     device = Cuda(

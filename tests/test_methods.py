@@ -248,7 +248,7 @@ def test_prodigy_is_an_optimizer_by_name_whose_rate_is_1(name, tmp_path):
 
 
 def test_prodigy_finds_a_step_size_and_learns():
-    from toolkit.optimizers import Prodigy
+    from toolkit.config.optimizers import Prodigy
 
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(8))

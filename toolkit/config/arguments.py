@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from toolkit import optimizers
+from toolkit.config import optimizers
 from toolkit.errors import UserError
 
 # TrainingArguments that have no effect here, because this project or accelerate decides them. Giving one is an error.

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from toolkit import methods, optimizers
+from toolkit import methods
+from toolkit.config import optimizers
 from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
 from toolkit.config.parser import Flags, RecipeParser, read_flags
 from toolkit.data.loading import DataArguments
@@ -113,6 +114,9 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
     model, data, own = (_build(part, settings) for part in (ModelArguments, DataArguments, method))
     for part in (model, data, own):
         part.check(given)
+    if own_optimizer is not None and own_optimizer.one_learning_rate and own.learning_rates_flag:
+        name = settings["optim"]
+        raise UserError(f"--optim {name} knows one learning rate alone; leave out {own.learning_rates_flag}")
     bf16, fp16, reason = choose_precision(settings, card)
     settings |= {"bf16": bf16, "fp16": fp16}
     if settings.get("memory_snapshot") and (flags.predict or card is not None or not _on_gpu(settings, None)):

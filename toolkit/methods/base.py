@@ -57,6 +57,11 @@ class Method(ABC):
         """The setting by which attaching it changes the model's own weights, such as `--init_lora_weights pissa`; else empty."""
         return ""
 
+    @property
+    def learning_rates_flag(self) -> str:
+        """The flag that gives some weights a learning rate of their own; else empty."""
+        return ""
+
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Settings where the user (`given`: the flags that were named) says nothing."""

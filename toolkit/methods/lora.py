@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, Trainer
 from toolkit.console import say
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
-from toolkit.optimizers import OWN
 
 # Initializations that take what the adapter starts with out of the base: such an adapter is right on a base that was
 # altered in the same way alone.
@@ -100,12 +99,8 @@ class Lora(PeftBased):
                 raise UserError(f"--use_dora and --init_lora_weights {init} exclude each other; give one of them")
         if init == "orthogonal" and self.lora_r % 2:
             raise UserError(f"--init_lora_weights orthogonal needs an even --lora_r, got {self.lora_r}")
-        if self.loraplus_lr_ratio is not None:
-            if self.loraplus_lr_ratio < 1:
-                raise UserError(f"--loraplus_lr_ratio {self.loraplus_lr_ratio:g} is not possible; give at least 1")
-            own = OWN.get(name := given.get("optim", ""))
-            if own is not None and own.one_learning_rate:
-                raise UserError(f"--optim {name} knows one learning rate alone; leave out --loraplus_lr_ratio")
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio < 1:
+            raise UserError(f"--loraplus_lr_ratio {self.loraplus_lr_ratio:g} is not possible; give at least 1")
 
     @property
     def changes_base(self) -> str:
@@ -150,6 +145,11 @@ class Lora(PeftBased):
                 (k, v.detach().cpu().clone()) for k, v in get_peft_model_state_dict(model).items()
             )
         return model
+
+    @property
+    def learning_rates_flag(self) -> str:
+        """LoRA+ has two learning rates."""
+        return "" if self.loraplus_lr_ratio is None else "--loraplus_lr_ratio"
 
     def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
         """With LoRA+, an optimizer with B's parameters in groups of a higher learning rate."""

@@ -24,8 +24,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
-from toolkit import optimizers
-from toolkit.config import Config
+from toolkit.config import Config, optimizers
 from toolkit.config.arguments import TrainArguments
 from toolkit.console import say
 from toolkit.data.loading import TaskData, load_data

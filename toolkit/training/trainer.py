@@ -22,6 +22,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from toolkit.config import Config, TrainArguments
+from toolkit.config.optimizers import OWN, name_of
 from toolkit.console import say
 from toolkit.data.loading import TaskData
 from toolkit.distributed.engine import EngineKind
@@ -33,7 +34,6 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.models.generation import make_saveable
 from toolkit.models.losses import IGNORE_INDEX, mean_loss, row_losses
 from toolkit.models.soft_prompts import has_virtual_tokens
-from toolkit.optimizers import OWN, name_of
 from toolkit.training.callbacks import MetricsFile, Preemption
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors
 from toolkit.training.guards import Guards, check_generation, check_saved
@@ -179,7 +179,7 @@ class FineTuner(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """Trainer's own choice by name, and those of `toolkit.optimizers.OWN`."""
+        """Trainer's own choice by name, and those of `toolkit.config.optimizers.OWN`."""
         if (own := OWN.get(name_of(args))) is not None:
             return own.optimizer, own.arguments(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
