@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from toolkit import methods, optimizers
+import toolkit.methods as methods
+from toolkit import optimizers
 from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
 from toolkit.config.parser import Flags, RecipeParser, read_flags
 from toolkit.data.loading import DataArguments
