@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, recipe
+from tiny_models import tiny_config
 
 import toolkit
 from toolkit.cli import main
 from toolkit.errors import UserError
 from toolkit.runs.finished_run import read_completions
 
-CATALOGUED = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M", "max_length": 64, "per_device_train_batch_size": 2}
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, str | int]:
+    """Settings of a recipe over a tiny Llama without weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_config("llama").save_pretrained(folder)
+    return {"model_name_or_path": str(folder), "max_length": 64, "per_device_train_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +107,7 @@ def test_a_type_checker_sees_its_types(tmp_path):
     ("method", "settings", "own"),
     [
         ("lora", {"lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1, "bf16": True}, {"gpu": "RTX 4090"}),
-        ("ia3", {"optim_args": None, "gradient_checkpointing": True}, {"gpu_memory": "100MiB"}),
+        ("ia3", {"optim_args": None, "gradient_checkpointing": True}, {"gpu_memory": "1MiB"}),
         (
             "full",
             {"lr_scheduler_kwargs": {"min_lr": 1e-5}, "lr_scheduler_type": "cosine_with_min_lr", "use_cpu": True},
@@ -108,31 +115,34 @@ def test_a_type_checker_sees_its_types(tmp_path):
         ),
     ],
 )
-def test_predict_gives_what_the_command_prints(method, settings, own, capfd):
-    ledger = toolkit.predict(method, **CATALOGUED, **settings, **own).to_json()
+def test_predict_gives_what_the_command_prints(method, settings, own, tiny, capfd):
+    ledger = toolkit.predict(method, **tiny, **settings, **own).to_json()
     words = [f"--{name}={value}" for name, value in own.items()]
-    for name, value in (CATALOGUED | settings).items():
+    for name, value in (tiny | settings).items():
         if isinstance(value, list):
             words += [f"--{name}", *value]
         elif value is not None:
             words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     code, out = footprint(capfd, "predict", method, *words, "--json")
     assert code == (0 if ledger["fits"] else 1)
-    assert ledger["fits"] == ("100MiB" not in own.values())
+    assert ledger["fits"] == ("1MiB" not in own.values())
     printed = json.loads(out)
     assert printed.pop("seconds") > 0 and ledger.pop("seconds") > 0
     assert json.dumps(printed) == json.dumps(ledger)
 
 
-def test_words_of_the_command_line_and_settings_go_together_and_settings_win():
-    ledger = toolkit.predict(
-        "lora", "--max_length", "32", "--lora_r", "4", gpu_memory=2**32, **(CATALOGUED | {"lora_r": 8})
-    )
+def test_words_of_the_command_line_and_settings_go_together_and_settings_win(tiny):
+    ledger = toolkit.predict("lora", "--max_length", "32", "--lora_r", "4", gpu_memory=2**32, **(tiny | {"lora_r": 8}))
     assert (ledger.config["max_length"], ledger.config["lora_r"], ledger.budget_bytes) == (64, 8, 2**32)
 
 
 def test_false_switches_a_flag_off_that_is_on_by_default():
-    flags = {"load_in_4bit": True, "gpu": "RTX 4090"} | CATALOGUED
+    flags = {
+        "load_in_4bit": True,
+        "gpu": "RTX 4090",
+        "model_name_or_path": "HuggingFaceTB/SmolLM2-135M",
+        "max_length": 64,
+    }
     on, off = (toolkit.predict("lora", bnb_4bit_use_double_quant=double, **flags) for double in (True, False))
     assert off.allocated_bytes > on.allocated_bytes
 
@@ -158,15 +168,15 @@ def test_a_mistake_is_a_user_error_in_one_line(call, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_use_cpu_leaves_this_machines_gpu_alone_however_it_is_written(monkeypatch):
+def test_use_cpu_leaves_this_machines_gpu_alone_however_it_is_written(tiny, monkeypatch):
     from toolkit.memory.cuda.cards import find_card
     from toolkit.runs import prediction
 
     monkeypatch.setattr(prediction, "this_card", lambda: find_card("T4"))
-    devices = [toolkit.predict("lora", use_cpu=asked, **CATALOGUED).device for asked in (True, False, None)]
+    devices = [toolkit.predict("lora", use_cpu=asked, **tiny).device for asked in (True, False, None)]
     assert devices == ["cpu", "T4", "T4"]
     for words in (["--use_cpu"], ["--use_cpu", "true"], ["--use_cpu=true"]):
-        assert toolkit.predict("lora", *words, **CATALOGUED).device == "cpu"
+        assert toolkit.predict("lora", *words, **tiny).device == "cpu"
 
 
 @pytest.mark.slow
