@@ -32,8 +32,8 @@ flags with `--help`. A mistake ends it with exit code 2 and one line that says w
 """
 FLAGS = f"""## Flags of recipes/{RECIPE}.py
 
-Each flag is a key of the YAML file that `--config` names too. `--name value` and `--name=value` mean the same. A flag with a
-bracket (`[true]`) is switched on by its name alone, and off by `--name false`.
+Each flag is also a key of the YAML file that `--config` names. `--lora_r 8` and `--lora_r=8` mean the same. A flag that shows
+`[true]` is switched on by its name alone and off by the word false: `--use_dora`, `--use_dora false`.
 """
 OTHERS = """## Flags of the other methods
 
