@@ -13,7 +13,7 @@ from toolkit.compare.tables import NONE, with_half
 from toolkit.console import console, table
 from toolkit.files import atomic_write
 from toolkit.methods import METHODS
-from toolkit.metrics import score_title
+from toolkit.tasks.metrics import score_title
 
 Flags = Mapping[str, Mapping[str, Sequence[str]]]  # method ("" for all) -> flag -> values
 Figures = Mapping[str, Mapping[str, float | int]]  # method -> column -> what was published

@@ -56,7 +56,7 @@ def ledger(source: str, mib: dict[str, float], stretch: float = 1.0) -> Ledger:
 
 def write_run(folder: Path, method: str, seed: int, rows: int = 60, finished: bool = True) -> None:
     """One run: `rows` test rows, two references for each text."""
-    from toolkit.metrics.rouge import rouge
+    from toolkit.tasks.metrics.rouge import rouge
 
     good, mib, trainable = SHAPES[method]
     rng, common = random.Random(f"{method}{seed}"), random.Random(1)

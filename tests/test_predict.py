@@ -18,7 +18,6 @@ from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger
 from toolkit.methods.lora import Lora
 from toolkit.runs import prediction
-from toolkit.runs.predict_command import predict_command
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +137,9 @@ def test_mistakes_are_one_line_and_exit_code_2(method, more, says, config_only, 
 
 def test_report_puts_ledgers_side_by_side(config_only, tmp_path, capfd):
     for method in ("full", "lora"):
-        assert predict_command(method, flags(config_only, "--json")) == 0
-        (tmp_path / f"{method}.json").write_text(capfd.readouterr().out)
+        code, out, _ = run(capfd, "predict", method, *flags(config_only, "--json"))
+        assert code == 0
+        (tmp_path / f"{method}.json").write_text(out)
     full, lora = (Ledger.load(tmp_path / f"{method}.json") for method in ("full", "lora"))
     assert lora.allocated_bytes < full.allocated_bytes
     code, out, _ = run(capfd, "report", str(tmp_path / "full.json"), str(tmp_path / "lora.json"))

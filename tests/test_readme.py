@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import readme  # a script of benchmarks/, which is no package
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.READMES}
-LINKED = [*readme.READMES, ".github/CONTRIBUTING.md", "toolkit/embedded/model/README.md"]
+LINKED = [*readme.READMES, ".github/CONTRIBUTING.md", "toolkit/cli/README.md", "toolkit/embedded/model/README.md"]
 SHORT = ["--max_steps", "2", "--max_train_samples", "8", "--max_eval_samples", "2", "--max_length", "64"]
 SHORT += ["--max_target_length", "8", "--per_device_train_batch_size", "2"]
 

@@ -3,7 +3,7 @@
 import evaluate
 import pytest
 
-from toolkit.metrics.rouge import Rouge, rouge
+from toolkit.tasks.metrics.rouge import Rouge, rouge
 
 
 def test_identical_texts_score_one_and_unrelated_ones_zero():

@@ -19,7 +19,6 @@ from toolkit.data.loading import DataArguments, label_names, load_data
 from toolkit.data.rows import load_rows
 from toolkit.errors import UserError
 from toolkit.methods.full import Full
-from toolkit.metrics.classification import classification
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.generation import classify, generate, losses
 from toolkit.models.heads import auto_class, head_modules, set_head
@@ -30,6 +29,7 @@ from toolkit.runs.in_context import prompts_with_examples
 from toolkit.runs.prediction import predict_run
 from toolkit.runs.preflight import Preflight, prepare
 from toolkit.tasks import TASKS, row_scores
+from toolkit.tasks.metrics.classification import classification
 from toolkit.tasks.tokenization import Truncation
 
 CHATML = (

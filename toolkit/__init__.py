@@ -1,9 +1,54 @@
-"""Footprint: fine-tune language models on consumer GPUs, and know where the memory goes before, during and after."""
+"""Footprint: fine-tune language models on consumer GPUs, and know where the memory goes before, during and after.
 
+For notebooks and scripts there are four functions and classes, and the exception that each of them raises for a mistake,
+`UserError`. PyTorch is imported when the first of them is used.
+
+    >>> import toolkit
+    >>> ledger = toolkit.predict(
+    ...     "lora", gpu="RTX 4090", model_name_or_path="meta-llama/Llama-3.2-1B", max_length=512, bf16=True
+    ... )
+    >>> ledger.fits, ledger.peak_phase_name
+    (True, 'backward')
+    >>> ledger.save("prediction.json")
+    >>> toolkit.Ledger.load("prediction.json").needed_bytes == ledger.needed_bytes
+    True
+    >>> run = toolkit.load_run("runs/demo")
+    >>> sorted(run.scores)
+    ['base', 'tuned']
+    >>> answers = run.generate(["#Person1#: Is it raining?"])
+    >>> run.ledger.source
+    'measured'
+    >>> toolkit.methods()["lora"].paper
+    'arXiv:2106.09685'
+"""
+
+import importlib
 import logging
 import warnings
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from toolkit.version import __version__
+
+if TYPE_CHECKING:
+    from toolkit.runs.api import Ledger, UserError, load_run, methods, predict
+
+__all__ = ["Ledger", "UserError", "__version__", "load_run", "methods", "predict"]
+
+# What stands behind the names above, imported when it is asked for (PEP 562).
+_HOMES = {"Ledger": "memory.ledger", "UserError": "errors", "load_run": "runs.api", "predict": "runs.api"}
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name == "methods":  # the package of that name, which can be called
+            return importlib.import_module(f"{__name__}.methods")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 # What libraries say that a user of this project can do nothing about; everything else is left to be seen.
 ADVICE = (

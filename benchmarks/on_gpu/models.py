@@ -98,8 +98,8 @@ def make(label: str, source: str | dict[str, Any], work: str, rehearsed: bool) -
     """Makes the folder `work`/models/`label`: config, bf16 weights drawn on the card, generation config, tokenizer."""
     import torch
 
-    from toolkit.embedded import MODEL_DIR
     from toolkit.models import catalogue
+    from toolkit.models.arguments import ModelArguments
     from toolkit.models.heads import auto_class
 
     began = time.monotonic()
@@ -116,8 +116,9 @@ def make(label: str, source: str | dict[str, Any], work: str, rehearsed: bool) -
     aside = folder.with_name(f".{label}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, max_shard_size="4GB")
-    shutil.copy(Path(MODEL_DIR) / "tokenizer.json", aside)
-    settings = json.loads((Path(MODEL_DIR) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    embedded = Path(ModelArguments().source)
+    shutil.copy(embedded / "tokenizer.json", aside)
+    settings = json.loads((embedded / "tokenizer_config.json").read_text(encoding="utf-8"))
     del settings["model_max_length"]  # 512, which longer rows would be cut to
     (aside / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from toolkit.compare.tables import about, failures, tables, title, with_half
 from toolkit.memory.report import GROUPS, grouped
-from toolkit.metrics import score_title
+from toolkit.tasks.metrics import score_title
 from toolkit.units import GIB, KIB, MIB, format_bytes
 
 WIDTH = 760  # of every plot, in SVG units; about one pixel on a wide screen

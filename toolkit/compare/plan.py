@@ -7,15 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import toolkit
 from toolkit.config import RecipeParser, TrainArguments, parse_config
 from toolkit.errors import UserError, did_you_mean
 from toolkit.files import atomic_write
 from toolkit.methods import METHODS
 from toolkit.methods.in_context import USED
 from toolkit.runs.finished_run import read_json
+from toolkit.version import __version__
 
-REPOSITORY = Path(toolkit.__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 FILE = "comparison.json"
 
 REFUSED = {
@@ -123,7 +123,7 @@ def claim(plan: Plan, flags: Sequence[str]) -> None:
     """Makes the comparison's folder, and writes down what it is."""
     try:
         (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
-        content: dict[str, Any] = {"footprint": toolkit.__version__, "methods": list(plan.methods), "seeds": plan.seeds}
+        content: dict[str, Any] = {"footprint": __version__, "methods": list(plan.methods), "seeds": plan.seeds}
         content |= {"launch": plan.launch, "flags": list(flags)}
         atomic_write(plan.folder / FILE, json.dumps(content, indent=2) + "\n")
     except OSError as error:

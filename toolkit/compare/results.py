@@ -6,7 +6,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import toolkit
 from toolkit.compare.plan import FILE, Plan, Run
 from toolkit.compare.runner import why_failed
 from toolkit.compare.statistics import interval, paired_bootstrap
@@ -15,6 +14,7 @@ from toolkit.memory.ledger import Ledger
 from toolkit.runs.finished_run import FinishedRun, read_completions, read_json
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
+from toolkit.version import __version__
 
 
 def collect(plan: Plan) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def collect(plan: Plan) -> dict[str, Any]:
         Ledger.load(run.folder / "memory.json").device for run in records if (run.folder / "memory.json").is_file()
     }
     return {
-        "footprint": toolkit.__version__,
+        "footprint": __version__,
         "date": date.today().isoformat(),
         "task": first["task"],
         "metrics": list(next(iter(first["scores"].values()))),

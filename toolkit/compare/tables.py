@@ -5,7 +5,7 @@ from typing import Any
 
 from toolkit.files import csv_text
 from toolkit.memory.report import GROUPS, format_error, grouped
-from toolkit.metrics import score_title
+from toolkit.tasks.metrics import score_title
 from toolkit.units import format_bytes
 
 NONE = "–"

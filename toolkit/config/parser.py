@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from toolkit import methods
+import toolkit.methods as methods
 from toolkit.config.arguments import NEWEST, TrainArguments
 from toolkit.data.loading import DataArguments
 from toolkit.errors import UserError, did_you_mean

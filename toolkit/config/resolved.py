@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from toolkit import methods
+import toolkit.methods as methods
 from toolkit.config import optimizers
 from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
 from toolkit.config.parser import Flags, RecipeParser, read_flags

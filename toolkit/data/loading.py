@@ -21,9 +21,8 @@ from transformers import (
 from toolkit.data.rows import Splits, load_rows, sample_of_classes
 from toolkit.data.shared_rows import SharedRows
 from toolkit.errors import UserError
-from toolkit.metrics import normalized
 from toolkit.models.arguments import lasting_path, looks_like_path
-from toolkit.models.heads import class_order
+from toolkit.models.heads import class_order, normalized
 from toolkit.models.loading import T5_FAMILY, longest_input
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.tasks import TASKS, Task

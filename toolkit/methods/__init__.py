@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import sys
+from types import ModuleType
 
 from toolkit.methods.base import Method
 
@@ -16,3 +18,14 @@ def _find() -> dict[str, type[Method]]:
 
 
 METHODS = _find()
+
+
+class _CallablePackage(ModuleType):
+    """Lets `toolkit.methods()` be a function beside the package `toolkit.methods`, whose name it shares."""
+
+    def __call__(self) -> dict[str, type[Method]]:
+        """As `toolkit.runs.api.methods`."""
+        return dict(METHODS)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

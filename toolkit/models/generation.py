@@ -23,7 +23,6 @@ from toolkit.console import console
 from toolkit.distributed.deepspeed import gathered_in_use
 from toolkit.distributed.sharded_models import is_sharded
 from toolkit.errors import UserError
-from toolkit.memory.cuda.meter import excluded_from_peak
 from toolkit.models.soft_prompts import cache_by_both_names, embedded, has_virtual_tokens
 
 Answer = TypeVar("Answer")
@@ -201,7 +200,7 @@ def _in_batches(
     model.eval()
     found: list[tuple[int, Answer]] = []
     try:
-        with excluded_from_peak(model.device), gathered_in_use(model):
+        with gathered_in_use(model):
             for batch in track(
                 batches, description=title, console=console, transient=True, disable=not console.is_terminal
             ):

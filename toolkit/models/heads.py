@@ -18,7 +18,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from toolkit.errors import UserError
-from toolkit.metrics import normalized
 
 # Models whose heads have the names of those that classify texts, and other meanings
 OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
@@ -59,6 +58,11 @@ def _check_kind(source: str, config: PreTrainedConfig, kind: ModelKind) -> None:
             f"{source} is a {name} model, an encoder-decoder, and this task continues one sequence; "
             "give a GPT-like (decoder) model, or --task summarization or classification"
         )
+
+
+def normalized(name: str) -> str:
+    """The name of a class as it is compared: without surrounding space and without regard to case."""
+    return name.strip().casefold()
 
 
 def class_order(config: PreTrainedConfig, label_names: Sequence[str]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from toolkit.config import Config
 from toolkit.console import is_main
 from toolkit.data.loading import TaskData
+from toolkit.memory.cuda.meter import excluded_from_peak
 
 
 @dataclass
@@ -24,14 +25,15 @@ def evaluate_by_generation(model: PreTrainedModel, data: TaskData, config: Confi
     """
     prompts = [tuple(ids) for ids in data.test_prompts]
     unique = list(dict.fromkeys(prompts))
-    answers = data.task.answers(
-        model,
-        data.prompt_tokenizer,
-        unique,
-        batch_size=config.training.per_device_eval_batch_size,
-        num_beams=config.data.get("num_beams") or 1,
-        title=title,
-    )
+    with excluded_from_peak(model.device):
+        answers = data.task.answers(
+            model,
+            data.prompt_tokenizer,
+            unique,
+            batch_size=config.training.per_device_eval_batch_size,
+            num_beams=config.data.get("num_beams") or 1,
+            title=title,
+        )
     answer = dict(zip(unique, answers, strict=True))
     texts = [answer[prompt] for prompt in prompts]
     return Completions(

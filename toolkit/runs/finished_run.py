@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArg
 
 from toolkit.errors import UserError
 from toolkit.files import read_csv
+from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS, Method  # with them, tuners of ours are known to PEFT
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import auto_class, set_head
@@ -28,7 +29,9 @@ TOLD = ("method", "task", "seed", "weights", "prompt_template", "label_names", "
 
 
 class FinishedRun:
-    """The run in `path`.
+    """The run in `path`: `settings` by flag name, `record` (run.json), `scores`, measured `ledger`, and the model.
+
+    `generate` loads the model when it is first needed.
 
     Raises: UserError where the folder is not that of a finished run, or its files are damaged.
     """
@@ -50,6 +53,20 @@ class FinishedRun:
     def task(self) -> Task:
         """What the run learned."""
         return TASKS[self.record["task"]]
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The scores on the test split by model (base, tuned; or by number of shots), then by metric."""
+        return self.record.get("scores", {})
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The measured memory of its training steps; None where none was measured.
+
+        Raises: UserError where memory.json is damaged.
+        """
+        path = self.path / "memory.json"
+        return Ledger.load(path) if path.is_file() else None
 
     @cached_property
     def adapter(self) -> PeftConfig | None:
@@ -114,7 +131,12 @@ class FinishedRun:
         )
 
     def generate(self, texts: Sequence[str], model: PreTrainedModel | None = None, num_beams: int = 1) -> list[str]:
-        """What the run's model answers to each of `texts`, put into the run's prompt; for a head, the label."""
+        """What the run's model answers to each of `texts`, put into the run's prompt; for a head, the label.
+
+        Raises: UserError where `texts` is one text, or the model cannot be loaded.
+        """
+        if isinstance(texts, str):
+            raise UserError("generate takes a list of texts and got one text; write [text]")
         prompts = [self.prompt_tokenizer.prompt(text)[0] for text in texts]
         model = self.model if model is None else model
         return self.task.continuations(model, self.prompt_tokenizer, prompts, 8, num_beams)

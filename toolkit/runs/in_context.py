@@ -14,13 +14,13 @@ from toolkit.console import is_main, say, table
 from toolkit.data.loading import TaskData
 from toolkit.errors import UserError
 from toolkit.files import csv_text
-from toolkit.metrics import score_title
 from toolkit.models.loading import T5_FAMILY, longest_input
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.runs.evaluation import Completions, evaluate_by_generation
 from toolkit.runs.preflight import Preflight
 from toolkit.runs.run_folder import RunFolder
 from toolkit.tasks.chat import ChatPromptTokenizer, Conversation, Message
+from toolkit.tasks.metrics import score_title
 
 
 @dataclass

@@ -6,8 +6,8 @@ from huggingface_hub import ModelCardData
 
 from toolkit.config import Config
 from toolkit.memory.ledger import Ledger
-from toolkit.metrics import score_title
 from toolkit.tasks import TASKS
+from toolkit.tasks.metrics import score_title
 from toolkit.units import format_bytes
 
 

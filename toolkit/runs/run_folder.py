@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import yaml
 
-from toolkit import __version__
 from toolkit.config import Config
 from toolkit.console import console, is_main, say, table
 from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
@@ -30,16 +29,17 @@ from toolkit.files import atomic_write, csv_text
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.report import print_ledger
-from toolkit.metrics import score_title
 from toolkit.runs.evaluation import Completions
 from toolkit.runs.model_card import model_card
 from toolkit.runs.preflight import Preflight
+from toolkit.tasks.metrics import score_title
 from toolkit.training.checkpoints import (
     RunFingerprint,
     check_resumable,
     resume_point,
     set_later_checkpoints_aside,
 )
+from toolkit.version import __version__
 
 
 class RunFolder:

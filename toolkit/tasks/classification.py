@@ -31,12 +31,12 @@ class Classification(Task):
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
     ) -> dict[str, float]:
         """Accuracy, macro-F1, the share of answers that are no label, and the share of the most frequent label."""
-        from toolkit.metrics.classification import classification
+        from toolkit.tasks.metrics.classification import classification
 
         return classification(predictions, references, label_names)
 
     def row_scores(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """1 for each right answer, 0 for each wrong one."""
-        from toolkit.metrics.classification import normalized
+        from toolkit.models.heads import normalized
 
         return [float(normalized(a) == normalized(b)) for a, b in zip(predictions, references, strict=True)]

@@ -28,12 +28,12 @@ class Summarization(Task):
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
     ) -> dict[str, float]:
         """ROUGE-1, -2, -L and -Lsum, the means over rows, each from 0 to 1."""
-        from toolkit.metrics.rouge import rouge  # `evaluate` takes seconds to import
+        from toolkit.tasks.metrics.rouge import rouge  # `evaluate` takes seconds to import
 
         return rouge(predictions, references)
 
     def row_scores(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """ROUGE-L of each row."""
-        from toolkit.metrics.rouge import rouge_of_each
+        from toolkit.tasks.metrics.rouge import rouge_of_each
 
         return rouge_of_each(predictions, references)["rougeL"]

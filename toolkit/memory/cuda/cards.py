@@ -324,6 +324,21 @@ def find_card(name: str) -> Card:
     raise UserError(f"unknown GPU {name!r}: near names are {', '.join(near)}; or give --gpu_memory")
 
 
+def short_names(card: Card) -> tuple[str, ...]:
+    """Shorter names of `card` that `find_card` knows, the shortest first: `("4090",)` for the RTX 4090, none for the L4."""
+    without_maker = re.sub(r"^(RTX|GTX|TITAN|Quadro RTX) | Blackwell$", "", card.name)
+    without_size = re.sub(r" \d+GB$", "", without_maker)
+    names = dict.fromkeys((without_size, without_maker))
+    return tuple(name for name in names if name != card.name and _finds(name, card))
+
+
+def _finds(name: str, card: Card) -> bool:
+    try:
+        return find_card(name) is card
+    except UserError:
+        return False
+
+
 def generic_card(memory: str) -> Card:
     """A card of `memory` usable bytes, such as "24GiB", for `--gpu_memory`: Ampere rules, no context on top.
 

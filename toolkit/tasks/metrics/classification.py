@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from toolkit.metrics import normalized
+from toolkit.models.heads import normalized
 
 
 class Classification(evaluate.Metric):

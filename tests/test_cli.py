@@ -1,0 +1,168 @@
+"""The `footprint` command: its help, what it lists, and its committed reference."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from toolkit.cli import commands, main
+from toolkit.memory.cuda.cards import CARDS, find_card
+from toolkit.methods import METHODS
+from toolkit.models import catalogue
+from toolkit.runs import api
+
+OWN_FLAGS = ("--gpu", "--gpu_memory", "--launch", "--num_processes", "--json")
+
+
+def footprint(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command that runs in this process."""
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    return int(end.value.code or 0), *capfd.readouterr()
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What `footprint predict` passes on, instead of a prediction."""
+    calls = []
+
+    def predict(method, *flags, **own):
+        calls.append((method, flags, {name: value for name, value in own.items() if value is not None}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "predict", predict)
+    return calls
+
+
+def test_every_command_of_the_parser_is_a_function_and_the_other_way_round(capfd):
+    code, out, _ = footprint(capfd, "--help")
+    assert code == 0
+    assert all(f"\n    {name} " in out for name in commands.__all__)
+    for name in commands.__all__:
+        assert callable(getattr(commands, name))
+        assert footprint(capfd, name, "--help")[0] == 0
+
+
+@pytest.mark.parametrize("argv", [["predict", "--help"], ["predict", "lora", "--help"], ["predict", "lora", "-h"]])
+def test_the_help_of_predict_lists_its_own_flags_and_says_where_the_recipes_are(argv, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = footprint(capfd, *argv)
+    assert (code, err) == (0, "")
+    assert all(f"\n  {flag} " in out for flag in OWN_FLAGS)
+    assert "python recipes/lora.py --help" in out
+    assert "--lora_r" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "flags", "own"),
+    [
+        ("lora --gpu T4 --max_length 512", "--max_length 512", {"gpu": "T4"}),
+        ("lora --max_length 512 --gpu=T4", "--max_length 512", {"gpu": "T4"}),
+        ("--gpu T4 lora --max_length=512", "--max_length=512", {"gpu": "T4"}),
+        ("--json --gpu_memory 24GiB lora --bf16", "--bf16", {"gpu_memory": "24GiB"}),
+        (
+            "lora --lora_target_modules q v --launch zero3 --num_processes 2 --seed -1",
+            "--lora_target_modules q v --seed -1",
+            {"launch": "zero3", "num_processes": 2},
+        ),
+        ("lora stray --gp T4 --bf16 --json", "stray --gp T4 --bf16", {}),
+    ],
+)
+def test_flags_of_predict_are_told_from_those_of_the_recipe_wherever_they_stand(argv, flags, own, given, capfd):
+    assert footprint(capfd, "predict", *argv.split())[0] == 130
+    assert given == [("lora", tuple(flags.split()), own)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("predict lora --nonsense 1", "unknown flag --nonsense; --help lists them all"),
+        ("predict lora --gpu", "argument --gpu: expected one argument; see footprint predict --help"),
+        ("predict lora --launch zero3 --num_processes two", "invalid int value: 'two'; see footprint predict --help"),
+        ("predict", "the following arguments are required: METHOD; see footprint predict --help"),
+        ("gpus --jsn", "unrecognized arguments: --jsn; see footprint gpus --help"),
+        ("gpu", "invalid choice: 'gpu'"),
+    ],
+)
+def test_a_mistake_is_one_line(argv, says, capfd):
+    code, out, err = footprint(capfd, *argv.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_gpus_are_listed_with_names_that_find_them(capfd):
+    code, out, err = footprint(capfd, "gpus", "--json")
+    assert (code, err) == (0, "")
+    listed = json.loads(out)["gpus"]
+    assert [entry["name"] for entry in listed] == [card.name for card in CARDS]
+    for entry, card in zip(listed, CARDS, strict=True):
+        assert all(find_card(name) is card for name in (entry["name"], *entry["aliases"]))
+    (ada,) = [entry for entry in listed if entry["name"] == "RTX 4090"]
+    assert ada == {
+        "name": "RTX 4090",
+        "memory_bytes": int(23.52 * 2**30),
+        "memory_is_estimate": False,
+        "compute_capability": "8.9",
+        "architecture": "Ada",
+        "aliases": ["4090"],
+    }
+
+
+def test_models_are_listed_with_architecture_and_parameters(capfd):
+    listed = json.loads(footprint(capfd, "models", "--json")[1])["models"]
+    assert [entry["id"] for entry in listed] == catalogue.names()
+    assert {"id": "Qwen/Qwen3-8B", "architecture": "qwen3", "parameters": 8_190_735_360} in listed
+
+
+def test_methods_are_listed_with_their_papers(capfd):
+    listed = json.loads(footprint(capfd, "methods", "--json")[1])["methods"]
+    assert [entry["name"] for entry in listed] == sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    papers = {entry["name"]: entry["paper"] for entry in listed}
+    assert papers["lora"] == "arXiv:2106.09685" and papers["full"] == ""
+    assert [entry["name"] for entry in listed if not entry["trains"]] == ["in_context"]
+    assert all(entry["summary"].endswith(".") for entry in listed)
+
+
+@pytest.mark.parametrize(
+    ("command", "row"),
+    [
+        ("gpus", ["RTX 4090", "23.52 GiB", "8.9", "Ada", "4090"]),
+        ("models", ["Qwen/Qwen3-8B", "qwen3", "8,190,735,360"]),
+        ("methods", ["full", "Trains all parameters: the reference for", "-"]),
+    ],
+)
+def test_a_listing_is_a_table_that_holds_at_80_columns(command, row, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = footprint(capfd, command)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in out.splitlines()]
+    assert row in cells
+    names = {entry.name for entry in CARDS} if command == "gpus" else set(catalogue.names())
+    names = set(METHODS) if command == "methods" else names
+    assert names <= {line[0] for line in cells if line}
+
+
+def test_help_and_the_list_of_gpus_import_no_pytorch():
+    code = (
+        "import sys; import toolkit.cli; assert not {'rich', 'torch', 'transformers', 'toolkit.cli.commands'} & set(sys.modules)\n"
+        "from toolkit.cli import commands, parser\n"
+        "commands.gpus(parser().parse_args(['gpus']))\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "RTX 4090" in done.stdout
+
+
+def test_the_committed_reference_is_what_the_parsers_say():
+    reference = runpy.run_path(str(ROOT / "benchmarks" / "cli_reference.py"))["reference"]()
+    committed = (ROOT / "toolkit" / "cli" / "README.md").read_text(encoding="utf-8")
+    assert committed == reference, "run: python benchmarks/cli_reference.py"
+    assert all(f"### footprint {name}\n" in committed for name in commands.__all__)
+    assert all(f"`{flag}" in committed for flag in OWN_FLAGS)
+    assert all(f"recipes/{name}.py\n" in committed for name in METHODS)

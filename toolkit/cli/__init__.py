@@ -1,0 +1,125 @@
+"""The `footprint` command: what is done with runs besides training, which is `accelerate launch recipes/METHOD.py`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from toolkit.distributed.ranks import exits_cleanly
+from toolkit.errors import UserError
+from toolkit.version import __version__
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse with one clear line instead of a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> CommandParser:
+    """The command line. Each command is the function of its name in `toolkit.cli.commands`, imported when it runs."""
+    top = CommandParser(prog="footprint", description="Fine-tune language models, and know where the memory goes.")
+    top.add_argument("--version", action="version", version=f"footprint {__version__}")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str, **more: Any) -> CommandParser:
+        return subparsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more)
+
+    command = add(
+        "predict",
+        "show what memory a run will need, on this machine, or on a GPU or several that are not in it",
+        usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB]\n"
+        "                         [--launch zero3 | --launch FILE.yaml] [--num_processes N] [--json]",
+        epilog="Every other flag is one of the recipe's own: python recipes/METHOD.py --help lists them, for instance python "
+        "recipes/lora.py --help. The exit code is 0 where the run fits, 1 where it does not, and 2 for a mistake.",
+        allow_abbrev=False,
+    )
+    command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora; footprint methods lists them")
+    command.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="a GPU that need not be in this machine, such as 'RTX 4090'; footprint gpus lists them (default: the GPU of "
+        "this machine, else its CPU)",
+    )
+    command.add_argument(
+        "--gpu_memory", metavar="SIZE", help="instead of --gpu: a GPU of so much usable memory, such as 24GiB"
+    )
+    command.add_argument(
+        "--launch",
+        metavar="FILE",
+        help="predict one of several processes: the name of a file of launch/, such as zero3, or a path (default: one process)",
+    )
+    command.add_argument(
+        "--num_processes",
+        metavar="N",
+        type=int,
+        help="how many processes are started (default: what the launch file says)",
+    )
+    command.add_argument("--json", action="store_true", help="print the ledger as one JSON object")
+    command.set_defaults(flags=[])
+
+    command = add(
+        "compare",
+        "run methods side by side, each in its own process, and compare quality, memory and time",
+        usage="footprint compare --methods full,lora,... [--seeds 3] [any flag of the recipes] --output_dir DIR\n"
+        "       footprint compare --show --output_dir DIR",
+        epilog="The exit code is 0 where every run is done, 1 where one failed, and 2 for a mistake.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--methods", help="names of recipes, with commas; a flag goes to those that have it")
+    command.add_argument(
+        "--seeds", type=int, default=3, help="runs of each method, with the seeds 0, 1, ... (default: 3)"
+    )
+    command.add_argument("--output_dir", type=Path, required=True, help="what is done there already is not done again")
+    command.add_argument("--launch", type=Path, help="accelerate's configuration (default: launch/single.yaml)")
+    command.add_argument("--show", action="store_true", help="run nothing: write and show the results that are there")
+    command.set_defaults(flags=[])
+
+    command = add("report", "show where the memory of one run went, or of several side by side")
+    command.add_argument("ledger", nargs="+", metavar="LEDGER", help="a run's folder, or its memory.json")
+
+    command = add(
+        "generate",
+        "let the models of finished runs answer a text",
+        usage='footprint generate RUN_DIR [RUN_DIR ...] ["text" ...] [--interactive] [--num_beams N]',
+    )
+    command.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="RUN_DIR ... TEXT",
+        help="folders that recipes left, then what goes into the prompt",
+    )
+    command.add_argument("--interactive", action="store_true", help="answer each line that is typed, until Ctrl-D")
+    command.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy (default: %(default)s)")
+
+    command = add("merge", "fold a run's adapter into its base, for use without PEFT")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder that a recipe left")
+    command.add_argument("--output_dir", type=Path, help="a new folder (default: RUN_DIR-merged)")
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="type of the merged weights (default: that of the run's base)",
+    )
+
+    for name, help in (
+        ("gpus", "list the GPUs that --gpu knows: memory, compute capability, other names"),
+        ("models", "list the models whose architecture is known without the hub"),
+        ("methods", "list the methods of fine-tuning"),
+    ):
+        add(name, help).add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return top
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """The entry point of the `footprint` command."""
+    args, rest = parser().parse_known_args(argv)
+    if "flags" in args:
+        args.flags = rest
+    elif rest:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see footprint {args.command} --help")
+    from toolkit.cli import commands
+
+    return getattr(commands, args.command)(args)

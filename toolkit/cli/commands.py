@@ -1,0 +1,97 @@
+"""The commands: one function each, by its name. What it imports on top is what it needs alone, so that a listing is quick."""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolkit.cli.listing import gpus, methods, models
+from toolkit.errors import UserError
+
+__all__ = ["compare", "generate", "gpus", "merge", "methods", "models", "predict", "report"]
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Shows the memory that a recipe's flags will need; 1 where it is more than the card has."""
+    from toolkit.cli.output import clean_stdout
+    from toolkit.runs import api
+
+    with clean_stdout() as out:
+        ledger = api.predict(
+            args.method,
+            *args.flags,
+            gpu=args.gpu,
+            gpu_memory=args.gpu_memory,
+            launch=args.launch,
+            num_processes=args.num_processes,
+        )
+        if args.json:
+            import json
+
+            print(json.dumps(ledger.to_json()), file=out)
+        else:
+            from rich.console import Console
+
+            from toolkit.memory.report import print_ledger
+
+            print_ledger(Console(file=out), ledger)
+    return 0 if ledger.fits else 1
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Runs methods side by side, and shows how they compare; 1 where a run failed."""
+    from toolkit.compare.command import compare
+
+    return compare(args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Puts ledgers side by side."""
+    from toolkit.console import console
+    from toolkit.memory.report import load_all, print_ledger, print_side_by_side
+
+    ledgers = load_all(args.ledger)
+    if len(ledgers) == 1:
+        print_ledger(console, ledgers[0][1])
+    else:
+        print_side_by_side(console, ledgers)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Prints what the models of one or several runs answer to each of the given texts, or to each line that is typed."""
+    from toolkit.runs.finished_run import FinishedRun, Models, is_run_folder
+
+    paths = list(itertools.takewhile(is_run_folder, map(Path, args.arguments)))
+    texts = args.arguments[len(paths) :]
+    if not paths:
+        raise UserError(
+            f"{args.arguments[0]} is not a run folder: it has no run.json and config.yaml; give one that a recipe left"
+        )
+    if not texts and not args.interactive:
+        raise UserError("no text was given; write it after the run folders, or add --interactive")
+    runs = [FinishedRun(path) for path in paths]
+    models = Models()
+    width = max(len(run.path.name) for run in runs)
+
+    def answer(some: Sequence[str]) -> None:
+        for run in runs:
+            for text in run.generate(some, models.of(run), num_beams=args.num_beams):
+                print(text if len(runs) == 1 else f"{run.path.name:>{width}}  {text}", flush=True)
+
+    if texts:
+        answer(texts)
+    while args.interactive:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            answer([line])
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Folds a run's adapter into its base."""
+    from toolkit.runs.merge import merge
+
+    merge(args.run_dir, args.output_dir, args.dtype)

@@ -1,0 +1,107 @@
+"""The commands that list what is known: GPUs, models and methods."""
+
+import argparse
+from typing import Any
+
+
+def gpus(args: argparse.Namespace) -> None:
+    """Lists the GPUs that `footprint predict --gpu` knows by name; imports no PyTorch."""
+    from toolkit.memory.cuda.cards import CARDS, short_names
+    from toolkit.units import format_bytes
+
+    entries: list[dict[str, Any]] = [
+        {
+            "name": card.name,
+            "memory_bytes": card.total_bytes,
+            "memory_is_estimate": card.total_is_estimate,
+            "compute_capability": "{}.{}".format(*card.capability),
+            "architecture": card.architecture,
+            "aliases": list(short_names(card)),
+        }
+        for card in CARDS
+    ]
+    rows = [
+        [
+            entry["name"],
+            format_bytes(entry["memory_bytes"]) + ("~" if entry["memory_is_estimate"] else " "),
+            entry["compute_capability"],
+            entry["architecture"],
+            *entry["aliases"][:1],
+        ]
+        for entry in entries
+    ]
+    columns = ("name", ">memory", ">compute capability", "architecture", "or just")
+    caption = (
+        "memory: what the driver offers to CUDA; ~ marks an estimate, where no public report of it is cited. In a name, case, "
+        "spaces, NVIDIA, GeForce and forms such as SXM4 do not matter."
+    )
+    _show("gpus", entries, columns, rows, caption, args.json)
+
+
+def models(args: argparse.Namespace) -> None:
+    """Lists the models whose memory is predicted without the hub."""
+    from toolkit.cli.output import clean_stdout
+
+    with clean_stdout():
+        from toolkit.models.catalogue import ENTRIES
+    entries: list[dict[str, Any]] = [
+        {"id": name, "architecture": entry.model_type, "parameters": entry.parameters}
+        for entry in ENTRIES
+        for name in entry.names
+    ]
+    rows = [[entry["id"], entry["architecture"], f"{entry['parameters']:,}"] for entry in entries]
+    caption = "Every other model of the hub needs its config.json: a network, or --model_name_or_path FOLDER."
+    _show("models", entries, ("id", "architecture", ">parameters"), rows, caption, args.json)
+
+
+def methods(args: argparse.Namespace) -> None:
+    """Lists the methods of fine-tuning, each with its recipe's name."""
+    from toolkit.cli.output import clean_stdout
+    from toolkit.runs import api
+
+    with clean_stdout():
+        entries: list[dict[str, Any]] = [
+            {"name": name, "summary": _first_paragraph(method), "paper": method.paper, "trains": method.trains}
+            for name, method in api.methods().items()
+        ]
+    rows = [[entry["name"], _without_paper(entry), entry["paper"] or "-"] for entry in entries]
+    caption = "accelerate launch recipes/NAME.py trains with one; python recipes/NAME.py --help lists its flags."
+    _show("methods", entries, ("name", "what it does", "paper"), rows, caption, args.json)
+
+
+def _first_paragraph(documented: type) -> str:
+    return " ".join((documented.__doc__ or "").split("\n\n")[0].split())
+
+
+def _without_paper(entry: dict[str, Any]) -> str:
+    """The summary of a method, without the paper that has a column of its own."""
+    return entry["summary"].replace(f", {entry['paper']}", "") if entry["paper"] else entry["summary"]
+
+
+def _show(
+    what: str,
+    entries: list[dict[str, Any]],
+    columns: tuple[str, ...],
+    rows: list[list[str]],
+    caption: str,
+    as_json: bool,
+) -> None:
+    """Prints `entries` as one JSON object, or `rows` as a table; a column whose title begins with > holds numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if as_json:
+        import json
+
+        console.out(json.dumps({what: entries}))
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=not number)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"\n{caption}")
