@@ -1,0 +1,585 @@
+"""Seams into transformers: the methods of Trainer that `FineTuner` overrides, and what is read of models, configs and loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.seams.seam import Seam, ours
+
+
+def _own_method(method: str, reason: str, breaks: str, where: str | tuple[str, ...] = (), **more: Any) -> Seam:
+    return Seam(
+        name=f"FineTuner.{method}",
+        kind="override",
+        where=where or "training.trainer:FineTuner",
+        target=f"transformers.trainer: Trainer.{method}",
+        reason=reason,
+        breaks=breaks,
+        silent=more.pop("silent", True),
+        **more,
+    )
+
+
+# An override whose base is gone, or is not called any more, is dead code: training goes on without it, and without an error.
+TRAINER = (
+    _own_method(
+        "_prepare_inputs",
+        "shares of rows are made contiguous on the device",
+        "sequence parallelism on CPUs computes on strided views, which models refuse",
+    ),
+    _own_method(
+        "compute_loss",
+        "the loss is the mean over all label tokens of the optimizer step",
+        "the loss of T5, mT5 and BART grows with the accumulation steps",
+    ),
+    _own_method(
+        "prediction_step",
+        "validation sums the loss by rows",
+        "the validation loss depends on how rows fall into batches",
+    ),
+    _own_method(
+        "create_optimizer",
+        "LoRA+ gives B's parameters a learning rate of their own",
+        "--loraplus_lr_ratio has no effect",
+    ),
+    _own_method(
+        "get_optimizer_cls_and_kwargs",
+        "--optim prodigy is found",
+        "--optim prodigy is refused by Trainer",
+        silent=False,
+    ),
+    _own_method(
+        "training_step",
+        "a loss that is not finite stops the run",
+        "training goes on with NaN",
+    ),
+    _own_method(
+        "_get_grad_norm",
+        "the guards see the norm, whichever engine computes it",
+        "the guard 'gradient' is never told a norm, and passes",
+    ),
+    _own_method(
+        "_get_train_sampler",
+        "grouping by length is seeded; a shadow step takes its batches in their order",
+        "group_by_length draws another order on each rank and after a resume; a prediction is of shuffled batches",
+        where=("training.trainer:FineTuner", "runs.prediction:ShadowTuner"),
+    ),
+    _own_method(
+        "_run_epoch",
+        "a run that resumes at its last step takes none; the sampler is told its epoch",
+        "a finished run that is resumed trains one step more, and each epoch has the same order",
+        source=(("transformers.trainer", r"self\._run_epoch\([^)]*\bepoch=epoch"),),
+    ),
+    _own_method(
+        "_save_checkpoint",
+        "checkpoints are written aside, hashed and renamed",
+        "a kill while saving leaves a half-written checkpoint-N without a manifest",
+    ),
+    _own_method(
+        "_save_optimizer_and_scheduler",
+        "under FSDP2 each rank saves its share of weights and optimizer state",
+        "FSDP2's checkpoints have no shards, and cannot be resumed",
+    ),
+    _own_method(
+        "_load_from_checkpoint",
+        "under FSDP2 each rank reads its share of the weights",
+        "a resumed FSDP2 run reads accelerate's files, which lack tied tables",
+    ),
+    _own_method(
+        "_load_optimizer_and_scheduler",
+        "under FSDP2 each rank reads its share of the optimizer state",
+        "a resumed FSDP2 run starts with a fresh optimizer",
+    ),
+    _own_method(
+        "_load_best_model",
+        "under FSDP2 the best checkpoint is read from its shards",
+        "--load_best_model_at_end keeps the last weights under FSDP2",
+    ),
+    _own_method(
+        "_get_output_dir",
+        "Trainer writes a checkpoint into the folder that is renamed when it is whole",
+        "checkpoints are written under their lasting name at once",
+    ),
+    _own_method(
+        "_push_from_checkpoint",
+        "a checkpoint is uploaded once it has its lasting name",
+        "half-written checkpoints are uploaded",
+    ),
+    _own_method(
+        "_save",
+        "tied weights are saved once",
+        "checkpoints of sharded engines hold tied tables twice, or cannot be read back",
+    ),
+    _own_method(
+        "push_to_hub",
+        "the run folder is uploaded as it stands",
+        "Trainer's own model card replaces ours",
+    ),
+    Seam(
+        name="Trainer.training_step",
+        kind="patch",
+        where="memory.shadow.step",
+        target="transformers.trainer: Trainer.training_step",
+        signature=("model", "inputs", "num_items_in_batch"),
+        reason="a shadow step's fake loss becomes a real 0, so that checks for NaN have something to look at",
+        breaks="a prediction ends with an error about a value of a fake tensor",
+    ),
+    Seam(
+        name="a trainer's create_optimizer",
+        kind="patch",
+        where="memory.cuda.device",
+        target="transformers.trainer: Trainer.create_optimizer",
+        signature=("model",),
+        reason="on a card, optimizers use their foreach implementations; set on the one trainer of a shadow step, which then goes",
+        breaks="the optimizer step is predicted as the CPU's, without foreach's temporaries",
+        silent=True,
+    ),
+    Seam(
+        name="Trainer's count of label tokens",
+        kind="private",
+        where="training.trainer",
+        target="transformers.trainer: Trainer.model_accepts_loss_kwargs Trainer._loss_shifts_labels",
+        source=(
+            ("transformers.trainer", r"if self\._loss_shifts_labels"),
+            ("transformers.trainer", r"self\.model_accepts_loss_kwargs\s*(and|or)"),
+        ),
+        reason="set after Trainer's constructor: labels are counted for every model, and as `compute_loss` counts them",
+        breaks="the loss is divided by another number of tokens: it depends on the accumulation steps",
+        silent=True,
+    ),
+    Seam(
+        name="Trainer._train_batch_size",
+        kind="private",
+        where="runs.prediction",
+        target="transformers.trainer: Trainer._train_batch_size",
+        source=(("transformers.trainer", r"batch_size=self\._train_batch_size"),),
+        reason="a row of a shadow step's data set is a batch",
+        breaks="a prediction is of several batches in one, or ends with an error",
+    ),
+    Seam(
+        name="Trainer._prepare_inputs",
+        kind="private",
+        where="training.guards",
+        target="transformers.trainer: Trainer._prepare_inputs",
+        signature=("inputs",),
+        reason="the guard 'saved' puts a row on the model's device as training does",
+        breaks="the guard 'saved' ends with an AttributeError",
+    ),
+    Seam(
+        name="Trainer.optimizer",
+        kind="private",
+        where="training.trainer",
+        target="transformers.trainer: Trainer.optimizer",
+        source=(("transformers.trainer", r"if self\.optimizer is None"),),
+        reason="LoRA+'s optimizer is put there before Trainer makes one, which it then leaves alone",
+        breaks="--loraplus_lr_ratio has no effect",
+        silent=True,
+    ),
+    Seam(
+        name="Trainer._finish_current_push",
+        kind="private",
+        where="training.trainer",
+        target="transformers.trainer: Trainer._finish_current_push",
+        signature=(),
+        reason="an upload of a checkpoint that is under way is waited for",
+        breaks="--push_to_hub ends with an AttributeError",
+    ),
+    Seam(
+        name="Trainer.save_model(_internal_call)",
+        kind="private",
+        where="training.trainer",
+        target="transformers.trainer: Trainer.save_model",
+        signature=("output_dir", "_internal_call"),
+        reason="saving does not upload the model as well",
+        breaks="saving ends with a TypeError",
+    ),
+    Seam(
+        name="events of TrainerCallback",
+        kind="private",
+        where=(
+            "distributed.running",
+            "training.guards",
+            "training.callbacks",
+            "training.progress",
+            "memory.measure",
+            "benchmarks.on_gpu.untraced",
+        ),
+        target=(
+            "transformers.trainer_callback: TrainerCallback.on_train_begin TrainerCallback.on_train_end "
+            "TrainerCallback.on_epoch_end TrainerCallback.on_step_begin TrainerCallback.on_pre_optimizer_step "
+            "TrainerCallback.on_optimizer_step TrainerCallback.on_step_end TrainerCallback.on_log TrainerCallback.on_save"
+        ),
+        source=(("transformers.trainer", r"_get_grad_norm\((.|\n)*on_pre_optimizer_step\((.|\n)*on_optimizer_step\("),),
+        reason="they are public, but an event that Trainer does not know is never called; and gradients are clipped before "
+        "`on_pre_optimizer_step`",
+        breaks="guards, memory account, checkpoints on SIGTERM or metrics.jsonl go without their event",
+        silent=True,
+    ),
+)
+
+ARGUMENTS = (
+    Seam(
+        name="TrainingArguments of a shadow step",
+        kind="private",
+        where="memory.shadow.step",
+        target=(
+            "transformers.training_args: TrainingArguments.output_dir TrainingArguments.max_steps TrainingArguments.logging_strategy "
+            "TrainingArguments.save_strategy TrainingArguments.eval_strategy TrainingArguments.do_eval TrainingArguments.eval_on_start "
+            "TrainingArguments.report_to TrainingArguments.disable_tqdm TrainingArguments.load_best_model_at_end "
+            "TrainingArguments.push_to_hub TrainingArguments.resume_from_checkpoint TrainingArguments.dataloader_num_workers "
+            "TrainingArguments.logging_nan_inf_filter TrainingArguments.use_cpu TrainingArguments._n_gpu "
+            "TrainingArguments._setup_devices TrainingArguments.mixed_precision TrainingArguments.deepspeed_plugin"
+        ),
+        reason="a copy for two steps on a CPU, set in its `__dict__` without the checks of a constructor",
+        breaks="a shadow step writes, logs, evaluates or computes on a GPU: what was set is not read",
+        silent=True,
+    ),
+    Seam(
+        name="TrainingArguments._n_gpu",
+        kind="private",
+        where="config",
+        target="transformers.training_args: TrainingArguments._n_gpu",
+        source=(("transformers.training_args", r"return self\._n_gpu"),),
+        reason="one process drives one GPU",
+        breaks="on a machine with several GPUs Trainer wraps the model in DataParallel",
+        silent=True,
+    ),
+    Seam(
+        name="TrainingArguments._VALID_DICT_FIELDS",
+        kind="private",
+        where="config",
+        target="transformers.training_args: TrainingArguments._VALID_DICT_FIELDS",
+        reason="the flags that take a mapping in YAML",
+        breaks="a mapping in --config ends with an AttributeError",
+    ),
+    Seam(
+        name="defaults of TrainingArguments",
+        kind="private",
+        where="training.arguments",
+        target=(
+            "transformers.training_args: TrainingArguments.logging_steps TrainingArguments.save_strategy "
+            "TrainingArguments.save_total_limit TrainingArguments.resume_from_checkpoint TrainingArguments.optim"
+        ),
+        reason="`TrainArguments` gives these fields other defaults (OVERRIDDEN is held against the fields in tests/test_config.py)",
+        breaks="a flag that Trainer does not read any more is still accepted",
+        silent=True,
+    ),
+    Seam(
+        name="_argument_group_name",
+        kind="private",
+        where=(
+            "training.arguments",
+            "data.loading",
+            "models.arguments",
+            "methods.adapter",
+            "methods.full",
+            "methods.ia3",
+            "methods.in_context",
+            "methods.lora",
+            "methods.p_tuning",
+            "methods.peft_method",
+            "methods.prefix_tuning",
+            "methods.prompt_tuning",
+            "methods.qlora",
+            "methods.selective",
+        ),
+        source=(("transformers.hf_argparser", r"\._argument_group_name\b"),),
+        reason="the title of a dataclass's flags in --help",
+        breaks="--help lists all flags without groups",
+        silent=True,
+    ),
+)
+
+MODELS = (
+    Seam(
+        name="PreTrainedModel._get_dtype_plan",
+        kind="private",
+        where="models.meta",
+        target="transformers.modeling_utils: PreTrainedModel._get_dtype_plan",
+        signature=("dtype",),
+        reason="the modules that an architecture keeps in float32, as loading keeps them",
+        breaks="building a model without weights ends with an AttributeError",
+    ),
+    Seam(
+        name="steps of a quantizer",
+        kind="private",
+        where="models.meta",
+        target=(
+            "transformers.quantizers: AutoHfQuantizer.from_config",
+            "transformers.quantizers.base: HfQuantizer.update_dtype HfQuantizer.preprocess_model HfQuantizer.postprocess_model",
+            "transformers.modeling_utils: local_torch_dtype",
+        ),
+        source=(
+            ("transformers.modeling_utils", r"hf_quantizer\.preprocess_model\("),
+            ("transformers.modeling_utils", r"hf_quantizer\.postprocess_model\("),
+        ),
+        reason="`from_pretrained` quantizes in these steps; a model without weights takes the same",
+        breaks="a quantized model is predicted with layers that are not quantized",
+        silent=True,
+    ),
+    Seam(
+        name="_is_hf_initialized",
+        kind="private",
+        where="models.loading",
+        target="transformers.modeling_utils: PreTrainedModel.initialize_weights",
+        source=(("transformers.modeling_utils", r"getattr\(module, \"_is_hf_initialized\", False\)"),),
+        reason="false on a head's modules and weights, so that they are drawn again",
+        breaks="a head for other classes keeps the checkpoint's rows",
+        silent=True,
+    ),
+    Seam(
+        name="marks of quantized models",
+        kind="private",
+        where=("training.guards", "methods.base", "methods.lora", "runs.merge"),
+        source=(
+            ("transformers.quantizers.base", r"\"is_quantized\", True"),
+            ("transformers.quantizers.quantizer_bnb_4bit", r"\"is_loaded_in_4bit\", True"),
+            ("transformers.quantizers.quantizer_bnb_8bit", r"\"is_loaded_in_8bit\", True"),
+        ),
+        library="transformers",
+        reason="`is_quantized` decides what is frozen and upcast; merging takes `is_loaded_in_4bit` and `_8bit` back",
+        breaks="a quantized base is taken for one that is not; IA3 refuses to merge",
+        silent=True,
+    ),
+    Seam(
+        name="all_tied_weights_keys",
+        kind="private",
+        where="training.trainer",
+        target="transformers.modeling_utils: PreTrainedModel.all_tied_weights_keys",
+        reason="tied weights, by the name that they are tied to",
+        breaks="checkpoints hold tied tables twice",
+        silent=True,
+    ),
+    Seam(
+        name="prepare_decoder_input_ids_from_labels",
+        kind="private",
+        where="models.generation",
+        target="transformers.models.mbart.modeling_mbart: MBartForConditionalGeneration.prepare_decoder_input_ids_from_labels",
+        signature=("labels",),
+        reason="an answer begins as labels do: with mBART's token of the target's language",
+        breaks="mBART answers in another language",
+        silent=True,
+        probe=lambda: _labels_begin_as_before(),
+    ),
+    Seam(
+        name="self_attention_cache",
+        kind="private",
+        where="methods.prefix_tuning",
+        target="transformers.cache_utils: EncoderDecoderCache.self_attention_cache",
+        reason="of a T5-like model's cache the prefix takes the decoder's part",
+        breaks="PEFT is given the cache of both, and refuses it",
+    ),
+    Seam(
+        name="parts that a model may lack",
+        kind="private",
+        where=("memory.census", "models.catalogue", "training.trainer", "benchmarks.on_gpu.speed_jobs"),
+        target="transformers.modeling_utils: PreTrainedModel.get_output_embeddings PreTrainedModel.generation_config",
+        reason="where logits and loss begin; the settings that are mended before they are saved",
+        breaks="a ledger has no logits and loss apart from activations; a model is trained that cannot be saved",
+        silent=True,
+    ),
+    Seam(
+        name="fields of configs",
+        kind="private",
+        where=(
+            "models.loading",
+            "models.heads",
+            "data.loading",
+            "runs.preflight",
+            "runs.prediction",
+            "memory.cuda.loading",
+            "benchmarks.t4_accuracy",
+        ),
+        source=(("transformers.quantizers.base", r"config\.quantization_config = "),),
+        reason="read where an architecture may lack them",
+        breaks="a model's limit of positions, its vocabulary or its number of heads is not known, and not checked",
+        silent=True,
+        target=(
+            "transformers: LlamaConfig.max_position_embeddings GPT2Config.n_positions LlamaConfig.vocab_size "
+            "LlamaConfig.num_attention_heads LlamaConfig.head_dim PreTrainedConfig.problem_type PreTrainedConfig.dtype"
+        ),
+    ),
+    Seam(
+        name="fields of GenerationConfig",
+        kind="private",
+        where="models.generation",
+        target="transformers: GenerationConfig",
+        reason="the settings that are taken over from a model (TAKEN_OVER), and mended before it is saved (SAMPLING, BEAMS)",
+        breaks="answers go without a model's forced or banned tokens; a model is trained that cannot be saved",
+        silent=True,
+        probe=lambda: _generation_fields_gone(),
+    ),
+    Seam(
+        name="config._name_or_path",
+        kind="private",
+        where="methods.prompt_tuning",
+        target="transformers: PreTrainedConfig._name_or_path",
+        reason="PEFT tokenizes --prompt_tuning_init_text by the model's own tokenizer",
+        breaks="prompt tuning from a text ends with an error",
+    ),
+    Seam(
+        name="types of models",
+        kind="constant",
+        where=("models.loading", "models.heads", "models.generation"),
+        target="transformers.models.auto.configuration_auto: CONFIG_MAPPING_NAMES",
+        reason="T5_FAMILY, READS_PADDING and IGNORES_MASK name architectures that need care",
+        breaks="T5 is trained in fp16; rows of a batch change each other's scores",
+        silent=True,
+        probe=lambda: _model_types_gone(),
+    ),
+    Seam(
+        name="class names of layers",
+        kind="constant",
+        where=("methods.base", "methods.lora", "methods.selective"),
+        target=(
+            "transformers.pytorch_utils: Conv1D",
+            "transformers.models.t5.modeling_t5: T5LayerNorm",
+            "transformers.models.llama.modeling_llama: LlamaRMSNorm",
+        ),
+        reason="what is a linear layer or a normalization is told by the name of its class",
+        breaks="--train_norms trains nothing; GPT-2 has no layer that a target may name",
+        silent=True,
+    ),
+    Seam(
+        name="errors of AutoConfig",
+        kind="constant",
+        where="models.loading",
+        target="transformers: AutoConfig",
+        source=(
+            ("transformers.models.auto.configuration_auto", r"does not recognize this architecture"),
+            ("transformers.models.auto.configuration_auto", r"Unrecognized model in "),
+        ),
+        reason="an unknown architecture is told by the text of the error",
+        breaks="the message does not say to upgrade transformers",
+        silent=True,
+    ),
+)
+
+LOADING = (
+    Seam(
+        name="order of loading",
+        kind="constant",
+        where="memory.cuda.loading",
+        target="transformers.core_model_loading: dot_natural_key",
+        signature=("s",),
+        source=(
+            (
+                "transformers.core_model_loading",
+                r"sorted\(state_dict\.items\(\), key=lambda kv: dot_natural_key\(kv\[0\]\)\)",
+            ),
+        ),
+        reason="weights are loaded, and so lie in the card's memory, in the order of the checkpoint's names",
+        breaks="what a quantized model leaves reserved after loading is predicted wrongly",
+        silent=True,
+        checked_by="tests/memory/test_third_party.py",
+    ),
+    Seam(
+        name="caching_allocator_warmup",
+        kind="constant",
+        where="memory.cuda.loading",
+        target=(
+            "transformers.modeling_utils: caching_allocator_warmup",
+            "transformers.quantizers.base: HfQuantizer.param_element_size",
+        ),
+        source=(("transformers.modeling_utils", r"torch\.empty\(int\(byte_count // 2\), dtype=torch\.float16"),),
+        reason="one block of the whole model's size is taken first and given back, by the quantized width of each weight",
+        breaks="what a quantized model leaves reserved after loading is predicted wrongly",
+        silent=True,
+        checked_by="tests/memory/test_third_party.py",
+    ),
+)
+
+INTEGRATIONS = (
+    Seam(
+        name="_hf_deepspeed_config_weak_ref",
+        kind="private",
+        where="distributed.deepspeed",
+        target=(
+            "transformers.integrations.deepspeed: _hf_deepspeed_config_weak_ref set_hf_deepspeed_config unset_hf_deepspeed_config"
+        ),
+        source=(("transformers.integrations.deepspeed", r"global _hf_deepspeed_config_weak_ref"),),
+        reason="taken away while a model is built whole, and put back",
+        breaks="a model on the meta device is partitioned under ZeRO-3, or none is afterwards",
+        silent=True,
+    ),
+    Seam(
+        name="ALL_ATTENTION_FUNCTIONS._local_mapping",
+        kind="patch",
+        where="memory.shadow.simulated_rank",
+        target="transformers.modeling_utils: ALL_ATTENTION_FUNCTIONS._local_mapping",
+        reason="DeepSpeed puts its own attention there where ranks share rows: it is put back when the world ends",
+        breaks="later models of the process run DeepSpeed's attention",
+        silent=True,
+    ),
+)
+
+MEASUREMENTS = (
+    Seam(
+        name="config._attn_implementation",
+        kind="private",
+        where="benchmarks.on_gpu.training",
+        target="transformers: PreTrainedConfig._attn_implementation",
+        reason="which attention a measured run had",
+        breaks="a measurement on a GPU ends with an AttributeError",
+    ),
+    Seam(
+        name="functions of transformers 4",
+        kind="patch",
+        where="benchmarks.third_party",
+        target=(
+            "transformers.modeling_utils: AttentionInterface._global_mapping",
+            "transformers.cache_utils: DynamicLayer.update",
+            "transformers.models.t5.modeling_t5: eager_attention_forward",
+            "transformers.modeling_utils: PreTrainedModel.loss_function PreTrainedModel.forward",
+        ),
+        source=(
+            ("transformers.models.llama.modeling_llama", r"self\.num_key_value_groups = "),
+            ("transformers.models.llama.modeling_llama", r"self\.is_causal = "),
+            ("transformers.models.granite.modeling_granite", r"self\.config\.logits_scaling"),
+        ),
+        reason="runs that others measured with older libraries are predicted as those computed",
+        breaks="those predictions are of today's functions",
+        silent=True,
+        checked_by="tests/memory/test_third_party.py",
+    ),
+)
+
+TABLE = (*TRAINER, *ARGUMENTS, *MODELS, *LOADING, *INTEGRATIONS, *MEASUREMENTS)
+
+
+def _generation_fields_gone() -> str | None:
+    from transformers import GenerationConfig
+
+    there = GenerationConfig()
+    names = [
+        *ours("models.generation:TAKEN_OVER"),
+        *ours("models.generation:SAMPLING"),
+        *ours("models.generation:BEAMS"),
+    ]
+    gone = [name for name in names if not hasattr(there, name)]
+    return f"GenerationConfig has no {', '.join(gone)} any more" if gone else None
+
+
+def _model_types_gone() -> str | None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = (
+        ours("models.loading:T5_FAMILY") | ours("models.heads:READS_PADDING") | ours("models.generation:IGNORES_MASK")
+    )
+    gone = sorted(named - {*CONFIG_MAPPING_NAMES})
+    return f"transformers has no model type {', '.join(gone)} any more" if gone else None
+
+
+def _labels_begin_as_before() -> str | None:
+    """mBART's decoder starts with the last token of the labels that is no padding: the target's language."""
+    import torch
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    small = {
+        f"{side}_{what}": 4 for side in ("encoder", "decoder") for what in ("layers", "ffn_dim", "attention_heads")
+    }
+    config = MBartConfig(vocab_size=16, d_model=8, max_position_embeddings=8, pad_token_id=1, **small)
+    with torch.device("meta"):
+        model = MBartForConditionalGeneration(config)
+    first = model.prepare_decoder_input_ids_from_labels(torch.tensor([[2, 9]]))[0, 0].item()
+    return None if first == 9 else f"mBART's decoder inputs begin with {first}, not with the target's language"
