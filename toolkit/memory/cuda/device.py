@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -32,6 +32,7 @@ from toolkit.memory.cuda.allocator import AllocatorMeter
 from toolkit.memory.cuda.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cuda.cards import Card
 from toolkit.memory.trace import Trace
+from toolkit.seams import patched
 from toolkit.units import MIB, format_bytes
 
 _NOTEWORTHY = 256 * MIB  # an estimated context is not known better
@@ -372,15 +373,10 @@ class Cuda:
     def running(self) -> Iterator[None]:
         """While open, functions take the paths that they take on this card."""
         replaced = replaced_functions(self.card, self.built_with_flash)
-        before = {name: getattr(F, name) for name in replaced}
-        with quantized.cuda_paths(), cuda_autocast(), _fused_dropout():
+        with quantized.cuda_paths(), cuda_autocast(), _fused_dropout(), ExitStack() as stack:
             for name, function in replaced.items():
-                setattr(F, name, function)
-            try:
-                yield
-            finally:
-                for name, function in before.items():
-                    setattr(F, name, function)
+                stack.enter_context(patched(f"F.{name}", function))
+            yield
 
     def load(self, trace: Trace, model: nn.Module) -> None:
         """Replays loading, with its staging and its order."""
