@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from toolkit.seams import accelerate, bitsandbytes, deepspeed, other, peft, torch, transformers
+from toolkit.seams import accelerate, bitsandbytes, cuda, deepspeed, other, peft, torch, trainer, transformers
 from toolkit.seams.seam import Seam, check, find, holds_here
 
 __all__ = ["SEAMS", "Seam", "check", "holds_here", "patched"]
 
-TABLES = (torch, transformers, accelerate, deepspeed, peft, bitsandbytes, other)
+TABLES = (torch, cuda, transformers, trainer, accelerate, deepspeed, peft, bitsandbytes, other)
 SEAMS: dict[str, Seam] = {seam.name: seam for table in TABLES for seam in table.TABLE}
 
 

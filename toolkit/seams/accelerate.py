@@ -112,7 +112,7 @@ TABLE = (
             "distributed.request",
             "distributed.deepspeed",
             "distributed.launch_files",
-            "config",
+            "config.resolved",
             "runs.preflight",
             "memory.shadow.simulated_rank",
             "memory.shadow.isolation",

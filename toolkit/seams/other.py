@@ -8,7 +8,7 @@ TABLE = (
     Seam(
         name="argparse's actions",
         kind="private",
-        where="config",
+        where="config.parser",
         target="argparse: ArgumentParser._actions",
         library="python",
         reason="the flags of a recipe, by name; --resume_from_checkpoint may stand without a value",
@@ -35,7 +35,7 @@ TABLE = (
     Seam(
         name="Prodigy.step",
         kind="override",
-        where="training.optimizers:Prodigy",
+        where="optimizers:Prodigy",
         target="prodigyopt.prodigy: Prodigy.step",
         called_in="",
         source=(

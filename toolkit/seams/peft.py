@@ -50,7 +50,7 @@ TABLE = (
             "BaseTunerLayer.disable_adapters BaseTunerLayer.active_adapters _get_in_out_features"
         ),
         source=(
-            ("peft.tuners.tuners_utils", r"adapter_names if isinstance|self\._active_adapter\b"),
+            ("peft.tuners.tuners_utils", r"self\._active_adapter\b"),
             ("peft.tuners.tuners_utils", r"self\.adapter_layer_names"),
             ("peft.tuners.tuners_utils", r"self\.prefix\b"),
         ),
