@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from toolkit.seams.seam import Seam, ours
 
 MODELS = (
@@ -227,6 +229,21 @@ INTEGRATIONS = (
     ),
 )
 
+
+def _of_transformers_4(name: str, target: str, **more: Any) -> Seam:
+    return Seam(
+        name=name,
+        kind="patch",
+        where="benchmarks.third_party",
+        target=target,
+        reason="what transformers 4 computed there",
+        breaks="runs of older libraries are predicted by today's functions",
+        silent=True,
+        checked_by="tests/memory/test_third_party.py",
+        **more,
+    )
+
+
 MEASUREMENTS = (
     Seam(
         name="config._attn_implementation",
@@ -236,25 +253,32 @@ MEASUREMENTS = (
         reason="which attention a measured run had",
         breaks="a measurement on a GPU ends with an AttributeError",
     ),
-    Seam(
-        name="functions of transformers 4",
-        kind="patch",
-        where="benchmarks.third_party",
-        target=(
-            "transformers.modeling_utils: AttentionInterface._global_mapping",
-            "transformers.cache_utils: DynamicLayer.update",
-            "transformers.models.t5.modeling_t5: eager_attention_forward",
-            "transformers.modeling_utils: PreTrainedModel.loss_function PreTrainedModel.forward",
+    # Runs that others measured with older libraries are predicted as those computed.
+    _of_transformers_4(
+        "AttentionInterface._global_mapping",
+        "transformers.modeling_utils: AttentionInterface._global_mapping",
+        source=(("transformers.utils.generic", r"self\._global_mapping\[key\]"),),
+    ),
+    _of_transformers_4(
+        "DynamicLayer.update",
+        "transformers.cache_utils: DynamicLayer.update",
+        signature=("key_states", "value_states", "args", "kwargs"),
+    ),
+    _of_transformers_4(
+        "T5's eager_attention_forward",
+        "transformers.models.t5.modeling_t5: eager_attention_forward",
+        source=(
+            ("transformers.models.t5.modeling_t5", r"self\.config\._attn_implementation, eager_attention_forward"),
         ),
+    ),
+    _of_transformers_4(
+        "a model's loss of transformers 4",
+        "transformers.modeling_utils: PreTrainedModel.loss_function PreTrainedModel.forward",
         source=(
             ("transformers.models.llama.modeling_llama", r"self\.num_key_value_groups = "),
             ("transformers.models.llama.modeling_llama", r"self\.is_causal = "),
             ("transformers.models.granite.modeling_granite", r"self\.config\.logits_scaling"),
         ),
-        reason="runs that others measured with older libraries are predicted as those computed",
-        breaks="those predictions are of today's functions",
-        silent=True,
-        checked_by="tests/memory/test_third_party.py",
     ),
 )
 
