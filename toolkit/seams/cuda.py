@@ -204,6 +204,7 @@ RULES = (
             ("torch/include/c10/core/AllocatorConfig.h", r"kSmallSize = 1048576;"),
             ("torch/include/c10/core/AllocatorConfig.h", r"kMinLargeAlloc = 10485760;"),
             ("torch/include/c10/core/AllocatorConfig.h", r"kRoundLarge = 2097152;"),
+            ("torch/include/c10/core/AllocatorConfig.h", r"large_segment_size_\{20971520\};"),
         ),
         reason="sizes and rules of CUDACachingAllocator.cpp",
         breaks="what is reserved is predicted wrongly",
@@ -212,7 +213,7 @@ RULES = (
     ),
 )
 
-SUMS_OF_GRADIENTS = (
+SUMS_IN_PLACE = (
     Seam(
         name="who sums gradients",
         kind="constant",
@@ -224,6 +225,16 @@ SUMS_OF_GRADIENTS = (
         silent=True,
         probe=lambda: _engine_calls_otherwise(),
         checked_by="tests/memory/test_gradient_sums.py",
+    ),
+    Seam(
+        name="mask of the math kernel",
+        kind="constant",
+        where="memory.cuda.device",
+        target="torch.ops.aten: _scaled_dot_product_attention_math add.Tensor",
+        reason="the math kernel adds the mask to the scores by this operator, called from C++; on a card it is in place",
+        breaks="one more matrix of scores is predicted",
+        silent=True,
+        probe=lambda: _mask_is_added_otherwise(),
     ),
     Seam(
         name="holders of a tensor",
@@ -245,7 +256,7 @@ SUMS_OF_GRADIENTS = (
     ),
 )
 
-TABLE = (*FUNCTIONS, *RULES, *SUMS_OF_GRADIENTS)
+TABLE = (*FUNCTIONS, *RULES, *SUMS_IN_PLACE)
 
 # Operators of AT_FORALL_FP32_SET_OPT_DTYPE that are left out: softmax is replaced in Python, the norms keep their input's size.
 LEFT_OUT_OF_AUTOCAST = {"softmax.int", "log_softmax.int", "linalg_vector_norm", "linalg_matrix_norm"}
@@ -312,6 +323,24 @@ def _engine_calls_otherwise() -> str | None:
         x = torch.ones(1, requires_grad=True) * 1.0
         torch.autograd.grad(x * 2.0 - x * 3.0, x)
     return None if found == ["_engine_run_backward"] else f"gradients are summed from {found or 'nowhere'}"
+
+
+def _mask_is_added_otherwise() -> str | None:
+    """The operators of the math kernel for attention with a mask, seen by a dispatch mode."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called: list[str] = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            called.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    rows = torch.zeros(1, 1, 2, 2)
+    with Look():
+        torch.ops.aten._scaled_dot_product_attention_math(rows, rows, rows, torch.zeros(2, 2))
+    return None if called.count("aten::add.Tensor") == 1 else f"it calls {', '.join(called)}"
 
 
 def _foreach_is_not_none() -> str | None:

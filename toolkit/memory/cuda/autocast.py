@@ -15,6 +15,7 @@ from toolkit.seams import patched
 
 _KEY = "AutocastCPU"
 # ATen/autocast_mode.h (PyTorch 2.14), AT_FORALL_FP32: all inputs are cast. PyTorch 2.11 leaves `rms_norm` out, and is followed.
+# A test compares both lists with the header of the installed PyTorch: seam "operators of CUDA's autocast".
 FP32 = [
     "acos",
     "asin",

@@ -144,6 +144,7 @@ def _sums_gradients(args: tuple) -> bool:
     the storage too (the gradient of a linear layer's 3-D input, of a tied embedding). Another holder of the tensor is a
     second node that the same gradient was given to and that has not run yet. The engine never adds in place to tensor
     subclasses, which fake tensors are, so the shadow sees each addition out of place, and asks for the counts itself.
+    What it depends on: seams "who sums gradients" and "holders of a tensor".
     """
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
         return False
@@ -158,7 +159,7 @@ def _adds_a_mask() -> bool:
     """Whether this addition is that of a mask to the scores of the math kernel for attention.
 
     native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: in place, but not for tensor subclasses. The
-    kernel is called from `attention`, and adds from C++.
+    kernel is called from `attention`, and adds from C++: seam "mask of the math kernel".
     """
     return _caller().co_filename == attention.__file__
 

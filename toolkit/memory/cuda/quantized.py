@@ -23,7 +23,8 @@ from toolkit.memory.cuda.cards import Card
 from toolkit.memory.trace import Trace
 from toolkit.seams import patched
 
-_FUSED_ROWS = 1536  # `_gemm_4bit_custom_max_m`: with more rows the weight is always dequantized
+# `_gemm_4bit_custom_max_m`: with more rows the weight is always dequantized; seam "1536 rows".
+_FUSED_ROWS = 1536
 
 
 @cache
