@@ -35,7 +35,7 @@ TABLE = (
     Seam(
         name="Prodigy.step",
         kind="override",
-        where="optimizers:Prodigy",
+        where="config.optimizers:Prodigy",
         target="prodigyopt.prodigy: Prodigy.step",
         called_in="",
         source=(

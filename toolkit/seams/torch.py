@@ -11,7 +11,7 @@ FAKE_TENSORS = (
         name="FakeTensor",
         kind="private",
         where=(
-            "optimizers",
+            "config.optimizers",
             "memory.shadow.simulated_rank",
             "memory.meta_ops",
             "memory.shadow.fake",
@@ -95,7 +95,7 @@ FAKE_TENSORS = (
     Seam(
         name="aten::_local_scalar_dense",
         kind="private",
-        where="optimizers",
+        where="config.optimizers",
         target="torch.ops.aten: _local_scalar_dense.default",
         signature=("self",),
         reason="Prodigy reads numbers, which a fake tensor does not have",
@@ -108,7 +108,7 @@ DISPATCH = (
         name="dispatch modes",
         kind="private",
         where=(
-            "optimizers",
+            "config.optimizers",
             "memory.shadow.simulated_rank",
             "memory.trace",
             "memory.cuda.device",
