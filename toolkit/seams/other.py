@@ -8,10 +8,10 @@ TABLE = (
     Seam(
         name="argparse's actions",
         kind="private",
-        where="config.parser",
-        target="argparse: ArgumentParser._actions",
+        where=("config.parser", "benchmarks.cli_reference"),
+        target="argparse: ArgumentParser._actions _SubParsersAction _StoreFalseAction _ArgumentGroup._group_actions",
         library="python",
-        reason="the flags of a recipe, by name; --resume_from_checkpoint may stand without a value",
+        reason="the flags of a recipe, by name; --resume_from_checkpoint may stand without a value; the committed CLI reference",
         breaks="no recipe can read its flags: an AttributeError",
         probe=lambda: _actions_differ(),
     ),
@@ -27,7 +27,7 @@ TABLE = (
     Seam(
         name="metrics of evaluate",
         kind="override",
-        where=("metrics.classification:Classification", "metrics.rouge:Rouge"),
+        where=("tasks.metrics.classification:Classification", "tasks.metrics.rouge:Rouge"),
         target="evaluate.module: EvaluationModule._info EvaluationModule._compute",
         reason="the two methods that evaluate documents for a metric of one's own",
         breaks="scoring ends with an error",
