@@ -265,11 +265,10 @@ def of_the_stack(run: Run, model: Any, mode: Any) -> Iterator[None]:
     - bitsandbytes up to 0.49 has no fused 4-bit product: the weight is always dequantized.
     """
     import torch.nn.functional as F
-    from transformers.cache_utils import DynamicLayer
     from transformers.modeling_utils import AttentionInterface
-    from transformers.models.t5 import modeling_t5
 
     from toolkit.memory.cuda import quantized
+    from toolkit.seams import patched
 
     transformers, bitsandbytes = run.version("transformers") or (9,), run.version("bitsandbytes") or (9,)
     base = _base(model)
@@ -278,14 +277,14 @@ def of_the_stack(run: Run, model: Any, mode: Any) -> Iterator[None]:
         if transformers < (5, 18):
             _multiply_before_the_first_layer(model, mode)
         if run.keys_repeated:
-            stack.enter_context(
-                patch.object(F, "scaled_dot_product_attention", partial(_repeated, F.scaled_dot_product_attention))
-            )
+            repeated = partial(_repeated, F.scaled_dot_product_attention)
+            stack.enter_context(patched("F.scaled_dot_product_attention", repeated))
         if transformers < (5, 0):
             if run.attention != "flash_attention_2":
-                stack.enter_context(patch.dict(AttentionInterface._global_mapping, {"sdpa": _sdpa_of_4}))
-            stack.enter_context(patch.object(DynamicLayer, "update", _cache_of_4))
-            stack.enter_context(patch.object(modeling_t5, "eager_attention_forward", _t5_attention_of_4))
+                mapping = {**AttentionInterface._global_mapping, "sdpa": _sdpa_of_4}
+                stack.enter_context(patched("AttentionInterface._global_mapping", mapping))
+            stack.enter_context(patched("DynamicLayer.update", _cache_of_4))
+            stack.enter_context(patched("T5's eager_attention_forward", _t5_attention_of_4))
         if bitsandbytes < (0, 50):
             stack.enter_context(patch.object(quantized, "fused_rule", lambda: None))
         if transformers < (4, 49) and not base.config.is_encoder_decoder:

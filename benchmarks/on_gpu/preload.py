@@ -11,7 +11,6 @@ import importlib
 import runpy
 import sys
 import traceback
-from unittest.mock import patch
 
 from on_gpu.machine import ROOT, nvidia_smi
 
@@ -30,13 +29,13 @@ LATER = (  # what a recipe imports once it knows that it needs it; DeepSpeed is 
 
 def preload() -> None:
     """Imports, and forgets the project's own modules again: they read the rank of the process that they are imported in."""
-    import torch
+    from toolkit.seams import patched
 
     capability = nvidia_smi("compute_cap")
     with contextlib.ExitStack() as stack:
         if capability is not None:
             known = tuple(int(number) for number in capability.split("."))
-            stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: known))
+            stack.enter_context(patched("torch.cuda.get_device_capability", lambda *_: known))
         with contextlib.suppress(ImportError):  # its own message comes where it is used
             import bitsandbytes  # noqa: F401
         runpy.run_path(str(ROOT / "recipes" / "lora.py"), run_name="imported")

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import yaml
 
@@ -14,6 +13,7 @@ from toolkit.distributed.deepspeed import read_deepspeed
 from toolkit.distributed.engine import Engine
 from toolkit.distributed.request import requested_engine
 from toolkit.errors import UserError, did_you_mean
+from toolkit.seams import patched
 
 FOLDER = Path(__file__).resolve().parents[2] / "launch"
 
@@ -121,7 +121,7 @@ def _environment(path: Path, processes: int) -> dict[str, str]:
 
     arguments = ["--config_file", str(path), "--num_processes", str(processes)]
     arguments += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500", "--machine_rank", "0", "train.py"]
-    with patch.object(launch, "is_port_in_use", lambda port: False):
+    with patched("is_port_in_use", lambda port: False):
         try:
             args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
             if args.use_deepspeed:

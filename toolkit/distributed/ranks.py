@@ -21,7 +21,7 @@ FIRST_SECONDS = 1.0  # how long the other ranks let rank 0 say an error that all
 LAST_SECONDS = 10.0  # how long after an error was said a rank that still computes or waits is left to find its own end
 PATIENCE = 0.9  # of --ddp_timeout: before NCCL's own time-out, which ends a process without asking Python
 ROLL_CALL_SECONDS = 4.0  # how long after its own time-out a rank lets the others meet theirs
-# What gloo says, and within a backward pass; and NCCL, where it is told to raise an exception.
+# What gloo says, and within a backward pass; and NCCL, where it is told to raise an exception: seam "texts of a time-out".
 TIMED_OUT = r"(gloo|NCCL|ProcessGroup)[\s\S]*(timed out|time-?out)|Application timeout caused pair closure"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 TERMINATED = 128 + signal.SIGTERM  # 143, as shells call a process that SIGTERM ended

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from toolkit.memory.trace import Trace
 
-# What DeepSpeed's optimizers (stage_1_and_2.py, stage3.py, bf16_optimizer.py) keep beside the moments, by attribute.
+# What DeepSpeed's optimizers (stage_1_and_2.py, stage3.py, bf16_optimizer.py) keep beside the moments, by attribute: a name that
+# is gone is not an error here, so a test looks for each of them: seam "attributes of ZeRO's optimizers".
 ZERO = {
     "optimizer_state": (
         "single_partition_of_fp32_groups",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from toolkit.memory.trace import Trace
+from toolkit.seams import patched
 
 
 @contextmanager
@@ -20,8 +21,5 @@ def resizes_seen_by(trace: Trace) -> Iterator[None]:
         trace.resized(self)
         return result
 
-    torch.UntypedStorage.resize_ = resize_
-    try:
+    with patched("UntypedStorage.resize_", resize_):
         yield
-    finally:
-        del torch.UntypedStorage.resize_

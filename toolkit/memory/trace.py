@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PHASES = ("load", "forward", "backward", "optimizer_step")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
-_NO_SEQUENCE_NUMBER = 2**63  # AccumulateGrad nodes carry 2**64 - 1: they belong to no point of the forward pass
+# AccumulateGrad nodes carry 2**64 - 1: they belong to no point of the forward pass; seam "sequence number of AccumulateGrad".
+_NO_SEQUENCE_NUMBER = 2**63
 
 
 @dataclass(slots=True, eq=False)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer
 from toolkit.console import say
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
+from toolkit.seams import patched
 
 # Initializations that take what the adapter starts with out of the base: such an adapter is right on a base that was
 # altered in the same way alone.
@@ -189,8 +190,7 @@ def _say_left_out(model: PeftModel) -> None:
 @contextmanager
 def _dora_on_meta() -> Iterator[None]:
     """While open, DoRA's magnitudes (out,) over a 4-bit weight on the meta device, which is not packed there, are made from its shape."""
-    layer = dora.DoraLinearLayer
-    plain = layer.update_layer
+    plain = dora.DoraLinearLayer.update_layer
 
     def update_layer(self: Any, *, base_layer: torch.nn.Module, lora_B: torch.Tensor, **rest: Any) -> None:
         if base_layer.weight.is_meta and type(base_layer).__name__ == "Linear4bit":
@@ -198,11 +198,8 @@ def _dora_on_meta() -> Iterator[None]:
         else:
             plain(self, base_layer=base_layer, lora_B=lora_B, **rest)
 
-    layer.update_layer = update_layer
-    try:
+    with patched("DoraLinearLayer.update_layer", update_layer):
         yield
-    finally:
-        layer.update_layer = plain
 
 
 def save_over_original_base(model: PreTrainedModel, folder: Path) -> None:

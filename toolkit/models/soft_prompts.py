@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.models.heads import has_head, head_modules
+from toolkit.seams import patched
 
 IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
@@ -70,12 +71,11 @@ def cache_by_both_names(model: PreTrainedModel) -> Iterator[None]:
             inputs["cache"] = inputs["cache"] if written is kwargs.get("cache") else written
         return inputs
 
-    model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation = with_both, with_one
-    try:
+    with (
+        patched("PeftModel.base_model_prepare_inputs_for_generation", with_both, owner=model),
+        patched("PeftModel.prepare_inputs_for_generation", with_one, owner=model),
+    ):
         yield
-    finally:
-        model.base_model_prepare_inputs_for_generation = given
-        del model.prepare_inputs_for_generation
 
 
 def fit_head(model: PeftModel) -> None:

@@ -75,6 +75,9 @@ class FineTuner(Trainer):
     The same rows give the same gradients as one batch, as accumulated batches, or spread over processes. Trainer passes
     `num_items_in_batch` to the model and trusts it to divide by it; T5, mT5 and BART accept the argument and ignore it,
     so their loss grows with the accumulation steps (seen in transformers 5.17 to 5.23).
+
+    Most of the methods below override private ones of Trainer. toolkit/seams/trainer.py says why, and a test checks that Trainer
+    still calls each of them.
     """
 
     optimizer: Any  # as Trainer has it: accelerate wraps it

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from toolkit.memory import trace
 
+# A test compares these with the header of the installed PyTorch: seam "rules of the caching allocator".
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
 SMALL_SIZE = 1 << 20  # kSmallSize: the largest request that the small pool serves
 SMALL_BUFFER = 2 << 20  # kSmallBuffer: a segment, or a page, of the small pool

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from toolkit.seams import patched
+
 _KEY = "AutocastCPU"
 # ATen/autocast_mode.h (PyTorch 2.14), AT_FORALL_FP32: all inputs are cast. PyTorch 2.11 leaves `rms_norm` out, and is followed.
+# A test compares both lists with the header of the installed PyTorch: seam "operators of CUDA's autocast".
 FP32 = [
     "acos",
     "asin",
@@ -88,16 +91,16 @@ def cuda_autocast() -> Iterator[None]:
     """
     library, enabled = torch.library.Library("aten", "IMPL"), torch.is_autocast_enabled
     has_rule = torch._C._dispatch_has_kernel_for_dispatch_key
-    torch.is_autocast_enabled = lambda *device: enabled(*(device or ("cpu",)))
     try:
-        for names, kernel in ((FP32, _in_float32), (FP32_RESULT, _into_float32)):
-            for name in names:
-                if has_rule(f"aten::{name}", "AutocastCUDA") and not has_rule(f"aten::{name}", _KEY):
-                    packet, _, overload = name.partition(".")
-                    library.impl(name, kernel(getattr(getattr(torch.ops.aten, packet), overload or "default")), _KEY)
-        yield
+        with patched("torch.is_autocast_enabled", lambda *device: enabled(*(device or ("cpu",)))):
+            for names, kernel in ((FP32, _in_float32), (FP32_RESULT, _into_float32)):
+                for name in names:
+                    if has_rule(f"aten::{name}", "AutocastCUDA") and not has_rule(f"aten::{name}", _KEY):
+                        packet, _, overload = name.partition(".")
+                        op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+                        library.impl(name, kernel(op), _KEY)
+            yield
     finally:
-        torch.is_autocast_enabled = enabled
         library._destroy()
 
 

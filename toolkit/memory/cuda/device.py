@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -32,6 +32,7 @@ from toolkit.memory.cuda.allocator import AllocatorMeter
 from toolkit.memory.cuda.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cuda.cards import Card
 from toolkit.memory.trace import Trace
+from toolkit.seams import patched
 from toolkit.units import MIB, format_bytes
 
 _NOTEWORTHY = 256 * MIB  # an estimated context is not known better
@@ -143,6 +144,7 @@ def _sums_gradients(args: tuple) -> bool:
     the storage too (the gradient of a linear layer's 3-D input, of a tied embedding). Another holder of the tensor is a
     second node that the same gradient was given to and that has not run yet. The engine never adds in place to tensor
     subclasses, which fake tensors are, so the shadow sees each addition out of place, and asks for the counts itself.
+    What it depends on: seams "who sums gradients" and "holders of a tensor".
     """
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
         return False
@@ -157,7 +159,7 @@ def _adds_a_mask() -> bool:
     """Whether this addition is that of a mask to the scores of the math kernel for attention.
 
     native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: in place, but not for tensor subclasses. The
-    kernel is called from `attention`, and adds from C++.
+    kernel is called from `attention`, and adds from C++: seam "mask of the math kernel".
     """
     return _caller().co_filename == attention.__file__
 
@@ -372,15 +374,10 @@ class Cuda:
     def running(self) -> Iterator[None]:
         """While open, functions take the paths that they take on this card."""
         replaced = replaced_functions(self.card, self.built_with_flash)
-        before = {name: getattr(F, name) for name in replaced}
-        with quantized.cuda_paths(), cuda_autocast(), _fused_dropout():
+        with quantized.cuda_paths(), cuda_autocast(), _fused_dropout(), ExitStack() as stack:
             for name, function in replaced.items():
-                setattr(F, name, function)
-            try:
-                yield
-            finally:
-                for name, function in before.items():
-                    setattr(F, name, function)
+                stack.enter_context(patched(f"F.{name}", function))
+            yield
 
     def load(self, trace: Trace, model: nn.Module) -> None:
         """Replays loading, with its staging and its order."""

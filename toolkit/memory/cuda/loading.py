@@ -7,7 +7,8 @@ quantized to float32, one tensor after the other, and from PEFT 0.20 on gives th
 quantized is moved by `.to(device)`, module by module.
 
 Sources: transformers 5.17 to 5.23 (`core_model_loading.py`, `modeling_utils.py`), PEFT 0.20 (`utils/other.py`),
-bitsandbytes 0.50 (`nn/modules.py`, `functional.py`).
+bitsandbytes 0.50 (`nn/modules.py`, `functional.py`). Seams "order of loading", "caching_allocator_warmup", "order of quantizing" and
+"prepare_model_for_kbit_training".
 """
 
 from __future__ import annotations

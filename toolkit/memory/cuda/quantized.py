@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from toolkit.memory.cuda.cards import Card
 from toolkit.memory.trace import Trace
+from toolkit.seams import patched
 
-_FUSED_ROWS = 1536  # `_gemm_4bit_custom_max_m`: with more rows the weight is always dequantized
+# `_gemm_4bit_custom_max_m`: with more rows the weight is always dequantized; seam "1536 rows".
+_FUSED_ROWS = 1536
 
 
 @cache
@@ -134,12 +136,10 @@ STAND_INS: dict[str, Callable[[Card, Trace, tuple, dict], Any]] = {
 def cuda_paths() -> Iterator[None]:
     """bitsandbytes takes the paths of a GPU: on a CPU its int8 layers would train through dequantized weights."""
     try:
-        import bitsandbytes
         from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
     except ImportError:
         yield
         return
-    plain = bitsandbytes.matmul
 
     def matmul(
         a: torch.Tensor,
@@ -154,11 +154,8 @@ def cuda_paths() -> Iterator[None]:
             state.threshold = threshold
         return MatMul8bitLt.apply(a, b, out, bias, state)
 
-    bitsandbytes.matmul = matmul
-    try:
+    with patched("bitsandbytes.matmul", matmul):
         yield
-    finally:
-        bitsandbytes.matmul = plain
 
 
 @contextmanager
@@ -176,8 +173,5 @@ def dequantized_by_peft() -> Iterator[None]:
         state = getattr(module.weight, "quant_state", None) if isinstance(module.weight, FakeTensor) else None
         return plain(module) if state is None else dequantize(module.weight.data, state)
 
-    dora.dequantize_module_weight = dequantize_module_weight
-    try:
+    with patched("dequantize_module_weight", dequantize_module_weight):
         yield
-    finally:
-        dora.dequantize_module_weight = plain

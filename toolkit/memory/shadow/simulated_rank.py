@@ -21,7 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -33,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toolkit.memory import meta_ops
 from toolkit.memory.shadow.isolation import isolated
 from toolkit.memory.trace import Trace
+from toolkit.seams import patched
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _FACTORIES = {
@@ -83,7 +83,7 @@ def world(launch: Mapping[str, str]) -> Iterator[None]:
         rank, size = int(launch["RANK"]), int(launch["WORLD_SIZE"])
         distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         stack.callback(distributed.destroy_process_group)
-        stack.enter_context(_replaced(AcceleratorState, "__init__", begin_as_on_gpus(AcceleratorState.__init__)))
+        stack.enter_context(patched("AcceleratorState.__init__", begin_as_on_gpus(AcceleratorState.__init__)))
         _open.append(launch)
         stack.callback(_open.pop)
         if in_deepspeed():
@@ -121,13 +121,10 @@ def _swap_elsewhere(stack: ExitStack) -> None:
 @contextmanager
 def engine_on_fakes(mode: FakeTensorMode) -> Iterator[None]:
     """Open while a rank's shadow step runs: what its engine makes is fake too."""
-    from bitsandbytes.nn import modules as quantized
-
-    ddp = nn.parallel.DistributedDataParallel
     with (
-        _replaced(quantized, "fix_4bit_weight_quant_state_from_module", _keep_quant_state),
-        _replaced(ddp, "__init__", _with_hook(ddp.__init__)),
-        _replaced(FakeTensor, "data_ptr", _address),
+        patched("fix_4bit_weight_quant_state_from_module", _keep_quant_state),
+        patched("DistributedDataParallel.__init__", _with_hook(nn.parallel.DistributedDataParallel.__init__)),
+        patched("FakeTensor.data_ptr", _address),
         Fakes(mode),
     ):
         yield
@@ -234,9 +231,9 @@ def _deepspeed() -> Iterator[None]:
     try:
         # it counts a CPU's sockets, by a process of its own, each time that it reduces a gradient
         with ExitStack() as stack:
-            stack.enter_context(_replaced(get_accelerator(), "is_fp16_supported", lambda: True))  # as on every GPU
+            stack.enter_context(patched("is_fp16_supported", lambda: True, owner=get_accelerator()))  # as on every GPU
             stack.enter_context(uncompiled_adam())
-            stack.enter_context(_replaced(numa, "get_numa_cores", cache(numa.get_numa_cores)))
+            stack.enter_context(patched("get_numa_cores", cache(numa.get_numa_cores)))
             stack.enter_context(uncompiled_disk(Disk))
             if os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1") != "1":
                 _shared_rows(stack)
@@ -248,14 +245,14 @@ def _deepspeed() -> Iterator[None]:
 
 def _shared_rows(stack: ExitStack) -> None:
     """Where ranks share rows, DeepSpeed puts its own attention in transformers' place and remembers groups: until the world ends."""
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.sequence import layer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    stack.enter_context(patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping))
-    stack.enter_context(patch.dict(layer._all_to_all_groups))
+    mapping = ALL_ATTENTION_FUNCTIONS._local_mapping
+    stack.enter_context(patched("ALL_ATTENTION_FUNCTIONS._local_mapping", dict(mapping)))
+    stack.enter_context(patched("_all_to_all_groups", dict(layer._all_to_all_groups)))
     for name in ("_SEQUENCE_PARALLEL_GROUP", "_SEQUENCE_DATA_PARALLEL_GROUP"):
-        stack.enter_context(_replaced(parallel_state_sp, name, None))
+        stack.enter_context(patched(name, None))
 
 
 class Disk:
@@ -292,25 +289,17 @@ class Disk:
 @contextmanager
 def uncompiled_disk(handle: type[Disk]) -> Iterator[None]:
     """DeepSpeed swaps through `handle`."""
-    from deepspeed.runtime.swap_tensor import (
-        partitioned_optimizer_swapper,
-        partitioned_param_swapper,
-        pipelined_optimizer_swapper,
-    )
-
     builder = SimpleNamespace(load=lambda verbose=True: SimpleNamespace(aio_handle=handle))
     with ExitStack() as stack:
-        for swapper in (partitioned_optimizer_swapper, partitioned_param_swapper, pipelined_optimizer_swapper):
-            stack.enter_context(_replaced(swapper, "AsyncIOBuilder", lambda: builder))
+        for swapper in ("partitioned_optimizer_swapper", "partitioned_param_swapper", "pipelined_optimizer_swapper"):
+            stack.enter_context(patched(f"AsyncIOBuilder of {swapper}", lambda: builder))
         yield
 
 
 @contextmanager
 def uncompiled_adam() -> Iterator[None]:
     """DeepSpeed's optimizer for the CPU keeps what it keeps, and updates nothing: its update is compiled C++, in place."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    with _replaced(DeepSpeedCPUAdam, "__init__", _adam_begins), _replaced(DeepSpeedCPUAdam, "step", _adam_steps):
+    with patched("DeepSpeedCPUAdam.__init__", _adam_begins), patched("DeepSpeedCPUAdam.step", _adam_steps):
         yield
 
 
@@ -326,16 +315,3 @@ def _adam_steps(self: Any, closure: Any = None) -> None:
         if not self.state[parameter]:
             moments = [torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2)]
             self.state[parameter] = {"step": 0, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)

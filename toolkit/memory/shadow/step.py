@@ -18,11 +18,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate import accelerator as accelerate_accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -45,6 +43,7 @@ from toolkit.memory.shadow import simulated_rank
 from toolkit.memory.shadow.fake import make_fake
 from toolkit.memory.shadow.isolation import isolated
 from toolkit.memory.trace import Overlay, Trace
+from toolkit.seams import patched
 
 STEPS = 2  # the first, in which optimizer state appears, and the steady one
 
@@ -272,11 +271,14 @@ def _fp16_autocast() -> Iterator[None]:
 
     What is left out is the gradient scaler: it scales in place, and its own tensors are a few numbers.
     """
-    plugin, fp16 = FullyShardedDataParallelPlugin, lambda *_: torch.autocast("cpu", torch.float16)
-    set_precision = plugin.set_mixed_precision
+    set_precision = FullyShardedDataParallelPlugin.set_mixed_precision
+
+    def set_fp16(self: FullyShardedDataParallelPlugin, _: Any, **options: Any) -> None:
+        set_precision(self, "fp16", **options)
+
     with (
-        patch.object(accelerate_accelerator, "get_mixed_precision_context_manager", fp16),
-        patch.object(plugin, "set_mixed_precision", lambda self, _, **options: set_precision(self, "fp16", **options)),
+        patched("get_mixed_precision_context_manager", lambda *_: torch.autocast("cpu", torch.float16)),
+        patched("FullyShardedDataParallelPlugin.set_mixed_precision", set_fp16),
     ):
         yield
 
@@ -290,11 +292,8 @@ def _real_losses() -> Iterator[None]:
         loss = step(self, *args, **kwargs)
         return torch.tensor(0.0, dtype=loss.dtype)  # not `zeros`: what an engine makes anew is fake
 
-    Trainer.training_step = training_step
-    try:
+    with patched("Trainer.training_step", training_step):
         yield
-    finally:
-        Trainer.training_step = step
 
 
 @contextmanager

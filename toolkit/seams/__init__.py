@@ -1,0 +1,54 @@
+"""Seams: every place where this project depends on something that a library does not promise to keep, in one registry.
+
+    SEAMS["F.softmax"]                          what, where, why, and what goes wrong if it moves
+    check(SEAMS["F.softmax"])                   what differs in the installed library, or None
+    with patched("F.softmax", ours): ...        the one way to put something of ours in a library's place, and to take it back
+
+One file a library holds its table. tests/test_seams.py checks each seam by name, on the oldest and the newest versions that
+pyproject.toml admits as well (`make stacks`), and finds private names, patches and overrides that are in no table: so an upgrade
+of a library fails with a list of names. Importing this package imports no library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from toolkit.seams import accelerate, bitsandbytes, cuda, deepspeed, other, peft, torch, trainer, transformers
+from toolkit.seams.seam import Seam, check, find, holds_here
+
+__all__ = ["SEAMS", "Seam", "check", "holds_here", "patched"]
+
+TABLES = (torch, cuda, transformers, trainer, accelerate, deepspeed, peft, bitsandbytes, other)
+SEAMS: dict[str, Seam] = {seam.name: seam for table in TABLES for seam in table.TABLE}
+
+
+@contextmanager
+def patched(name: str, replacement: Any, owner: Any = None) -> Iterator[None]:
+    """While open, `replacement` stands where the seam `name` says; then what was there before is back, also after an error.
+
+    Args:
+        name: of a seam of the kind "patch", whose first target is replaced.
+        owner: the one object whose attribute is replaced; by default the module or class that the target names.
+
+    Raises: LookupError where there is no such seam, or nothing to replace: the library has moved it.
+    """
+    seam = SEAMS.get(name)
+    if seam is None or seam.kind != "patch":
+        raise LookupError(f"{name!r} is no registered patch; add it to a table of toolkit.seams")
+    module, path = seam.targets[0]
+    parent, _, attribute = path.rpartition(".")
+    owner = find(module, parent) if owner is None else owner
+    if not hasattr(owner, attribute):
+        raise LookupError(f"{name}: {module} has no {path} to replace")
+    own = attribute in vars(owner)
+    before = vars(owner)[attribute] if own else None
+    setattr(owner, attribute, replacement)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, attribute, before)
+        else:  # it was the base's
+            delattr(owner, attribute)

@@ -1,0 +1,72 @@
+"""Seams into smaller libraries, and into Python's own."""
+
+from __future__ import annotations
+
+from toolkit.seams.seam import Seam
+
+TABLE = (
+    Seam(
+        name="argparse's actions",
+        kind="private",
+        where=("config.parser", "benchmarks.cli_reference"),
+        target="argparse: ArgumentParser._actions _SubParsersAction _StoreFalseAction _ArgumentGroup._group_actions",
+        library="python",
+        reason="the flags of a recipe, by name; --resume_from_checkpoint may stand without a value; the committed CLI reference",
+        breaks="no recipe can read its flags: an AttributeError",
+        probe=lambda: _actions_differ(),
+    ),
+    Seam(
+        name="Dataset._indices",
+        kind="private",
+        where="data.readers",
+        target="datasets: Dataset._indices",
+        source=(("datasets.arrow_dataset", r"self\._indices\.column\(0\)|_indices is not None"),),
+        reason="rows that were chosen or mixed are an index over the table",
+        breaks="a column is read in the order of the file: an AttributeError",
+    ),
+    Seam(
+        name="metrics of evaluate",
+        kind="override",
+        where=("tasks.metrics.classification:Classification", "tasks.metrics.rouge:Rouge"),
+        target="evaluate.module: EvaluationModule._info EvaluationModule._compute",
+        reason="the two methods that evaluate documents for a metric of one's own",
+        breaks="scoring ends with an error",
+    ),
+    Seam(
+        name="Prodigy.step",
+        kind="override",
+        where="config.optimizers:Prodigy",
+        target="prodigyopt.prodigy: Prodigy.step",
+        called_in="",
+        source=(
+            ("prodigyopt.prodigy", r"if 'step' not in state:"),
+            *(("prodigyopt.prodigy", rf"state\['{name}'\]") for name in ("s", "p0", "exp_avg", "exp_avg_sq")),
+        ),
+        reason="a tensor's first value is always kept; in a shadow step each number that is read is 1",
+        breaks="the state has other names, and the library makes its own beside it: memory is counted twice",
+        silent=True,
+        probe=lambda: _prodigy_keeps_more(),
+    ),
+)
+
+
+def _actions_differ() -> str | None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    action = parser.add_argument("--flag")
+    known = action in parser._actions and {"dest", "nargs", "const", "option_strings"} <= {*vars(action)}
+    return None if known else "a flag is not among _actions, or has other attributes"
+
+
+def _prodigy_keeps_more() -> str | None:
+    """One step of the library's own optimizer keeps the tensors that ours makes for it, and no others."""
+    import prodigyopt
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = prodigyopt.Prodigy([weight])
+    optimizer.step()
+    names = {*optimizer.state[weight]}
+    return None if names == {"step", "s", "p0", "exp_avg", "exp_avg_sq"} else f"its state is {', '.join(sorted(names))}"

@@ -1,0 +1,323 @@
+"""Seams into transformers, Trainer apart: what is read of models, configs and loading. Trainer's are in trainer.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.seams.seam import Seam, ours
+
+MODELS = (
+    Seam(
+        name="PreTrainedModel._get_dtype_plan",
+        kind="private",
+        where="models.meta",
+        target="transformers.modeling_utils: PreTrainedModel._get_dtype_plan",
+        signature=("dtype",),
+        reason="the modules that an architecture keeps in float32, as loading keeps them",
+        breaks="building a model without weights ends with an AttributeError",
+    ),
+    Seam(
+        name="steps of a quantizer",
+        kind="private",
+        where="models.meta",
+        target=(
+            "transformers.quantizers: AutoHfQuantizer.from_config",
+            "transformers.quantizers.base: HfQuantizer.update_dtype HfQuantizer.preprocess_model HfQuantizer.postprocess_model",
+            "transformers.modeling_utils: local_torch_dtype",
+        ),
+        source=(
+            ("transformers.modeling_utils", r"hf_quantizer\.preprocess_model\("),
+            ("transformers.modeling_utils", r"hf_quantizer\.postprocess_model\("),
+        ),
+        reason="`from_pretrained` quantizes in these steps; a model without weights takes the same",
+        breaks="a quantized model is predicted with layers that are not quantized",
+        silent=True,
+    ),
+    Seam(
+        name="_is_hf_initialized",
+        kind="private",
+        where="models.loading",
+        target="transformers.modeling_utils: PreTrainedModel.initialize_weights",
+        source=(("transformers.modeling_utils", r"getattr\(module, \"_is_hf_initialized\", False\)"),),
+        reason="false on a head's modules and weights, so that they are drawn again",
+        breaks="a head for other classes keeps the checkpoint's rows",
+        silent=True,
+    ),
+    Seam(
+        name="marks of quantized models",
+        kind="private",
+        where=("training.guards", "methods.base", "methods.lora", "runs.merge"),
+        source=(
+            ("transformers.quantizers.base", r"\"is_quantized\", True"),
+            ("transformers.quantizers.quantizer_bnb_4bit", r"\"is_loaded_in_4bit\", True"),
+            ("transformers.quantizers.quantizer_bnb_8bit", r"\"is_loaded_in_8bit\", True"),
+        ),
+        library="transformers",
+        reason="`is_quantized` decides what is frozen and upcast; merging takes `is_loaded_in_4bit` and `_8bit` back",
+        breaks="a quantized base is taken for one that is not; IA3 refuses to merge",
+        silent=True,
+    ),
+    Seam(
+        name="all_tied_weights_keys",
+        kind="private",
+        where="training.trainer",
+        target="transformers.modeling_utils: PreTrainedModel.all_tied_weights_keys",
+        reason="tied weights, by the name that they are tied to",
+        breaks="checkpoints hold tied tables twice",
+        silent=True,
+    ),
+    Seam(
+        name="prepare_decoder_input_ids_from_labels",
+        kind="private",
+        where="models.generation",
+        target="transformers.models.mbart.modeling_mbart: MBartForConditionalGeneration.prepare_decoder_input_ids_from_labels",
+        signature=("labels",),
+        reason="an answer begins as labels do: with mBART's token of the target's language",
+        breaks="mBART answers in another language",
+        silent=True,
+        probe=lambda: _labels_begin_as_before(),
+    ),
+    Seam(
+        name="self_attention_cache",
+        kind="private",
+        where="methods.prefix_tuning",
+        target="transformers.cache_utils: EncoderDecoderCache.self_attention_cache",
+        reason="of a T5-like model's cache the prefix takes the decoder's part",
+        breaks="PEFT is given the cache of both, and refuses it",
+    ),
+    Seam(
+        name="parts that a model may lack",
+        kind="private",
+        where=("memory.census", "models.catalogue", "training.trainer", "benchmarks.on_gpu.speed_jobs"),
+        target="transformers.modeling_utils: PreTrainedModel.get_output_embeddings PreTrainedModel.generation_config",
+        reason="where logits and loss begin; the settings that are mended before they are saved",
+        breaks="a ledger has no logits and loss apart from activations; a model is trained that cannot be saved",
+        silent=True,
+    ),
+    Seam(
+        name="fields of configs",
+        kind="private",
+        where=(
+            "models.loading",
+            "models.heads",
+            "data.loading",
+            "runs.preflight",
+            "runs.prediction",
+            "memory.cuda.loading",
+            "benchmarks.t4_accuracy",
+        ),
+        source=(("transformers.quantizers.base", r"config\.quantization_config = "),),
+        reason="read where an architecture may lack them",
+        breaks="a model's limit of positions, its vocabulary or its number of heads is not known, and not checked",
+        silent=True,
+        target=(
+            "transformers: LlamaConfig.max_position_embeddings GPT2Config.n_positions LlamaConfig.vocab_size "
+            "LlamaConfig.num_attention_heads LlamaConfig.head_dim PreTrainedConfig.problem_type PreTrainedConfig.dtype"
+        ),
+    ),
+    Seam(
+        name="fields of GenerationConfig",
+        kind="private",
+        where="models.generation",
+        target="transformers: GenerationConfig",
+        reason="the settings that are taken over from a model (TAKEN_OVER), and mended before it is saved (SAMPLING, BEAMS)",
+        breaks="answers go without a model's forced or banned tokens; a model is trained that cannot be saved",
+        silent=True,
+        probe=lambda: _generation_fields_gone(),
+    ),
+    Seam(
+        name="config._name_or_path",
+        kind="private",
+        where="methods.prompt_tuning",
+        target="transformers: PreTrainedConfig._name_or_path",
+        reason="PEFT tokenizes --prompt_tuning_init_text by the model's own tokenizer",
+        breaks="prompt tuning from a text ends with an error",
+    ),
+    Seam(
+        name="types of models",
+        kind="constant",
+        where=("models.loading", "models.heads", "models.generation"),
+        target="transformers.models.auto.configuration_auto: CONFIG_MAPPING_NAMES",
+        reason="T5_FAMILY, READS_PADDING and IGNORES_MASK name architectures that need care",
+        breaks="T5 is trained in fp16; rows of a batch change each other's scores",
+        silent=True,
+        probe=lambda: _model_types_gone(),
+    ),
+    Seam(
+        name="class names of layers",
+        kind="constant",
+        where=("methods.base", "methods.lora", "methods.selective"),
+        target=(
+            "transformers.pytorch_utils: Conv1D",
+            "transformers.models.t5.modeling_t5: T5LayerNorm",
+            "transformers.models.llama.modeling_llama: LlamaRMSNorm",
+        ),
+        reason="what is a linear layer or a normalization is told by the name of its class",
+        breaks="--train_norms trains nothing; GPT-2 has no layer that a target may name",
+        silent=True,
+    ),
+    Seam(
+        name="errors of AutoConfig",
+        kind="constant",
+        where="models.loading",
+        target="transformers: AutoConfig",
+        source=(
+            ("transformers.models.auto.configuration_auto", r"does not recognize this architecture"),
+            ("transformers.models.auto.configuration_auto", r"Unrecognized model in "),
+        ),
+        reason="an unknown architecture is told by the text of the error",
+        breaks="the message does not say to upgrade transformers",
+        silent=True,
+    ),
+)
+
+LOADING = (
+    Seam(
+        name="order of loading",
+        kind="constant",
+        where="memory.cuda.loading",
+        target="transformers.core_model_loading: dot_natural_key",
+        signature=("s",),
+        source=(
+            (
+                "transformers.core_model_loading",
+                r"sorted\(state_dict\.items\(\), key=lambda kv: dot_natural_key\(kv\[0\]\)\)",
+            ),
+        ),
+        reason="weights are loaded, and so lie in the card's memory, in the order of the checkpoint's names",
+        breaks="what a quantized model leaves reserved after loading is predicted wrongly",
+        silent=True,
+        checked_by="tests/memory/test_third_party.py",
+    ),
+    Seam(
+        name="caching_allocator_warmup",
+        kind="constant",
+        where="memory.cuda.loading",
+        target=(
+            "transformers.modeling_utils: caching_allocator_warmup",
+            "transformers.quantizers.base: HfQuantizer.param_element_size",
+        ),
+        source=(("transformers.modeling_utils", r"torch\.empty\(int\(byte_count // 2\), dtype=torch\.float16"),),
+        reason="one block of the whole model's size is taken first and given back, by the quantized width of each weight",
+        breaks="what a quantized model leaves reserved after loading is predicted wrongly",
+        silent=True,
+        checked_by="tests/memory/test_third_party.py",
+    ),
+)
+
+INTEGRATIONS = (
+    Seam(
+        name="_hf_deepspeed_config_weak_ref",
+        kind="private",
+        where="distributed.deepspeed",
+        target=(
+            "transformers.integrations.deepspeed: _hf_deepspeed_config_weak_ref set_hf_deepspeed_config unset_hf_deepspeed_config"
+        ),
+        source=(("transformers.integrations.deepspeed", r"global _hf_deepspeed_config_weak_ref"),),
+        reason="taken away while a model is built whole, and put back",
+        breaks="a model on the meta device is partitioned under ZeRO-3, or none is afterwards",
+        silent=True,
+    ),
+    Seam(
+        name="ALL_ATTENTION_FUNCTIONS._local_mapping",
+        kind="patch",
+        where="memory.shadow.simulated_rank",
+        target="transformers.modeling_utils: ALL_ATTENTION_FUNCTIONS._local_mapping",
+        reason="DeepSpeed puts its own attention there where ranks share rows: it is put back when the world ends",
+        breaks="later models of the process run DeepSpeed's attention",
+        silent=True,
+    ),
+)
+
+
+def _of_transformers_4(name: str, target: str, **more: Any) -> Seam:
+    return Seam(
+        name=name,
+        kind="patch",
+        where="benchmarks.third_party",
+        target=target,
+        reason="what transformers 4 computed there",
+        breaks="runs of older libraries are predicted by today's functions",
+        silent=True,
+        checked_by="tests/memory/test_third_party.py",
+        **more,
+    )
+
+
+MEASUREMENTS = (
+    Seam(
+        name="config._attn_implementation",
+        kind="private",
+        where="benchmarks.on_gpu.training",
+        target="transformers: PreTrainedConfig._attn_implementation",
+        reason="which attention a measured run had",
+        breaks="a measurement on a GPU ends with an AttributeError",
+    ),
+    # Runs that others measured with older libraries are predicted as those computed.
+    _of_transformers_4(
+        "AttentionInterface._global_mapping",
+        "transformers.modeling_utils: AttentionInterface._global_mapping",
+        source=(("transformers.utils.generic", r"self\._global_mapping\[key\]"),),
+    ),
+    _of_transformers_4(
+        "DynamicLayer.update",
+        "transformers.cache_utils: DynamicLayer.update",
+        signature=("key_states", "value_states", "args", "kwargs"),
+    ),
+    _of_transformers_4(
+        "T5's eager_attention_forward",
+        "transformers.models.t5.modeling_t5: eager_attention_forward",
+        source=(
+            ("transformers.models.t5.modeling_t5", r"self\.config\._attn_implementation, eager_attention_forward"),
+        ),
+    ),
+    _of_transformers_4(
+        "a model's loss of transformers 4",
+        "transformers.modeling_utils: PreTrainedModel.loss_function PreTrainedModel.forward",
+        source=(
+            ("transformers.models.llama.modeling_llama", r"self\.num_key_value_groups = "),
+            ("transformers.models.llama.modeling_llama", r"self\.is_causal = "),
+            ("transformers.models.granite.modeling_granite", r"self\.config\.logits_scaling"),
+        ),
+    ),
+)
+
+TABLE = (*MODELS, *LOADING, *INTEGRATIONS, *MEASUREMENTS)
+
+
+def _generation_fields_gone() -> str | None:
+    from transformers import GenerationConfig
+
+    there = GenerationConfig()
+    names = [
+        *ours("models.generation:TAKEN_OVER"),
+        *ours("models.generation:SAMPLING"),
+        *ours("models.generation:BEAMS"),
+    ]
+    gone = [name for name in names if not hasattr(there, name)]
+    return f"GenerationConfig has no {', '.join(gone)} any more" if gone else None
+
+
+def _model_types_gone() -> str | None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = (
+        ours("models.loading:T5_FAMILY") | ours("models.heads:READS_PADDING") | ours("models.generation:IGNORES_MASK")
+    )
+    gone = sorted(named - {*CONFIG_MAPPING_NAMES})
+    return f"transformers has no model type {', '.join(gone)} any more" if gone else None
+
+
+def _labels_begin_as_before() -> str | None:
+    """mBART's decoder starts with the last token of the labels that is no padding: the target's language."""
+    import torch
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    small = {
+        f"{side}_{what}": 4 for side in ("encoder", "decoder") for what in ("layers", "ffn_dim", "attention_heads")
+    }
+    config = MBartConfig(vocab_size=16, d_model=8, max_position_embeddings=8, pad_token_id=1, **small)
+    with torch.device("meta"):
+        model = MBartForConditionalGeneration(config)
+    first = model.prepare_decoder_input_ids_from_labels(torch.tensor([[2, 9]]))[0, 0].item()
+    return None if first == 9 else f"mBART's decoder inputs begin with {first}, not with the target's language"
