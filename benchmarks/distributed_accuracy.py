@@ -230,7 +230,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     from toolkit.memory.measure import MemoryCallback
     from toolkit.memory.shadow import simulated_rank
     from toolkit.memory.shadow.step import keep_only
-    from toolkit.runs.preflight import check_engine
+    from toolkit.runs import preflight
 
     os.environ.update(launch_of(configuration, folder, rank))
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
@@ -238,7 +238,8 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that only some CPUs have
     args = arguments(configuration, folder)
     engine = requested_engine()
-    check_engine(engine, args)
+    preflight.check_fsdp = lambda *_: None  # which accelerate runs on GPUs only; here CPUs stand in for them
+    preflight.check_engine(engine, args)
     memory = MemoryCallback()
     with simulated_rank.uncompiled_adam(), simulated_rank.uncompiled_disk(real_files()):
         trainer = trainer_of(build(configuration, folder / "base"), args, configuration, memory)
