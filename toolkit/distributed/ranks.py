@@ -65,7 +65,7 @@ class Sigterm:
             _leave(TERMINATED)
 
     def _take(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.process:  # a forked process, which ends alone
+        if os.getpid() != self.process:  # a forked process ends as usual, without effect on the run
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return

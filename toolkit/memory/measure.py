@@ -225,8 +225,8 @@ class MemoryCallback(TrainerCallback):
         except LedgerError as error:
             self.refused(error)
         if self.snapshot is not None and isinstance(self._meter, CudaMeter):
-            aside = f"{self.snapshot}.partial"
-            torch.cuda.memory._dump_snapshot(aside)
-            Path(aside).replace(self.snapshot)
+            temporary = f"{self.snapshot}.partial"
+            torch.cuda.memory._dump_snapshot(temporary)
+            Path(temporary).replace(self.snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)
         self.abort()

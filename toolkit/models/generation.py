@@ -232,13 +232,12 @@ def _end_tokens(
 def _continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], **options: Any
 ) -> Any:
-    """The ids (rows, longest answer) that the model writes after (or for) each of `prompts`; an encoder-decoder's with its start token.
+    """The generated ids (rows, longest answer) for each of `prompts`; those of an encoder-decoder begin with its start token.
 
-    With `options` for more than ids, transformers' own output, whose sequences may begin with the prompt.
+    If `options` request more than ids, the result is transformers' own output, in which sequences may begin with the prompt.
     """
-    options["synced_gpus"] = is_sharded(
-        model
-    )  # transformers sees ZeRO-3 by itself, but not FSDP2 as accelerate sets it up
+    # transformers detects ZeRO-3 itself, but not FSDP2 as accelerate sets it up.
+    options["synced_gpus"] = is_sharded(model)
     if model.config.is_encoder_decoder:
         inputs = _padded(tokenizer, prompts, "right", model.device)
     elif has_virtual_tokens(model):

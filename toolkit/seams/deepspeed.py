@@ -195,7 +195,7 @@ TABLE = (
         where=("memory.shadow.simulated_rank", "benchmarks.distributed_accuracy"),
         target="deepspeed.accelerator.cpu_accelerator: CPU_Accelerator.is_fp16_supported",
         signature=(),
-        reason="fp16 is predicted as on a GPU, all of which support it; set on the accelerator object of the process",
+        reason="fp16 is predicted as on GPUs, which all support it; set on the accelerator object of the process",
         breaks="fp16 under DeepSpeed cannot be predicted",
     ),
     Seam(

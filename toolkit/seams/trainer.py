@@ -51,7 +51,7 @@ TRAINER = (
     _own_method(
         "training_step",
         "a loss that is not finite stops the run",
-        "training goes on with NaN",
+        "training continues with NaN",
     ),
     _own_method(
         "_get_grad_norm",

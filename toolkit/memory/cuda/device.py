@@ -104,9 +104,7 @@ class CudaOverlay:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self._threads: set[bool] = (
-            set()
-        )  # threads whose cuBLAS handle has a workspace: False the main one, True autograd's
+        self._threads: set[bool] = set()  # the threads with a cuBLAS workspace: False is the main one, True autograd's
         _alone()  # runs a backward pass, which must not happen inside an operator
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
