@@ -279,7 +279,7 @@ def test_a_launch_file_where_the_package_was_installed_without_its_repository(mo
     monkeypatch.setattr("toolkit.distributed.launch_files.FOLDER", tmp_path / "site-packages" / "launch")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"launch/ is not here: its files come with the repository.*give the path of one"
+        UserError, match=r"there is no launch/ here: its files come with the repository.*give the path of a launch file"
     ):
         read_launch_file("zero3")
     shutil.copytree(ROOT / "launch", tmp_path / "launch")

@@ -75,7 +75,7 @@ def test_several_groups_that_share_rows_are_refused_on_cpus():
 
 
 def test_a_configuration_that_is_not_there_or_not_json_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.json, which is not there.*repository's root"):
+    with pytest.raises(UserError, match=r"nowhere\.json, which does not exist.*repository's root"):
         read_deepspeed("nowhere.json")
     broken = tmp_path / "broken.json"
     broken.write_text("{")
@@ -252,7 +252,7 @@ def test_a_disk_takes_libaio_and_on_a_gpu_the_cuda_toolkit(disk, monkeypatch):
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(deepspeed, "CUDA_HOME", None)
-    with pytest.raises(UserError, match="there is no CUDA toolkit here"):
+    with pytest.raises(UserError, match="no CUDA toolkit was found"):
         check_disk(NVME, disk)
 
 

@@ -1,4 +1,4 @@
-"""Each seam into a library is where the registry says, and none is missing from it; `make stacks` runs this on both ends."""
+"""The registry of seams is correct and complete; `make stacks` runs this with the oldest and newest supported libraries."""
 
 import re
 import subprocess
@@ -19,12 +19,12 @@ MODULES = seam_finder.modules()
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
 OF_TOOLKIT = [module for module in MODULES if not module.startswith("benchmarks")]
 OWN = seam_finder.own_names(list(SOURCES.values()))
-# Ours or Python's, though set on or read of something of a library's: what methods leave on a model, an enum's value.
+# Our own or Python's names, although set on or read from a library's object: marks of methods on a model, an enum's value.
 NOT_OF_A_LIBRARY = {"value", "loraplus_lr_ratio", "initial_adapter", "_additive", "_masked"}
 
 
 @pytest.mark.parametrize("seam", SEAMS.values(), ids=lambda seam: seam.name)
-def test_the_library_is_still_as_the_registry_says(seam):
+def test_the_installed_library_matches_the_registry(seam):
     difference = check(seam)
     assert difference is None, f"{difference}: then {seam.breaks} (in {', '.join(seam.places)})"
 
@@ -46,14 +46,14 @@ def test_each_place_of_a_seam_is_a_module_that_mentions_it():
     assert not wrong, "\n".join(wrong)
 
 
-def test_each_copied_fact_is_checked_by_source_probe_or_a_test_that_is_there():
+def test_each_copied_fact_is_checked_by_a_source_a_probe_or_an_existing_test():
     for seam in SEAMS.values():
         assert not seam.checked_by or (ROOT / seam.checked_by).is_file(), seam.name
         assert seam.kind != "constant" or seam.source or seam.probe or seam.checked_by or seam.targets, seam.name
 
 
 def _names(seam: Seam) -> set[str]:
-    """All names that a seam stands for: of its targets, and in the texts that it looks for."""
+    """All names that a seam covers: those of its targets, and those in the source texts that it requires."""
     targets = {part for module, path in seam.targets for part in (*path.split("."), module.split(".")[-1])}
     return targets | {word for _, pattern in seam.source for word in re.findall(r"\w+", pattern)}
 
@@ -88,16 +88,14 @@ def test_no_override_is_missing_from_the_registry():
     for module in OF_TOOLKIT:
         for name, cls in seam_finder.classes(module).items():
             for method, base in seam_finder.overrides_of(cls):
-                event = issubclass(base, TrainerCallback) and method.startswith(
-                    "on_"
-                )  # they are in a seam of their own
-                documented = base.__module__ == "argparse"  # `error`, which Python documents for that
+                event = issubclass(base, TrainerCallback) and method.startswith("on_")  # they have their own seam
+                documented = base.__module__ == "argparse"  # `error`, which Python documents as overridable
                 if not event and not documented and (f"{module}:{name}", method) not in registered:
                     missing.append(f"{module}:{name}.{method} overrides {base.__qualname__}'s")
     assert not missing, "register these in a table of toolkit/seams:\n" + "\n".join(missing)
 
 
-def test_each_event_of_a_callback_is_one_that_trainer_has():
+def test_each_event_of_a_callback_exists_in_trainer():
     events = {path.rpartition(".")[2] for _, path in SEAMS["events of TrainerCallback"].targets}
     for module in OF_TOOLKIT:
         for name, cls in seam_finder.classes(module).items():
@@ -105,21 +103,21 @@ def test_each_event_of_a_callback_is_one_that_trainer_has():
                 assert {method for method in vars(cls) if method.startswith("on_")} <= events, f"{module}:{name}"
 
 
-# ---- what the tests above would say
+# ---- the checks above report what differs
 
 
-def test_a_name_that_is_gone_is_named():
+def test_a_missing_name_is_reported():
     gone = replace(SEAMS["F.softmax"], target="torch.nn.functional: softmax_of_old")
     assert check(gone) == "torch.nn.functional has no softmax_of_old any more"
     assert check(replace(gone, target="torch.nn.no_module: x")) == "there is no torch.nn.no_module any more"
 
 
-def test_a_patched_function_with_one_more_parameter_is_named():
+def test_a_patched_function_with_another_parameter_is_reported():
     moved = replace(SEAMS["F.dropout"], signature=("input", "p", "training"))
     assert "takes (input, p, training, inplace), and we need (input, p, training)" in check(moved)
 
 
-def test_an_override_whose_base_is_gone_or_not_called_is_named():
+def test_an_override_whose_base_is_missing_or_not_called_is_reported():
     seam = SEAMS["FineTuner._get_grad_norm"]
     gone = replace(seam, target="transformers.trainer: Trainer._get_norm_of_gradients")
     assert check(gone) == "transformers.trainer has no Trainer._get_norm_of_gradients any more"
@@ -128,28 +126,28 @@ def test_an_override_whose_base_is_gone_or_not_called_is_named():
     )
 
 
-def test_an_override_that_lacks_a_parameter_of_its_base_is_named(monkeypatch):
+def test_an_override_that_lacks_a_parameter_of_its_base_is_reported(monkeypatch):
     from toolkit.training.trainer import FineTuner
 
     monkeypatch.setattr(FineTuner, "_get_grad_norm", lambda self, model: None)
-    assert "the library has the parameter grad_norm, ours has not" in check(SEAMS["FineTuner._get_grad_norm"])
+    assert "the library has the parameter grad_norm, and ours does not" in check(SEAMS["FineTuner._get_grad_norm"])
 
 
-def test_an_attribute_that_a_class_gives_its_instances_counts_as_there():
+def test_an_attribute_that_a_class_assigns_to_its_instances_counts_as_present():
     stage3 = "deepspeed.runtime.zero.stage3"
     find(stage3, "DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat")
     with pytest.raises(LookupError, match=r"has no DeepSpeedZeroOptimizer_Stage3\.masters any more"):
         find(stage3, "DeepSpeedZeroOptimizer_Stage3.masters")
 
 
-def test_a_text_that_a_library_does_not_have_any_more_is_named():
+def test_a_missing_text_in_a_librarys_source_is_reported():
     seam = replace(SEAMS["1536 rows"], source=(("bitsandbytes/backends/cuda/ops.py", r"max_m = 2048$"),))
     assert "has no text like" in check(seam)
     assert check(replace(seam, source=(("bitsandbytes/backends/cuda/none.py", "x"),))).endswith("none.py is gone")
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "moved", "said"),
+    ("name", "place", "changed", "message"),
     [
         (
             "operators of CUDA's autocast",
@@ -195,13 +193,13 @@ def test_a_text_that_a_library_does_not_have_any_more_is_named():
         ),
     ],
 )
-def test_a_copied_fact_that_does_not_hold_is_named(name, place, moved, said, monkeypatch):
+def test_a_copied_fact_that_is_wrong_is_reported(name, place, changed, message, monkeypatch):
     module, _, attribute = place.partition(":")
-    monkeypatch.setattr(f"toolkit.{module}.{attribute}", moved(ours(place)))
-    assert re.search(said, check(SEAMS[name]))
+    monkeypatch.setattr(f"toolkit.{module}.{attribute}", changed(ours(place)))
+    assert re.search(message, check(SEAMS[name]))
 
 
-def test_a_seam_is_for_the_versions_that_it_names():
+def test_a_seam_applies_only_to_its_versions():
     here = replace(SEAMS["F.softmax"], since=version("torch").split("+")[0])
     assert holds_here(here)
     assert not holds_here(replace(here, since="99.0"))
@@ -230,11 +228,11 @@ def test_a_seam_is_for_the_versions_that_it_names():
         ("import torch\ntorch.library.Library('aten', 'IMPL')", "patch", "Library"),
     ],
 )
-def test_what_is_not_registered_is_found(source, kind, name):
+def test_names_that_are_not_registered_are_found(source, kind, name):
     assert (kind, name) in {(one.kind, one.name) for one in seam_finder.find_in(source, set(), {})}
 
 
-def test_an_attribute_of_the_base_that_a_subclass_sets_is_found():
+def test_a_base_class_attribute_that_a_subclass_sets_is_found():
     from toolkit.training.trainer import FineTuner
 
     source = "class FineTuner:\n    def __init__(self):\n        self._loss_shifts_labels = False\n        self.guards = None"
@@ -248,12 +246,12 @@ def test_an_override_is_found():
     assert "_get_grad_norm" in {method for method, _ in seam_finder.overrides_of(FineTuner)}
 
 
-# ---- the one way to patch
+# ---- patching
 
 
 @pytest.fixture
 def library(monkeypatch):
-    """A module with a function, a class, and a seam into each."""
+    """A module with a function, two classes, and a seam into each."""
     module = types.ModuleType("library_of_a_test")
     base = type("Base", (), {"step": lambda self: "base"})
     module.function, module.Base, module.Derived = (lambda: "its own"), base, type("Derived", (base,), {})
@@ -264,7 +262,7 @@ def library(monkeypatch):
     return module
 
 
-def test_a_patch_is_taken_back_at_the_end_when_nested_and_after_an_error(library):
+def test_a_patch_is_undone_at_the_end_when_nested_and_after_an_error(library):
     own = library.function
     with patched("function", lambda: "first"):
         with patched("function", lambda: "second"):
@@ -276,20 +274,20 @@ def test_a_patch_is_taken_back_at_the_end_when_nested_and_after_an_error(library
     assert library.function is own
 
 
-def test_a_patch_of_what_a_class_inherits_is_deleted_again(library):
+def test_a_patch_of_an_inherited_method_is_deleted_again(library):
     with patched("Derived.step", lambda self: "patched"):
         assert library.Derived().step() == "patched" and library.Base().step() == "base"
     assert "step" not in vars(library.Derived) and library.Derived().step() == "base"
 
 
-def test_a_patch_of_one_object_leaves_the_others(library):
+def test_a_patch_of_one_object_does_not_change_the_others(library):
     one = library.Base()
     with patched("Base.step", lambda: "patched", owner=one):
         assert one.step() == "patched" and library.Base().step() == "base"
     assert not vars(one)
 
 
-def test_what_is_not_registered_or_not_there_any_more_is_not_patched(library):
+def test_an_unregistered_or_missing_target_cannot_be_patched(library):
     with pytest.raises(LookupError, match=r"'torch\.add' is no registered patch"), patched("torch.add", None):
         pass
     with pytest.raises(LookupError, match="is no registered patch"), patched("FakeTensor", None):

@@ -1,4 +1,4 @@
-"""The replay of PyTorch's CUDA caching allocator, against sequences worked out by hand from the rules of its source."""
+"""The replay of PyTorch's CUDA caching allocator, on sequences worked out by hand from the rules of its source."""
 
 import random
 
@@ -36,7 +36,7 @@ def test_small_requests_share_a_segment_of_2_mib():
         (33 * MIB, 34 * MIB),
     ],
 )
-def test_a_large_request_reserves_20_mib_below_10_mib_and_else_a_multiple_of_2_mib(request_bytes, segment_bytes):
+def test_a_large_request_reserves_20_mib_below_10_mib_and_otherwise_a_multiple_of_2_mib(request_bytes, segment_bytes):
     allocator = Allocator()
     allocator.malloc(request_bytes)
     assert allocator.reserved == segment_bytes
@@ -71,7 +71,7 @@ def test_the_smallest_cached_block_that_fits_is_taken():
     assert allocator.reserved == 70 * MIB
 
 
-def test_among_equal_blocks_the_lowest_address_is_taken_which_is_the_younger_segments():
+def test_among_equal_blocks_the_lowest_address_is_taken_which_is_in_the_newest_segment():
     allocator = Allocator()
     first, second = allocator.malloc(12 * MIB), allocator.malloc(12 * MIB)
     assert second.address < first.address
@@ -80,11 +80,11 @@ def test_among_equal_blocks_the_lowest_address_is_taken_which_is_the_younger_seg
     assert allocator.malloc(12 * MIB).address == second.address
 
 
-def test_neighbours_merge_when_they_are_free_and_segments_never_do():
+def test_free_neighbours_merge_but_segments_never_do():
     allocator = Allocator()
     parts = [allocator.malloc(4 * MIB) for _ in range(5)]  # one segment of 20 MiB
     assert allocator.reserved == 20 * MIB
-    for i in (0, 2, 1):  # the middle one merges on both sides
+    for i in (0, 2, 1):  # the middle block merges on both sides
         allocator.free(parts[i])
     assert allocator.malloc(12 * MIB).address == parts[0].address
     assert allocator.reserved == 20 * MIB
@@ -92,11 +92,11 @@ def test_neighbours_merge_when_they_are_free_and_segments_never_do():
     assert allocator.reserved == 40 * MIB
 
 
-def test_empty_cache_gives_back_only_segments_that_are_wholly_free():
+def test_empty_cache_gives_back_only_completely_free_segments():
     allocator = Allocator()
-    kept, freed, alone = allocator.malloc(4 * MIB), allocator.malloc(4 * MIB), allocator.malloc(64 * MIB)
+    kept, freed, separate = allocator.malloc(4 * MIB), allocator.malloc(4 * MIB), allocator.malloc(64 * MIB)
     allocator.free(freed)
-    allocator.free(alone)
+    allocator.free(separate)
     assert allocator.reserved == 84 * MIB
     allocator.empty_cache()
     assert (allocator.reserved, allocator.cached) == (20 * MIB, 16 * MIB)
@@ -112,7 +112,7 @@ def test_a_full_device_gives_the_cache_back_and_tries_again_before_it_raises():
     allocator = Allocator(capacity=100 * MIB)
     cached = allocator.malloc(60 * MIB)
     allocator.free(cached)
-    allocator.malloc(80 * MIB)  # 60 + 80 exceeds 100: the cached segment goes first
+    allocator.malloc(80 * MIB)  # 60 + 80 exceeds 100, so the cached segment is given back first
     assert (allocator.reserved, allocator.retries) == (80 * MIB, 1)
     with pytest.raises(OutOfMemory, match=f"{30 * MIB} bytes with {80 * MIB} of {100 * MIB}"):
         allocator.malloc(30 * MIB)
@@ -124,7 +124,7 @@ def test_an_expandable_segment_grows_by_pages_of_20_mib_and_leaves_no_slack():
     assert (allocator.reserved, allocator.allocated) == (40 * MIB, 33 * MIB)
     second = allocator.malloc(30 * MIB)  # grows the open end by 23 MiB, rounded up to 2 pages
     assert (allocator.reserved, second.address) == (80 * MIB, first.address + 33 * MIB)
-    allocator.malloc(1 * MIB)  # small: a segment of its own, by pages of 2 MiB
+    allocator.malloc(1 * MIB)  # small: its own segment, with pages of 2 MiB
     assert allocator.reserved == 82 * MIB
 
 
@@ -133,7 +133,7 @@ def test_an_expandable_segment_reuses_a_hole_before_it_uses_the_open_end():
     first = allocator.malloc(30 * MIB)
     allocator.malloc(5 * MIB)  # 35 of 40 MiB: the open end is a block of 5 MiB
     allocator.free(first)
-    # Both holes fit. By size the open end (5 MiB) would be the best fit, but it counts with the room behind it.
+    # Both holes fit. The open end (5 MiB) is smaller, but it counts together with the address space behind it.
     assert allocator.malloc(4 * MIB).address == first.address
 
 
@@ -141,7 +141,7 @@ def test_empty_cache_unmaps_the_whole_pages_of_an_expandable_segment_and_fills_t
     allocator = Allocator(expandable_segments=True)
     first, last = allocator.malloc(50 * MIB), allocator.malloc(5 * MIB)  # 3 pages
     allocator.free(first)
-    allocator.empty_cache()  # pages 0 and 1 are free as a whole; of page 2 only 10 MiB are, and 5 MiB behind `last`
+    allocator.empty_cache()  # pages 0 and 1 are completely free; page 2 has 10 MiB free, and 5 MiB behind `last`
     assert (allocator.reserved, allocator.allocated) == (20 * MIB, 5 * MIB)
     assert allocator.malloc(25 * MIB).address == first.address
     assert allocator.reserved == 40 * MIB + 20 * MIB
@@ -149,7 +149,7 @@ def test_empty_cache_unmaps_the_whole_pages_of_an_expandable_segment_and_fills_t
 
 
 @pytest.mark.parametrize("expandable", [False, True])
-def test_the_books_balance_after_any_sequence(expandable):
+def test_totals_are_consistent_after_any_sequence(expandable):
     rng = random.Random(7)
     allocator = Allocator(expandable, capacity=2 << 30)
     live = []

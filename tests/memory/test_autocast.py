@@ -1,4 +1,4 @@
-"""CUDA's autocast on a CPU."""
+"""The rules of CUDA's autocast, applied on a CPU."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
 
 
 def listed(name):
-    """The operators of one of PyTorch's own lists, as `operator.overload`."""
+    """The operators in one of PyTorch's own lists, as `operator.overload`."""
     (body,) = re.findall(rf"#define {name}\(_\)((?:.*\\\n)+.*)\n", HEADER.read_text())
     return {entry.replace(", ", ".") for entry in re.findall(r"_\(([\w, ]+)\)", body)}
 
@@ -26,7 +26,7 @@ def test_the_lists_are_those_of_the_installed_pytorch():
     assert set(FP32_RESULT) == results - others
 
 
-def test_gelu_new_makes_what_follows_float32_as_on_a_gpu_and_only_while_it_is_open():
+def test_gelu_new_returns_float32_as_on_a_gpu_but_only_inside_the_context():
     x, gelu = torch.ones(2, 3, dtype=torch.bfloat16), ACT2FN["gelu_new"]
     with torch.autocast("cpu", torch.bfloat16):
         assert gelu(x).dtype == torch.bfloat16
@@ -39,8 +39,8 @@ def test_gelu_new_makes_what_follows_float32_as_on_a_gpu_and_only_while_it_is_op
         assert gelu(x).dtype == torch.bfloat16
 
 
-def test_rms_norm_is_float32_where_the_installed_pytorch_lists_it_and_only_there():
-    """PyTorch 2.11 does not, 2.13 does."""
+def test_rms_norm_is_float32_only_if_the_installed_pytorch_lists_it():
+    """PyTorch 2.13 lists it, 2.11 does not."""
     x = torch.ones(2, 3, dtype=torch.bfloat16)
     expected = torch.float32 if "rms_norm" in listed("AT_FORALL_FP32") else torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16), cuda_autocast():

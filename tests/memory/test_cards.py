@@ -1,4 +1,4 @@
-"""The cards: found by any usual name, with less memory than their name says."""
+"""Cards are found by any usual name, and offer less memory than their name says."""
 
 import pytest
 
@@ -28,7 +28,7 @@ from toolkit.units import GIB, MIB
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA H200 NVL", "H200"),
-        ("NVIDIA GH200 480GB", "GH200 96GB"),  # 480 GB are the processor's
+        ("NVIDIA GH200 480GB", "GH200 96GB"),  # 480 GB is the memory of its CPU
         ("NVIDIA GH200 144G HBM3e", "GH200 144GB"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
         ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
@@ -51,7 +51,7 @@ from toolkit.units import GIB, MIB
         ("RTX 3090 24 GB GDDR6X", "RTX 3090"),
         ("RTX 4090D", "RTX 4090 D"),
         ("RTX 4090 laptop", "RTX 4090 Laptop"),
-        ("T4 15GB", "T4"),  # what nvidia-smi shows of its 16
+        ("T4 15GB", "T4"),  # nvidia-smi shows 15 of its 16 GB
         ("V100", "V100 16GB"),
         ("V100-32GB", "V100 32GB"),
         ("H100 SXM5 80GB", "H100 80GB"),
@@ -66,7 +66,7 @@ def test_a_card_is_found_by_its_usual_names(given, found):
 
 
 @pytest.mark.parametrize(("given", "near"), [("RTX 4099", "RTX 4090"), ("L40X", "L40S"), ("T5", "T4")])
-def test_an_unknown_card_lists_near_names(given, near):
+def test_an_unknown_card_lists_similar_names(given, near):
     with pytest.raises(UserError, match=f"unknown GPU '{given}'.*{near}"):
         find_card(given)
 
@@ -77,7 +77,7 @@ def test_every_card_is_found_by_its_own_name(card):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ("2x RTX 3090", "name one card; for 2 of them, --gpu 'RTX 3090' --launch zero3 --num_processes 2"),
         ("A100 80GB x4", "name one card; for 4 of them, --gpu 'A100 80GB'"),
@@ -98,20 +98,20 @@ def test_every_card_is_found_by_its_own_name(card):
         ("zzz", "give a name such as 'RTX 4090'"),
     ],
 )
-def test_what_is_no_one_card_of_cuda_gets_one_line_that_says_what_to_give(given, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_name_that_is_not_a_single_cuda_card_gets_one_line_of_advice(given, message):
+    with pytest.raises(UserError, match=message) as caught:
         find_card(given)
     assert len(str(caught.value)) < 250
 
 
-def test_names_are_unique_and_every_architecture_of_the_toolkit_is_there():
+def test_names_are_unique_and_all_architectures_are_covered():
     assert len({card.name for card in CARDS}) == len(CARDS)
     named = {"Pascal", "Volta", "Turing", "Ampere", "Ada", "Hopper", "Blackwell"}
     assert {card.architecture for card in CARDS} == named
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_no_card_offers_what_its_box_says(card):
+def test_no_card_offers_its_nominal_size(card):
     nominal = {"A100 40GB": 40, "A100 80GB": 80, "T4": 16, "RTX 4090": 24, "RTX 5090": 32, "H200": 141}.get(card.name)
     assert card.context_bytes < 0.11 * card.total_bytes
     assert card.budget_bytes == card.total_bytes
@@ -119,12 +119,12 @@ def test_no_card_offers_what_its_box_says(card):
         assert 0.91 * nominal * GIB < card.total_bytes < nominal * GIB
 
 
-def test_measured_contexts_are_kept_apart_from_estimates():
+def test_measured_contexts_are_distinguished_from_estimates():
     measured = {card.name: card.context_bytes / MIB for card in CARDS if not card.context_is_estimate}
     assert measured == {"T4": 140.875, "RTX 6000 Ada": 426}
 
 
-def test_an_estimated_context_grows_with_the_threads_that_a_card_can_hold():
+def test_an_estimated_context_grows_with_the_number_of_resident_threads():
     contexts = {name: find_card(name).context_bytes / MIB for name in ("RTX 3090", "A100 80GB", "H100")}
     assert contexts == {"RTX 3090": 82 * 3.5, "A100 80GB": 504, "H100": 616}
     assert card_of_device("Some New Card", (9, 0), 132, 80 * GIB).context_bytes == 616 * MIB
@@ -135,13 +135,13 @@ def test_totals_without_a_report_are_labelled_as_estimates():
     assert reported == {"T4", "RTX 4070 Ti", "RTX 4090", "L40", "L40S", "RTX 5090"}
 
 
-def test_the_estimate_of_a_context_covers_both_measured_ones():
+def test_measured_contexts_do_not_exceed_the_estimate():
     for card in CARDS:
         if not card.context_is_estimate:
             assert card.context_bytes <= 3.53 * MIB * card.multiprocessors
 
 
-def test_workspaces_follow_the_architecture():
+def test_workspace_sizes_depend_on_the_architecture():
     assert find_card("T4").blas_workspace_bytes == find_card("4090").blas_workspace_bytes == 8_519_680
     assert find_card("H200").blas_workspace_bytes == find_card("5090").blas_workspace_bytes == 32 * MIB
 
@@ -169,8 +169,8 @@ def test_the_card_of_this_machine_keeps_its_real_size_and_the_known_context():
 
 
 @pytest.mark.parametrize(("free", "own", "taken"), [(14_000, 900, 0), (13_000, 500, 1_359.125), (14_859.125, 0, 0)])
-def test_what_other_programs_hold_of_it_is_not_there(free, own, taken):
+def test_memory_of_other_programs_reduces_the_budget(free, own, taken):
     card = card_of_device("Tesla T4", (7, 5), 40, 15_000 * MIB, int(free * MIB), own * MIB)
     assert card.taken_bytes == taken * MIB
     assert card.budget_bytes == Cuda(card).budget_bytes == (15_000 - taken) * MIB
-    assert any("of Tesla T4 are held by other programs" in note for note in Cuda(card).notes) == bool(taken)
+    assert any("other programs use" in note for note in Cuda(card).notes) == bool(taken)

@@ -1,4 +1,4 @@
-"""The catalogue: every architecture has the number of parameters that its authors publish."""
+"""Every architecture in the catalogue has the number of parameters that its authors publish."""
 
 import json
 
@@ -35,7 +35,10 @@ def test_case_does_not_matter_and_an_unknown_model_gives_nothing():
 
 
 def t5_folder(folder, heads, weights):
-    """A T5 1.1 as its checkpoint is: `heads` "own", "the same" values, or "none" beside the embedding; config.json says untied."""
+    """A folder with a T5 1.1. `heads`: a separate output head ("own"), one with the embedding's values ("the same"), or "none".
+
+    config.json says that the head is tied, except for "own".
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "t5", **CONFIGS["t5"] | {"vocab_size": 1200}, feed_forward_proj="gated-gelu", **SPECIAL
@@ -45,8 +48,8 @@ def t5_folder(folder, heads, weights):
         own = model.shared.weight.detach().clone()
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(own) if heads == "own" else own)
     model.save_pretrained(folder)
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(said | {"tie_word_embeddings": heads != "own"}))
+    config_json = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config_json | {"tie_word_embeddings": heads != "own"}))
     if not weights:
         (folder / "model.safetensors").unlink()
     return folder
@@ -54,7 +57,7 @@ def t5_folder(folder, heads, weights):
 
 @pytest.mark.parametrize("weights", [True, False])
 @pytest.mark.parametrize("heads", ["own", "the same", "none"])
-def test_a_folders_own_head_is_counted_as_loading_it_would(heads, weights, tmp_path):
+def test_a_folders_output_head_is_counted_as_after_loading(heads, weights, tmp_path):
     folder = t5_folder(tmp_path, heads, weights)
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(folder))
@@ -67,7 +70,7 @@ def test_a_folders_own_head_is_counted_as_loading_it_would(heads, weights, tmp_p
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_of_a_folder_with_a_head_of_its_own_is_predicted_as_measured(tmp_path):
+def test_full_fine_tuning_of_a_folder_with_a_separate_head_is_predicted_as_measured(tmp_path):
     from conftest import recipe, write_csv
     from ledgers import assert_same
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""What the CUDA overlay adds to a fake step: each entry against the rule of the source that it names."""
+"""The CUDA overlay of a shadow step: each part is checked against the rule in the source that it cites."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def fake():
 
 
 def on(card, run, *adopted):
-    """The events of `run()` on `card`, after `adopted` were there."""
+    """The events of `run()` on `card`, with the tensors `adopted` already tracked."""
     device, log = Cuda(card), Log()
     trace = Trace(log, overlay=device.overlay())
     for tensor in adopted:
@@ -67,31 +67,31 @@ def test_float16_softmax_in_float32_makes_no_float32_copy_of_its_input(fake):
     assert [(sign, nbytes) for sign, nbytes, _ in events] == [("+", 8 * 64 * 4)]
 
 
-def test_bfloat16_softmax_in_float32_does_make_one(fake):
+def test_bfloat16_softmax_in_float32_makes_a_float32_copy_of_its_input(fake):
     x = fake(8, 64, dtype=torch.bfloat16)
     events = on(ADA, lambda: F.softmax(x, dim=-1, dtype=torch.float32), x)
     assert [(sign, nbytes) for sign, nbytes, _ in events] == [("+", 2048), ("+", 2048), ("-", 2048)]
 
 
-def test_softmax_backward_takes_a_buffer_of_its_gradients_size_behind_its_result(fake):
+def test_softmax_backward_allocates_a_buffer_of_the_gradients_size_after_its_result(fake):
     grad, output = fake(8, 64), fake(8, 64)
     events = on(T4, lambda: torch.ops.aten._softmax_backward_data(grad, output, -1, torch.float32), grad, output)
     assert [(sign, nbytes) for sign, nbytes, _ in events] == [("+", 2048), ("+", 2048), ("-", 2048)]
 
 
-def test_dropout_keeps_a_mask_of_one_byte_an_element(fake):
+def test_dropout_keeps_a_mask_of_one_byte_per_element(fake):
     x = fake(8, 64, dtype=torch.float16)
     events = on(T4, lambda: F.dropout(x, 0.1, training=True), x)
     assert ("+", 8 * 64) in [(sign, nbytes) for sign, nbytes, _ in events]
 
 
-def test_dropout_of_nothing_makes_nothing(fake):
+def test_dropout_with_probability_0_allocates_nothing(fake):
     x = fake(8, 64)
     assert on(T4, lambda: F.dropout(x, 0.0, training=True), x) == []
 
 
 @pytest.mark.parametrize(("card", "workspace"), [(T4, 8_519_680), (HOPPER, 32 * MIB)])
-def test_each_thread_takes_one_workspace_at_its_first_matrix_product(fake, card, workspace):
+def test_each_thread_allocates_one_workspace_at_its_first_matrix_product(fake, card, workspace):
     a, b = fake(4, 4).requires_grad_(), fake(4, 4)
 
     def run():
@@ -109,7 +109,7 @@ def test_gradients_of_a_tensor_used_twice_are_summed_in_place(fake):
         (x * 2.0 + x * 3.0).sum().backward()
 
     backward = [op for _, _, op in on(T4, run, a)]
-    assert backward.count("aten::add.Tensor") == 2  # born and died: the forward's own addition alone
+    assert backward.count("aten::add.Tensor") == 2  # birth and death of the forward's own addition, and no other
 
 
 def test_a_matrix_product_of_bitsandbytes_dequantizes_the_weight_for_many_rows(fake):
@@ -122,7 +122,7 @@ def test_a_matrix_product_of_bitsandbytes_dequantizes_the_weight_for_many_rows(f
         absmax,
     )
     sizes = [(sign, nbytes) for sign, nbytes, _ in events]
-    # The weight is there before the product is born, and goes after it.
+    # The weight is allocated before the product and freed after it.
     assert sizes == [("+", 512 * 256 * 2), ("+", 2048 * 512 * 2), ("-", 512 * 256 * 2)]
 
 
@@ -134,7 +134,7 @@ def test_a_matrix_product_of_bitsandbytes_is_fused_for_few_rows(fake):
     assert ("+", 512 * 256 * 2) not in [(sign, nbytes) for sign, nbytes, _ in events]
 
 
-def test_an_int8_product_passes_through_int32(fake):
+def test_an_int8_product_is_computed_in_int32(fake):
     a, weight = fake(32, 64, dtype=torch.int8), fake(128, 64, dtype=torch.int8)
     rows, columns = fake(32), fake(128)
     events = on(
@@ -150,8 +150,8 @@ def kernel(card, dtype=torch.float16, size=64, mask=None, causal=True, heads=(8,
 
 
 @pytest.mark.parametrize("name", ["T4", "A100", "RTX 3090", "H100", "RTX 5090"])
-def test_no_fused_kernel_takes_inputs_or_a_mask_whose_last_dimension_is_strided(name):
-    """As `torch._fused_sdp_choice` of PyTorch 2.11's CUDA build answers; T5's bias of positions is such a mask."""
+def test_inputs_or_a_mask_with_a_strided_last_dimension_run_the_math_kernel(name):
+    """`torch._fused_sdp_choice` of PyTorch 2.11's CUDA build gives the same. T5's position bias is such a mask."""
     card, dtype = find_card(name), torch.float16
     query, strided = torch.empty(2, 8, 64, 64, dtype=dtype), torch.empty(2, 8, 64, 64, dtype=dtype).transpose(-1, -2)
     bias = torch.empty(1, 64, 64, 8, dtype=dtype).permute(0, 3, 1, 2)
@@ -173,7 +173,7 @@ def test_ampere_and_later_run_flash_unless_there_is_a_mask_or_float32():
     assert kernel(ADA, mask=torch.zeros(1, 1, 16, 16, dtype=torch.float16), causal=False) == "efficient"
 
 
-def test_a_pytorch_that_was_built_without_flash_runs_the_next_kernel(fake):
+def test_a_pytorch_built_without_flash_runs_the_next_kernel(fake):
     assert kernel(ADA, torch.bfloat16, built_with_flash=False) == "efficient"
     assert kernel(ADA, torch.bfloat16, heads=(8, 2), built_with_flash=False) == "math"
     query = fake(1, 4, 64, 32, dtype=torch.float16)
@@ -198,7 +198,7 @@ def test_hopper_prefers_cudnn():
     assert kernel(HOPPER, torch.bfloat16) == "cudnn"
 
 
-def test_the_users_switches_are_obeyed():
+def test_the_users_choice_of_kernels_is_respected():
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
@@ -208,7 +208,7 @@ def test_the_users_switches_are_obeyed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_attention_without_a_matrix_of_scores_is_traced_without_one(fake, dtype):
+def test_fused_attention_allocates_no_matrix_of_scores(fake, dtype):
     query = fake(1, 4, 512, 64, dtype=dtype).requires_grad_()
     scores = 4 * 512 * 512 * query.element_size()
 
@@ -218,10 +218,10 @@ def test_attention_without_a_matrix_of_scores_is_traced_without_one(fake, dtype)
     assert max(nbytes for _, nbytes, _ in on(ADA, run, query)) < scores
 
 
-def test_dropout_within_the_math_kernel_keeps_a_mask_of_one_byte_each(fake):
-    """native/Dropout.cpp: fused on a card, also where C++ calls it; on a CPU the mask has the dtype of the scores."""
+def test_dropout_inside_the_math_kernel_keeps_a_mask_of_one_byte_per_element(fake):
+    """native/Dropout.cpp: fused on a card, also if called from C++; on a CPU the mask has the dtype of the scores."""
     query = fake(1, 4, 96, 64, dtype=torch.float16).requires_grad_()
-    bias = fake(1, 96, 96, 4, dtype=torch.float16).permute(0, 3, 1, 2)  # strided, as T5's
+    bias = fake(1, 96, 96, 4, dtype=torch.float16).permute(0, 3, 1, 2)  # strided, like T5's
     scores = 4 * 96 * 96
 
     def run(dropout):
@@ -231,11 +231,11 @@ def test_dropout_within_the_math_kernel_keeps_a_mask_of_one_byte_each(fake):
         return [nbytes for sign, nbytes, _ in on(ADA, attend, query, bias) if sign == "+"]
 
     assert run(0.1).count(scores) == run(0.0).count(scores) + 1
-    assert run(0.1).count(4 * scores) == run(0.0).count(4 * scores) + 1  # what is left of the scores, in float32
+    assert run(0.1).count(4 * scores) == run(0.0).count(4 * scores) + 1  # the scores after dropout, in float32
 
 
-def test_attention_under_autocast_takes_its_inputs_in_16_bits(fake):
-    """Positions in float32, as a model of float32 weights has them, make queries and keys float32 before it."""
+def test_attention_under_autocast_casts_its_inputs_to_16_bits(fake):
+    """Rotary positions in float32, as in a model with float32 weights, make queries and keys float32 before attention."""
     query, value = fake(1, 4, 64, 32).requires_grad_(), fake(1, 4, 64, 32, dtype=torch.bfloat16)
 
     def run(card):
@@ -250,12 +250,12 @@ def test_attention_under_autocast_takes_its_inputs_in_16_bits(fake):
     assert flash[:2] == [("+", half, "aten::_to_copy")] * 2
     assert {op for _, _, op in flash[2:]} == {"aten::_scaled_dot_product_flash_attention"}
     scores = [op for sign, nbytes, op in math if sign == "+" and nbytes == 4 * 4 * 64 * 64]
-    assert scores == ["aten::bmm", "aten::_safe_softmax"], "in float32: nothing within is cast again"
+    assert scores == ["aten::bmm", "aten::_safe_softmax"], "the scores are float32, and nothing inside is cast again"
 
 
 @pytest.mark.parametrize("mask", ["causal", "bool", "additive", "learned", "none"])
-def test_the_math_kernel_allocates_what_it_does_on_real_tensors(fake, mask):
-    """Blocks of 600 bytes and more, births and deaths in order, forward: real ones as PyTorch's profiler saw them on the CPU."""
+def test_the_math_kernel_allocates_the_same_on_fake_and_on_real_tensors(fake, mask):
+    """Compares births and deaths of blocks above 600 bytes in the forward pass with those that PyTorch's profiler records."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.profiler import ProfilerActivity, profile
 
@@ -279,7 +279,7 @@ def test_the_math_kernel_allocates_what_it_does_on_real_tensors(fake, mask):
     assert sizes == real_sizes
 
 
-def test_a_mask_is_kept_as_a_bias_of_16_bits_by_cudnn(fake):
+def test_cudnn_keeps_a_mask_as_a_bias_of_16_bits(fake):
     query, mask = fake(2, 4, 64, 32, dtype=torch.bfloat16), torch.ones(2, 1, 64, 64, dtype=torch.bool)
     events = on(HOPPER, lambda: F.scaled_dot_product_attention(query, query, query, mask), query)
     assert kernel(HOPPER, torch.bfloat16, mask=mask, causal=False) == "cudnn"
@@ -287,7 +287,7 @@ def test_a_mask_is_kept_as_a_bias_of_16_bits_by_cudnn(fake):
     assert ("+", 2 * mask.numel()) in [event[:2] for event in events] and 2 * 4 * 64 * 64 * 2 not in died
 
 
-def test_a_learned_bias_is_not_given_to_cudnn():
+def test_cudnn_does_not_run_with_a_learned_bias():
     bias = torch.zeros(1, 4, 16, 16, dtype=torch.bfloat16, requires_grad=True)
     assert kernel(HOPPER, torch.bfloat16, mask=bias, causal=False) == "efficient"
 
@@ -303,8 +303,8 @@ def test_softmax_under_autocast_is_float32_unless_a_dtype_is_given(fake, dtype, 
     assert [nbytes for sign, nbytes, _ in on(ADA, run, x) if sign == "+"] == [8 * 64 * size for size in sizes]
 
 
-def test_cross_entropy_of_16_bit_logits_under_autocast_keeps_logarithms_of_16_and_32_bits(fake):
-    """T5 and BART leave their logits as they are."""
+def test_cross_entropy_of_16_bit_logits_under_autocast_keeps_log_probabilities_in_16_and_32_bits(fake):
+    """T5 and BART do not convert their logits to float32."""
     logits, labels = fake(8, 64, dtype=torch.bfloat16).requires_grad_(), torch.zeros(8, dtype=torch.long)
 
     def run():
@@ -318,8 +318,8 @@ def test_cross_entropy_of_16_bit_logits_under_autocast_keeps_logarithms_of_16_an
     )
 
 
-def test_whoever_asks_for_autocast_without_a_device_means_the_card():
-    """peft/tuners/lora/bnb.py casts what it is given where there is none."""
+def test_is_autocast_enabled_without_a_device_refers_to_the_card():
+    """peft/tuners/lora/bnb.py casts its inputs if autocast is not enabled."""
     with torch.autocast("cpu", torch.bfloat16):
         before = torch.is_autocast_enabled()
         with Cuda(ADA).running():
@@ -329,14 +329,14 @@ def test_whoever_asks_for_autocast_without_a_device_means_the_card():
         assert not torch.is_autocast_enabled()
 
 
-def test_functions_are_put_back():
+def test_replaced_functions_are_restored():
     before = (F.softmax, F.dropout, F.scaled_dot_product_attention, F.layer_norm)
     with Cuda(T4).running():
         assert before[0] is not F.softmax
     assert before == (F.softmax, F.dropout, F.scaled_dot_product_attention, F.layer_norm)
 
 
-def test_real_tensors_pass_the_replaced_functions_unchanged():
+def test_replaced_functions_give_the_same_results_for_real_tensors():
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     with Cuda(T4).running():
         replaced = F.softmax(x, -1), F.dropout(x, 0.0), F.layer_norm(x, (8,))
@@ -344,7 +344,7 @@ def test_real_tensors_pass_the_replaced_functions_unchanged():
     assert all(torch.equal(a, b) for a, b in zip(replaced, plain, strict=True))
 
 
-def test_a_meta_kernel_gives_the_fake_tensor_that_the_mode_would_give(fake):
+def test_a_meta_kernel_gives_the_same_fake_tensor_as_the_fake_mode(fake):
     a, b, b_fake = fake(3, 4, dtype=torch.float16), torch.ones(3, 4), fake(3, 4)
     for op, args in (
         (torch.ops.aten.mul.Tensor, (a, b)),
@@ -369,7 +369,7 @@ def test_moving_a_model_reserves_a_segment_for_each_large_weight_in_the_order_of
     assert (meter.allocated, meter.reserved) == (2 * 64 * MIB, 2 * 64 * MIB)
 
 
-def test_loading_quantized_warms_up_stages_and_casts(fake):
+def test_loading_a_quantized_model_warms_up_stages_and_casts(fake):
     state = SimpleNamespace(
         shape=(4096, 4096), nested=False, absmax=fake(4096 * 64), code=fake(16), offset=None, state2=None
     )
@@ -383,13 +383,13 @@ def test_loading_quantized_warms_up_stages_and_casts(fake):
     model.norm.weight = torch.nn.Parameter(fake(1024, 4096), requires_grad=False)  # cast to float32
     meter = AllocatorMeter()
     loading.replay(Trace(meter), model, meter.empty_cache)
-    # Warm-up: 4096**2 / 2 + 2 x 1024 x 4096 bytes = 16 MiB, which the packed weight and the norm (8 MiB each) fill. The
-    # staged weight brings a segment of 32 MiB, in which the cast copy (16 MiB) then lies; the block maxima one of 2 MiB.
+    # Warm-up: 4096**2 / 2 + 2 x 1024 x 4096 bytes = 16 MiB, filled by the packed weight and the norm (8 MiB each). The
+    # staged weight needs a segment of 32 MiB, which later holds the cast copy (16 MiB); the block maxima need one of 2 MiB.
     assert (meter.peak_reserved, meter.reserved) == (50 * MIB, 50 * MIB)
     assert meter.allocated == 8 * MIB + 1 * MIB + 512 + 16 * MIB
 
 
-def test_the_allocator_is_the_one_that_the_environment_asks_for(monkeypatch):
+def test_the_allocator_setting_is_read_from_the_environment(monkeypatch):
     card = find_card("RTX 3090")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
@@ -399,7 +399,7 @@ def test_the_allocator_is_the_one_that_the_environment_asks_for(monkeypatch):
     assert not Cuda(card, expandable_segments=False).expandable_segments
 
 
-def test_what_a_card_reserves_beyond_its_memory_is_given_back_before_a_run_fails(tmp_path):
+def test_a_full_card_gives_its_cache_back_before_a_run_fails(tmp_path):
     """PyTorch's allocator frees its cached segments when the device is full, and only then gives up."""
     LlamaConfig(
         hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, vocab_size=8000

@@ -1,7 +1,7 @@
-"""Where autograd's engine adds gradients in place: the shadow's decision against the real engine's, sum by sum.
+"""Which gradients autograd sums in place: the shadow step's decision is compared with the real engine's, for each sum.
 
-The real engine runs on real tensors on the CPU without a dispatch mode (under one it never adds in place), and PyTorch's
-profiler tells which of `add` and `add_` each node's evaluation called. The engine's rule is the same on every device.
+The real engine runs on real tensors on the CPU without a dispatch mode (with one it never adds in place), and PyTorch's
+profiler shows whether each node's evaluation called `add` or `add_`. The engine's rule is the same on every device.
 """
 
 import pytest
@@ -19,7 +19,7 @@ from toolkit.memory.trace import Trace
 
 
 def of_the_engine(run):
-    """(shape, whether in place) of each sum that the engine makes while `run()` runs on real tensors, in order."""
+    """(shape, whether in place) of each sum of gradients in the real engine while `run()` runs on real tensors, in order."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         run()
     sums = [
@@ -33,7 +33,7 @@ def of_the_engine(run):
 
 
 def of_the_shadow(run, monkeypatch):
-    """The same as the CUDA overlay decides it, on fake tensors."""
+    """(shape, whether in place) of each sum as the CUDA overlay decides it on fake tensors, in order."""
     sums, decide = [], device._sums_gradients
 
     def decision(args):
@@ -56,7 +56,7 @@ def linears(number=3, bias=False):
 
 
 class Case:
-    """`model` is made on the device at hand, `make(*shape)` a leaf that wants a gradient; `loss(model, make)` a scalar."""
+    """`model()` builds the module, `loss(model, make)` a scalar; `make(*shape)` builds a leaf that requires a gradient."""
 
     def __init__(self, loss, model=nn.Identity, dtype=torch.float32):
         self.loss, self.model, self.dtype = loss, model, dtype
@@ -184,7 +184,7 @@ CASES = {
     "root mean square": Case(root_mean_square, linears),
     "attention": Case(attention, linears),
     "attention with fewer keys": Case(grouped_attention, linears),
-    "low rank beside the base": Case(lora, lambda: linears(4)),
+    "low rank in addition to the base": Case(lora, lambda: linears(4)),
     "rotary": Case(rotary, linears),
     "gated": Case(gated, linears),
     "one projection split in three": Case(split_heads, linears),
@@ -206,7 +206,7 @@ def test_the_shadow_adds_gradients_in_place_where_the_engine_does(name, monkeypa
         return fake_like(mode, torch.empty(shape, dtype=case.dtype, device="meta")).requires_grad_()
 
     assert of_the_shadow(lambda: case.loss(model, make).backward(), monkeypatch) == real
-    assert real, "the engine sums nothing here: no case"
+    assert real, "the engine sums nothing here, so this case tests nothing"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

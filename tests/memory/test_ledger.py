@@ -1,4 +1,4 @@
-"""A ledger exists only where its parts add up to the total; it survives JSON unchanged."""
+"""A ledger exists only if its parts add up to the total; JSON preserves it."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ def small_ledger() -> Ledger:
     return ledger_of(recording, **ABOUT)
 
 
-def test_a_tiny_step_adds_up_to_the_byte():
+def test_the_parts_of_a_tiny_step_add_up_to_the_byte():
     ledger = small_ledger()
     assert ledger.phases["load"].cells == {"parameters_trainable": {"layer.*.mlp": 256}}
     forward = ledger.phases["forward"]
@@ -41,16 +41,16 @@ def test_a_tiny_step_adds_up_to_the_byte():
     assert sum(ledger.categories_at_peak.values()) == ledger.reserved_bytes == ledger.allocated_bytes
 
 
-def test_json_gives_the_same_ledger_back(tmp_path):
+def test_a_ledger_is_the_same_after_saving_and_loading(tmp_path):
     ledger = small_ledger()
     ledger.save(tmp_path / "ledger.json")
     assert Ledger.load(tmp_path / "ledger.json") == ledger
 
 
-def test_json_has_the_promised_keys():
+def test_json_has_the_documented_keys():
     data = json.loads(json.dumps(small_ledger().to_json()))
-    promised = {"schema_version", "source", "device", "stack", "config", "peak", "phases", "categories_at_peak"}
-    assert promised | {"parameters", "budget_bytes", "fits", "seconds"} <= data.keys()
+    documented = {"schema_version", "source", "device", "stack", "config", "peak", "phases", "categories_at_peak"}
+    assert documented | {"parameters", "budget_bytes", "fits", "seconds"} <= data.keys()
     assert {"allocated_bytes", "reserved_bytes", "process_bytes"} <= data["peak"].keys()
     assert {"load", "forward", "backward", "optimizer_step"} == data["phases"].keys()
     assert {"allocated_peak_bytes", "allocated_end_bytes"} <= data["phases"]["load"].keys()
@@ -61,7 +61,7 @@ def test_parts_that_do_not_add_up_are_refused():
         PhaseUse(6, 0, {"buffers": {"": 5}})
 
 
-def test_a_meter_that_disagrees_with_the_events_is_noticed():
+def test_a_meter_that_disagrees_with_the_events_is_an_error():
     class Miscounting(Counter):
         def died(self, block):
             pass
@@ -77,7 +77,7 @@ def test_a_meter_that_disagrees_with_the_events_is_noticed():
         ledger_of(recording, **ABOUT)
 
 
-def test_a_budget_is_held_against_the_process_where_it_is_known():
+def test_a_budget_is_compared_with_the_whole_process_if_its_size_is_known():
     ledger = small_ledger()
     assert ledger.fits
     assert replace(ledger, budget_bytes=ledger.reserved_bytes).fits
@@ -85,7 +85,7 @@ def test_a_budget_is_held_against_the_process_where_it_is_known():
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}'])
-def test_a_file_that_is_no_ledger_is_the_users_mistake(text, tmp_path):
+def test_a_file_that_is_no_ledger_is_a_user_error(text, tmp_path):
     (tmp_path / "l.json").write_text(text)
     with pytest.raises(UserError):
         Ledger.load(tmp_path / "l.json")

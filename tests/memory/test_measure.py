@@ -1,4 +1,4 @@
-"""The measured ledger of real Trainer runs on the CPU, where every byte can be derived."""
+"""Measured ledgers of real Trainer runs on the CPU, where every byte can be derived."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def train(model, tmp_path, name="llama", steps=3, measure=None, **arguments):
 
 
 def at_step(measure):
-    """Categories at the steady optimizer step's peak."""
+    """The categories at the peak of the optimizer step, in the steady step."""
     return measure.ledger.phases["optimizer_step"].categories
 
 
@@ -36,7 +36,7 @@ def test_full_finetuning_keeps_four_copies_of_the_weights(name, tmp_path):
     assert found["optimizer_state"] == 2 * nbytes + 4 * tensors  # exp_avg, exp_avg_sq and a float32 step each
 
 
-def test_lora_keeps_gradients_and_states_of_its_adapters_alone(tmp_path):
+def test_lora_keeps_gradients_and_optimizer_state_only_for_its_adapters(tmp_path):
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -50,16 +50,16 @@ def test_lora_keeps_gradients_and_states_of_its_adapters_alone(tmp_path):
     assert measure.ledger.parameters == {"trainable": nbytes // 4, "all": (nbytes + frozen) // 4}
 
 
-def test_the_first_forward_has_no_optimizer_state_and_the_steady_one_has(tmp_path):
+def test_only_steps_after_the_first_have_optimizer_state_in_the_forward_pass(tmp_path):
     ledger = train(tiny_model("llama"), tmp_path).ledger
     assert ledger.first_step["forward"].categories["optimizer_state"] == 0
     assert ledger.phases["forward"].categories["optimizer_state"] > 0
     assert ledger.first_step["forward"].categories["gradients"] == 0
 
 
-def test_a_step_that_was_skipped_is_not_one_of_those_that_are_told(tmp_path, monkeypatch):
-    """Gradients in fp16 overflow in the first steps; only a GPU has them, so here the optimizer says so."""
-    told = train(tiny_model("llama"), tmp_path)
+def test_skipped_steps_are_not_part_of_the_ledger(tmp_path, monkeypatch):
+    """Gradients in fp16 overflow in the first steps. That needs a GPU, so here the optimizer simulates it."""
+    without = train(tiny_model("llama"), tmp_path)
     step, calls = AcceleratedOptimizer.step, []
 
     def sometimes(self, closure=None):
@@ -69,22 +69,22 @@ def test_a_step_that_was_skipped_is_not_one_of_those_that_are_told(tmp_path, mon
             step(self, closure)
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", sometimes)
-    later = train(tiny_model("llama"), tmp_path, steps=6)
+    skipping = train(tiny_model("llama"), tmp_path, steps=6)
     assert len(calls) == 6
     for name in ("first_step", "phases"):
-        for phase, use in getattr(told.ledger, name).items():
-            found = getattr(later.ledger, name)[phase]
+        for phase, use in getattr(without.ledger, name).items():
+            found = getattr(skipping.ledger, name)[phase]
             assert found.allocated_peak_bytes == pytest.approx(
                 use.allocated_peak_bytes, abs=64
-            )  # losses of the skipped ones
+            )  # losses of the skipped steps
             assert found.categories["optimizer_state"] == use.categories["optimizer_state"], (name, phase)
-    assert len(later.batches) == len(told.batches) == 2
-    assert {step for _, step, *_ in later.ledger.timeline} == {0, 1, 2}
+    assert len(skipping.batches) == len(without.batches) == 2
+    assert {step for _, step, *_ in skipping.ledger.timeline} == {0, 1, 2}
 
 
-def test_checkpointing_trades_activations_for_nothing_else(tmp_path):
+def test_activation_checkpointing_reduces_only_activations(tmp_path):
     plain = train(tiny_model("llama"), tmp_path).ledger.phases["forward"].categories
-    few = (
+    checkpointed = (
         train(
             tiny_model("llama"),
             tmp_path,
@@ -94,9 +94,9 @@ def test_checkpointing_trades_activations_for_nothing_else(tmp_path):
         .ledger.phases["forward"]
         .categories
     )
-    assert few["activations_saved"] < plain["activations_saved"] / 2
+    assert checkpointed["activations_saved"] < plain["activations_saved"] / 2
     states = ("parameters_trainable", "buffers", "gradients", "optimizer_state", "activations_logits_loss", "inputs")
-    assert {c: few[c] for c in states} == {c: plain[c] for c in states}
+    assert {c: checkpointed[c] for c in states} == {c: plain[c] for c in states}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -109,20 +109,20 @@ def test_recomputed_activations_are_activations_in_the_backward_pass(reentrant, 
     assert any("mlp" in module for module in recomputed)
 
 
-def test_accumulation_keeps_the_gradients_through_the_next_forward(tmp_path):
+def test_gradient_accumulation_keeps_the_gradients_during_the_next_forward_pass(tmp_path):
     ledger = train(tiny_model("llama"), tmp_path, gradient_accumulation_steps=2).ledger
     assert (
         ledger.phases["forward"].categories["gradients"] == ledger.phases["forward"].categories["parameters_trainable"]
     )
 
 
-def test_logits_and_loss_are_told_apart(tmp_path):
+def test_logits_and_loss_are_a_category_of_their_own(tmp_path):
     ledger = train(tiny_model("llama"), tmp_path).ledger
-    # 2 rows x 32 tokens x 256 ids: float32 log-probabilities at least
+    # 2 rows x 32 tokens x 256 ids: at least the log-probabilities in float32
     assert ledger.phases["forward"].categories["activations_logits_loss"] >= 4 * 2 * 32 * 256
 
 
-def test_the_parts_add_up_and_the_modules_have_names(tmp_path):
+def test_the_parts_add_up_and_modules_are_named(tmp_path):
     ledger = train(tiny_model("llama"), tmp_path).ledger
     assert sum(ledger.categories_at_peak.values()) == ledger.reserved_bytes
     assert set(ledger.categories_at_peak) == set(CATEGORIES)
@@ -141,8 +141,8 @@ def test_a_run_of_one_step_has_a_ledger_too(tmp_path):
     assert ledger.phases == {"load": ledger.phases["load"]} | ledger.first_step
 
 
-def test_the_peak_of_loading_leaves_out_what_is_outside_the_account(monkeypatch):
-    """With PyTorch's counters replaced: there is no GPU here."""
+def test_the_peak_of_loading_leaves_out_what_is_excluded_from_it(monkeypatch):
+    """PyTorch's counters are replaced, because there is no GPU here."""
     peak = {"now": 100}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["now"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update(now=60))

@@ -1,4 +1,4 @@
-"""The report shows the ledger's own figures and nothing else."""
+"""The report shows the figures of ledgers."""
 
 import io
 import re
@@ -44,7 +44,7 @@ def test_a_ledger_is_shown_with_its_peak_and_its_phases():
     assert "1.00 GiB" in text
 
 
-def test_predicted_beside_measured_says_how_far_off():
+def test_a_comparison_of_predicted_and_measured_shows_the_error():
     text = text_of(print_comparison, ledger(2 * GIB, GIB), ledger(2 * GIB, 2 * GIB, "measured"))
     assert "-25.00 %" in text
     assert "exact" in text
@@ -62,12 +62,12 @@ def test_ledgers_side_by_side_explain_their_differences():
     assert "lora against full" in text_of(print_side_by_side, [("full", full), ("lora", lora)])
 
 
-def test_a_bar_is_as_long_as_its_share():
+def test_the_length_of_a_bar_is_proportional_to_its_bytes():
     groups = grouped(ledger(3 * GIB, GIB).categories_at_peak)
     assert len(bar(groups, 4 * GIB, width=40)) == 40
     assert len(bar(groups, 8 * GIB, width=40)) == 20
 
 
-def test_a_budget_is_said_to_fit_or_not():
+def test_a_budget_that_is_exceeded_is_reported():
     one = replace(ledger(GIB, GIB), budget_bytes=GIB)
     assert "does not fit 1.00 GiB" in text_of(print_ledger, one)

@@ -1,6 +1,6 @@
-"""The shadow step against real training on the CPU: the same bytes, found without weights.
+"""The shadow step predicts the same bytes as real training on the CPU, without weights.
 
-Every method on every architecture, with the recipes themselves, is in test_matrix.py.
+test_matrix.py runs every method on every architecture with the recipes themselves.
 """
 
 import os
@@ -128,7 +128,7 @@ def test_every_architecture_is_predicted_to_the_byte(name, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_every_optimizer_is_predicted_by_running_it(optim, tmp_path):
-    # a vocabulary of 256 and a width of 64 leave some weights below bitsandbytes' 4,096 elements for 8 bits, some above
+    # bitsandbytes uses 8 bits from 4,096 elements on; with a vocabulary of 256 and a width of 64 there are weights of both kinds
     assert_same(*both("llama", "full", None, tmp_path, optim=optim))
 
 
@@ -162,7 +162,7 @@ def test_a_prediction_changes_nothing_in_the_process(tmp_path):
     assert arguments.max_steps == steps
 
 
-def test_what_is_not_supported_is_refused_by_name(tmp_path):
+def test_an_unsupported_option_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="torch_compile"):
         predict(lambda: None, lambda *_: None, training_arguments(tmp_path, torch_compile=True))
 

@@ -1,4 +1,4 @@
-"""One rank of several in one process: its states by the papers' arithmetic, and against real ranks."""
+"""One simulated rank of several: its states are checked against the papers' arithmetic and against real ranks."""
 
 import json
 import os
@@ -57,24 +57,24 @@ def weights() -> int:
 
 
 @pytest.mark.slow
-def test_ddp_holds_all_states_and_as_many_bytes_of_buckets_again(tmp_path):
+def test_ddp_holds_all_states_and_buckets_as_large_as_the_gradients(tmp_path):
     found, whole = ledger("ddp", 2, tmp_path), 4 * weights()
     assert states(found)["parameters_trainable"] == states(found)["gradients"] == whole
     moments = states(found)["optimizer_state"] - 2 * whole
-    assert 0 < moments < 4 * 64  # a step count for each parameter
+    assert 0 < moments < 4 * 64  # the step counts, one per parameter
     assert found.phases["forward"].categories["communication"] == whole
 
 
 @pytest.mark.slow
-def test_zero2_shares_master_weights_and_moments_out_with_padding(tmp_path):
+def test_zero2_shards_master_weights_and_moments_with_padding(tmp_path):
     found = ledger("zero2", 3, tmp_path, rank=2)
-    share = -(-weights() // 6) * 6 // 3  # flat buffers are padded to 2 elements a rank
+    share = -(-weights() // 6) * 6 // 3  # flat buffers are padded to a multiple of 2 elements per rank
     assert states(found)["parameters_trainable"] >= 4 * weights()
     assert states(found)["optimizer_state"] == pytest.approx(3 * 4 * share, abs=64)
 
 
 @pytest.mark.slow
-def test_processes_that_share_rows_save_about_half_of_the_activations_and_leave_attention_as_it_was(tmp_path):
+def test_sequence_parallelism_on_2_processes_halves_activations_and_restores_attention_afterwards(tmp_path):
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     shared, whole = (
         distributed_accuracy.predicted(distributed_accuracy.Configuration(launch), tmp_path, 0)
@@ -83,14 +83,14 @@ def test_processes_that_share_rows_save_about_half_of_the_activations_and_leave_
     saved = [found.phases["backward"].categories["activations_saved"] for found in (shared, whole)]
     assert (
         saved[1] / 2 <= saved[0] < 0.6 * saved[1]
-    )  # beside a half, the gathered keys and values of all tokens for half of the heads
+    )  # half of them, and the gathered keys and values of all tokens for half of the heads
     assert states(shared) == states(whole)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["zero2", "zero3", "fsdp2", "ddp"])
-def test_fp16_is_computed_in_fp16_and_needs_as_much_as_bf16(launch, tmp_path, monkeypatch):
+def test_fp16_is_computed_in_fp16_and_needs_as_much_memory_as_bf16(launch, tmp_path, monkeypatch):
     choose, dtypes = attention.choose_kernel, []
 
     def spy(card, query, *args):
@@ -98,7 +98,7 @@ def test_fp16_is_computed_in_fp16_and_needs_as_much_as_bf16(launch, tmp_path, mo
         return choose(card, query, *args)
 
     monkeypatch.setattr(attention, "choose_kernel", spy)
-    device = Cuda(find_card("RTX 3090"))  # which has the same kernels for both
+    device = Cuda(find_card("RTX 3090"))  # a card with the same kernels for both types
     half, brain = (ledger(launch, 2, tmp_path, device=device, **{name: True}) for name in ("fp16", "bf16"))
     middle = len(dtypes) // 2
     assert set(dtypes[:middle]) == {torch.float16} and set(dtypes[middle:]) == {torch.bfloat16}
@@ -107,10 +107,10 @@ def test_fp16_is_computed_in_fp16_and_needs_as_much_as_bf16(launch, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_zero3_and_fsdp2_share_everything_out(tmp_path):
+def test_zero3_and_fsdp2_shard_all_states(tmp_path):
     whole = 4 * weights()
-    norms = 4 * 5 * 64  # smaller than ZeRO's persistence threshold of 10 x hidden_size: gathered, they stay so
-    for launch, copies, stays in (("zero3", 3, norms), ("fsdp2", 2, 0)):  # ZeRO keeps master weights beside the weights
+    norms = 4 * 5 * 64  # below ZeRO's persistence threshold of 10 x hidden_size, so they stay gathered
+    for launch, copies, stays in (("zero3", 3, norms), ("fsdp2", 2, 0)):  # ZeRO also keeps master weights
         found = ledger(launch, 4, tmp_path)
         assert states(found)["parameters_trainable"] == whole // 4 + stays, launch
         assert states(found)["optimizer_state"] == pytest.approx(copies * whole / 4, rel=0.01), launch
@@ -120,29 +120,29 @@ def test_zero3_and_fsdp2_share_everything_out(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_what_zero2_offloads_is_in_the_host_memory_and_not_on_the_card(tmp_path):
+def test_states_that_zero2_offloads_are_in_host_memory_and_not_on_the_card(tmp_path):
     found = ledger("zero2_offload", 2, tmp_path)
     assert states(found)["optimizer_state"] == 0
     assert found.allocated_bytes < ledger("zero2", 2, tmp_path).allocated_bytes
-    # of all ranks: master weights, their gradients and two moments in fp32, the weights' way back, a table's gradient
+    # of all ranks: master weights, their gradients and two moments in fp32, a buffer to copy weights back, a table's gradient
     assert 20 * weights() <= found.host_bytes <= 1.1 * 20 * weights() + 2 * 4 * 256 * 64
 
 
 @pytest.mark.slow
-def test_files_of_zero_infinity_are_as_large_as_the_tensors_of_1_mib_and_more(tmp_path):
+def test_zero_infinity_writes_files_for_all_tensors_of_at_least_1_mib(tmp_path):
     (configuration,) = [c for c in distributed_accuracy.GRID if c.launch == "zero3_nvme"]
     found = distributed_accuracy.predicted(configuration, tmp_path, 0)
     with torch.device("meta"):
         shares = [-(-p.numel() // 2) for p in distributed_accuracy.build(configuration).parameters()]
-    expected = 3 * 4 * sum(shares)  # master weights and two moments, of all weights together
+    expected = 3 * 4 * sum(shares)  # master weights and two moments, for all weights
     expected += sum(size * share for size in (2, 4) for share in shares if size * share >= 2**20)  # weights, gradients
     assert found.nvme_bytes == pytest.approx(2 * expected, rel=0.001)
     assert states(found)["optimizer_state"] == states(found)["gradients"] == 0
-    assert found.host_bytes > 2 * 4 * 4 * sum(shares)  # four buffers of the optimizer's on each of 2 ranks
-    assert not (tmp_path / "swap").exists()  # the folder that runs swap to is emptied by DeepSpeed
+    assert found.host_bytes > 2 * 4 * 4 * sum(shares)  # four buffers of the optimizer on each of 2 ranks
+    assert not (tmp_path / "swap").exists()  # DeepSpeed would empty the folder that runs swap to
 
 
-def test_a_world_leaves_no_trace(tmp_path):
+def test_a_world_restores_the_state_of_the_process(tmp_path):
     environment, address = dict(os.environ), FakeTensor.data_ptr
     with pytest.raises(ZeroDivisionError), world(read_launch_file("zero3", 2).of_rank(1)):
         assert (in_world(), processes(), torch.distributed.get_rank()) == (True, 2, 1)
@@ -154,7 +154,7 @@ def test_a_world_leaves_no_trace(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "says"),
+    ("name", "number", "message"),
     [
         ("zero4", 2, "did you mean zero"),
         ("none.yaml", 2, "no such launch file"),
@@ -164,13 +164,13 @@ def test_a_world_leaves_no_trace(tmp_path):
         ("./README.md", 2, "README.md cannot be read"),
     ],
 )
-def test_launch_files_that_start_nothing_are_refused(name, number, says, monkeypatch):
+def test_a_launch_file_that_cannot_start_the_requested_processes_is_refused(name, number, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_launch_file(name, number)
 
 
-def test_a_launch_file_of_ones_own_is_read_with_its_own_number_of_processes(tmp_path):
+def test_a_custom_launch_file_is_read_with_its_own_number_of_processes(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: FSDP\nnum_processes: 6\nfsdp_config:\n  fsdp_version: 2\n")
     launch = read_launch_file(str(path))
@@ -178,7 +178,7 @@ def test_a_launch_file_of_ones_own_is_read_with_its_own_number_of_processes(tmp_
 
 
 @pytest.mark.slow
-def test_real_ranks_have_the_states_that_were_predicted_and_a_peak_within_3_percent(tmp_path):
+def test_real_ranks_have_the_predicted_states_and_a_peak_within_3_percent(tmp_path):
     check_real_ranks("zero3 x2 full float32 bf16=True", tmp_path)
 
 
@@ -201,7 +201,7 @@ def check_real_ranks(name, place):
             assert before == pytest.approx(after, rel=0.03), (name, phase)
 
 
-def test_the_committed_accuracy_holds_what_is_promised():
+def test_the_committed_results_have_the_documented_accuracy():
     result = json.loads(distributed_accuracy.RESULTS.read_text(encoding="utf-8"))
     assert {row["processes"] for row in result["rows"]} >= {2, 4}
     for errors in result["summary_percent"].values():
@@ -209,7 +209,7 @@ def test_the_committed_accuracy_holds_what_is_promised():
         assert errors["peak"] < 3
 
 
-def test_more_cards_never_need_more_for_states_and_lora_needs_less():
+def test_states_never_need_more_memory_on_more_cards_and_lora_needs_less():
     for launch in distributed_fits.LAUNCHES:
         needs = [distributed_fits.least_states(8, "full", launch, n) for n in (1, 2, 4, 8)]
         assert needs == sorted(needs, reverse=True)

@@ -1,4 +1,4 @@
-"""The third-party benchmark: what a row means, the loops, and the committed results."""
+"""The third-party benchmark: the meaning of a row, the training loops, and the committed results."""
 
 import csv
 import importlib.util
@@ -35,7 +35,7 @@ SMALL = {
 RUN = benchmark.Run("RTX 3090", "small", 4, 64, "llama", SMALL)
 
 
-def test_a_cell_becomes_what_the_description_says():
+def test_a_cell_is_read_as_its_description_says():
     row = {"dtype": "bf16", "clip": "1.0 (default)", "empty": "", "size": "64"}
     assert benchmark.value("constant", row) == "constant"
     assert benchmark.value({"column": "dtype", "read": {"bf16": "bfloat16"}}, row) == "bfloat16"
@@ -47,7 +47,7 @@ def test_a_cell_becomes_what_the_description_says():
         benchmark.value({"column": "absent"}, row)
 
 
-def test_fields_have_their_types_and_empty_cells_the_defaults():
+def test_fields_have_their_types_and_empty_cells_give_the_defaults():
     described = {
         "run": {
             "card": "T4",
@@ -66,7 +66,7 @@ def test_fields_have_their_types_and_empty_cells_the_defaults():
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_every_row_of_the_sets_is_a_run_with_figures(name):
+def test_every_row_of_a_data_set_is_a_run_with_figures(name):
     path = DATA / f"{SAMPLES[name]}.csv"
     if not path.is_file():
         pytest.skip(f"the measured runs are not at {path}")
@@ -83,7 +83,7 @@ def test_every_row_of_the_sets_is_a_run_with_figures(name):
 @pytest.mark.parametrize(
     "entry", yaml.safe_load((ROOT / "benchmarks/loops/models.yaml").read_text()), ids=lambda e: e["names"]
 )
-def test_a_model_that_the_catalogue_lacks_has_its_published_size(entry):
+def test_a_model_outside_the_catalogue_has_its_published_size(entry):
     from transformers import AutoModelForCausalLM
 
     for name in entry["names"].split():
@@ -93,7 +93,7 @@ def test_a_model_that_the_catalogue_lacks_has_its_published_size(entry):
     assert sum(parameter.numel() for parameter in model.parameters()) == entry["parameters"]
 
 
-def test_what_is_not_known_is_said():
+def test_an_unknown_model_or_optimizer_is_reported():
     with pytest.raises(
         LookupError, match=r"nobody/nothing: its config is neither in the catalogue nor in .*models.yaml"
     ):
@@ -107,16 +107,16 @@ def test_what_is_not_known_is_said():
     [("SGD", 0), ("adagrad", 1), ("RMSprop", 1), ("Adam", 2), ("AdamW", 2), ("adamw_torch_fused", 2), ("Adafactor", 0)],
 )
 def test_optimizers_keep_their_states(optimizer, states):
-    """In copies of the weights, give or take what blocks are rounded to and a factored state holds."""
+    """`states` counts copies of the weights; the tolerance covers the rounding of blocks and a factored state."""
     figures = benchmark.predict(
         replace(RUN, optimizer=optimizer, steps=1, zero_grad="after the step", output_lives="step")
     )
     weights = figures["after_load"]
-    kept = figures["first_optimizer_step"] - figures["first_backward"] + weights  # the gradients are dropped between
+    kept = figures["first_optimizer_step"] - figures["first_backward"] + weights  # the gradients are dropped in between
     assert kept == pytest.approx(states * weights, abs=0.12 * weights)
 
 
-def test_gradients_are_dropped_where_the_loop_drops_them():
+def test_gradients_are_freed_where_the_loop_frees_them():
     early, late, after = (
         benchmark.predict(replace(RUN, zero_grad=place))
         for place in ("before the batch", "before backward", "after the step")
@@ -126,7 +126,7 @@ def test_gradients_are_dropped_where_the_loop_drops_them():
     assert early["first_optimizer_step"] - after["first_optimizer_step"] == pytest.approx(gradients, rel=0.05)
 
 
-def test_the_output_lives_as_long_as_the_loop_lets_it():
+def test_the_output_lives_as_long_as_the_loop_keeps_it():
     logits = 4 * 64 * 512 * 4
     dropped, kept, longer = (
         benchmark.predict(replace(RUN, output_lives=life, use_cache=False))
@@ -137,8 +137,8 @@ def test_the_output_lives_as_long_as_the_loop_lets_it():
 
 
 @pytest.mark.parametrize(("transformers", "copies"), [("4.45.2", 1), ("4.48.1", 1), ("4.51.3", 0), ("5.8.1", 0)])
-def test_older_losses_copy_the_logits(transformers, copies):
-    """Batch and vocabulary large enough that the logits make the peak; float32, so there is no other copy."""
+def test_losses_of_older_transformers_copy_the_logits(transformers, copies):
+    """Batch and vocabulary are large enough for the logits to decide the peak; in float32 there is no other copy."""
     run = replace(RUN, config=SMALL | {"vocab_size": 8192}, output_lives="forward", use_cache=False)
     now = benchmark.predict(replace(run, stack="transformers 5.20.0"))
     then = benchmark.predict(replace(run, stack=f"transformers {transformers}"))
@@ -193,7 +193,7 @@ def test_every_kind_of_run_is_predicted(name, transformers):
     assert figures["after_load"] < figures["peak_allocated"] <= figures["peak_reserved"] < figures["process"]
 
 
-def test_the_committed_summary_is_that_of_the_committed_rows():
+def test_the_committed_summary_matches_the_committed_rows():
     content = benchmark.load()
     assert benchmark.summary(content["rows"]) == content["summary_percent"]
     assert set(content["sets"]) == {row["set"] for row in content["rows"]}
@@ -203,7 +203,7 @@ def test_the_committed_summary_is_that_of_the_committed_rows():
             assert percent == pytest.approx(error, abs=0.001)
 
 
-def test_committed_allocated_peaks_are_within_what_is_promised():
+def test_committed_allocated_peaks_have_the_documented_accuracy():
     for name, figures in benchmark.load()["summary_percent"].items():
         if "peak_allocated" in figures:
             assert figures["peak_allocated"]["mean"] <= 0.1 and figures["peak_allocated"]["worst"] <= 0.5, name
@@ -212,7 +212,7 @@ def test_committed_allocated_peaks_are_within_what_is_promised():
 @pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize(("name", "index"), [("rtx4080", 0), ("xmem", 0), ("a100_trainer", 1)])
-def test_a_row_is_predicted_now_as_it_was_when_the_results_were_committed(name, index):
+def test_the_committed_prediction_of_a_row_is_reproduced(name, index):
     path = DATA / f"{SAMPLES[name]}.csv"
     if not path.is_file():
         pytest.skip(f"the measured runs are not at {path}")

@@ -1,4 +1,4 @@
-"""The trace sees each storage once, at its birth and at its death, on real and on fake tensors alike."""
+"""The trace reports the birth and the death of each storage once, on real and on fake tensors."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def traced():
 def test_views_and_in_place_operators_make_no_new_storage(kind):
     trace, meter, recording = traced()
     with trace:
-        x = tensor(kind, 4, 8) + 1  # the operand is seen as an input from outside, then freed
+        x = tensor(kind, 4, 8) + 1  # the operand is tracked as an input, then freed
         y = x.view(32)[3:]
         y.add_(1)
     assert meter.allocated == 4 * 32
@@ -42,7 +42,7 @@ def test_views_and_in_place_operators_make_no_new_storage(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_backward_pass_is_found_without_being_announced(kind):
+def test_the_backward_pass_is_detected_by_the_trace(kind):
     trace, _, recording = traced()
     x = tensor(kind, 16, requires_grad=True)
     trace.adopt(x, "parameters_trainable")
@@ -69,7 +69,7 @@ def test_recomputation_counts_as_building_the_graph(use_reentrant):
     assert births == [("forward", True), ("backward", True)]
 
 
-def test_blocks_carry_the_module_they_are_born_in_both_ways():
+def test_blocks_have_the_module_in_which_they_are_born_in_forward_and_backward():
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sequential(torch.nn.GELU(), torch.nn.Linear(8, 2)))
     trace, _, recording = traced()
     trace.enter_phase("forward")
@@ -80,10 +80,10 @@ def test_blocks_carry_the_module_they_are_born_in_both_ways():
     addmm = [e.block.module for e in recording.events if e.block.op == "aten::addmm" and e.sign > 0]
     assert addmm == ["0", "1.1"]
     mm = [e.block.module for e in recording.events if e.block.op == "aten::mm" and e.sign > 0]
-    assert mm == ["1.1", "1.1", "0"]  # gradients of weight and input; the first layer's input needs none
+    assert mm == ["1.1", "1.1", "0"]  # gradients of weight and input; the input of the first layer needs none
 
 
-def test_a_storage_that_is_resized_is_counted_anew():
+def test_a_resized_storage_is_counted_with_its_new_size():
     trace, meter, _ = traced()
     with trace:
         x = torch.empty(4)
@@ -91,7 +91,7 @@ def test_a_storage_that_is_resized_is_counted_anew():
     assert meter.allocated == 400
 
 
-def test_hidden_buffers_raise_the_peak_and_leave_nothing():
+def test_buffers_inside_kernels_raise_the_peak_and_are_freed():
     trace, meter, _ = traced()
     trace.passing(1000)
     workspace = trace.hold(10)

@@ -1,4 +1,4 @@
-"""Sizes to text and back: binary units, one module."""
+"""Sizes become text in binary units, and are read back."""
 
 import pytest
 
@@ -25,6 +25,6 @@ def test_sizes_are_read_with_or_without_a_unit(text, nbytes):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "24G", "-1GiB", "0", "24 potatoes", "1e3"])
-def test_what_is_no_size_is_refused_with_the_valid_forms(text):
+def test_a_text_that_is_no_size_is_refused_with_the_valid_forms(text):
     with pytest.raises(UserError, match="24GiB"):
         parse_bytes(text)

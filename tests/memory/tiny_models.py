@@ -1,4 +1,4 @@
-"""Tiny models of the five architectures that the tests run on; real classes of transformers, random weights."""
+"""Tiny models of the five architectures in the tests: real classes of transformers with random weights."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **kwargs):
 
 
 def save_with_tokenizer(config: PreTrainedConfig, folder: Path) -> Path:
-    """Leaves in `folder` a model of `config` with random weights, and the embedded model's tokenizer, to which it is fitted."""
+    """Saves a model of `config` with random weights in `folder`, with the embedded model's tokenizer and its vocabulary size."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     config.vocab_size, config.eos_token_id = len(tokenizer) + 5, tokenizer.eos_token_id
     config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id

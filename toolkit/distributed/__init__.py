@@ -1,1 +1,1 @@
-"""Several processes: what was requested of the launcher, what runs, and what one rank does for all."""
+"""Training on several processes: the requested engine, the running engine, and functions that all ranks call together."""

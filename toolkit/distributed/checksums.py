@@ -1,4 +1,4 @@
-"""Whether weights are the same bits: at another time, or on another rank."""
+"""Checksums of weights, to find out whether they are bit for bit the same later, or on another rank."""
 
 import torch
 from torch import nn
@@ -6,10 +6,10 @@ from torch import nn
 
 @torch.no_grad()
 def checksums(model: nn.Module, trainable: bool) -> dict[str, int]:
-    """Name to checksum of the parameters that train (or do not): the sum of their bytes as 64-bit integers, modulo 2**64.
+    """Checksums by name of the parameters that train (or do not): the sum of their bytes as 64-bit integers, modulo 2**64.
 
-    Any single changed bit changes it, and so does a scaling or a shift of all elements; changes that cancel to the bit
-    do not. It is computed where the weight is, without a copy of it.
+    A single changed bit changes the sum, and so does scaling or shifting all elements; changes that cancel exactly do not. The
+    sum is computed on the weight's device, without a copy of the weight.
     """
     found = {name: _checksum(p) for name, p in model.named_parameters() if p.requires_grad == trainable}
     return {name: int(total) for name, total in found.items()}

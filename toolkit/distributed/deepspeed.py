@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration, its disk and its compiled extensions, and models that ZeRO-3 partitions."""
+"""DeepSpeed: its configuration, the disk that it swaps to, its compiled extensions, and models that ZeRO-3 partitions."""
 
 import json
 import os
@@ -21,33 +21,33 @@ from toolkit.errors import UserError
 OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "lion_32bit")  # that DeepSpeed has for the CPU
 
 
-_locks: list[IO] = []  # of folders that are this process's until it ends
+_locks: list[IO] = []  # on folders that this process keeps until it ends
 
 
 NOT_READ_BACK = (
-    "of a state on NVMe, DeepSpeed 0.19 reads back from a checkpoint only a part, and goes on with the rest as it began"
+    "DeepSpeed 0.19 reads back from a checkpoint only a part of a state on NVMe; the rest keeps its initial values"
 )
 
 
-YOUNG_SECONDS = 20.0  # a build has its compiler running this soon after it took its lock
+YOUNG_SECONDS = 20.0  # within this time of taking its lock, a build starts its compiler
 
 
 def requested_zero(deepspeed: str | dict[str, Any] | None, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """`zero_optimization` of DeepSpeed's configuration; where accelerate's own YAML holds the settings, in the same form."""
+    """`zero_optimization` of DeepSpeed's configuration, or the same settings from accelerate's own YAML."""
     if source := deepspeed or env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         return read_deepspeed(source).get("zero_optimization", {})
     names = {
         "optimizer": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
         "param": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
     }
-    offload = {f"offload_{what}": {"device": env.get(name, "none")} for what, name in names.items()}
+    offload = {f"offload_{part}": {"device": env.get(name, "none")} for part, name in names.items()}
     return {"stage": int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), **offload}
 
 
 def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration from a JSON file.
 
-    Raises: UserError where there is no such file, or it holds no JSON object.
+    Raises: UserError if the file does not exist or does not hold a JSON object.
     """
     if isinstance(source, dict):
         return source
@@ -55,7 +55,7 @@ def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
         content = json.loads(Path(source).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
-            f"the launch file names DeepSpeed's configuration {source}, which is not there; paths in launch/ are read from "
+            f"the launch file names DeepSpeed's configuration {source}, which does not exist; paths in launch/ are relative to "
             "the repository's root: start the run there"
         ) from None
     except ValueError as error:
@@ -68,9 +68,9 @@ def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def join_deepspeed() -> None:
-    """Tells DeepSpeed of the process group: accelerate does that on GPUs, and not with --use_cpu.
+    """Initializes DeepSpeed with the process group. accelerate does so on GPUs, but not with --use_cpu.
 
-    A run on CPUs is a rehearsal: it uses gloo alone, not the shared memory that DeepSpeed would compile code for (minutes).
+    A run on CPUs is a rehearsal: it uses only gloo. For communication by shared memory, DeepSpeed would compile code for minutes.
     """
     import deepspeed
 
@@ -82,7 +82,7 @@ def join_deepspeed() -> None:
 
 @contextmanager
 def without_partitioning() -> Iterator[None]:
-    """Within, a model is built whole: under ZeRO-3 transformers would partition it while it is made."""
+    """While open, models are built whole: under ZeRO-3 transformers would partition them during construction."""
     from transformers.integrations import deepspeed as integration
 
     kept = integration._hf_deepspeed_config_weak_ref
@@ -96,10 +96,10 @@ def without_partitioning() -> Iterator[None]:
 
 @contextmanager
 def gathered_in_use(model: nn.Module) -> Iterator[None]:
-    """Within, a model that ZeRO-3 partitioned while it was loaded can compute: each layer's weights are gathered for it.
+    """While open, a model that ZeRO-3 partitioned during loading can compute: each layer's weights are gathered when it runs.
 
-    DeepSpeed's engine does the same from when training begins; before that, and for the base model's scores, its hooks
-    are set here and taken away again. Does nothing to any other model.
+    DeepSpeed's engine does this once training begins. Before that, and for the base model's scores, its hooks are set here and
+    removed afterwards. Other models are not changed.
     """
     partitioned = any(hasattr(p, "ds_tensor") for p in model.parameters())
     if not partitioned or hasattr(model, "ds_inflight_param_registry"):
@@ -122,7 +122,7 @@ def gathered_in_use(model: nn.Module) -> Iterator[None]:
         model,
         timers=NoopTimer(),
         ds_config=settings,
-        param_persistence_threshold=0,  # so that every parameter is let go again
+        param_persistence_threshold=0,  # so that every parameter is freed again
         offload_param_config=DeepSpeedZeroOffloadParamConfig(**offload) if offload else None,
         **limits,
     )
@@ -132,17 +132,17 @@ def gathered_in_use(model: nn.Module) -> Iterator[None]:
         hooks.partition_all_parameters()
         hooks.destroy()
         del model.ds_inflight_param_registry
-        # Else the engine's backward passes would run those of `hooks`, with their limits.
+        # Otherwise the engine's backward passes would run those of `hooks`, with their limits.
         for module in model.modules():
             for name in ("pre_bwd_fn", "post_bwd_fn"):
                 vars(module).pop(name, None)
 
 
 def check_disk(engine: Engine, deepspeed: str | dict[str, Any] | None = None) -> None:
-    """Takes the folder that DeepSpeed swaps to for this run, until its process ends; called by one process of a machine.
+    """Locks the folder that DeepSpeed swaps to until this process ends. Called by one process on each machine.
 
-    Raises: UserError where reading and writing the disk cannot be compiled here, or another run swaps to that folder, which
-    each run empties as it begins.
+    Raises: UserError if DeepSpeed's disk access cannot be compiled here, or if another run swaps to that folder, which every run
+    empties when it starts.
     """
     if "nvme" not in (engine.optimizer_state, engine.parameters):
         return
@@ -155,10 +155,10 @@ def check_disk(engine: Engine, deepspeed: str | dict[str, Any] | None = None) ->
         )
     if torch.cuda.is_available() and CUDA_HOME is None:
         raise UserError(
-            f"{engine}: DeepSpeed compiles async_io against CUDA's headers, and there is no CUDA toolkit here: install it, or set "
+            f"{engine}: DeepSpeed compiles async_io with CUDA's headers, and no CUDA toolkit was found: install it, or set "
             "CUDA_HOME to its folder"
         )
-    import fcntl  # Linux alone, as DeepSpeed is
+    import fcntl  # only on Linux, like DeepSpeed
 
     zero = requested_zero(deepspeed)
     parts = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
@@ -169,16 +169,16 @@ def check_disk(engine: Engine, deepspeed: str | dict[str, Any] | None = None) ->
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another run swaps to {path}; wait for its end, or give this one another nvme_path in a JSON of its own"
+                f"another run swaps to {path}; wait for its end, or give this one another nvme_path in its own JSON file"
             ) from None
         _locks.append(lock)
 
 
 def check_builds(engine: Engine) -> None:
-    """Raises UserError where what DeepSpeed compiles for `engine` is locked by a build that is no longer running.
+    """Raises UserError if a build that is no longer running left a lock on an extension that DeepSpeed compiles for `engine`.
 
-    A build takes a lock file in its folder, and one that is killed leaves it there: whoever needs the same library then
-    waits without end. A lock that some compiler works under is somebody's, and is waited for.
+    A build creates a lock file in its folder. If the build is killed, the file stays, and everyone who needs the same extension
+    waits for ever. A lock under which a compiler is still running is waited for.
     """
     names = ["cpu_adam", "cpu_lion"] if engine.optimizer_state != "with the model" else []
     names += ["async_io"] if "nvme" in (engine.optimizer_state, engine.parameters) else []
@@ -188,13 +188,13 @@ def check_builds(engine: Engine) -> None:
             time.sleep(1)
         if age is not None and age >= YOUNG_SECONDS and not _is_built(lock.parent):
             raise UserError(
-                f"{lock} was left by a build of {lock.parent.name} that was killed, and DeepSpeed would wait for it without "
-                f"end; delete that file and start again"
+                f"{lock} was left by a build of {lock.parent.name} that was killed, and DeepSpeed would wait for it for "
+                f"ever; delete that file and start again"
             )
 
 
 def _age(lock: Path) -> float | None:
-    """Seconds since `lock` was taken, or None where it is gone."""
+    """Seconds since `lock` was created, or None if it no longer exists."""
     try:
         return time.time() - lock.stat().st_mtime
     except FileNotFoundError:
@@ -202,7 +202,7 @@ def _age(lock: Path) -> float | None:
 
 
 def _is_built(folder: Path) -> bool:
-    """Whether some process works in `folder`, as ninja and the compilers that it starts do."""
+    """Whether a process runs in `folder`, as ninja and the compilers that it starts do."""
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()) == folder.resolve():
@@ -213,7 +213,7 @@ def _is_built(folder: Path) -> bool:
 
 
 def build_extensions() -> None:
-    """Compiles what DeepSpeed would compile at its first use: its Adam for the CPU, and reading and writing of NVMe disks."""
+    """Compiles the extensions that DeepSpeed compiles at first use: its CPU Adam, and reading and writing of NVMe disks."""
     import deepspeed
 
     check_builds(Engine(1, EngineKind.ZERO_3, "nvme", "nvme"))
@@ -222,7 +222,7 @@ def build_extensions() -> None:
         if not builder.is_compatible(verbose=False):
             say(
                 "skipped",
-                f"{builder.NAME}: this machine lacks what it needs" + (" (libaio)" if "aio" in builder.NAME else ""),
+                f"{builder.NAME}: this machine lacks a requirement" + (" (libaio)" if "aio" in builder.NAME else ""),
             )
             continue
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What trains a model: the number of processes, the kind of engine, and where its states live."""
+"""The engine that trains a model: the number of processes, the kind, and where its states are stored."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ Place = Literal["with the model", "cpu", "nvme"]
 
 
 class EngineKind(StrEnum):
-    """What shares a model's training out among processes; its value is the name that people read and run folders keep."""
+    """How training is distributed among processes. The value is the name in messages and run folders."""
 
     NONE = "no engine"
     DDP = "DDP"
@@ -26,28 +26,28 @@ class EngineKind(StrEnum):
 
     @property
     def is_fsdp(self) -> bool:
-        """Whether it is one of PyTorch's FSDP."""
+        """Whether it is PyTorch's FSDP, in either version."""
         return self in (EngineKind.FSDP1, EngineKind.FSDP2)
 
     @property
     def shards_parameters(self) -> bool:
-        """Whether a process holds only its share of the model's weights."""
+        """Whether a process holds only its shard of the model's weights."""
         return self is EngineKind.ZERO_3 or self.is_fsdp
 
     @property
     def replicates_parameters(self) -> bool:
-        """Whether each of several processes holds the whole model, so that all must hold the same values."""
+        """Whether several processes each hold the whole model, whose values must then be the same on all of them."""
         return self in (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2)
 
     @property
     def replicates_checkpoints(self) -> bool:
-        """Whether its checkpoints are the same files for any number of processes, and those of one process."""
+        """Whether its checkpoints do not depend on the number of processes: they are the files of a single process."""
         return self in (EngineKind.NONE, EngineKind.DDP)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What trains a model, and where."""
+    """An engine, its number of processes, and where optimizer state and parameters are stored."""
 
     processes: int = 1
     kind: EngineKind = EngineKind.NONE
@@ -60,7 +60,7 @@ class Engine:
 
     @property
     def offloads(self) -> bool:
-        """Whether anything of it lives in the host's memory or on a disk."""
+        """Whether optimizer state or parameters are in host memory or on a disk."""
         return {self.optimizer_state, self.parameters} != {"with the model"}
 
     def __str__(self) -> str:

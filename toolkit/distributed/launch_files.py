@@ -1,4 +1,4 @@
-"""What `accelerate launch` would do with a launch file, without launching anything: for predictions of one rank of several."""
+"""The environment that `accelerate launch` would set for a launch file, for predictions; nothing is launched."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FOLDER = Path(__file__).resolve().parents[2] / "launch"
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """A launch file as accelerate understands it, for a number of processes."""
+    """A launch file as accelerate reads it, for a number of processes."""
 
     processes: int
     machines: int
-    env: Mapping[str, str]  # what accelerate's launcher leaves in the environment of rank 0
+    env: Mapping[str, str]  # variables that accelerate's launcher sets for rank 0
 
     def of_rank(self, rank: int) -> dict[str, str]:
         """The environment of `rank`."""
@@ -34,7 +34,7 @@ class LaunchEnvironment:
 
     @property
     def engine(self) -> Engine:
-        """What the file asks for.
+        """The engine that the file requests.
 
         Raises: UserError for a DeepSpeed configuration that cannot be read.
         """
@@ -42,9 +42,9 @@ class LaunchEnvironment:
 
 
 def read_launch_file(name: str, processes: int | None = None) -> LaunchEnvironment:
-    """The launch file `name`: one of launch/ (`zero3`), or a path; with `processes` instead of its own number.
+    """Reads the launch file `name`: one of launch/ (`zero3`), or a path. `processes` replaces the number in the file.
 
-    Raises: UserError for a file that is not there or not accelerate's, and for a number that it cannot start.
+    Raises: UserError if the file does not exist or is no launch file of accelerate, and for an impossible number of processes.
     """
     path = _find(name)
     settings = _settings(path)
@@ -52,7 +52,7 @@ def read_launch_file(name: str, processes: int | None = None) -> LaunchEnvironme
     machines = settings.get("num_machines", 1)
     if not isinstance(processes, int) or processes < 1 or not isinstance(machines, int) or processes % machines:
         raise UserError(
-            f"--num_processes {processes} cannot be started on {machines} machines; give a multiple of them"
+            f"--num_processes {processes} cannot be started on {machines} machines; give a multiple of {machines}"
         )
     kind = str(settings.get("distributed_type", "NO"))
     if kind == "NO" and processes > 1:
@@ -68,8 +68,9 @@ def read_launch_file(name: str, processes: int | None = None) -> LaunchEnvironme
     env |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in ranks.items()}
     source = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if source is not None:
-        beside = path.parent.parent / source  # paths in launch/ are read from the repository's root
-        env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(beside if beside.is_file() else Path(source).resolve())
+        in_repository = path.parent.parent / source  # paths in launch/ are relative to the repository's root
+        found = in_repository if in_repository.is_file() else Path(source).resolve()
+        env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(found)
         read_deepspeed(env["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
     return LaunchEnvironment(processes, machines, env)
 
@@ -78,7 +79,7 @@ ONE_PROCESS = LaunchEnvironment(1, 1, {})
 
 
 def current_launch_environment() -> LaunchEnvironment:
-    """The one that this process is a rank of."""
+    """The launch environment in which this process is a rank."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     ranks = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(local)}
@@ -86,7 +87,7 @@ def current_launch_environment() -> LaunchEnvironment:
 
 
 def _find(name: str) -> Path:
-    """The file that `name` means: a path, or one of launch/ in the repository, else in the working directory."""
+    """The launch file `name`: a path, or a file of launch/ in the repository or in the working directory."""
     folders = (FOLDER, Path("launch").resolve())
     is_path = "/" in name or name.endswith((".yaml", ".yml", ".json"))
     for path in [Path(name)] if is_path else [folder / f"{name}.yaml" for folder in folders]:
@@ -95,8 +96,8 @@ def _find(name: str) -> Path:
     there = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     if not there:
         raise UserError(
-            f"--launch {name}: there is no such file, and launch/ is not here: its files come with the repository, not with "
-            "the installed package; give the path of one, or run from a clone of the repository"
+            f"--launch {name}: there is no such file, and there is no launch/ here: its files come with the repository, not with "
+            "the installed package; give the path of a launch file, or run from a clone of the repository"
         )
     raise UserError(
         f"--launch {name}: there is no such launch file{did_you_mean(name, there)}; there are {', '.join(there)}, or "
@@ -110,12 +111,12 @@ def _settings(path: Path) -> dict:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--launch {path} cannot be read ({' '.join(str(error).split())[:160]})") from None
     if not isinstance(content, dict):
-        raise UserError(f"--launch {path} holds no settings of accelerate; a file of launch/ shows how they look")
+        raise UserError(f"--launch {path} holds no settings of accelerate; see the files of launch/ for examples")
     return content
 
 
 def _environment(path: Path, processes: int) -> dict[str, str]:
-    """What accelerate's own launcher adds to the environment; the number of ranks is torchrun's to add."""
+    """The variables that accelerate's own launcher adds to the environment; torchrun adds the number of ranks."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import launch
 

@@ -1,4 +1,4 @@
-"""What holds for all processes of a run together: how they end, and what one decides for all."""
+"""Functions for all ranks of a run: how they end together, and how they share decisions and errors."""
 
 import errno
 import os
@@ -17,24 +17,24 @@ from typing import Any, NoReturn
 
 from toolkit.errors import LESS_MEMORY, UserError
 
-FIRST_SECONDS = 1.0  # how long the other ranks let rank 0 say an error that all of them have met
-LAST_SECONDS = 10.0  # how long after an error was said a rank that still computes or waits is left to find its own end
-PATIENCE = 0.9  # of --ddp_timeout: before NCCL's own time-out, which ends a process without asking Python
-ROLL_CALL_SECONDS = 4.0  # how long after its own time-out a rank lets the others meet theirs
-# What gloo says, and within a backward pass; and NCCL, where it is told to raise an exception: seam "texts of a time-out".
+FIRST_SECONDS = 1.0  # the other ranks wait this long for rank 0 to print an error that all of them have
+LAST_SECONDS = 10.0  # a rank that still computes or waits has this long to end by itself after an error was printed
+PATIENCE = 0.9  # share of --ddp_timeout: earlier than NCCL's own time-out, which ends a process without an exception
+ROLL_CALL_SECONDS = 4.0  # after its own time-out a rank waits this long for the others to reach theirs
+# Texts of gloo (also inside a backward pass), and of NCCL when it is set to raise exceptions: seam "texts of a time-out".
 TIMED_OUT = r"(gloo|NCCL|ProcessGroup)[\s\S]*(timed out|time-?out)|Application timeout caused pair closure"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-TERMINATED = 128 + signal.SIGTERM  # 143, as shells call a process that SIGTERM ended
+TERMINATED = 128 + signal.SIGTERM  # 143, the exit code that shells report after SIGTERM
 
 
 class Preempted(Exception):
-    """All ranks have saved what they were asked to leave with, and leave together."""
+    """Raised on all ranks together after SIGTERM, once the checkpoint is saved."""
 
 
 class Sigterm:
-    """What SIGTERM does in a recipe: it ends the process with 143; while training, at the end of a step, with a checkpoint.
+    """Handles SIGTERM in a recipe: the process ends with exit code 143; during training, after the step and with a checkpoint.
 
-    The launcher also sends it to those that wait for a rank that has failed: they leave at once.
+    The launcher also sends SIGTERM to ranks that wait for a failed rank: they end at once.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Sigterm:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Within, the signal is taken here (signals are the main thread's alone)."""
+        """While open, SIGTERM is handled here (only in the main thread, which alone receives signals)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,7 +55,7 @@ class Sigterm:
 
     @contextmanager
     def deferred_to_a_step(self) -> Iterator[None]:
-        """Within, the signal is only noted; whoever looks at `received` answers it."""
+        """While open, SIGTERM only sets `received`; the training loop checks it and reacts."""
         self.deferred = True
         try:
             yield
@@ -65,7 +65,7 @@ class Sigterm:
             _leave(TERMINATED)
 
     def _take(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.process:  # a process that was forked, whose end is not the run's
+        if os.getpid() != self.process:  # a forked process ends as usual, without effect on the run
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return
@@ -80,11 +80,11 @@ sigterm = Sigterm()
 
 
 class RollCall:
-    """Asks all ranks something at the same place of each step; called by all of them.
+    """Collects a flag from all ranks at the same point of each step; all ranks must call it.
 
-    On one machine it goes over gloo: on GPUs that leaves their queue alone, and a rank that does not answer is an exception
-    here, which names it, where NCCL's watchdog would end the process. Between machines it goes over the run's own group,
-    for gloo might take a network of its own choice.
+    On one machine it uses gloo. On GPUs gloo does not touch the CUDA queue, and a rank that does not answer causes an exception
+    that names it, whereas NCCL's watchdog would end the process. Between machines it uses the run's own process group, because
+    gloo might choose another network.
     """
 
     def __init__(self, device: Any, timeout: float) -> None:
@@ -106,11 +106,11 @@ class RollCall:
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
-    """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2, an interrupt 130, SIGTERM 143.
+    """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2; an interrupt gives 130, SIGTERM 143.
 
-    At a good end the ranks wait for each other and leave their process group: without that, some are torn down by
-    SIGABRT. An error on any rank ends them all: the rank that met it says so and leaves at once, the launcher stops
-    those that still wait for it, and what they say about a lost connection is left unsaid.
+    At the end of a successful run the ranks wait for each other and leave their process group; otherwise SIGABRT can end some
+    of them. An error on any rank ends all: that rank prints the error and exits at once, and the launcher stops the ranks that
+    wait for it, whose own errors about a lost connection are not printed.
     """
 
     @wraps(main)
@@ -130,10 +130,10 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     where = f" for {error.filename}" if error.filename else ""
                     _say_error(
-                        f"no space is left on the disk{where}; make room, and go on with --resume_from_checkpoint true"
+                        f"no space is left on the disk{where}; free some space, then resume with --resume_from_checkpoint true"
                     )
                     _leave(2)
-                if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
+                if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not have been imported
                     _say_error(f"the GPU's memory is full ({' '.join(str(error).split())[:160]}); {LESS_MEMORY}")
                     _leave(2)
                 if not _in_group():
@@ -150,7 +150,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def _end_after_an_error() -> None:
-    """Ends this rank some seconds after another has said an error: one that waits for a GPU does not hear the launcher's SIGTERM."""
+    """Ends this rank some seconds after another rank printed an error: while it waits for a GPU, SIGTERM has no effect."""
     mark = _error_mark()
     while mark is not None:
         time.sleep(1)
@@ -165,10 +165,10 @@ def _say_error(text: str) -> None:
 
 
 def _time_out(error: Exception) -> str | None:
-    """What to say where `error` is a collective that timed out: which ranks do not answer; None where it is another error.
+    """The message for a collective that timed out, with the ranks that do not answer; None if `error` is another error.
 
-    Each rank that meets its time-out says so in the store through which all have found each other; after a while those
-    that have not are the ones that hang. Where the store does not answer either, it hangs with the rank or machine that keeps it.
+    Each rank that times out writes that to the store through which all ranks found each other. After a while, the ranks that
+    have written nothing are those that hang. If the store does not answer, the rank or launcher that hosts it hangs.
     """
     if not re.search(TIMED_OUT, str(error), re.IGNORECASE):
         return None
@@ -184,25 +184,26 @@ def _time_out(error: Exception) -> str | None:
         if silent:
             who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         else:
-            who = "no rank in particular (all of them have waited): the network"
+            who = "the network (all ranks were waiting)"
     except (RuntimeError, KeyError):  # torch's own kinds are RuntimeErrors
         pass
     return (
-        f"{who} did not answer within --ddp_timeout, so all ranks end; see what holds it up there, and go on with "
+        f"{who} did not answer within --ddp_timeout, so all ranks end; find out what blocks it, then resume with "
         "--resume_from_checkpoint true"
     )
 
 
 def _who() -> str:
-    """`"rank 1: "` on every rank but the first."""
+    """`"rank 1: "` on rank 1 and so on; empty on rank 0."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"rank {rank}: "
 
 
 def _speaks() -> bool:
-    """Whether this rank is the one that says the error: the first on this machine to ask, where the launcher gave a folder.
+    """Whether this rank prints the error: it does if it is the first on this machine to ask.
 
-    An error that all ranks meet is said by rank 0, for which the others wait. Without a folder each of them says it.
+    The other ranks wait a moment for rank 0, so that it prints an error that all have. Without a folder of the launcher, each
+    rank prints its error.
     """
     rank, mark = os.environ.get("RANK", "0"), _error_mark()
     if rank != "0":
@@ -213,13 +214,13 @@ def _speaks() -> bool:
         mark.touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the launcher has already taken its folder away
+    except OSError:  # the launcher has already removed its folder
         return rank == "0"
     return True
 
 
 def _error_mark() -> Path | None:
-    """The file that says, to the other ranks of this machine, that an error was said; None without a launcher's folder."""
+    """The file that shows the other ranks on this machine that an error was printed; None without a folder of the launcher."""
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(own).parent.parent / "error_was_said" if own else None
 
@@ -230,7 +231,7 @@ def _in_group() -> bool:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process; in a process group without tearing it down, for that would wait for the other ranks."""
+    """Ends this process. A process group is not torn down, because that would wait for the other ranks."""
     if _in_group():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -239,7 +240,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def leave_process_group() -> None:
-    """Waits for the other ranks, and leaves them: what a rank does from then on, none waits for."""
+    """Waits for the other ranks and leaves the process group. From then on no rank waits for another."""
     if _in_group():
         distributed = sys.modules["torch.distributed"]
         distributed.barrier()
@@ -247,7 +248,7 @@ def leave_process_group() -> None:
 
 
 def broadcast_from_main(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on rank 0, on every rank; a `UserError` that it raises there is raised everywhere."""
+    """Calls `decide` on rank 0 and returns its result on every rank; a `UserError` from it is raised on every rank."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -266,7 +267,7 @@ def broadcast_from_main(decide: Callable[[], Any]) -> Any:
 
 
 def raise_on_all_ranks(check: Callable[[], None]) -> None:
-    """Runs `check` on every rank; a `UserError` that it raises on any of them is raised on all."""
+    """Calls `check` on every rank; a `UserError` from any of them is raised on all."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 

@@ -1,4 +1,4 @@
-"""The engine that was requested of `accelerate launch`, read from flags and environment."""
+"""The engine that the user requested with `accelerate launch`, read from flags and environment."""
 
 import os
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from toolkit.errors import UserError
 def requested_engine(
     deepspeed: str | dict[str, Any] | None = None, fsdp: Any = None, env: Mapping[str, str] = os.environ
 ) -> Engine:
-    """What `accelerate launch` was told, from what it leaves in the environment; flags of Trainer's own win.
+    """The engine that was requested of `accelerate launch`, from the variables that it sets. Trainer's own flags take priority.
 
     Raises: UserError for a DeepSpeed configuration that cannot be read.
     """
-    # Without a GPU launcher accelerate starts one process, and leaves only an address to tell that several were wanted.
-    alone = "WORLD_SIZE" not in env and "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env
-    processes = 2 if alone else int(env.get("WORLD_SIZE", "1"))
+    # On a machine without GPUs accelerate can start one process where several were requested; only MASTER_ADDR shows that.
+    started_one = "WORLD_SIZE" not in env and "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env
+    processes = 2 if started_one else int(env.get("WORLD_SIZE", "1"))
     if deepspeed or env.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         zero = requested_zero(deepspeed, env)
         places = _requested_place(zero, "optimizer"), _requested_place(zero, "param")
@@ -37,6 +37,6 @@ def _stage(zero: dict[str, Any]) -> EngineKind:
     return EngineKind(f"ZeRO-{stage:d}")
 
 
-def _requested_place(zero: dict[str, Any], what: str) -> Place:
-    device = (zero.get(f"offload_{what}") or {}).get("device", "none")
+def _requested_place(zero: dict[str, Any], part: str) -> Place:
+    device = (zero.get(f"offload_{part}") or {}).get("device", "none")
     return device if device in ("cpu", "nvme") else "with the model"

@@ -1,8 +1,8 @@
-"""The engine that really runs, checked against the one that was requested.
+"""The running engine is checked against the requested one.
 
-accelerate turns some requests into something else and says nothing: `--cpu --num_processes 2` runs one process, an FSDP file
-with `--use_cpu` runs DDP, and a world of several processes in which nothing is wrapped lets the ranks drift apart. So the
-engine is read from the wrapped model before the first step, and the trained parameters of all ranks are compared after it.
+accelerate sometimes runs another engine than requested, without a warning: `--cpu --num_processes 2` runs one process, an FSDP
+file with `--use_cpu` runs DDP, and several processes whose model is not wrapped train different weights. So the engine is read
+from the wrapped model before the first step, and after it the trained parameters of all ranks are compared.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from toolkit.errors import UserError
 
 
 def running_engine(trainer: Trainer) -> Engine:
-    """What `trainer` has made of its model: read from the wrapped model, its parameters and its optimizer."""
+    """The engine of `trainer`, read from the wrapped model, its parameters and its optimizer."""
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     processes = distributed.get_world_size() if ready else 1
@@ -39,13 +39,13 @@ def running_engine(trainer: Trainer) -> Engine:
 
 
 def _place(devices: list[torch.device], trainer: Trainer) -> Place:
-    """Where tensors on `devices` are, seen from the device that computes: on a CPU, its memory is with the model."""
+    """Where tensors on `devices` are stored: "cpu" only if training does not run on the CPU itself."""
     away = trainer.args.device.type != "cpu" and bool(devices) and all(device.type == "cpu" for device in devices)
     return "cpu" if away else "with the model"
 
 
 def _running_zero(trainer: Trainer, processes: int) -> Engine:
-    """The stage by what is partitioned, not by what the engine was told."""
+    """DeepSpeed's engine; the stage is read from what is partitioned, not from its configuration."""
     engine, zero = trainer.model_wrapped, trainer.model_wrapped.optimizer
     shards = [p.ds_tensor for p in trainer.model.parameters() if hasattr(p, "ds_tensor")]
     if shards:
@@ -54,7 +54,7 @@ def _running_zero(trainer: Trainer, processes: int) -> Engine:
         state: Place = "nvme" if zero.swap_optimizer else _place([master.device for master in masters], trainer)
         where: Place = "nvme" if zero.params_in_nvme_and_cpu else _place([shard.device for shard in shards], trainer)
     else:
-        # ZeRO-1 in bf16 with gradients in fp32 has an optimizer class, and so a name, of its own.
+        # ZeRO-1 in bf16 with gradients in fp32 has another optimizer class, with another attribute name.
         masters = getattr(zero, "single_partition_of_fp32_groups", getattr(zero, "fp32_groups_flat_partition", []))
         stage = 0 if not masters else 2 if getattr(zero, "partition_gradients", False) else 1
         state, where = _place([master.device for master in masters], trainer), "with the model"
@@ -64,9 +64,9 @@ def _running_zero(trainer: Trainer, processes: int) -> Engine:
 
 
 class EngineCheck(TrainerCallback):
-    """Stops a run whose engine is not the one that was asked for, or whose ranks hold different parameters.
+    """Stops a run whose engine is not the requested one, or whose ranks hold different parameters.
 
-    Raises: UserError, before the first step and after it.
+    Raises: UserError, before the first step or after it.
     """
 
     def __init__(self, trainer: Trainer, requested: Engine) -> None:
@@ -77,14 +77,14 @@ class EngineCheck(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        asked = self.requested
+        requested = self.requested
         self.running = running_engine(self.trainer)
-        if args.device.type == "cpu":  # where offloading to its memory leaves everything where it is
-            home = [p if p != "cpu" else "with the model" for p in (asked.optimizer_state, asked.parameters)]
-            asked = replace(asked, optimizer_state=home[0], parameters=home[1])
-        if asked != self.running:
+        if args.device.type == "cpu":  # offloading to CPU memory has no effect there
+            places = [p if p != "cpu" else "with the model" for p in (requested.optimizer_state, requested.parameters)]
+            requested = replace(requested, optimizer_state=places[0], parameters=places[1])
+        if requested != self.running:
             raise UserError(
-                f"the launch asked for {asked}, but what runs is {self.running}; {_advice(asked, self.running)}"
+                f"the launch requested {requested}, but {self.running} is running; {_advice(requested, self.running)}"
             )
         if self.running.kind is not EngineKind.NONE:
             say("engine", str(self.running))
@@ -97,22 +97,22 @@ class EngineCheck(TrainerCallback):
         if name:
             raise UserError(
                 f"after the first step the ranks hold different values of {name}: under {self.running} they must be the "
-                "same; nothing that this run would give can be trusted"
+                "same, so the result of this run would be wrong"
             )
 
 
-def _advice(asked: Engine, running: Engine) -> str:
-    if asked.processes > running.processes:
+def _advice(requested: Engine, running: Engine) -> str:
+    if requested.processes > running.processes:
         return (
             "start several processes with a file of launch/ (for a trial without GPUs, append --use_cpu to the recipe)"
         )
-    return "use a file of launch/ as it stands"
+    return "use a file of launch/ without changes"
 
 
 def first_that_differs(model: nn.Module) -> str | None:
-    """The name of the first trained parameter that is not bit for bit the same on all ranks, or None. Called by all ranks.
+    """The name of the first trained parameter that is not bit for bit the same on all ranks, or None. All ranks must call it.
 
-    Compared are checksums, so that no more than a number for each parameter is sent.
+    It compares checksums, so only one number per parameter is sent.
     """
     found = checksums(model, trainable=True)
     sums = torch.tensor(list(found.values()), dtype=torch.long, device=next(model.parameters()).device)

@@ -1,9 +1,9 @@
-"""The embedded default: a task and a model that are part of the package, so that a first run needs no hub, no GPU and no download.
+"""The embedded default: a task and a model inside the package, so that a first run needs no hub, no GPU and no download.
 
-`make_dialogues` writes small dialogues with summaries; `MODEL_DIR` holds a tiny T5 with its tokenizer, which `toolkit.embedded.pretrain`
-made. The model has learned to find and to copy what is said in such dialogues, never to summarize them: so its first summaries
-are bad, and LoRA or full fine-tuning makes them visibly better within a minute. The weights are committed rather than made on
-first use, because making them takes minutes, and because the numbers in tests and README then belong to exactly one model.
+`make_dialogues` writes small dialogues with summaries. `MODEL_DIR` holds a tiny T5 with its tokenizer, which
+`toolkit.embedded.pretrain` made. The model has learned to find and copy parts of such dialogues, but not to summarize them. So
+its first summaries are bad, and LoRA or full fine-tuning makes them visibly better within a minute. The weights are committed
+instead of made on first use, because that takes minutes and because the numbers in tests and README belong to exactly one model.
 """
 
 from pathlib import Path

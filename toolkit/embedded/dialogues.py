@@ -1,9 +1,9 @@
 """Small dialogues with summaries, in the layout of DialogSum, drawn from `frames`.
 
-One speaker wishes something, the other agrees, has a duty, proposes a day or asks for a price; around it stand greetings and small
-talk. The summary says both in one sentence, so its writer has to find two turns, tell the speakers apart, copy what is wished
-and understand the answer. Splits share the words, and the way of summarizing that is to be learned; no turn's wording and no
-name occurs in two of train, validation and test.
+One speaker wants something; the other agrees, has a duty, proposes a day or asks for a price. Greetings and small talk surround
+this. The summary combines wish and answer in one sentence. To write it, a model must find two turns, distinguish the speakers,
+copy the wish and understand the answer. All splits share the vocabulary and the form of the summaries, which is to be learned.
+No wording of a turn and no name occurs in two of train, validation and test.
 """
 
 import random
@@ -22,7 +22,7 @@ SUMMARIES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A dialogue with what the generator knows about it: its turns as (speaker's tag, text), and its facts."""
+    """A dialogue with its turns as (speaker's tag, text), its facts, its summary and the frames that it was made from."""
 
     topic: str
     turns: tuple[tuple[str, str], ...]
@@ -32,12 +32,12 @@ class Sample:
 
     @property
     def dialogue(self) -> str:
-        """One `#PersonN#: text` line a turn."""
+        """One line `#PersonN#: text` per turn."""
         return "\n".join(f"{who}: {text}" for who, text in self.turns)
 
 
 def make_dialogues(split: Split, size: int | None = None, seed: int = 0) -> list[dict[str, str]]:
-    """`size` different rows with the columns `id`, `dialogue`, `summary` and `topic`; the same in every process.
+    """`size` different rows with the columns `id`, `dialogue`, `summary` and `topic`, the same in every process.
 
     Raises: ValueError for an unknown split.
     """
@@ -51,7 +51,7 @@ def make_dialogues(split: Split, size: int | None = None, seed: int = 0) -> list
 
 
 def make_samples(split: Split, size: int, seed: int = 0) -> list[Sample]:
-    """`size` different samples of a split; a smaller size is the beginning of a larger one."""
+    """`size` different samples of a split; a larger size begins with the samples of a smaller one."""
     rng = random.Random(f"{split}-{seed}")  # a string seeds through SHA-512: the same in every process
     samples: dict[str, Sample] = {}
     while len(samples) < size:

@@ -1,6 +1,6 @@
-"""What the embedded dialogues are made of: words that all splits share, and sentence frames that none shares with another.
+"""The parts of the embedded dialogues: words that all splits share, and sentence frames that belong to one split each.
 
-`{vp}` is a wish ("paint the fence on Friday"), `{vp2}` a duty, `{X}` and `{Y}` are the names of who speaks first and second.
+`{vp}` is a wish ("paint the fence on Friday"), `{vp2}` a duty; `{X}` and `{Y}` are the names of the first and second speaker.
 Exchanges are written `first turn / second turn`, or as a single turn.
 """
 

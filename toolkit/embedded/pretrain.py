@@ -1,9 +1,9 @@
-"""Makes the embedded model: a tokenizer and a tiny T5, from nothing, on dialogues with frames of their own.
+"""Makes the embedded model: trains a tokenizer and a tiny T5 from scratch, on dialogues with their own sentence frames.
 
     python -m toolkit.embedded.pretrain --output_dir toolkit/embedded/model
 
-The tasks are those of `toolkit.embedded.tasks`; summaries are never seen. Every batch is drawn from a seeded generator, so on one
-machine the same command gives the same weights.
+The tasks are those of `toolkit.embedded.tasks`; the model never sees a summary. Batches come from a seeded generator, so on
+one machine the same command gives the same weights.
 """
 
 import argparse
@@ -31,7 +31,8 @@ SENTINELS = 20
 def make_vocabulary(size: int, seed: int) -> list[tuple[str, float]]:
     """Unigram pieces with their scores (log-probabilities): whole words of the text, then fragments for all other words.
 
-    A word outscores its fragments and a long fragment outscores short ones, so each word becomes as few pieces as can be.
+    A word scores higher than its fragments, and a long fragment higher than short ones, so each word becomes as few pieces as
+    possible.
     """
     rng = random.Random(f"tokenizer-{seed}")
     samples = make_samples("pretraining", 2000, seed) + make_samples("train", 1000, seed)
@@ -48,7 +49,7 @@ def make_vocabulary(size: int, seed: int) -> list[tuple[str, float]]:
     )
     fragments = {part: -20.0 - 1 / len(part) for part, _ in parts.most_common(size)}
     letters = dict.fromkeys(["▁", *string.printable.strip()], -21.0)
-    # The speakers' tags are pieces of their own, with a score that beats every way to spell them.
+    # Each speaker's tag is one piece, with a score higher than that of any combination of other pieces.
     pieces = {f"▁#Person{i}#": -2.0 for i in (1, 2)} | words
     for piece, score in [*letters.items(), *fragments.items()]:
         if len(pieces) < size or piece in letters:
@@ -64,7 +65,7 @@ def make_tokenizer(vocab_size: int, seed: int) -> T5Tokenizer:
 
 
 def make_model(tokenizer: T5Tokenizer) -> T5ForConditionalGeneration:
-    """A T5 v1.1 with about a million parameters, embeddings tied."""
+    """A T5 v1.1 with about a million parameters and tied embeddings."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -86,12 +87,12 @@ def make_model(tokenizer: T5Tokenizer) -> T5ForConditionalGeneration:
 
 @torch.no_grad()
 def start_as_copier(model: T5ForConditionalGeneration) -> None:
-    """Starts attention as a copier, since the pretraining is too short to leave finding that to chance.
+    """Initializes attention so that it copies, because the pretraining is too short to learn copying from scratch.
 
-    Each value is handed on nearly as it is (v orthogonal (128, 128), o its transpose), and likes attend to likes (q = k), after
-    Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers". On top of that, the encoder's first head looks one
-    token back and writes what it sees into a subspace of its own; half of the decoder's heads over the source look there for the
-    token that was just written, so they find the one that follows it.
+    Values pass nearly unchanged (v orthogonal (128, 128), o its transpose), and tokens attend to similar tokens (q = k), after
+    Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers". In addition, the encoder's first head attends to
+    the previous token and writes it into a separate subspace. Half of the decoder's cross-attention heads search this subspace
+    for the token that was just written, and so find the token that follows it.
     """
     width = model.config.d_kv
     for name, module in model.named_modules():
@@ -101,7 +102,7 @@ def start_as_copier(model: T5ForConditionalGeneration) -> None:
             torch.nn.init.orthogonal_(module.q.weight, gain=0.3 if "EncDec" in name else 0.15)
             module.k.weight.copy_(module.q.weight)
             if module.has_relative_attention_bias:
-                # T5's buckets: n is n tokens back; in the encoder 16 + n is n tokens ahead.
+                # T5's buckets: bucket n is n tokens back; in the encoder, bucket 16 + n is n tokens ahead.
                 module.relative_attention_bias.weight[1, 0] += 6.0
                 module.relative_attention_bias.weight[1 if module.is_decoder else 17, 1] += 6.0
     first = model.encoder.block[0].layer[0].SelfAttention
@@ -116,7 +117,7 @@ def start_as_copier(model: T5ForConditionalGeneration) -> None:
 
 
 def batches(tokenizer: T5Tokenizer, batch_size: int, seed: int, echoes: int, pool: int = 8) -> Iterator[BatchEncoding]:
-    """Endless batches of padded (batch, tokens) tensors, each of rows of about the same length; `echoes` batches of copying come first."""
+    """Endless batches of padded (batch, tokens) tensors, with rows of similar length; the first `echoes` batches only copy."""
     rng = random.Random(f"pretraining-{seed}")
     for batch in itertools.count(0, pool):
         task = echo if batch < echoes else example
@@ -139,7 +140,10 @@ def train(
     learning_rate: float,
     keep: Callable[[], None],
 ) -> None:
-    """Muon for matrices and AdamW for the rest, constant and then linearly to zero; saves every 200 steps, prints the mean loss every 20 steps."""
+    """Trains matrices with Muon and the rest with AdamW; the learning rate is constant, then linear to zero.
+
+    It saves every 200 steps and prints the mean loss every 20 steps.
+    """
     matrices = [
         p for name, p in model.named_parameters() if p.ndim == 2 and "shared" not in name and "bias" not in name
     ]
@@ -175,7 +179,7 @@ def train(
 
 
 def save(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, folder: Path) -> None:
-    """Weights as float16 in the file, while the config asks for float32, so that a model loads and computes in float32."""
+    """Saves weights in float16, with a config that says float32, so that the model loads and computes in float32."""
     model.generation_config.max_new_tokens = 48
     copy.deepcopy(model).half().save_pretrained(folder)
     config = T5Config.from_pretrained(folder)

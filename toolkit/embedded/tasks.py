@@ -1,7 +1,7 @@
-"""The tasks of pretraining: finding, copying and listing what is said in a dialogue, but never summarizing it.
+"""The tasks of pretraining: finding, copying and listing parts of a dialogue, but never summarizing it.
 
-They are made from dialogues with sentence frames of their own. In half of them some words are replaced by made-up ones
-throughout, so that the model learns to copy what stands there rather than what it has seen.
+They use dialogues with their own sentence frames. In half of them some words are replaced by made-up words throughout, so that
+the model learns to copy the text instead of familiar words.
 """
 
 import random
@@ -23,7 +23,7 @@ def example(sample: Sample, rng: random.Random) -> tuple[str, str]:
 
 
 def echo(sample: Sample, rng: random.Random) -> tuple[str, str]:
-    """A line, once more, with half of its words made up: the shortest way to learn copying."""
+    """Repeats a line in which some words are made up: the simplest task for learning to copy."""
     line = rng.choice(disguise(sample, rng).turns)[1]
     return f"Repeat: {line}", line
 
@@ -35,7 +35,7 @@ def facts(sample: Sample, rng: random.Random) -> tuple[str, str]:
 
 
 def question(sample: Sample, rng: random.Random) -> tuple[str, str]:
-    """One of the facts, asked for in words."""
+    """A question about one of the facts."""
     fact = rng.choice(tuple(sample.facts))
     return f"{QUESTIONS[fact]}\n\n{sample.dialogue}\n\nAnswer:", sample.facts[fact]
 
@@ -48,7 +48,7 @@ def following(sample: Sample, rng: random.Random) -> tuple[str, str]:
 
 
 def disguise(sample: Sample, rng: random.Random) -> Sample:
-    """The same sample with a third of its longer words replaced by made-up ones wherever they stand."""
+    """The same sample with a third of its longer words replaced by made-up words in every place."""
     found = {word for _, text in sample.turns for word in re.findall(r"[A-Za-z]{4,}", text)}
     words = sorted(word for word in found if word not in KEPT)
     new = {word: made_up_word(rng) for word in words if rng.random() < 0.33}

@@ -1,7 +1,7 @@
 """The census: which storages are parameters, quantization state, buffers, gradients and optimizer state.
 
-Called at the moments when they can be told (after loading, before and after the optimizer's step) by the measurement
-and by the shadow step alike, so that both mean the same by each category.
+The measurement and the shadow step both call it, after loading and before and after the optimizer's step. So each category
+means the same in predictions and measurements.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from toolkit.memory.trace import Trace
 
-# What DeepSpeed's optimizers (stage_1_and_2.py, stage3.py, bf16_optimizer.py) keep beside the moments, by attribute: a name that
-# is gone is not an error here, so a test looks for each of them: seam "attributes of ZeRO's optimizers".
+# Attributes in which DeepSpeed's optimizers (stage_1_and_2.py, stage3.py, bf16_optimizer.py) keep tensors other than the moments.
+# A missing attribute raises no error here, so a test checks each name: seam "attributes of ZeRO's optimizers".
 ZERO = {
     "optimizer_state": (
         "single_partition_of_fp32_groups",
@@ -26,7 +26,7 @@ ZERO = {
     ),
     "gradients": ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat"),
 }
-# Of these, and of its buffers, what it keeps in the host's memory where the optimizer is offloaded.
+# Those of them, and those of its buffers, that are in host memory when the optimizer is offloaded.
 OFFLOADED = (
     "single_partition_of_fp32_groups",
     "fp32_partitioned_groups_flat",
@@ -38,7 +38,7 @@ OFFLOADED = (
 
 
 def label_model(trace: Trace, model: nn.Module) -> None:
-    """Parameters (frozen, trainable), what quantization keeps beside them, and buffers, each with its module's path."""
+    """Labels parameters (frozen, trainable), quantization state and buffers, each with the path of its module."""
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is None:
@@ -58,7 +58,7 @@ def label_model(trace: Trace, model: nn.Module) -> None:
 
 
 def label_gradients(trace: Trace, model: nn.Module) -> None:
-    """Gradients as they are now; those of DDP's buckets are the buckets' storages."""
+    """Labels the current gradients. Under DDP they are views into its buckets, so the buckets are labelled."""
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.grad is not None:
@@ -66,14 +66,14 @@ def label_gradients(trace: Trace, model: nn.Module) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What of `tensor` this process holds: all of it, or FSDP2's shard."""
+    """The part of `tensor` that this process holds: all of it, or its shard under FSDP2."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
-    """Every tensor that the optimizer keeps between steps, whatever it calls it; of ZeRO's also the master weights.
+    """Labels every tensor that the optimizer keeps between steps, under any name.
 
-    ZeRO's partition of the gradients is labelled with them: it is the optimizer that keeps it.
+    Under ZeRO these include the master weights and the partition of the gradients, which the optimizer keeps as well.
     """
     for value in optimizer.state.values():
         for tensor in nested_tensors(value):
@@ -103,12 +103,12 @@ def swapped_bytes(optimizer: Any) -> int:
 
 
 def _swappers(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """What moves `parameters` between memory and disk: DeepSpeed has one for all."""
+    """The objects that move `parameters` between memory and disk; DeepSpeed has one for all parameters."""
     return list({p.nvme_swapper: None for p in parameters if getattr(p, "nvme_swapper", None) is not None})
 
 
 def _label_offloaded(trace: Trace, optimizer: Any, zero: Any) -> None:
-    """DeepSpeed's offloaded optimizer: its state, master weights and their gradients, and pinned buffers."""
+    """Marks what DeepSpeed's offloaded optimizer keeps: its state, master weights, their gradients and pinned buffers."""
     held = [getattr(zero, name, None) for name in OFFLOADED]
     masters = list(nested_tensors(held[:2]))
     swapper = getattr(zero, "optimizer_swapper", None)
@@ -168,7 +168,7 @@ def nested_tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """The output embedding, behind which logits and loss arise; None for models without one (classifiers)."""
+    """The output embedding, which computes the logits; None for models without one (classifiers)."""
     get = getattr(model, "get_output_embeddings", None)
     try:
         return get() if callable(get) else None
@@ -177,7 +177,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """`{"trainable", "all"}`: numbers of weights, tied ones once, 4-bit ones by their unpacked shape."""
+    """`{"trainable", "all"}`: numbers of weights. Tied weights count once, 4-bit weights by their unpacked shape."""
     counts = {"trainable": 0, "all": 0}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,4 +1,4 @@
-"""What a ledger says about where it came from: library versions and the device's name."""
+"""The library versions and the device name that a ledger records."""
 
 from importlib import metadata
 
@@ -8,7 +8,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "dee
 
 
 def stack_versions() -> dict[str, str]:
-    """The installed versions of the libraries that memory depends on; those that are not installed are left out."""
+    """Versions of the installed libraries that memory depends on."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -19,5 +19,5 @@ def stack_versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """`"cpu"`, or the card's name as its driver gives it."""
+    """`"cpu"`, or the name of the card as its driver reports it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,7 +1,7 @@
-"""The Ledger: where the bytes are at each phase's peak, whoever counted them (a shadow step or a real run).
+"""The Ledger: bytes by phase, category and module at each phase's peak, predicted by a shadow step or measured in a real run.
 
-Its cells are bytes by phase × category × module, and they add up to the totals that a meter counted on its own, or the
-ledger refuses to exist (`LedgerError`). Report, planner and comparison read ledgers and never ask where they came from.
+Its cells must add up to the totals that a meter counted independently. If they do not, there is no ledger (`LedgerError`).
+Reports and comparisons treat predicted and measured ledgers alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from toolkit.memory.trace import PHASES
 
 SCHEMA_VERSION = 1
 
-# Disjoint, in the order in which they are shown. What stands before the first "_" is the group that they add up to.
+# Disjoint, in the order in which they are shown.
 CATEGORIES = {
     "parameters_frozen": "weights that do not train",
     "parameters_trainable": "weights that train",
@@ -42,12 +42,12 @@ Cells = dict[str, dict[str, int]]  # category -> module -> bytes
 
 
 class LedgerError(AssertionError):
-    """The parts do not add up to the total that was counted independently: a bug of the trace, not of the user."""
+    """The parts do not add up to the total that was counted independently: a bug in the trace, not a user's mistake."""
 
 
 @dataclass(frozen=True)
 class PhaseUse:
-    """One phase: its peak (`cells` is the peak's composition) and what is left allocated when it ends. Bytes."""
+    """One phase: the bytes allocated at its peak, which `cells` breaks down, and at its end."""
 
     allocated_peak_bytes: int
     allocated_end_bytes: int
@@ -63,17 +63,16 @@ class PhaseUse:
 
     @property
     def categories(self) -> dict[str, int]:
-        """Bytes by category at this phase's peak; each category is there, if only with 0."""
+        """Bytes at this phase's peak for every category, including those with 0 bytes."""
         return {category: sum(self.cells.get(category, {}).values()) for category in CATEGORIES}
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Memory of one training run on one device. Bytes throughout; `parameters` counts elements.
+    """Memory of one training run on one device, in bytes; `parameters` counts elements.
 
-    `phases` are those of the steady step (the last one recorded) and of loading; `first_step` holds the first one's,
-    in which the optimizer's state appears. `timeline` has rows of (phase, step, allocated, reserved), thinned to the
-    greatest of each stretch.
+    `phases` holds loading and the steady step (the last step recorded). `first_step` holds the first step, in which the
+    optimizer state appears. `timeline` has rows (phase, step, allocated, reserved), each the largest of its interval.
     """
 
     source: str  # "predicted" or "measured"
@@ -85,14 +84,14 @@ class Ledger:
     stack: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     timeline: tuple[tuple[str, int, int, int], ...] = ()
-    context_bytes: int | None = None  # the driver's and the libraries' own share of the process; None on a CPU
+    context_bytes: int | None = None  # taken by the driver and by libraries outside PyTorch; None on a CPU
     budget_bytes: int | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
-    processes: int = 1  # of which this is one; `device` is its own
-    engine: str | None = None  # "ZeRO-3"; None where nobody said
-    host_bytes: int = 0  # what the engine keeps in the memory of one machine, for all of its processes
-    nvme_bytes: int = 0  # and on its disks
+    processes: int = 1  # of the run; the ledger describes one of them
+    engine: str | None = None  # "ZeRO-3"; None: unknown
+    host_bytes: int = 0  # offloaded to the memory of one machine, by all of its processes
+    nvme_bytes: int = 0  # offloaded to the disks of one machine, by all of its processes
 
     def __post_init__(self) -> None:
         if self.source not in ("predicted", "measured"):
@@ -102,37 +101,37 @@ class Ledger:
 
     @property
     def peak_phase(self) -> PhaseUse:
-        """The phase that needs the most, over loading, the first step and the steady step."""
+        """The phase with the highest peak, among loading, the first step and the steady step."""
         return self._peak()[1]
 
     @property
     def peak_phase_name(self) -> str:
-        """Its name, one of `PHASES`."""
+        """The name of `peak_phase`, one of `PHASES`."""
         return self._peak()[0]
 
     @property
     def allocated_bytes(self) -> int:
-        """The peak of what tensors and workspaces occupy."""
+        """Bytes allocated at the peak, for tensors and workspaces."""
         return self.peak_phase.allocated_peak_bytes
 
     @property
     def process_bytes(self) -> int | None:
-        """What the process occupies on the device: reserved and context. None where the context is not known."""
+        """Bytes that the process occupies on the device: reserved plus context. None if the context is unknown."""
         return None if self.context_bytes is None else self.reserved_bytes + self.context_bytes
 
     @property
     def categories_at_peak(self) -> dict[str, int]:
-        """Bytes by category at the peak; together with `cached_unused` they are `reserved_bytes`."""
+        """Bytes by category at the peak. With `cached_unused` they add up to `reserved_bytes`."""
         return self.peak_phase.categories | {"cached_unused": self.reserved_bytes - self.allocated_bytes}
 
     @property
     def fits(self) -> bool:
-        """Whether what is needed stays within the budget; true without one."""
+        """Whether `needed_bytes` is within the budget; true without a budget."""
         return self.budget_bytes is None or self.needed_bytes <= self.budget_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """What the device must have free: for the whole process or, without a context, what is reserved."""
+        """Bytes that the device must have free: `process_bytes`, or `reserved_bytes` if the context is unknown."""
         return self.reserved_bytes if self.process_bytes is None else self.process_bytes
 
     def _peak(self) -> tuple[str, PhaseUse]:
@@ -142,7 +141,7 @@ class Ledger:
     # ---- JSON
 
     def to_json(self) -> dict[str, Any]:
-        """One plain object; derived figures stand beside the cells that they are derived from."""
+        """A plain object with all fields and the figures derived from them."""
         return {
             "schema_version": SCHEMA_VERSION,
             "source": self.source,
@@ -176,12 +175,12 @@ class Ledger:
         """The ledger that `to_json` wrote.
 
         Raises:
-            UserError: where `data` is of another schema version or no ledger at all.
-            LedgerError: where its parts do not add up.
+            UserError: if `data` has another schema version or is no ledger.
+            LedgerError: if its parts do not add up.
         """
         if data.get("schema_version") != SCHEMA_VERSION:
             got = data.get("schema_version", "none")
-            raise UserError(f"ledger of schema version {got}, this toolkit reads version {SCHEMA_VERSION}")
+            raise UserError(f"the ledger has schema version {got}; this version of footprint reads {SCHEMA_VERSION}")
         try:
             return cls(
                 source=data["source"],
@@ -211,7 +210,7 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
-        """Reads what `save` wrote. Raises `UserError` where the file is missing or is no ledger."""
+        """Reads a ledger that `save` wrote. Raises `UserError` if the file is missing or is no ledger."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -222,10 +221,10 @@ class Ledger:
 
 
 def ledger_of(recording: Recording, timeline_rows: int = 400, **about: Any) -> Ledger:
-    """The ledger of what a trace recorded; `about` gives `source`, `device`, `parameters` and what else is known.
+    """The ledger of a recording. `about` gives the other fields of `Ledger`: `source`, `device`, `parameters`, ...
 
     Raises:
-        LedgerError: where the events' bytes do not add up to the meter's totals.
+        LedgerError: if the events' bytes do not add up to the meter's totals.
     """
     recording.close()
     steps = sorted({window.step for window in recording.windows if window.step})
@@ -258,9 +257,9 @@ def ledger_of(recording: Recording, timeline_rows: int = 400, **about: Any) -> L
 
 
 def _peak_index(recording: Recording, window: Window) -> int:
-    """The birth after which `window` holds the most; `window.start - 1` where that is the moment it began.
+    """The index of the birth after which `window` holds the most; `window.start - 1` if it holds the most at its start.
 
-    The last one of several: blocks that are adopted change no GPU's total, and all of them belong to the picture.
+    Of several equal ones, the last: adopting a block does not change a GPU's total, and every adopted block must be counted.
     """
     best, top = window.start - 1, window.before[1]
     for index in range(window.start, window.end):
@@ -271,7 +270,7 @@ def _peak_index(recording: Recording, window: Window) -> int:
 
 
 def _compositions(recording: Recording, indices: list[int]) -> dict[int, Cells]:
-    """What is alive after each of the events `indices` (ascending): category -> module -> bytes."""
+    """The bytes alive after each of the events `indices` (ascending): category -> module -> bytes."""
     alive: Counter[tuple[str, str]] = Counter()
     result: dict[int, Cells] = {}
     at = -1
@@ -299,7 +298,7 @@ def _totals_at(recording: Recording, window: Window, index: int) -> tuple[int, i
 
 
 def _complete(cells: Cells, totals: tuple[int, int], allocated_peak: int, sees_all: bool) -> Cells:
-    """Adds what the meter saw and the events did not: rounding, and on a real GPU the kernels' hidden buffers."""
+    """Adds what only the meter counts: the allocator's rounding and, on a real GPU, buffers inside kernels."""
     requested, allocated = totals
     unseen = requested - sum(sum(modules.values()) for modules in cells.values()) + allocated_peak - allocated
     slack = allocated - requested
@@ -314,7 +313,7 @@ def _complete(cells: Cells, totals: tuple[int, int], allocated_peak: int, sees_a
 
 
 def _timeline(recording: Recording, rows: int) -> tuple[tuple[str, int, int, int], ...]:
-    """At most about `rows` rows, each the greatest allocated of its stretch, so that peaks survive the thinning."""
+    """About `rows` rows, each the event with the most bytes allocated in its interval, so that all peaks are kept."""
     total = max(1, len(recording.events))
     result = []
     for window in recording.windows:
@@ -330,5 +329,5 @@ _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def folded(module: str) -> str:
-    """`model.layers.17.mlp` -> `model.layers.*.mlp`: repeated layers share a row."""
+    """`model.layers.17.mlp` -> `model.layers.*.mlp`, so that repeated layers share a row."""
     return _LAYER.sub("*", module)

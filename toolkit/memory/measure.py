@@ -4,17 +4,17 @@
     Trainer(..., callbacks=[measure]).train()
     measure.ledger.save("ledger.json")
 
-On a CPU the total is the bytes of the tensors alive, counted as they come and go. On CUDA it is the caching
-allocator's own (`memory_stats`), and what it holds beyond the tensors seen is shown as workspaces and slack.
+On a CPU the total is the number of bytes in live tensors. On CUDA it is the caching allocator's own total (`memory_stats`);
+what this total holds in addition to the traced tensors is reported as workspaces and slack.
 
-What it costs: nothing in the steps that are not traced (no hook and no mode is left in place); in a traced step a fixed time
-an operator, whatever the tensors' size. Measured on one slow CPU core (torch 2.13): a step of a 4-layer Llama of width 64 on
-2 x 64 tokens took 234 ms of CPU instead of 92; one of 8 layers of width 256 on 8 x 128 tokens, 4.3 s, no more than its
-own scatter. On a GPU it was not measured.
+Cost: steps that are not traced cost nothing, because no hook or mode stays in place. A traced step costs a fixed time per
+operator, independent of tensor sizes. Measured on one slow CPU core (torch 2.13): a step of a 4-layer Llama of width 64 on
+2 x 64 tokens took 234 ms of CPU time instead of 92 ms. A step of 8 layers of width 256 on 8 x 128 tokens took 4.3 s, and
+the difference was within the noise. The cost on a GPU was not measured.
 
-On a GPU a traced step can show more memory than the steps that follow: where a tensor is used twice, autograd adds its gradients
-into a new tensor while a trace is active, and in place otherwise (ATen/TensorSubclassLikeUtils.h: under a dispatch mode every
-tensor counts as a subclass). A prediction counts them in place.
+On a GPU a traced step can need more memory than the steps after it. If a tensor is used twice, autograd sums its gradients
+into a new tensor while a trace is active, and in place otherwise (ATen/TensorSubclassLikeUtils.h: under a dispatch mode
+every tensor counts as a subclass). A prediction counts these sums in place.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 class MemoryCallback(TrainerCallback):
     """Traces the optimizer steps numbered in `steps` (from 1, counted from where training starts or resumes).
 
-    The default traces the first step, in which the optimizer's state appears, and the second, which is like all that
-    follow, except that a traced step on a GPU can show more: autograd then sums gradients into new tensors, which it does in place
-    without a trace. `config` is copied into the ledger. `snapshot` (CUDA only) is a file for PyTorch's memory viewer.
+    By default it traces the first step, in which the optimizer state appears, and the second, which all later steps resemble
+    (on a GPU a traced step can need more, see above). `config` is copied into the ledger. `snapshot` (CUDA only) is the path
+    of a file for PyTorch's memory viewer.
 
-    `ledger` is None until the last of the steps is over (or training ends), and stays None where the parts did not add
-    up to the device's total: a run is not stopped for that, but `problem` says so and a warning is logged. `batches`
-    are the arguments of each forward pass that was traced, for a prediction of the very same steps.
+    `ledger` is None until the last of these steps is over (or training ends). It stays None if the parts do not add up to
+    the device's total: the run goes on, `problem` holds the reason, and a warning is logged. `batches` holds the arguments
+    of each traced forward pass, so that the same steps can be predicted.
     """
 
     def __init__(
@@ -82,9 +82,7 @@ class MemoryCallback(TrainerCallback):
         self.abort()  # of an earlier attempt, such as a batch size that did not fit
         self.ledger, self.problem, self.batches = None, None, []
         if args.torch_compile:
-            self.problem = (
-                "--torch_compile and the memory account exclude each other: what is traced would never be compiled"
-            )
+            self.problem = "memory cannot be measured under --torch_compile: PyTorch does not compile the operators of a traced step"
             logger.warning("no measured ledger: %s", self.problem)
             return
         self._first_step = state.global_step
@@ -136,7 +134,7 @@ class MemoryCallback(TrainerCallback):
         self._close()
         self._seconds += time.perf_counter() - self._began
         if getattr(optimizer, "step_was_skipped", False) and state.global_step < state.max_steps:
-            # fp16 overflowed, as it often does in the first steps: nothing was updated, and the next is the first step
+            # fp16 overflowed, as it often does in the first steps. Nothing was updated, so the next step counts as the first.
             self._recording.discount(state.global_step - self._first_step)
             del self.batches[self._batches_before :]
             self._first_step += 1
@@ -151,20 +149,20 @@ class MemoryCallback(TrainerCallback):
     # ---- what a shadow step does differently
 
     def new_trace(self, model: Any) -> tuple[Meter, Callable[..., Trace]]:
-        """A meter for the model's device, and what makes a trace of its sinks."""
+        """A meter for the model's device, and a function that makes a trace from sinks."""
         meter: Meter = CudaMeter(self._device) if self._device.type == "cuda" else Counter()
         return meter, partial(Trace, device_type=self._device.type)
 
     def load(self, trace: Trace, model: Any) -> None:
-        """Tells `trace` what loading left behind."""
+        """Reports to `trace` what is in memory after loading."""
         census.label_model(trace, model)
 
     def settled(self, recording: Recording) -> Recording:
-        """What is told of `recording`, which is over."""
+        """The recording from which the ledger is made, once `recording` is complete."""
         return recording
 
     def refused(self, error: LedgerError) -> None:
-        """The parts do not add up."""
+        """Handles parts that do not add up to the total."""
         self.problem = str(error)
         logger.warning("no measured ledger: %s", error)
 
@@ -177,9 +175,9 @@ class MemoryCallback(TrainerCallback):
         )
 
     def _on_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """The model's forward begins; with accumulation, several times a step, and clipping follows only the last."""
+        """A forward pass begins. With gradient accumulation a step has several, and clipping follows only the last one."""
         assert self._trace is not None
-        with _disable_current_modes():  # copies, so that they live outside the account
+        with _disable_current_modes():  # the copies must not be traced
             tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
             self.batches.append({name: value.detach().to("cpu", copy=True) for name, value in tensors.items()})
         if self._trace.phase != "forward":
@@ -187,12 +185,12 @@ class MemoryCallback(TrainerCallback):
         self._trace.after_backward = "optimizer_step" if GradientState().sync_gradients else "backward"
 
     def _on_phase(self, phase: str, step: int) -> None:
-        """DeepSpeed steps within the Trainer's backward; what it keeps of the gradients is there when its step begins."""
+        """Labels DeepSpeed's gradients, which exist when its step begins; it steps inside the Trainer's backward call."""
         if phase == "optimizer_step" and self._active is not None:
             census.label_optimizer_state(self._active, self._optimizer)
 
     def abort(self) -> None:
-        """Ends tracing at once and without a ledger: for whoever catches an exception out of `Trainer.train`."""
+        """Ends tracing at once, without a ledger. Call it if `Trainer.train` raised an exception."""
         self._close()
         if self._trace is not None:
             self._trace.close()
@@ -206,7 +204,7 @@ class MemoryCallback(TrainerCallback):
         assert self._trace is not None
         context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
         recording, host, local = self._recording, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if any(event.block.offloaded for event in recording.events):  # seen only where the host's memory is traced too
+        if any(event.block.offloaded for event in recording.events):  # recorded only if host memory is traced too
             recording.close()
             recording, host = replay_without_offloaded(recording, self.new_trace(model)[0])
         recording = self.settled(recording)
@@ -227,8 +225,8 @@ class MemoryCallback(TrainerCallback):
         except LedgerError as error:
             self.refused(error)
         if self.snapshot is not None and isinstance(self._meter, CudaMeter):
-            aside = f"{self.snapshot}.partial"
-            torch.cuda.memory._dump_snapshot(aside)
-            Path(aside).replace(self.snapshot)
+            temporary = f"{self.snapshot}.partial"
+            torch.cuda.memory._dump_snapshot(temporary)
+            Path(temporary).replace(self.snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)
         self.abort()

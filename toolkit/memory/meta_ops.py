@@ -1,10 +1,10 @@
-"""Operators on fake tensors without the detour: a fake tensor is a meta tensor that says "cpu", so its meta kernel is asked.
+"""A fast path for operators on fake tensors: a fake tensor is a meta tensor that says "cpu", so its meta kernel can be called.
 
-`FakeTensorMode` does the same after some hundred microseconds of questions that a shadow step has no use for (symbolic
-shapes, caches, constants, devices). Operators that write to none of their arguments and have a meta kernel go this
-way; whatever a meta kernel refuses goes the long way from then on. Layers repeat, and so do operators on tensors of the
-same shapes: what an operator returned once is remembered by its shapes, unless it shares storage with an argument.
-What an operator writes into a fake tensor, in place, is nothing: it gives back what it was given.
+`FakeTensorMode` does the same, but first spends some hundred microseconds on symbolic shapes, caches, constants and devices,
+which a shadow step does not need. An operator takes the fast path if it has a meta kernel and writes to none of its arguments.
+If the meta kernel raises once, the operator takes the slow path from then on. Layers repeat, and with them operators on the
+same shapes, so results are cached by the shapes of the arguments, unless they share storage with an argument. An operator
+that writes into a fake tensor in place has nothing to write: it returns its argument.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten:
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 _refused: set[Any] = set()  # operators whose meta kernel raised once
 _templates: WeakKeyDictionary[FakeTensorMode, FakeTensor] = WeakKeyDictionary()
-_LARGE = 2**24  # elements; a real tensor that would have more is a mask of long rows: its values steer nothing
+_LARGE = 2**24  # elements; a larger real tensor is a mask of long rows, on whose values no code branches
 _mode_of_large: list[FakeTensorMode] = []
 _remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (shape, stride, dtype) of its results
 
@@ -32,15 +32,15 @@ _remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (s
 @cache
 def _in_place(op: Any) -> str:
     """ "self" for an operator that writes into its first argument and returns it, "nothing" for one that writes and returns
-    nothing, else "": also where it changes a size or stride."""
+    nothing, otherwise ""; also "" for one that changes a size or stride."""
     writes = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if op.namespace != "aten" or not writes or any(a.kwarg_only for a in writes) or torch.Tag.inplace_view in op.tags:
         return ""
     if not op._schema.returns:
         return "nothing" if op.name().startswith(("aten::_foreach_", "aten::_fused_")) else ""
     returned = op._schema.returns[0].alias_info
-    alone = len(op._schema.returns) == 1 and returned is not None and returned.is_write
-    return "self" if alone and writes == [op._schema.arguments[0]] else ""
+    returns_it = len(op._schema.returns) == 1 and returned is not None and returned.is_write
+    return "self" if returns_it and writes == [op._schema.arguments[0]] else ""
 
 
 @cache
@@ -55,7 +55,7 @@ def _has_meta_kernel(op: Any) -> bool:
 
 
 def run(op: Any, args: tuple, kwargs: dict) -> Any:
-    """`op(*args, **kwargs)`, with every tensor of the result fake if one of the arguments' is."""
+    """`op(*args, **kwargs)`; if a tensor among the arguments is fake, all tensors of the result are."""
     if op.name() in _INDEXING:
         args = (args[0], _places(args[1]), *args[2:])
     in_place = _in_place(op)
@@ -91,7 +91,7 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
 
 @contextmanager
 def large_ones_fake(mode: FakeTensorMode) -> Iterator[None]:
-    """While open, what would be a large real tensor is a fake one of `mode`: attention's mask of 8 rows of 32,768 tokens takes 8 GiB."""
+    """While open, large real tensors become fake tensors of `mode`. The attention mask of 8 rows of 32,768 tokens takes 8 GiB."""
     _mode_of_large.append(mode)
     try:
         yield
@@ -105,14 +105,14 @@ def _would_be_large(op: Any, args: tuple) -> bool:
 
 
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> FakeTensor:
-    """A product for each expert: of (rows, k) and (experts, k, n), and what its gradients are. The meta kernel knows bf16 alone."""
+    """A matrix product for each expert, of (rows, k) and (experts, k, n), and its gradients. The meta kernel supports only bf16."""
     groups = () if a.dim() != b.dim() else (len(offs),) if a.dim() == 2 else (len(a),)
     shape = (*groups, a.shape[-2], b.shape[-1])
     return fake(a.fake_mode, torch.empty(shape, dtype=out_dtype or a.dtype, device=_META))
 
 
 def _places(indices: Any) -> list[Any]:
-    """What an indexing operator makes of its indices: a real mask gives the places where it is true, so they are known."""
+    """The indices of an indexing operator, with each real mask replaced by the positions where it is true."""
     places: list[Any] = []
     for index in indices:
         is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
@@ -121,7 +121,7 @@ def _places(indices: Any) -> list[Any]:
 
 
 def _signature(value: Any, fakes: list[FakeTensor]) -> Any:
-    """What of an argument decides the shapes of the results; numbers with their types, for 1, 1.0 and True differ."""
+    """The properties of an argument that decide the shapes of the results. Numbers keep their types: 1, 1.0 and True differ."""
     if isinstance(value, torch.Tensor):
         if isinstance(value, FakeTensor):
             fakes.append(value)
@@ -147,7 +147,7 @@ def _made(known: Any, mode: FakeTensorMode) -> Any:
 
 
 def fake(mode: FakeTensorMode, meta: torch.Tensor) -> FakeTensor:
-    """`FakeTensor(mode, meta, "cpu")` with the attributes of one that was made so before: asking for each anew takes longer."""
+    """`FakeTensor(mode, meta, "cpu")`, made faster by copying the attributes of an earlier one."""
     if mode not in _templates:
         _templates[mode] = FakeTensor(mode, torch.empty(0, device=_META), _CPU)
     tensor = torch.Tensor._make_subclass(
@@ -171,7 +171,7 @@ def _run_meta(op: Any, args: tuple, kwargs: dict, mode: FakeTensorMode | None = 
     torch._C._set_meta_in_tls_dispatch_include(True)
     try:
         result = op(*meta_args, **meta_kwargs)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # what kernels and their checks raise
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # from kernels and their checks
         _refused.add(op)
         result = None
     finally:

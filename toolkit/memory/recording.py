@@ -1,8 +1,7 @@
-"""The recording: what a trace said, event by event, with the totals that a meter counted independently of it.
+"""The recording: all events of a trace, with the totals that a meter counted independently.
 
-A meter counts bytes by means of its own (`Counter`: a running sum; the allocator's replay: blocks of segments; on a
-GPU: PyTorch's `memory_stats`). A recording keeps both, so that a `Ledger`, whose parts come from the events, can be
-held against totals that do not.
+A meter counts bytes in its own way: `Counter` keeps a running sum, the replayed allocator counts blocks in segments, and on
+a GPU PyTorch's `memory_stats` are read. The parts of a `Ledger` come from the events; they are checked against these totals.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from toolkit.memory.trace import Allocation, Sink
 
 
 class Meter(Sink, Protocol):
-    """A sink that counts. All in bytes.
+    """A sink that counts bytes.
 
-    `requested` is what the program asked for, `allocated` adds the allocator's rounding, `reserved` what the allocator
-    took from the device. `take_peak` gives the greatest `allocated` since it was last called (at least the present
-    one), and starts anew: a recording calls it at each change of phase. `sees_all` says whether the meter counts
-    exactly the blocks that it is told of; a real GPU's also counts buffers that no trace sees.
+    `requested` is what the program asked for, `allocated` adds the allocator's rounding, and `reserved` is what the
+    allocator took from the device. `take_peak` returns the largest `allocated` since its last call (at least the current
+    one) and resets the peak; a recording calls it at each change of phase. `sees_all` is true if the meter counts exactly
+    the blocks of the trace. The meter of a real GPU also counts buffers that no trace sees.
     """
 
     sees_all: bool
@@ -37,7 +36,7 @@ class Meter(Sink, Protocol):
 
 
 class Counter:
-    """The meter of a device without a caching allocator: a CPU's allocations are what was asked for."""
+    """The meter of a device without a caching allocator: on a CPU, allocated is what was requested."""
 
     sees_all = True
 
@@ -68,7 +67,7 @@ class Counter:
 
 
 class Event(NamedTuple):
-    """A block is born (`sign` 1) or dies (-1); the totals are the meter's, after it. Bytes."""
+    """A block is born (`sign` 1) or dies (-1), with the meter's totals after it, in bytes."""
 
     block: Allocation
     sign: int
@@ -81,7 +80,7 @@ class Event(NamedTuple):
 class Window:
     """A stretch of one phase: events `start` (inclusive) to `end` (exclusive), and the meter's peak over it.
 
-    `step` counts from 1; 0 is before the first, or in one that does not count.
+    `step` counts from 1. It is 0 before the first step, and in a step that was discounted.
     """
 
     phase: str
@@ -94,7 +93,7 @@ class Window:
 
 
 class Recording:
-    """A sink that keeps every event. `meter` must stand before it among the trace's sinks."""
+    """A sink that keeps every event. Among the trace's sinks, `meter` must come before it."""
 
     def __init__(self, meter: Meter, phase: str = "load", step: int = 0):
         self.meter = meter
@@ -113,13 +112,13 @@ class Recording:
         self._open(phase, step)
 
     def discount(self, step: int) -> None:
-        """The windows of `step` are those of none: what they held stays in the timeline alone."""
+        """Excludes `step` from the ledger's phases, because it updated nothing; its events stay in the timeline."""
         for window in self.windows:
             if window.step == step:
                 window.step = 0
 
     def close(self) -> None:
-        """Ends the window that is open; called again, it moves that window's end to the present."""
+        """Ends the open window. A second call moves the end of that window to the current event."""
         window = self.windows[-1]
         window.allocated_peak = max(window.allocated_peak, self.meter.take_peak())
         window.end, window.after = len(self.events), self._totals()
@@ -133,10 +132,10 @@ class Recording:
 
 
 def category_of(block: Allocation) -> str:
-    """The category of `block`: the one it was labelled with, else the one that its life shows.
+    """The category of `block`: its label or, without a label, the category that its lifetime shows.
 
-    What is born while the autograd graph is built, and outlives that stretch of the pass (the forward pass, or one
-    checkpoint's recomputation), is kept for the backward pass: an activation. Everything else is a temporary.
+    A block that is born while the autograd graph is built, and outlives that segment (the forward pass, or one checkpoint's
+    recomputation), is an activation: it is kept for the backward pass. Every other block is a temporary.
     """
     if block.category is not None:
         return block.category

@@ -1,7 +1,7 @@
-"""What an engine offloads: it lives in the host's memory, so the card's account is told anew without it.
+"""Removes from a recording what an engine offloads to host memory, so that it does not count as the card's memory.
 
-On a CPU, where runs are rehearsed and predicted, host and device are the same memory: only the engine knows which of its
-tensors would be where. Once it has said so (`census.label_optimizer_state`), what was recorded is replayed to a fresh meter.
+On a CPU, where runs are rehearsed and predicted, host and device share one memory. Only the engine knows which of its
+tensors would be on the host; `census.label_optimizer_state` marks them. Then the recording is replayed to a new meter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from toolkit.memory.recording import Meter, Recording
 
 
 def replay_without_offloaded(recording: Recording, meter: Meter) -> tuple[Recording, int]:
-    """`recording` as `meter` would have counted it without the blocks that are offloaded, and their own peak, in bytes."""
+    """`recording` without its offloaded blocks, as `meter` counts the rest, and the peak of the offloaded blocks in bytes."""
     first = recording.windows[0]
     kept = Recording(meter, first.phase, first.step)
     host = peak = 0

@@ -1,6 +1,6 @@
-"""Ledgers in the terminal: one as a table and a bar, predicted beside measured, and several side by side.
+"""Ledgers in the terminal: one as a table and a bar, predicted next to measured, and several side by side.
 
-Rendering only: every figure is the ledger's. Sizes are in GiB, MiB, KiB by `units.format_bytes`.
+This module only renders: every figure comes from a ledger. `units.format_bytes` formats sizes in GiB, MiB or KiB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from toolkit.memory.ledger import CATEGORIES, Ledger, PhaseUse
 from toolkit.memory.trace import PHASES
 from toolkit.units import format_bytes
 
-# What a reader asks about first, as groups of categories; each has its colour in every bar.
+# Groups of categories, each with its colour in all bars.
 GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "weights": ("blue", ("parameters_frozen", "parameters_trainable", "parameters_quantization_state", "buffers")),
     "gradients": ("magenta", ("gradients",)),
@@ -34,7 +34,7 @@ def grouped(categories: Mapping[str, int]) -> dict[str, int]:
 
 
 def bar(groups: Mapping[str, int], total: int, width: int = 60) -> Text:
-    """A stacked bar, `width` cells for `total` bytes; a group of under half a cell is not seen."""
+    """A stacked bar of `width` cells for `total` bytes. Groups smaller than half a cell can be invisible."""
     text, done, cells = Text(), 0, 0
     for name, nbytes in groups.items():
         done += nbytes
@@ -45,7 +45,7 @@ def bar(groups: Mapping[str, int], total: int, width: int = 60) -> Text:
 
 
 def legend(groups: Mapping[str, int]) -> Text:
-    """`■ weights 1.2 GiB  ■ gradients ...`, without the groups that are empty."""
+    """`■ weights 1.2 GiB  ■ gradients ...`, without empty groups."""
     text = Text()
     for name, nbytes in groups.items():
         if nbytes:
@@ -55,7 +55,7 @@ def legend(groups: Mapping[str, int]) -> Text:
 
 
 def print_ledger(console: Console, ledger: Ledger) -> None:
-    """The peak as a bar, and a table of category x phase at each phase's own peak."""
+    """Prints the peak as a bar, and a table of categories by phase at each phase's own peak."""
     console.print(_headline(ledger))
     groups = grouped(ledger.categories_at_peak)
     console.print(bar(groups, ledger.reserved_bytes, width=min(60, console.width)), legend(groups), sep="\n")
@@ -77,7 +77,7 @@ def print_ledger(console: Console, ledger: Ledger) -> None:
 
 
 def print_comparison(console: Console, predicted: Ledger, measured: Ledger) -> None:
-    """Predicted beside measured, with the error in percent of the measured."""
+    """Prints predicted next to measured bytes, with the error in percent of the measured bytes."""
     table = Table(title=f"Memory, predicted and measured ({measured.device})", title_justify="left")
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if not name else "right")
@@ -87,7 +87,7 @@ def print_comparison(console: Console, predicted: Ledger, measured: Ledger) -> N
 
 
 def comparison_rows(predicted: Ledger, measured: Ledger) -> list[tuple[str, int, int]]:
-    """(name, predicted bytes, measured bytes): peaks, what was offloaded, then phases, then the categories at the peak."""
+    """Rows (name, predicted bytes, measured bytes): peaks, offloaded bytes, phases, then categories at the peak."""
     rows = [("allocated, peak", predicted.allocated_bytes, measured.allocated_bytes)]
     if measured.reserved_bytes != measured.allocated_bytes:
         rows.append(("reserved, peak", predicted.reserved_bytes, measured.reserved_bytes))
@@ -107,14 +107,14 @@ def comparison_rows(predicted: Ledger, measured: Ledger) -> list[tuple[str, int,
 
 
 def format_error(predicted: int, measured: int) -> str:
-    """`"+0.12 %"`: how far the prediction is off, in percent of the measured; exact where nothing is off."""
+    """The error of a prediction in percent of the measured value, such as `"+0.12 %"`, or `"exact"`."""
     if predicted == measured:
         return "exact"
     return f"{100 * (predicted / measured - 1):+.2f} %" if measured else "not measured"
 
 
 def print_side_by_side(console: Console, ledgers: Sequence[tuple[str, Ledger]]) -> None:
-    """Several ledgers as stacked bars on one scale and a table, each difference to the first in a sentence."""
+    """Prints ledgers as stacked bars on one scale and as a table, and describes each one's difference from the first."""
     top = max(ledger.reserved_bytes for _, ledger in ledgers)
     width = max(len(name) for name, _ in ledgers)
     for name, ledger in ledgers:
@@ -147,7 +147,7 @@ def print_side_by_side(console: Console, ledgers: Sequence[tuple[str, Ledger]]) 
 
 
 def differences(ledgers: Sequence[tuple[str, Ledger]]) -> list[str]:
-    """For each ledger after the first, a sentence on where its peak differs from the first one's, greatest first."""
+    """For each ledger after the first, a sentence that lists how its peak differs from the first, largest change first."""
     base_name, base = ledgers[0]
     before = grouped(base.categories_at_peak)
     sentences = []
@@ -178,7 +178,7 @@ def _headline(ledger: Ledger) -> str:
     for nbytes, where in ((ledger.host_bytes, "host memory"), (ledger.nvme_bytes, "on disk")):
         if nbytes:
             lines.append(
-                f"{where}: {format_bytes(nbytes)} of model states and their buffers, all processes of a machine together"
+                f"{where}: {format_bytes(nbytes)} of model states and their buffers, for all processes of one machine"
             )
     return "\n".join(lines)
 
@@ -192,7 +192,7 @@ def _label(category: str, meaning: str = "") -> str:
 
 
 def load_all(paths: Iterable[str]) -> list[tuple[str, Ledger]]:
-    """`(name, ledger)` for each path: a ledger file, or a run folder, which holds `memory.json`."""
+    """`(name, ledger)` for each path: a ledger file, or a run folder with a `memory.json`."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""Storages that are resized in place: FSDP2 lets go of gathered weights so, and takes them back, and no operator tells of it."""
+"""Storages that are resized in place: FSDP2 frees and allocates gathered weights this way, and no operator reports it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toolkit.seams import patched
 
 @contextmanager
 def resizes_seen_by(trace: Trace) -> Iterator[None]:
-    """While open, `trace` hears of each storage that Python code resizes (torch's `alloc_storage` and `free_storage`)."""
+    """While open, `trace` sees each storage that Python code resizes (torch's `alloc_storage` and `free_storage`)."""
     resize = torch.UntypedStorage.resize_
 
     def resize_(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:

@@ -1,18 +1,18 @@
-"""The trace: every storage's birth and death, with the operator, module and phase that it happened in.
+"""The trace: the birth and death of every storage, with operator, module and phase.
 
-A `Trace` is a `TorchDispatchMode`, so it sees each operator below autograd, forward and backward alike, and it works on
-real and on fake tensors with the same code. It keeps no books: it tells its sinks (`recording.Recording`, an allocator)
-what is born and what dies, in order.
+A `Trace` is a `TorchDispatchMode`: it sees each operator below autograd, in the forward and the backward pass, on real and on
+fake tensors. It counts nothing itself: it reports births and deaths, in order, to its sinks (`recording.Recording`, an
+allocator).
 
     meter = Counter()
     trace = Trace(meter, Recording(meter))
-    trace.adopt(weight, "parameters_frozen")      # what was there before
+    trace.adopt(weight, "parameters_frozen")      # existed before the trace
     with trace, trace.modules_of(model):
         trace.enter_phase("forward")
         ...
 
-Phases are entered by name, except "backward", which the trace finds by itself: an operator that runs inside an autograd
-graph task is in the backward pass, whoever called it (a loop, `Trainer`, DDP's reducer).
+The caller enters phases by name, except "backward", which the trace detects: an operator that runs inside an autograd graph
+task is in the backward pass, no matter what called it (a loop, `Trainer`, DDP's reducer).
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PHASES = ("load", "forward", "backward", "optimizer_step")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
-# AccumulateGrad nodes carry 2**64 - 1: they belong to no point of the forward pass; seam "sequence number of AccumulateGrad".
+# AccumulateGrad nodes have 2**64 - 1: they belong to no point of the forward pass; seam "sequence number of AccumulateGrad".
 _NO_SEQUENCE_NUMBER = 2**63
 
 
 @dataclass(slots=True, eq=False)
 class Allocation:
-    """One storage (or hidden buffer): `nbytes` as requested, before any allocator's rounding."""
+    """One storage, or a buffer inside a kernel: `nbytes` as requested, without the allocator's rounding."""
 
     nbytes: int
     op: str
     module: str
     phase: str
     step: int
-    segment: int  # stretches of forward, of recomputation or of pure backward, numbered in order
-    builds_graph: bool  # born in the forward pass, or in checkpointing's recomputation of it
-    at_head: bool  # born at or after the output embedding, in the forward pass: logits and loss
-    category: str | None = None  # of `ledger.CATEGORIES` where it is known, else `recording` infers it from its life
+    segment: int  # stretches of the forward pass, of recomputation or of the backward pass, numbered in order
+    builds_graph: bool  # born in the forward pass, or in the recomputation of activation checkpointing
+    at_head: bool  # born in the forward pass at or after the output embedding: logits and loss
+    category: str | None = None  # one of `ledger.CATEGORIES`; None: `recording.category_of` infers it from its lifetime
     died_in_segment: int | None = None
-    offloaded: bool = False  # in the host's memory, where the engine says so
+    offloaded: bool = False  # kept by the engine in host memory
     handle: Any = None  # for the meter's own use
 
 
 class Sink(Protocol):
-    """Listens to a trace. Sinks are told in the order in which they were given, so a meter comes before its reader."""
+    """Listens to a trace. Sinks are called in the order in which they were given, so a meter comes before its reader."""
 
     def born(self, block: Allocation) -> None: ...
 
@@ -64,18 +64,18 @@ class Sink(Protocol):
 
 
 class Overlay(Protocol):
-    """Runs an operator in the trace's stead where another device would do it differently.
+    """Runs an operator as another device would.
 
-    `run` returns the operator's result; by default `op(*args, **kwargs)`. It may call `trace.passing` and `trace.hold`
-    for buffers that the kernel takes unseen (before or, after `trace.track(result)`, behind the output), or return
-    tensors of other sizes or dtypes than `op` would.
+    `run` returns the operator's result; the plain one is `op(*args, **kwargs)`. It may call `trace.passing` and `trace.hold`
+    for buffers that a kernel allocates internally: before the result or, after `trace.track(result)`, after it. It may also
+    return tensors of other sizes or dtypes than `op` does.
     """
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any: ...
 
 
 class Trace(TorchDispatchMode):
-    """Tells `sinks` about each storage; `device_type` limits it to one kind of device (None: all, as for a shadow)."""
+    """Reports each storage to `sinks`. `device_type` limits it to one type of device (None: all, as in a shadow step)."""
 
     def __init__(self, *sinks: Sink, overlay: Overlay | None = None, device_type: str | None = None):
         super().__init__()
@@ -84,8 +84,8 @@ class Trace(TorchDispatchMode):
         self.device_type = device_type
         self.phase = "load"
         self.step = 0
-        self.after_backward = "optimizer_step"  # the phase of the first operator behind the backward pass
-        self.on_phase: Callable[[str, int], None] | None = None  # told before the sinks are; may change nothing
+        self.after_backward = "optimizer_step"  # the phase of the first operator after the backward pass
+        self.on_phase: Callable[[str, int], None] | None = None  # called before the sinks
         self._segment = 0
         self._recomputing = False
         self._at_head = False
@@ -99,7 +99,7 @@ class Trace(TorchDispatchMode):
     # ---- phases
 
     def enter_phase(self, phase: str) -> None:
-        """Starts `phase`; entering "forward" after "optimizer_step" is for the caller to count as a new `step`."""
+        """Starts `phase`. The caller sets `step` when a new step begins."""
         self._segment += 1
         self._recomputing = self._at_head = False
         self.phase = phase
@@ -109,7 +109,7 @@ class Trace(TorchDispatchMode):
             sink.entered(phase, self.step)
 
     def _find_phase(self) -> None:
-        """Follows the autograd engine: backward begins, is interrupted by recomputation, ends."""
+        """Follows the autograd engine: the backward pass begins, is interrupted by recomputation, and ends."""
         if torch._C._current_graph_task_id() == -1:
             if self.phase == "backward" and self.after_backward != "backward":
                 self.enter_phase(self.after_backward)
@@ -130,7 +130,7 @@ class Trace(TorchDispatchMode):
     # ---- storages
 
     def track(self, tensor: torch.Tensor, category: str | None = None, op: str | None = None) -> Allocation | None:
-        """Announces `tensor`'s storage if it is new, and labels it where `category` is given. Returns its block."""
+        """Reports the storage of `tensor` if it is new, and labels it if `category` is given. Returns its block."""
         storage = self._storage_of(tensor)
         if storage is None:
             return None
@@ -145,7 +145,7 @@ class Trace(TorchDispatchMode):
         return self._watch(storage, self._op if op is None else op, category)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage that is known has another size now: engines let gathered weights go, and take them back, like that."""
+        """Handles a tracked storage that was resized: engines free and allocate gathered weights this way."""
         block = self._blocks.get(storage._cdata)
         if block is not None and block.nbytes != storage.nbytes():
             self._forget(storage._cdata, block)
@@ -159,7 +159,7 @@ class Trace(TorchDispatchMode):
         return block
 
     def adopt(self, tensor: torch.Tensor, category: str, module: str = "") -> Allocation | None:
-        """Tracks a tensor that was there before the trace was (a parameter, the batch), under a known category."""
+        """Tracks a tensor that existed before the trace (a parameter, the batch), under a known category."""
         before, self._module = self._module, module
         try:
             return self.track(tensor, category, op="")
@@ -167,16 +167,16 @@ class Trace(TorchDispatchMode):
             self._module = before
 
     def block_of(self, tensor: torch.Tensor) -> Allocation | None:
-        """The block of a storage that is tracked already, else None."""
+        """The block of `tensor`'s storage, or None if the storage is not tracked."""
         storage = self._storage_of(tensor)
         return None if storage is None else self._blocks.get(storage._cdata)
 
     def passing(self, nbytes: int, op: str = "") -> None:
-        """A buffer that a kernel takes and gives back before it returns, unseen by PyTorch's operators."""
+        """Reports a buffer that a kernel allocates and frees before it returns, which PyTorch's operators do not show."""
         self.release(self.hold(nbytes, op))
 
     def hold(self, nbytes: int, op: str = "", category: str = "workspaces") -> Allocation:
-        """A buffer without a tensor, such as a library's workspace, held until `release`."""
+        """Reports a buffer without a tensor, such as a library's workspace, which lives until `release`."""
         block = self._new_block(nbytes, op or self._op, category)
         self._announce(block)
         return block
@@ -188,7 +188,7 @@ class Trace(TorchDispatchMode):
             sink.died(block)
 
     def close(self) -> None:
-        """Stops watching: storages that outlive the trace die unheard from here on."""
+        """Stops watching: the deaths of storages that outlive the trace are not reported."""
         self._watches.clear()
         self._blocks.clear()
 
@@ -229,20 +229,20 @@ class Trace(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled, and the wrapper that this leaves out runs for every operator
+        return False  # nothing here is compiled; True would add a wrapper around every operator
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it asks again, for its shard
-        if torch._C._get_dispatch_mode(_FAKE) is not None:  # DTensor tries an operator on tensors of no substance
+            return NotImplemented  # DTensor then runs the operator on its shard
+        if torch._C._get_dispatch_mode(_FAKE) is not None:  # DTensor infers shapes on fake tensors of its own
             return op(*args, **(kwargs or {}))
-        if op is torch.ops.prim.device.default:  # the autograd engine asks each fake tensor where it is, many times
+        if op is torch.ops.prim.device.default:  # the autograd engine often queries the device of each fake tensor
             return getattr(args[0], "fake_device", None) or op(*args)
         kwargs = kwargs or {}
         self._find_phase()
         self._op = op.name()
         for tensor in _tensors((args, *kwargs.values())):
-            if self.block_of(tensor) is None:  # made outside: a batch, a library's table
+            if self.block_of(tensor) is None:  # made outside the trace: a batch, a library's table
                 self.adopt(tensor, "buffers" if tensor.is_floating_point() else "inputs")
         if op.namespace == "c10d":
             self._label_sent((args, *kwargs.values()))
@@ -252,7 +252,7 @@ class Trace(TorchDispatchMode):
         return result
 
     def _label_sent(self, arguments: Any) -> None:
-        """What a collective operation sends or fills, and nothing else claims, is a buffer of communication."""
+        """Labels the tensors that a collective operation sends or fills as communication, unless they have another label."""
         for tensor in _tensors(arguments):
             block = self.block_of(tensor)
             if block is not None and (block.category is None or (block.category == "buffers" and not block.module)):
@@ -262,10 +262,10 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def modules_of(self, model: torch.nn.Module, head: torch.nn.Module | None = None) -> Iterator[None]:
-        """While open, blocks carry the path of the `model`'s module that they are born in, and the head is noticed.
+        """While open, each block gets the path of the module of `model` in which it is born.
 
-        `head` is the output embedding (None: no logits are told apart). Paths are as `named_modules` gives them;
-        in backward they are those of the module whose forward built the autograd node that is running.
+        `head` is the output embedding, where logits and loss begin (None: they are not distinguished). Paths are those of
+        `named_modules`. In the backward pass, the module is the one whose forward built the autograd node that is running.
         """
         names = {module: name for name, module in model.named_modules()}
         stack: list[str] = []
@@ -294,7 +294,7 @@ class Trace(TorchDispatchMode):
             self._module = ""
 
     def _mark(self) -> None:
-        """Remembers which module owns the autograd nodes from here on; numbers grow with time within a thread."""
+        """Records which module owns the autograd nodes from here on; their sequence numbers increase within a thread."""
         number = torch._C._autograd._get_sequence_nr()
         numbers, modules = self._sequence_numbers, self._sequence_modules
         while numbers and numbers[-1] >= number:
@@ -305,7 +305,7 @@ class Trace(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an operator's arguments or result: schemas nest lists and tuples, nothing else."""
+    """The tensors in an operator's arguments or result, whose schemas nest only lists and tuples."""
     if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):

@@ -12,7 +12,7 @@ from toolkit.errors import UserError
 
 @dataclass
 class ModelArguments:
-    """Which model, and in what form its weights are held."""
+    """The model, and the form in which its weights are loaded."""
 
     _argument_group_name: ClassVar[str] = "model"
 
@@ -75,12 +75,12 @@ class ModelArguments:
 
     @property
     def is_local(self) -> bool:
-        """Whether the model is a folder, or is meant to be one."""
+        """Whether the name of the model is a path, whether or not the folder exists."""
         return looks_like_path(self.source)
 
     @property
     def short_name(self) -> str:
-        """The last part of its name, for folders and titles."""
+        """The last part of the model's name, for folders and titles."""
         return Path(self.source).resolve().name if self.model_name_or_path else "embedded"
 
 
@@ -90,7 +90,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def lasting_path(name: str | None) -> str | None:
-    """An existing path as an absolute one, so that a run's config.yaml holds in any folder; a hub id as it is."""
+    """An existing path made absolute, so that a run's config.yaml is valid from any folder; a hub id unchanged."""
     if name is None or not Path(name).expanduser().exists():
         return name
     return os.path.abspath(Path(name).expanduser())  # noqa: PTH100 - resolve() would follow links, absolute() keeps ".."

@@ -1,8 +1,8 @@
-"""The most fine-tuned models: architecture facts by hub id, so that a prediction needs neither network nor licence.
+"""The shapes of popular models by hub id, so that a prediction needs neither network access nor a licence.
 
-Each entry holds the fields of the model's published config.json that decide shapes, depth and dropout, and the number of
-parameters that its authors publish (the hub's figure for the safetensors file); a test builds every entry without
-weights and counts. What an entry leaves out is the default of transformers' config class.
+Each entry has the fields of the model's published config.json that decide shapes, depth and dropout, and the published number
+of parameters (the hub's figure for the safetensors file). A test builds every entry without weights and counts its parameters.
+Fields that an entry does not set have the default of transformers' config class.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 @dataclass(frozen=True)
 class Entry:
-    """One architecture: `names` are the hub ids that share it (a base model and its instruct variants)."""
+    """One architecture. `names` are the hub ids that share it, such as a base model and its instruct variants."""
 
     names: tuple[str, ...]
     model_type: str
-    parameters: int  # as published, tied weights once
+    parameters: int  # as published; tied weights count once
     fields: dict[str, Any]
-    separate_head: bool = False  # the checkpoint has an output embedding of its own, whatever the config class ties
+    separate_head: bool = False  # the checkpoint has a separate output embedding, even if the config class ties it
 
 
 def _decoder(
@@ -256,27 +256,28 @@ _BY_NAME = {name.lower(): entry for entry in ENTRIES for name in entry.names}
 
 
 def names() -> list[str]:
-    """All hub ids that the catalogue knows."""
+    """All hub ids in the catalogue."""
     return [name for entry in ENTRIES for name in entry.names]
 
 
 def find(name: str) -> Entry | None:
-    """The entry of a hub id (case does not matter), or None."""
+    """The entry for a hub id (case does not matter), or None."""
     return _BY_NAME.get(name.lower())
 
 
 def config_of(name: str) -> PreTrainedConfig | None:
-    """A config of the hub id's architecture, or None for one that the catalogue does not know."""
+    """A config of the hub id's architecture, or None if the catalogue does not have it."""
     entry = find(name)
     return None if entry is None else AutoConfig.for_model(entry.model_type, **entry.fields)
 
 
 def separate_head(model: nn.Module, name: str) -> None:
-    """Gives `model`, built from a config, the output embedding of its own that the checkpoint `name` (hub id, folder) has.
+    """Unties the output embedding of `model`, built from a config, if it is separate in the checkpoint `name` (hub id, folder).
 
-    transformers 5 ties the output embedding of T5 and its kin in the config, and unties it again when it finds both in a
-    checkpoint, with different values (FLAN-T5, T5 1.1, mT5, mT0); a model that is built without its checkpoint needs to be
-    told. What tells: the catalogue, else the folder's weights, else `tie_word_embeddings` as config.json has it.
+    transformers 5 ties the output embedding of T5-like models in the config. It unties it if a checkpoint holds both embeddings
+    with different values (FLAN-T5, T5 1.1, mT5, mT0). A model built without its checkpoint must do the same. Whether the head
+    is separate is read from the catalogue, otherwise from the folder's weights, otherwise from `tie_word_embeddings` in
+    config.json.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
@@ -303,9 +304,9 @@ def _is_separate_in(name: str, model: nn.Module) -> bool:
 
 
 def _first_rows(files: list[Path], key: str) -> torch.Tensor | None:
-    """Rows of the tensor `key` of one of `files`, enough to tell two embeddings apart; None where none holds it."""
+    """The first rows of the tensor `key`, enough to compare two embeddings; None if no file holds it."""
     for file in files:
         with safe_open(file, "pt") as tensors:
-            if key in tensors.keys():  # noqa: SIM118 - it is no dictionary
+            if key in tensors.keys():  # noqa: SIM118 - not a dictionary
                 return tensors.get_slice(key)[:64]
     return None

@@ -1,6 +1,6 @@
-"""What a model answers: prompts go through it in batches on all ranks, and only the answers are kept, never logits.
+"""Answers of a model: all ranks process prompts in batches and keep only the answers, never the logits.
 
-A row's answer is the same alone and in any batch.
+The answer to a row does not depend on the other rows of its batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +27,15 @@ from toolkit.models.soft_prompts import cache_by_both_names, embedded, has_virtu
 
 Answer = TypeVar("Answer")
 
-# What is taken over from a model's generation_config: the tokens that begin and end a text, and those that are forced or banned.
-# The rest of it stays at transformers' defaults, or the answers of models that ship other settings (penalties of BART's
-# summarizers, sampling of Qwen's chat models, several answers a row) would not be the most probable ones, one for each row.
+# Settings that are copied from a model's generation_config: tokens that begin and end a text, and forced or banned tokens.
+# All others keep transformers' defaults. With the other settings of some models (penalties of BART's summarizers, sampling of
+# Qwen's chat models, several answers per row), answers would not be the most probable ones, one per row.
 TAKEN_OVER = (
     *("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
 )
 
-IGNORES_MASK = {"rwkv"}  # a recurrent model that reads padding as text: its rows are answered one by one
+IGNORES_MASK = {"rwkv"}  # recurrent models that read padding as text: they answer one row at a time
 
 
 def generate(
@@ -49,11 +49,10 @@ def generate(
     end_tokens: Sequence[int] = (),
     empty_target: Sequence[int] = (),
 ) -> list[str]:
-    """The model's texts for `prompts` (token ids), in their order, on every rank. Greedy or beam search: no sampling.
+    """Generates texts for `prompts` (token ids), returned in their order on every rank. Greedy or beam search, no sampling.
 
-    A text ends with any token that ends one for the model's generation_config or the tokenizer, or is of `end_tokens`.
-    `empty_target` holds the labels of a target without words: an encoder-decoder model begins its answer as its labels begin in
-    training.
+    A text ends at any end token of the model's generation_config, of the tokenizer or in `end_tokens`. `empty_target` holds
+    the labels of an empty target: an encoder-decoder model begins its answer with the tokens that begin its labels in training.
     """
 
     def answer(batch: list[Sequence[int]]) -> list[str]:
@@ -70,10 +69,10 @@ def generate(
 def generation_error(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new_tokens: int = 8
 ) -> float:
-    """How far the logits that generation takes its tokens from are off those of one forward pass over the same tokens.
+    """The relative difference between the logits of generation and those of one forward pass over the same tokens.
 
-    It is the norm of the difference over that of the logits' spread, for `new_tokens` tokens after (or for) `prompt`. It is zero
-    but for rounding, unless generation loses something: virtual tokens, a prefix, the cache.
+    It is the norm of the difference divided by the norm of the logits' deviations from their mean, over `new_tokens` tokens after
+    (or for) `prompt`. It is zero up to rounding, unless generation loses something: virtual tokens, a prefix, the cache.
     """
 
     def answer(batch: list[Sequence[int]]) -> list[float]:
@@ -103,7 +102,7 @@ def _settings(
     end_tokens: Sequence[int] = (),
     empty_target: Sequence[int] = (),
 ) -> GenerationConfig:
-    """How to generate, without sampling: what is `TAKEN_OVER` of the model's own settings, and what `generate` says."""
+    """The settings of generation, without sampling: the model's own ones in `TAKEN_OVER`, and the arguments of `generate`."""
     holder = _without_peft(model)
     shipped = holder.generation_config
     settings = GenerationConfig(**{name: getattr(shipped, name, None) for name in TAKEN_OVER}, do_sample=False)
@@ -116,7 +115,7 @@ def _settings(
 
 @contextmanager
 def _generating_by(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
-    """While open, `model` generates by `settings`, with a cache."""
+    """While open, `model` generates with `settings` and a cache."""
     holder = _without_peft(model)
     shipped, use_cache = holder.generation_config, model.config.use_cache
     model.config.use_cache, holder.generation_config = True, settings
@@ -131,7 +130,7 @@ def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _begin_as_labels(settings: GenerationConfig, model: PreTrainedModel, empty_target: Sequence[int]) -> None:
-    """Lets an answer begin as labels do: mBART's decoder starts with the target's language, which its tokenizer chooses."""
+    """Makes an answer begin as labels do: mBART's decoder starts with the target language, which its tokenizer sets."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         settings.decoder_start_token_id = shift(torch.tensor([empty_target]))[0, 0].item()
@@ -147,7 +146,7 @@ def classify(
     batch_size: int,
     title: str = "",
 ) -> list[int]:
-    """The class with the largest logit for each of `prompts` (token ids), in their order, on every rank."""
+    """The class with the largest logit for each prompt (token ids), in order, on every rank."""
 
     def answer(batch: list[Sequence[int]]) -> list[int]:
         inputs = _padded(tokenizer, batch, "right", model.device)
@@ -163,12 +162,12 @@ def losses(
     batch_size: int,
     title: str = "",
 ) -> list[float]:
-    """The mean negative log-likelihood of each of `prompts` (token ids), in nats, on every rank; 0 for a single token."""
+    """The mean negative log-likelihood of each prompt (token ids) in nats, in order, on every rank; 0 for a single token."""
 
     def answer(batch: list[Sequence[int]]) -> list[float]:
         inputs = _padded(tokenizer, batch, "right", model.device)
         ids = inputs["input_ids"]  # (rows, length)
-        logits = model(**inputs).logits[:, -ids.shape[1] :]  # (rows, length, vocabulary), less those of virtual tokens
+        logits = model(**inputs).logits[:, -ids.shape[1] :]  # (rows, length, vocabulary), without virtual tokens
         ends = [len(prompt) for prompt in batch]
         return [
             cross_entropy(logits[i, : end - 1].float(), ids[i, 1:end]).item() if end > 1 else 0.0
@@ -178,7 +177,7 @@ def losses(
     return _in_batches(answer, model, prompts, batch_size, title)
 
 
-@torch.no_grad()  # not inference_mode: weights that are gathered in it could not be trained on
+@torch.no_grad()  # not inference_mode: weights gathered in it could not be trained
 def _in_batches(
     answer: Callable[[list[Sequence[int]]], list[Answer]],
     model: PreTrainedModel,
@@ -186,15 +185,15 @@ def _in_batches(
     batch_size: int,
     title: str,
 ) -> list[Answer]:
-    """What `answer` gives for batches of `prompts`, in the order of `prompts`, on every rank.
+    """Applies `answer` to batches of `prompts`; returns the results in the order of `prompts`, on every rank.
 
-    Prompts are sorted by length, so that a batch holds little padding, and shared out among the ranks. Every rank answers
-    the same number of batches, for where the model is sharded it computes on all of them or on none.
+    Prompts are sorted by length, so that batches contain little padding, and divided among the ranks. Every rank processes the
+    same number of batches, because a sharded model computes on all ranks or on none.
     """
     state = PartialState()
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = order[state.process_index :: state.num_processes]
-    most = -(-len(order) // state.num_processes)  # of the ranks' shares
+    most = -(-len(order) // state.num_processes)  # rows of the rank that has the most
     batches = [mine[i : i + batch_size] for i in range(0, most, batch_size)]
     was_training = model.training
     model.eval()
@@ -204,8 +203,8 @@ def _in_batches(
             for batch in track(
                 batches, description=title, console=console, transient=True, disable=not console.is_terminal
             ):
-                asked = batch or order[-1:]  # a rank without a row left computes along with the others
-                found += zip(batch, answer([prompts[i] for i in asked])[: len(batch)], strict=True)
+                computed = batch or order[-1:]  # a rank without rows left still takes part in the computation
+                found += zip(batch, answer([prompts[i] for i in computed])[: len(batch)], strict=True)
     finally:
         model.train(was_training)
     if state.num_processes > 1:
@@ -224,22 +223,21 @@ def _padded(
 def _end_tokens(
     settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, more: Sequence[int]
 ) -> list[int] | None:
-    """The ids that end a text, without repetition; None where nothing does."""
+    """The sorted ids of all tokens that end a text; None if there are none."""
     of_model = settings.eos_token_id
-    told = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id, *more]
-    return sorted({token for token in told if token is not None}) or None
+    tokens = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id, *more]
+    return sorted({token for token in tokens if token is not None}) or None
 
 
 def _continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], **options: Any
 ) -> Any:
-    """The ids (rows, longest answer) that the model writes after (or for) each of `prompts`; an encoder-decoder's with its start token.
+    """The generated ids (rows, longest answer) for each of `prompts`; those of an encoder-decoder begin with its start token.
 
-    With `options` for more than ids, transformers' own output, whose sequences may begin with the prompt.
+    If `options` request more than ids, the result is transformers' own output, in which sequences may begin with the prompt.
     """
-    options["synced_gpus"] = is_sharded(
-        model
-    )  # transformers sees ZeRO-3 by itself, but not FSDP2 as accelerate sets it up
+    # transformers detects ZeRO-3 itself, but not FSDP2 as accelerate sets it up.
+    options["synced_gpus"] = is_sharded(model)
     if model.config.is_encoder_decoder:
         inputs = _padded(tokenizer, prompts, "right", model.device)
     elif has_virtual_tokens(model):
@@ -259,13 +257,13 @@ BEAMS = ("early_stopping", "length_penalty")
 
 
 def make_saveable(settings: GenerationConfig) -> None:
-    """Mends what some published models contradict themselves in, which transformers loads with a warning and refuses to save.
+    """Repairs contradictory settings of some published models, which transformers loads with a warning but refuses to save.
 
-    Where `do_sample` is not set and settings of sampling are, it becomes true: other libraries sample by them, and
-    that is what the model's author wrote them for. Where it is false, they are dropped, as settings of beam search are
-    with one beam: nothing reads them. The test split is answered without sampling in any case.
+    If sampling settings are present and `do_sample` is not set, it becomes true: other libraries sample with these settings, as
+    the model's author intended. If it is false, the sampling settings are removed, and with one beam the settings of beam
+    search: nothing reads them. The test split is always answered without sampling.
 
-    Raises: UserError for what cannot be mended, before anything is trained.
+    Raises: UserError for settings that cannot be repaired, before training starts.
     """
     try:
         settings.validate(strict=True)
@@ -283,5 +281,5 @@ def make_saveable(settings: GenerationConfig) -> None:
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the model's generation_config.json could not be saved with what is trained: {reason}"
+            f"the model's generation_config.json contradicts itself, so the trained model could not be saved: {reason}"
         ) from None

@@ -1,4 +1,4 @@
-"""Heads: which kind of model a task needs, and classification heads with their class names."""
+"""The kind of model that a task needs, and classification heads with their class names."""
 
 import re
 from collections.abc import Sequence
@@ -19,32 +19,32 @@ from transformers.models.auto.modeling_auto import (
 
 from toolkit.errors import UserError
 
-# Models whose heads have the names of those that classify texts, and other meanings
+# Heads whose weights have the names of a text classification head, but another meaning
 OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice")
 
 
-# Models whose heads read padding: FNet mixes all positions, YOSO's and Nystromformer's convolutions and CANINE's and XLNet's
-# heads reach into it, so that the score of a row would depend on the other rows of its batch.
+# Models whose classification head reads padding, so that the score of a row depends on the other rows of its batch: FNet mixes
+# all positions; the convolutions of YOSO and Nystromformer and the heads of CANINE and XLNet reach into the padding.
 READS_PADDING = {"canine", "fnet", "nystromformer", "xlnet", "yoso"}
 
 
-# What a task asks of its model: that it writes text, that it is a decoder (GPT-like), or that it takes a class head.
+# What a task needs: a model that generates text, a decoder (GPT-like), or a model that can have a classification head.
 ModelKind = Literal["generating", "decoder", "head"]
 
 
 def _check_kind(source: str, config: PreTrainedConfig, kind: ModelKind) -> None:
-    """Raises UserError for a model that cannot do what the task asks."""
+    """Raises UserError for a model that is not of the kind that the task needs."""
     name = config.model_type
     if kind == "head":
         if name not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
             raise UserError(
                 f"{source} is a {name} model, for which transformers has no classification head; give another model, "
-                "or --task classification where it generates text"
+                "or --task classification if it generates text"
             )
         if name in READS_PADDING:
             raise UserError(
-                f"{source} is a {name} model, whose classification head reads padding: the score of a row would depend on the other "
-                "rows of its batch; give another model"
+                f"{source} is a {name} model, whose classification head reads padding, so the score of a row would depend on the "
+                "other rows of its batch; give another model"
             )
         return
     seq2seq = name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder
@@ -61,15 +61,15 @@ def _check_kind(source: str, config: PreTrainedConfig, kind: ModelKind) -> None:
 
 
 def normalized(name: str) -> str:
-    """The name of a class as it is compared: without surrounding space and without regard to case."""
+    """The name of a class for comparisons: without surrounding space, case folded."""
     return name.strip().casefold()
 
 
 def class_order(config: PreTrainedConfig, label_names: Sequence[str]) -> tuple[str, ...]:
-    """The classes of the head that `config` will have: as the checkpoint's own head has them where it is for these, else as given.
+    """The classes of the head in their order: that of the checkpoint's own head if it fits `label_names`, otherwise as given.
 
-    It is where each name is one of its names, whatever their case. Labels that are numbers, and a checkpoint without names
-    (LABEL_0, LABEL_1 ...), go by number: then there must be as many classes on both sides.
+    The checkpoint's head fits if it has a class for each name (case does not matter). If all labels are the numbers from 0 to
+    one less than its number of classes, the classes are in numerical order.
     """
     if not has_own_head(config):
         return tuple(label_names)
@@ -83,7 +83,10 @@ def class_order(config: PreTrainedConfig, label_names: Sequence[str]) -> tuple[s
 
 
 def keeps_head(config: PreTrainedConfig, label_names: Sequence[str]) -> bool:
-    """Whether the checkpoint of `config` has a head whose classes are `label_names` in their order (see `class_order`)."""
+    """Whether the checkpoint of `config` has a head for exactly the classes `label_names`, in this order (see `class_order`).
+
+    A head without class names (LABEL_0, LABEL_1 ...) matches any names that are not numbers, if their number is the same.
+    """
     if not has_own_head(config) or config.num_labels != len(label_names):
         return False
     own = [str(config.id2label[number]) for number in range(config.num_labels)]
@@ -99,9 +102,9 @@ def has_own_head(config: PreTrainedConfig) -> bool:
 
 
 def set_head(config: PreTrainedConfig, label_names: Sequence[str], pad_token_id: int | None) -> None:
-    """Makes `config` that of a model with a classification head, one class a label, in the order of `class_order`.
+    """Sets up `config` for a classification head with one class per label, in the order of `class_order`.
 
-    The padding token is how a GPT-like model finds the last token of a text, which its head reads.
+    A GPT-like model needs the padding token to find the last token of a text, which its head reads.
     """
     names = class_order(config, label_names)
     config.problem_type = "single_label_classification"
@@ -111,18 +114,18 @@ def set_head(config: PreTrainedConfig, label_names: Sequence[str], pad_token_id:
 
 
 def has_head(config: PreTrainedConfig) -> bool:
-    """Whether the model of `config` has a classification head instead of writing text."""
+    """Whether the model of `config` has a classification head instead of generating text."""
     return getattr(config, "problem_type", None) == "single_label_classification"
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that form the head: those outside the body, with weights that no checkpoint of it holds."""
+    """Names of the modules that form the head: those with weights outside the base model."""
     body = model.base_model_prefix
     return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """`AutoModelForSequenceClassification` for a head, else `AutoModelForSeq2SeqLM` (T5-like) or `AutoModelForCausalLM`."""
+    """`AutoModelForSequenceClassification` with a head, otherwise `AutoModelForSeq2SeqLM` (T5-like) or `AutoModelForCausalLM`."""
     if has_head(config):
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

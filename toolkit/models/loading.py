@@ -1,4 +1,4 @@
-"""Tokenizer and model: a hub id, a local folder, or the embedded default; in the precision that the machine allows."""
+"""Loads the tokenizer and the model from a hub id, a local folder, or the embedded default."""
 
 import copy
 from collections.abc import Collection, Iterator
@@ -44,19 +44,19 @@ from toolkit.models.heads import (
 from toolkit.models.meta import model_on_meta
 from toolkit.models.quantization import quantization_config
 
-# T5 and its kin. Their activations leave the range of fp16 (65,504): they were trained in bf16, and give inf and NaN.
-# Their positions are relative: lengths beyond the training length do run.
+# T5-like models. They were trained in bf16; in fp16 their activations exceed the largest number (65,504) and become inf or NaN.
+# Their positions are relative, so inputs longer than in training work.
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 
 
 def load_model_config(
     args: ModelArguments, fp16: bool = False, needs_weights: bool = True, kind: ModelKind = "generating"
 ) -> PreTrainedConfig:
-    """Reads the model's config: the only thing that is fetched before the flags are known to be right.
+    """Reads the model's config, the only file that is downloaded before the flags are checked.
 
-    Where `needs_weights` is false a folder with a config alone will do, and models of the catalogue need no hub.
+    Without `needs_weights` a folder with only a config is enough, and models of the catalogue need no hub.
 
-    Raises: UserError for a missing or gated model, a folder without config, an architecture that transformers does not
+    Raises: UserError for a missing or gated model, a folder without a config, an architecture that transformers does not
     know or that is not of the `kind` that the task needs, T5 in fp16, or quantization of a model that is already
     quantized.
     """
@@ -69,8 +69,8 @@ def load_model_config(
             )
         if (folder / "adapter_config.json").is_file():
             raise UserError(
-                f"--model_name_or_path {source}: the folder holds an adapter, which transformers would put into the model that is tuned; "
-                "give its base model, or a folder that footprint merge wrote"
+                f"--model_name_or_path {source}: the folder holds an adapter, which transformers would load into the model before "
+                "tuning; give its base model, or a folder that footprint merge wrote"
             )
         if not (folder / "config.json").is_file():
             raise UserError(f"--model_name_or_path {source}: the folder has no config.json, so it holds no model")
@@ -83,7 +83,7 @@ def load_model_config(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_why_not(source, error)) from None
     _check_kind(source, config, kind)
-    config.problem_type = None  # a checkpoint that had a head may say else: `set_head` alone decides
+    config.problem_type = None  # the checkpoint's value does not count: `set_head` decides
     if fp16 and config.model_type in T5_FAMILY:
         raise UserError(
             f"--fp16 with {config.model_type}: T5's activations exceed fp16's largest number (65,504) and turn to NaN; "
@@ -99,7 +99,7 @@ def load_model_config(
 
 
 def _why_not(source: str, error: Exception) -> str:
-    """One line for a config that could not be read."""
+    """One line that says why a config could not be read."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -126,9 +126,9 @@ def _why_not(source: str, error: Exception) -> str:
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (the end-of-text token where the model has none of its own).
+    """The model's tokenizer, with a padding token (the end-of-text token if it has no padding token).
 
-    Raises: UserError where there is none, or it has no token to pad with.
+    Raises: UserError if there is no tokenizer, or if it has neither of these tokens.
     """
     source = args.tokenizer_name or args.source
     try:
@@ -140,18 +140,20 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise UserError(
-            f"{source}: its tokenizer has neither a padding token nor an end-of-text token, so rows of different lengths make no "
-            "batch; name another with --tokenizer_name, or set pad_token (and eos_token) in its tokenizer_config.json"
+            f"{source}: its tokenizer has neither a padding token nor an end-of-text token, so rows of different lengths cannot be "
+            "batched; name another with --tokenizer_name, or set pad_token (and eos_token) in its tokenizer_config.json"
         )
-    tokenizer.padding_side = "right"  # the first token of a text is then predicted from nothing; generation has its own
+    tokenizer.padding_side = (
+        "right"  # for training: no padding comes before the first token; generation pads on the left
+    )
     return tokenizer
 
 
 def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
-    """The most tokens that the model can take in one sequence, or None where neither it nor its tokenizer has a limit.
+    """The largest number of tokens in one sequence, or None if neither the model nor its tokenizer has a limit.
 
-    Absolute position embeddings (GPT-2, BART) and rotary ones (Llama) end at `max_position_embeddings`; T5's relative
-    positions have no end, and its tokenizer says what it was made for.
+    Absolute (GPT-2, BART) and rotary (Llama) position embeddings end at `max_position_embeddings`. T5's relative positions
+    have no limit; its tokenizer has the length that the model was trained with.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
@@ -161,10 +163,10 @@ def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase |
 
 
 def weights_dtype(args: ModelArguments, frozen: bool, bf16: bool, fp16: bool) -> tuple[torch.dtype, str]:
-    """The type in which the weights are held, and the reason.
+    """The type of the weights, and the reason for it.
 
-    Trained weights stay in fp32 (mixed precision computes in a shorter type, but small updates would be rounded away);
-    a frozen base loses nothing in the type that it is computed in.
+    Trained weights stay in fp32: mixed precision computes in a shorter type, in which small updates would be rounded away.
+    A frozen base loses nothing in the type in which it computes.
     """
     if args.dtype != "auto":
         return getattr(torch, args.dtype), "--dtype"
@@ -194,10 +196,11 @@ def build_on_meta(
 
 
 def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Draws the head again where the checkpoint's own is for other classes, or classifies something else than texts.
+    """Initializes the head anew if the checkpoint's own head is for other classes, or classifies something other than texts.
 
-    Where it has as many classes, its rows were loaded, and each would stand for another class. `missing`: the weights that the
-    checkpoint lacks; one whose config names no architecture, or one of its own, may bring a whole head.
+    If that head has the same number of classes, its rows were loaded, and each would stand for the wrong class. `missing` holds
+    the names of the weights that the checkpoint lacks: a checkpoint whose config names no architecture, or an unknown one, can
+    contain a whole head.
     """
     shipped, config = AutoConfig.from_pretrained(args.source, revision=args.model_revision), model.config
     other = any(name.endswith(OTHER_HEADS) for name in shipped.architectures or ())
@@ -230,9 +233,10 @@ def _quiet() -> Iterator[None]:
 
 
 def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Checks what `from_pretrained` has `found`, and says what of the file it has left out; a head may be new.
+    """Checks the loading info `found` of `from_pretrained`, and warns of tensors that were not loaded; the head may be new.
 
-    Raises: UserError where weights of the model are not in `source`, or have other shapes there: transformers begins them random.
+    Raises: UserError if weights of the model are missing in `source` or have other shapes there: transformers would initialize
+    them randomly.
     """
     heads = tuple(f"{name}." for name in head_modules(model)) if has_head(model.config) else ()
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(heads))
@@ -260,9 +264,9 @@ def load_model(
     training: TrainingArguments,
     engine: Engine = NO_ENGINE,
 ) -> PreTrainedModel:
-    """The model with its weights, on the device that trains it.
+    """The model with its weights, on the training device.
 
-    Raises: UserError where the weights are missing.
+    Raises: UserError if weights are missing.
     """
     if args.random_weights:
         set_seed(training.seed)
@@ -270,18 +274,20 @@ def load_model(
         set_seed(training.seed)
         return model.to(training.device)
     options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
-    options["ignore_mismatched_sizes"] = True  # a head of another size is made anew; `check_weights` sees the rest
+    options["ignore_mismatched_sizes"] = (
+        True  # a head of another size is initialized anew; `check_weights` checks the rest
+    )
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
         options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.kind.shards_parameters)
         if (
             engine.kind is not EngineKind.ZERO_3
-        ):  # for it, transformers puts the weights on the process's own device by itself
+        ):  # under ZeRO-3 transformers itself puts weights on the process's device
             options["device_map"] = {"": training.device}
-    set_seed(training.seed)  # for a head, which no checkpoint holds
+    set_seed(training.seed)  # for a new head
     try:
-        with _quiet() if has_head(config) else nullcontext():  # that a head is new is no warning
+        with _quiet() if has_head(config) else nullcontext():  # no warning about a new head
             model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
@@ -290,7 +296,7 @@ def load_model(
         set_seed(training.seed)
         _make_head_anew(args, model, found["missing_keys"])
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed weights are for widths that 32 divides alone
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # that packing only supports widths divisible by 32
             module.support_avx512bf16_for_cpu = False
-    set_seed(training.seed)  # for the weights that a method adds
+    set_seed(training.seed)  # for the weights that the method adds
     return model if args.load_in_4bit or args.load_in_8bit else model.to(training.device)

@@ -11,15 +11,15 @@ from transformers import (
 def row_losses(
     logits: torch.Tensor, labels: torch.Tensor, aligned: bool, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross entropy of each row, and the number of its label tokens: both (rows,).
+    """The summed cross entropy of each row and the number of its label tokens, both (rows,).
 
     Args:
-        logits: (rows, length, vocabulary), where a GPT-like model's may begin with those of virtual tokens; or (rows, classes).
+        logits: (rows, length, vocabulary), for a GPT-like model possibly with virtual tokens first; or (rows, classes).
         labels: (rows, length), or (rows,) for classes.
-        aligned: whether each logit predicts the label at its own place (T5-like models, heads) instead of the next one's.
+        aligned: whether the logits at a position predict the label there (T5-like models, heads) or the next label.
         smoothing: see `torch.nn.functional.cross_entropy`.
     """
-    if not aligned:  # the first label is predicted where something comes before it: virtual tokens
+    if not aligned:  # the first label has a prediction only if virtual tokens come before it
         logits = logits[:, -labels.shape[1] - 1 : -1]
         labels = labels[:, -logits.shape[1] :]
     sums = [
@@ -30,8 +30,8 @@ def row_losses(
 
 
 def mean_loss(rows: EvalPrediction) -> dict[str, float]:
-    """The mean over all label tokens of the validation split, whichever batch and process had them."""
+    """The mean over all label tokens of the validation split, independent of batches and processes."""
     return {"loss": float(np.sum(rows.predictions, dtype=np.float64) / np.sum(rows.label_ids))}
 
 
-IGNORE_INDEX = -100  # the label that the loss passes over
+IGNORE_INDEX = -100  # label of tokens that the loss ignores

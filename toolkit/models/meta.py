@@ -1,4 +1,4 @@
-"""The model that `from_pretrained` would load, without its weights: on the meta device, quantized layers in place."""
+"""The model that `from_pretrained` would load, on the meta device: without weights, but with its quantized layers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def model_on_meta(
     attn_implementation: str | None = None,
     quantization_config: Any = None,
 ) -> PreTrainedModel:
-    """`auto_class.from_pretrained(..., config=config, dtype=dtype, ...)` as far as shapes and layers go.
+    """The result of `auto_class.from_pretrained(..., config=config, dtype=dtype, ...)`, with the same shapes and layers.
 
-    Modules that the architecture keeps in float32 are kept so, as loading would. Quantized layers are still unpacked:
-    `fake.make_fake` packs them.
+    Modules that the architecture keeps in float32 are float32, as after loading. The weights of quantized layers are not yet
+    packed: `fake.make_fake` packs them.
 
-    Raises: UserError for a quantization method other than bitsandbytes'.
+    Raises: UserError for a quantization method other than that of bitsandbytes.
     """
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     quantizer = None
@@ -32,7 +32,7 @@ def model_on_meta(
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
         method = getattr(quantization_config.quant_method, "value", quantization_config.quant_method)
         if method != "bitsandbytes":
-            raise UserError(f"the shadow step knows bitsandbytes' 4-bit and 8-bit weights, not {method}")
+            raise UserError(f"memory is predicted for bitsandbytes' 4-bit and 8-bit weights, not for {method}")
         dtype = quantizer.update_dtype(dtype)
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype, **kwargs)

@@ -1,6 +1,6 @@
-"""Virtual tokens before the input: what PEFT leaves to its caller, or does wrongly on some versions of transformers.
+"""Virtual tokens before the input: what PEFT leaves to its caller, or does wrongly with some versions of transformers.
 
-Prompt tuning and P-tuning put embeddings before the input's own; prefix tuning puts keys and values into the cache.
+Prompt tuning and P-tuning put embeddings before those of the input; prefix tuning puts keys and values into the cache.
 """
 
 import inspect
@@ -21,19 +21,19 @@ IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:
-    """Whether virtual tokens are part of the sequence that the model reads, as with prompt tuning and P-tuning.
+    """Whether virtual tokens are part of the input sequence, as with prompt tuning and P-tuning.
 
-    A GPT-like model then predicts the first token of the text as well, from the last virtual one.
+    A GPT-like model then also predicts the first token of the text, from the last virtual token.
     """
     config = getattr(model, "active_peft_config", None)
     return config is not None and config.is_prompt_learning and config.peft_type not in IN_THE_CACHE
 
 
 def embedded(model: PeftModel, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """What a GPT-like base model generates from: `inputs_embeds` (rows, length, width) and `attention_mask` (rows, length).
+    """Inputs from which a GPT-like base model generates: `inputs_embeds` (rows, length, width), `attention_mask` (rows, length).
 
-    Each row is padding, virtual tokens, text. PEFT (0.21) leaves the padding between the virtual tokens and the text, so that a
-    row's answer depends on how long the other rows of its batch are.
+    Each row consists of padding, virtual tokens and text, in this order. PEFT (0.21) puts the padding between virtual tokens and
+    text, so that a row's answer depends on the lengths of the other rows in its batch.
     """
     embeddings = model.word_embeddings
     virtual = model.get_prompt(batch_size=1)[0]  # (virtual tokens, width)
@@ -49,13 +49,13 @@ def embedded(model: PeftModel, prompts: Sequence[Sequence[int]]) -> dict[str, to
 
 @contextmanager
 def cache_by_both_names(model: PreTrainedModel) -> Iterator[None]:
-    """While open, PEFT finds the cache in which it puts a prefix, whichever name transformers gives it.
+    """While open, PEFT finds the cache into which it puts a prefix under both names that transformers has given it.
 
-    transformers 5.24 renamed `past_key_values` to `cache`. PEFT 0.21 writes the old name alone, and generates as if there
-    were no prefix. Here it is given both names, and what it wrote goes to the one that transformers reads.
+    transformers 5.24 renamed `past_key_values` to `cache`. PEFT 0.21 writes only the old name and so generates without the
+    prefix. Here PEFT gets both names, and what it wrote is stored under the name that transformers reads.
     """
     given = getattr(model, "base_model_prepare_inputs_for_generation", None)
-    if given is None:  # no model of PEFT's
+    if given is None:  # not a PEFT model
         yield
         return
     of_peft = model.prepare_inputs_for_generation
@@ -79,16 +79,16 @@ def cache_by_both_names(model: PreTrainedModel) -> Iterator[None]:
 
 
 def fit_head(model: PeftModel) -> None:
-    """Makes a head work under virtual tokens and prefixes as it does without: see the two functions below."""
+    """Makes a head work with virtual tokens and prefixes; see the two functions below."""
     if has_head(model.get_base_model().config):
         _take_prefix_by_its_old_name(model)
         _read_head_at_the_last_token(model)
 
 
 def _take_prefix_by_its_old_name(model: PeftModel) -> None:
-    """Gives the base model's forward the argument `past_key_values`, where transformers (5.24) calls it `cache`.
+    """Adds the argument `past_key_values` to the base model's forward, which transformers 5.24 calls `cache`.
 
-    PEFT (0.21) looks for the old name in the signature of a model with a head, and refuses prefix tuning without it.
+    PEFT 0.21 looks for the old name in the signature of a model with a head and refuses prefix tuning without it.
     """
     base = model.get_base_model()
     plain, signature = base.forward, inspect.signature(base.forward)
@@ -107,15 +107,15 @@ def _take_prefix_by_its_old_name(model: PeftModel) -> None:
 
 
 def _read_head_at_the_last_token(model: PeftModel) -> None:
-    """Makes the head of a GPT-like model read each row at its last token, where virtual tokens stand before it.
+    """Makes the head of a GPT-like model with virtual tokens read each row at its last token.
 
-    Given embeddings in place of token ids, transformers' heads read the last position, which is padding in all but the
-    longest row of a batch.
+    With embeddings instead of token ids, transformers' heads read the last position, which is padding in all but the longest
+    row of a batch.
     """
     base = model.get_base_model()
     if not has_virtual_tokens(model):
         return
-    mask: list[torch.Tensor] = []  # of the batch that is being read: (rows, length)
+    mask: list[torch.Tensor] = []  # of the current batch: (rows, length)
 
     def keep_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embedded, kept = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
@@ -123,7 +123,7 @@ def _read_head_at_the_last_token(model: PeftModel) -> None:
 
     def take_last(module: nn.Module, args: tuple[Any, ...], scores: torch.Tensor) -> torch.Tensor:
         if not mask or scores.shape[:-1] != mask[0].shape:
-            return scores  # (rows, classes): this head chose its position itself
+            return scores  # (rows, classes): this head has already chosen its position
         last = mask[0].shape[1] - 1 - mask[0].flip(1).argmax(1)  # (rows,)
         return scores[torch.arange(len(last), device=scores.device), last.to(scores.device)].unsqueeze(1)
 

@@ -1,12 +1,12 @@
-"""Seams: every place where this project depends on something that a library does not promise to keep, in one registry.
+"""Seams: a registry of every place where this project depends on something that a library does not promise to keep.
 
-    SEAMS["F.softmax"]                          what, where, why, and what goes wrong if it moves
+    SEAMS["F.softmax"]                          what, where, why, and what goes wrong if it changes
     check(SEAMS["F.softmax"])                   what differs in the installed library, or None
-    with patched("F.softmax", ours): ...        the one way to put something of ours in a library's place, and to take it back
+    with patched("F.softmax", ours): ...        the only way to replace something in a library, restored afterwards
 
-One file a library holds its table. tests/test_seams.py checks each seam by name, on the oldest and the newest versions that
-pyproject.toml admits as well (`make stacks`), and finds private names, patches and overrides that are in no table: so an upgrade
-of a library fails with a list of names. Importing this package imports no library.
+Each library has a file with its table. tests/test_seams.py checks each seam by name, also on the oldest and the newest versions
+that pyproject.toml admits (`make stacks`), and finds private names, patches and overrides that are in no table. So an upgrade of
+a library fails with a list of names. Importing this package imports no library.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SEAMS: dict[str, Seam] = {seam.name: seam for table in TABLES for seam in table.
 
 @contextmanager
 def patched(name: str, replacement: Any, owner: Any = None) -> Iterator[None]:
-    """While open, `replacement` stands where the seam `name` says; then what was there before is back, also after an error.
+    """While open, `replacement` replaces the target of the seam `name`. The original is restored at the end, also after an error.
 
     Args:
-        name: of a seam of the kind "patch", whose first target is replaced.
-        owner: the one object whose attribute is replaced; by default the module or class that the target names.
+        name: of a seam of the kind "patch"; its first target is replaced.
+        owner: the single object whose attribute is replaced; by default the module or class that the target names.
 
-    Raises: LookupError where there is no such seam, or nothing to replace: the library has moved it.
+    Raises: LookupError if there is no such seam, or if the library no longer has the target.
     """
     seam = SEAMS.get(name)
     if seam is None or seam.kind != "patch":
@@ -50,5 +50,5 @@ def patched(name: str, replacement: Any, owner: Any = None) -> Iterator[None]:
     finally:
         if own:
             setattr(owner, attribute, before)
-        else:  # it was the base's
+        else:  # it was inherited
             delattr(owner, attribute)

@@ -1,4 +1,4 @@
-"""Says which seams differ in the installed libraries: `python -m toolkit.seams`. The exit code is 1 where one does."""
+"""Lists the seams that differ in the installed libraries: `python -m toolkit.seams`. The exit code is 1 if one differs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from toolkit.seams import SEAMS, check
 
 
 def main() -> int:
-    """One line for each seam that differs: its name, what differs, what then goes wrong, and where."""
+    """Prints a line for each seam that differs: its name, the difference, what goes wrong because of it, and where."""
     found = 0
     for seam in SEAMS.values():
         difference = check(seam)

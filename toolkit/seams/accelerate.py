@@ -1,4 +1,4 @@
-"""Seams into accelerate: its singletons, its launcher's environment, and what it decides by the device."""
+"""Seams into accelerate: its singletons, its launcher's environment, and decisions that depend on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLE = (
             "GradientState.sync_gradients"
         ),
         source=(("accelerate.state", r"self\.__dict__ = self\._shared_state"),),
-        reason="emptied for a shadow step, and put back",
+        reason="cleared for a shadow step, then restored",
         breaks="after a prediction, training runs on a CPU or without its engine",
         silent=True,
     ),
@@ -40,7 +40,7 @@ TABLE = (
             ("accelerate.state", r"PartialState\._shared_state\[\"distributed_type\"\] = self\.distributed_type"),
             ("accelerate.state", r"self\.fsdp_plugin = fsdp_plugin"),
         ),
-        reason="a CPU's process group becomes an FSDP group, as accelerate does on GPUs alone",
+        reason="FSDP is set up on CPUs too, which accelerate does only on GPUs",
         breaks="FSDP2 is predicted as DDP",
         silent=True,
         checked_by="tests/memory/test_sharding.py",
@@ -50,7 +50,7 @@ TABLE = (
         kind="private",
         where="memory.shadow.simulated_rank",
         target="accelerate.state: AcceleratorState._mixed_precision",
-        reason="FSDP's plugin is told the precision, as on GPUs",
+        reason="FSDP's plugin gets the precision, as on GPUs",
         breaks="a prediction under FSDP2 ends with an AttributeError",
     ),
     Seam(
@@ -60,7 +60,7 @@ TABLE = (
         target="accelerate.accelerator: get_mixed_precision_context_manager",
         signature=("native_amp", "autocast_kwargs"),
         source=(("accelerate.accelerator", r"= get_mixed_precision_context_manager\("),),
-        reason="accelerate runs fp16 on GPUs alone: a shadow step autocasts to it on a CPU",
+        reason="accelerate runs fp16 only on GPUs; a shadow step autocasts to it on a CPU",
         breaks="fp16 is predicted as bf16",
         silent=True,
     ),
@@ -92,7 +92,7 @@ TABLE = (
             "accelerate.utils.launch: prepare_deepspeed_cmd_env prepare_multi_gpu_env",
         ),
         signature=(),
-        reason="what the launcher would leave in the environment, for predictions",
+        reason="the variables that the launcher would set, for predictions",
         breaks="--launch ends with an ImportError",
     ),
     Seam(
@@ -135,7 +135,7 @@ TABLE = (
                 r"prefix \+ \"DP_SHARD_SIZE\"\] = ",
             )
         ),
-        reason="what was asked for is read from the environment variables that the launcher sets",
+        reason="the request is read from the environment variables that the launcher sets",
         breaks="the running engine is checked against the wrong request; a prediction is of another engine",
         silent=True,
     ),

@@ -1,4 +1,4 @@
-"""Seams into bitsandbytes: its packed weights, and what its CUDA kernels do with memory, which a CPU cannot show."""
+"""Seams into bitsandbytes: its packed weights, and the memory use of its CUDA kernels, which a CPU cannot show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TABLE = (
         kind="constant",
         where=("models.quantization", "memory.shadow.fake", "methods.lora"),
         target="bitsandbytes.nn: Params4bit Int8Params Linear4bit Linear8bitLt",
-        reason="whether a weight is packed is told by the name of its class, also where bitsandbytes is not installed",
+        reason="a packed weight is recognized by the name of its class, even if bitsandbytes is not installed",
         breaks="a quantized model is predicted, frozen and counted as if it were not",
         silent=True,
         probe=lambda: _class_names_differ(),
@@ -35,7 +35,7 @@ TABLE = (
             "bitsandbytes.functional: QuantState.absmax QuantState.code QuantState.offset QuantState.state2 QuantState.nested "
             "QuantState.shape",
         ),
-        reason="scales and tables beside a packed weight, and the weight's own shape",
+        reason="scales and tables of a packed weight, and its unpacked shape",
         breaks="quantization state is missing from the ledger, and a packed weight counts half its parameters",
         silent=True,
         probe=lambda: _quantized_differently(),
@@ -65,7 +65,7 @@ TABLE = (
             ("bitsandbytes.functional", r"offset = absmax\.mean\(\)(.|\n)*quantize_blockwise\(absmax"),
             ("bitsandbytes.nn.modules", r"(?s)quantize_4bit\(.*self\.data = w_4bit"),
         ),
-        reason="the packed values, tables and scales of a weight are made in this order, beside the staged weight",
+        reason="the packed values, tables and scales of a weight are made in this order, while the staged weight exists",
         breaks="what a quantized model leaves reserved after loading is predicted wrongly",
         silent=True,
         checked_by="tests/memory/test_third_party.py",
@@ -77,7 +77,7 @@ TABLE = (
         target="bitsandbytes.nn.modules: fix_4bit_weight_quant_state_from_module",
         signature=("module",),
         source=(("bitsandbytes.nn.modules", r"^\s+fix_4bit_weight_quant_state_from_module\(self\)"),),
-        reason="a weight that FSDP gathered is given its class and scales back; a fake tensor has a class of its own",
+        reason="it restores class and scales of a weight that FSDP gathered; a fake tensor has its own class",
         breaks="QLoRA under FSDP2 or ZeRO-3 cannot be predicted",
     ),
     Seam(
@@ -87,7 +87,7 @@ TABLE = (
         target="bitsandbytes: matmul",
         signature=("A", "B", "out", "state", "threshold", "bias"),
         source=(("bitsandbytes.nn.modules", r"bnb\.matmul\(x, self\.weight, bias=self\.bias, state=self\.state\)"),),
-        reason="int8 layers take the path of a GPU: on a CPU they would train through dequantized weights",
+        reason="int8 layers run the code for GPUs; on a CPU they would train through dequantized weights",
         breaks="LLM.int8() is predicted with a dequantized copy of each weight",
         silent=True,
     ),
@@ -97,7 +97,7 @@ TABLE = (
         where="memory.cuda.quantized",
         target="bitsandbytes.autograd._functions: MatMul8bitLt MatmulLtState MatmulLtState.threshold",
         reason="the product of a GPU's int8 layer, and its settings",
-        breaks="predictions fall back to a CPU's int8 layers, without an error: the import is tried",
+        breaks="predictions use a CPU's int8 layers, without an error, because a failed import is ignored",
         silent=True,
         probe=lambda: _int8_product_takes_other_arguments(),
     ),
@@ -119,7 +119,7 @@ TABLE = (
             (_CUDA, r"_GEMM_4BIT_CUSTOM_FLOOR_M = 4"),
             (_CUDA, r"_gpu_dispatch_props\(device_index\)"),
         ),
-        reason="the rule for fewer rows, taken out of the file, for its module cannot be imported without a card",
+        reason="the rule for fewer rows, read from the file, because its module cannot be imported without a card",
         breaks="QLoRA is predicted as if there were no fused product",
         silent=True,
         probe=lambda: _rule_does_not_answer(),
@@ -129,8 +129,8 @@ TABLE = (
         kind="constant",
         where="memory.cuda.quantized",
         library="bitsandbytes",
-        reason="each stand-in does what the CUDA kernel does with memory, for arguments by their places",
-        breaks="an operator is predicted by its CPU kernel, or from the wrong argument",
+        reason="each stand-in has the memory use of the CUDA kernel, and takes its arguments by position",
+        breaks="the CPU kernel of an operator is predicted, or the wrong argument is used",
         silent=True,
         probe=lambda: _schemas_differ(),
     ),
@@ -139,13 +139,13 @@ TABLE = (
         kind="private",
         where="models.loading",
         target="bitsandbytes.nn: Linear4bit.support_avx512bf16_for_cpu",
-        reason="set to False: on a CPU weights would be packed for widths that 32 divides alone",
+        reason="set to False: on a CPU weights would be packed in a way that supports only widths divisible by 32",
         breaks="4-bit models of other widths compute wrongly, or stop, on CPUs with AVX-512",
         silent=True,
     ),
 )
 
-# The operators of `quantized.STAND_INS`, with the arguments that are taken by their places or names.
+# The operators of `quantized.STAND_INS`, with the arguments that are taken by position or name.
 SCHEMAS = {
     "gemm_4bit": "A B shapeB absmax blocksize quant_type bias absmax_8bit absmax_code absmax_offset",
     "dequantize_4bit": "A absmax blocksize quant_type shape dtype",
@@ -195,7 +195,7 @@ def _rule_does_not_answer() -> str | None:
     try:
         answers = [bool(rule((40, 7, 5), torch.float16, rows, 4096, 4096)) for rows in (1, 1536)]
     except Exception as error:
-        return f"the rule cannot be asked: {type(error).__name__}: {error}"
+        return f"the rule cannot be called: {type(error).__name__}: {error}"
     return None if answers == [True, False] else f"on a T4 it says {answers} for 1 and 1,536 rows, not [True, False]"
 
 

@@ -1,4 +1,4 @@
-"""Seams into PyTorch for what a card does otherwise than a CPU: functions that are replaced, and rules of its C++ that are repeated."""
+"""Seams into PyTorch for what a card does differently from a CPU: functions that are replaced, and rules copied from its C++ code."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ FUNCTIONS = (
         where="memory.cuda.autocast",
         target="torch: is_autocast_enabled",
         source=(("peft/tuners/lora/bnb.py", r"not torch\.is_autocast_enabled\(\)"),),
-        reason="whoever asks and names no device means a card",
+        reason="a call without a device means CUDA",
         breaks="PEFT's quantized layers do not cast under autocast",
         silent=True,
     ),
@@ -115,7 +115,7 @@ RULES = (
             "_scaled_dot_product_attention_math"
         ),
         signature=("query", "key", "value"),
-        reason="what the chosen kernel keeps is taken from its own operator",
+        reason="the chosen kernel's own operator shows what it keeps",
         breaks="predictions of a card end with an error",
     ),
     Seam(
@@ -189,7 +189,7 @@ RULES = (
         kind="constant",
         where="memory.cuda.device",
         target="torch.optim: AdamW Optimizer.param_groups",
-        reason="a group of parameters that says nothing has foreach None, and fused None or False",
+        reason="a parameter group without these settings has foreach None, and fused None or False",
         breaks="the optimizer step is predicted without foreach's temporaries",
         silent=True,
         probe=lambda: _foreach_is_not_none(),
@@ -219,8 +219,8 @@ SUMS_IN_PLACE = (
         kind="constant",
         where="memory.cuda.device",
         target="torch.autograd.graph: _engine_run_backward",
-        reason="an addition whose caller in Python is this function, with `torch._ops` alone between them, is the engine's own, and "
-        "in place where nobody else holds the first gradient",
+        reason="an addition called from this Python function, with only `torch._ops` between them, is the engine's own, and "
+        "in place if nothing else refers to the first gradient",
         breaks="sums of gradients are counted out of place: peaks are predicted too high",
         silent=True,
         probe=lambda: _engine_calls_otherwise(),
@@ -231,7 +231,7 @@ SUMS_IN_PLACE = (
         kind="constant",
         where="memory.cuda.device",
         target="torch.ops.aten: _scaled_dot_product_attention_math add.Tensor",
-        reason="the math kernel adds the mask to the scores by this operator, called from C++; on a card it is in place",
+        reason="the math kernel adds the mask to the scores with this operator, called from C++; on a card it is in place",
         breaks="one more matrix of scores is predicted",
         silent=True,
         probe=lambda: _mask_is_added_otherwise(),
@@ -241,7 +241,7 @@ SUMS_IN_PLACE = (
         kind="private",
         where="memory.cuda.device",
         target="torch: Tensor._use_count _C._storage_Use_Count",
-        reason="whether the engine can sum in place (torch/csrc/autograd/input_buffer.cpp): the counts are found by a backward pass",
+        reason="whether the engine can sum in place (torch/csrc/autograd/input_buffer.cpp); a backward pass finds the counts",
         breaks="predictions of a card end with an AttributeError",
         checked_by="tests/memory/test_gradient_sums.py",
     ),
@@ -300,7 +300,7 @@ def _attention_takes_other_parameters() -> str | None:
 
 
 def _engine_calls_otherwise() -> str | None:
-    """The nearest Python code above an addition of the engine's, but for the dispatch of operators."""
+    """The nearest Python code above an addition of the engine, without the dispatch of operators."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -309,7 +309,7 @@ def _engine_calls_otherwise() -> str | None:
     class Look(TorchDispatchMode):
         @classmethod
         def _should_skip_dynamo(cls) -> bool:
-            return False  # as Trace has it
+            return False  # as in Trace
 
         def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             if op is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:

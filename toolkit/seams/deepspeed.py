@@ -1,4 +1,4 @@
-"""Seams into DeepSpeed: where its optimizers keep things, what it compiles, and what it remembers of a process."""
+"""Seams into DeepSpeed: attributes of its optimizers, what it compiles, and its global state."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TABLE = (
             "deepspeed.runtime.bf16_optimizer: BF16_Optimizer.fp32_groups_flat_partition "
             "BF16_Optimizer.fp32_groups_gradients_flat",
         ),
-        reason="ZERO and OFFLOADED name what it keeps beside the moments, and which of it is in the host's memory",
-        breaks="master weights or gradients are counted as activations, and offloaded ones on the card",
+        reason="ZERO and OFFLOADED name what it keeps in addition to the moments, and which of that is in host memory",
+        breaks="master weights or gradients are counted as activations, and offloaded ones as memory of the card",
         silent=True,
         probe=lambda: _names_are_nowhere(),
     ),
@@ -44,7 +44,7 @@ TABLE = (
             ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_numel = param\.numel\(\)"),
             ("deepspeed.runtime.zero.partition_parameters", r"param\.nvme_swapper = self\.param_swapper"),
         ),
-        reason="a parameter that is shared out is told by its shard, `ds_tensor`",
+        reason="a sharded parameter is recognized by its shard, `ds_tensor`",
         breaks="ZeRO-3 is not noticed: guards compare empty tensors, ranks generate apart and hang, parameters count 0",
         silent=True,
     ),
@@ -53,7 +53,7 @@ TABLE = (
         kind="private",
         where="distributed.running",
         target="deepspeed.runtime.engine: DeepSpeedEngine.zero_optimization_stage DeepSpeedEngine.mpu",
-        reason="DeepSpeed is told by `zero_optimization_stage`, shared rows by its `mpu`",
+        reason="DeepSpeed is recognized by `zero_optimization_stage`, sequence parallelism by its `mpu`",
         breaks="a run under DeepSpeed is refused as one without an engine",
     ),
     Seam(
@@ -102,7 +102,7 @@ TABLE = (
             ("deepspeed.runtime.zero.parameter_offload", r"module\.pre_bwd_fn = "),
             ("deepspeed.runtime.zero.parameter_offload", r"module\.post_bwd_fn = "),
         ),
-        reason="the hooks that gather weights are set before training, for the base model's scores, and taken away again",
+        reason="the hooks that gather weights are set for the base model's scores before training, and removed afterwards",
         breaks="training under ZeRO-3 runs the backward hooks of the scores, with their limits",
         silent=True,
     ),
@@ -114,8 +114,8 @@ TABLE = (
             ("deepspeed.ops.op_builder.cpu.cpu_adam", r"NAME = \"cpu_adam\""),
             ("deepspeed.ops.op_builder.async_io", r"NAME = \"async_io\""),
         ),
-        reason="folders of builds, in which a killed one leaves its lock",
-        breaks="a run with offloading hangs behind the lock of a killed build",
+        reason="the folders of builds, in which a killed build leaves its lock",
+        breaks="a run with offloading waits for ever for the lock of a killed build",
         silent=True,
     ),
     Seam(
@@ -123,8 +123,8 @@ TABLE = (
         kind="constant",
         where="distributed.deepspeed",
         source=(("deepspeed.ops.op_builder.cpu.cpu_lion", r"NAME = \"cpu_lion\""),),
-        reason="the same, of the one that 0.19.7 kept elsewhere",
-        breaks="the same",
+        reason="the folder of the build of cpu_lion, which 0.19.7 defined elsewhere",
+        breaks="a run with offloaded Lion waits for ever for the lock of a killed build",
         silent=True,
         since="0.19.8",
     ),
@@ -137,7 +137,7 @@ TABLE = (
             ("deepspeed.comm.torch", r"deepspeed\.ops\.__compatible_ops__"),
             ("deepspeed.ops.op_builder.cpu.comm", r"NAME = \"deepspeed_shm_comm\""),
         ),
-        reason="a rehearsal on CPUs takes gloo, not the shared memory that DeepSpeed would compile code for; until the process ends",
+        reason="a rehearsal on CPUs uses gloo; for shared memory DeepSpeed would compile code; lasts until the process ends",
         breaks="a rehearsal compiles for minutes, or asks for a compiler",
         silent=True,
     ),
@@ -147,8 +147,8 @@ TABLE = (
         where="memory.shadow.simulated_rank",
         target="deepspeed.comm.comm: cdb",
         source=(("deepspeed.comm.comm", r"^\s+global cdb$"),),
-        reason="DeepSpeed leaves the fake group with it: None, as before it joined one",
-        breaks="the next world of the process is joined to the group of the last",
+        reason="reset to None when DeepSpeed leaves the fake process group, as before it joined",
+        breaks="the next world of the process uses the process group of the last",
         silent=True,
     ),
     Seam(
@@ -156,7 +156,7 @@ TABLE = (
         kind="patch",
         where="memory.shadow.simulated_rank",
         target="deepspeed.utils.groups: mpu _WORLD_GROUP _DATA_PARALLEL_GROUP",
-        reason="where it remembers process groups, in names of capitals and `mpu`: put back when the world ends",
+        reason="it stores process groups in upper-case names and `mpu`; restored when the world ends",
         breaks="the next world of the process uses groups of the last",
         silent=True,
     ),
@@ -166,7 +166,7 @@ TABLE = (
         where="memory.shadow.simulated_rank",
         target="deepspeed.runtime.sequence_parallel.parallel_state_sp: _SEQUENCE_PARALLEL_GROUP",
         source=(("deepspeed.runtime.sequence_parallel.parallel_state_sp", r"global _SEQUENCE_PARALLEL_GROUP"),),
-        reason="the same, of the ranks that share a row",
+        reason="the process group of the ranks that share a row; restored when the world ends",
         breaks="the next world that shares rows uses groups of the last",
         silent=True,
     ),
@@ -175,7 +175,7 @@ TABLE = (
         kind="patch",
         where="memory.shadow.simulated_rank",
         target="deepspeed.runtime.sequence_parallel.parallel_state_sp: _SEQUENCE_DATA_PARALLEL_GROUP",
-        reason="the same, of the ranks that have different rows",
+        reason="the process group of the ranks that have different rows; restored when the world ends",
         breaks="the next world that shares rows uses groups of the last",
         silent=True,
     ),
@@ -185,7 +185,7 @@ TABLE = (
         where="memory.shadow.simulated_rank",
         target="deepspeed.sequence.layer: _all_to_all_groups",
         source=(("deepspeed.sequence.layer", r"_all_to_all_groups\[name\] = group"),),
-        reason="the same, of DeepSpeed's own attention",
+        reason="the process groups of DeepSpeed's own attention; restored when the world ends",
         breaks="the next world that shares rows uses groups of the last",
         silent=True,
     ),
@@ -195,7 +195,7 @@ TABLE = (
         where=("memory.shadow.simulated_rank", "benchmarks.distributed_accuracy"),
         target="deepspeed.accelerator.cpu_accelerator: CPU_Accelerator.is_fp16_supported",
         signature=(),
-        reason="fp16 is predicted as on every GPU; set on the one accelerator of the process",
+        reason="fp16 is predicted as on GPUs, which all support it; set on the accelerator object of the process",
         breaks="fp16 under DeepSpeed cannot be predicted",
     ),
     Seam(
@@ -205,7 +205,7 @@ TABLE = (
         target="deepspeed.utils.numa: get_numa_cores",
         signature=(),
         source=(("deepspeed.accelerator.cpu_accelerator", r"from deepspeed\.utils\.numa import get_numa_cores"),),
-        reason="it counts a CPU's sockets, by a process of its own, each time that it reduces a gradient",
+        reason="DeepSpeed starts a process that counts CPU sockets each time that it reduces a gradient",
         breaks="predictions under ZeRO are many times slower",
         silent=True,
     ),
@@ -238,7 +238,7 @@ TABLE = (
             ("deepspeed.ops.adam.cpu_adam", r"state\['exp_avg'\] = torch\.zeros_like\(p\.data, dtype=state_dtype"),
             ("deepspeed.ops.adam.cpu_adam", r"state_dtype = torch\.float"),
         ),
-        reason="it makes two moments in float32 at the first step; the update itself is in place",
+        reason="it creates two moments in float32 at the first step; the update itself is in place",
         breaks="an offloaded optimizer's state is predicted wrongly",
         silent=True,
     ),
@@ -249,8 +249,8 @@ TABLE = (
             where="memory.shadow.simulated_rank",
             target=f"deepspeed.runtime.swap_tensor.{module}: AsyncIOBuilder",
             source=((f"deepspeed.runtime.swap_tensor.{module}", r"AsyncIOBuilder\(\)\.load\("),),
-            reason="reading and writing of disks is compiled C++: a disk that writes nothing takes its place",
-            breaks="a prediction with NVMe compiles, and writes the states to the disk",
+            reason="disk access is compiled C++, replaced by a handle that writes nothing",
+            breaks="a prediction with NVMe compiles code and writes the states to the disk",
         )
         for module in ("partitioned_optimizer_swapper", "partitioned_param_swapper", "pipelined_optimizer_swapper")
     ),
@@ -259,7 +259,7 @@ TABLE = (
         kind="constant",
         where="memory.shadow.simulated_rank",
         target="deepspeed.runtime.swap_tensor.utils: swap_in_tensors swap_out_tensors",
-        reason="the compiled handle's methods that DeepSpeed's Python calls, which `Disk` stands for",
+        reason="the methods of the compiled handle that DeepSpeed's Python code calls, which `Disk` replaces",
         breaks="a prediction with NVMe ends with an AttributeError",
         probe=lambda: _disk_lacks_a_method(),
     ),
@@ -267,7 +267,7 @@ TABLE = (
 
 
 def _names_are_nowhere() -> str | None:
-    """Each name of ZERO and OFFLOADED is an attribute of one of the optimizers."""
+    """Checks that each name in ZERO and OFFLOADED is an attribute of one of the optimizers."""
     known = {path.rpartition(".")[2] for _, path in TABLE[0].targets}
     zero, offloaded = ours("memory.census:ZERO"), ours("memory.census:OFFLOADED")
     unknown = {name for names in (*zero.values(), offloaded) for name in names} - known
@@ -291,6 +291,6 @@ def _disk_lacks_a_method() -> str | None:
     used = called - {
         "pin_device_tensor",
         "unpin_device_tensor",
-    }  # of accelerators whose handles pin a tensor that is there
+    }  # only for accelerators whose handles pin existing tensors
     missing = sorted(name for name in used if not hasattr(ours("memory.shadow.simulated_rank:Disk"), name))
-    return f"DeepSpeed calls {', '.join(missing)} of a handle, which Disk has not" if missing else None
+    return f"DeepSpeed calls {', '.join(missing)} of a handle, which Disk does not have" if missing else None

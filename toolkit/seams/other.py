@@ -1,4 +1,4 @@
-"""Seams into smaller libraries, and into Python's own."""
+"""Seams into smaller libraries and into Python's standard library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLE = (
         where="data.readers",
         target="datasets: Dataset._indices",
         source=(("datasets.arrow_dataset", r"self\._indices\.column\(0\)|_indices is not None"),),
-        reason="rows that were chosen or mixed are an index over the table",
+        reason="selected or shuffled rows are an index over the table",
         breaks="a column is read in the order of the file: an AttributeError",
     ),
     Seam(
@@ -29,7 +29,7 @@ TABLE = (
         kind="override",
         where=("tasks.metrics.classification:Classification", "tasks.metrics.rouge:Rouge"),
         target="evaluate.module: EvaluationModule._info EvaluationModule._compute",
-        reason="the two methods that evaluate documents for a metric of one's own",
+        reason="the two methods that evaluate documents for custom metrics",
         breaks="scoring ends with an error",
     ),
     Seam(
@@ -43,7 +43,7 @@ TABLE = (
             *(("prodigyopt.prodigy", rf"state\['{name}'\]") for name in ("s", "p0", "exp_avg", "exp_avg_sq")),
         ),
         reason="a tensor's first value is always kept; in a shadow step each number that is read is 1",
-        breaks="the state has other names, and the library makes its own beside it: memory is counted twice",
+        breaks="the state has other names, and the library makes its own state as well: memory is counted twice",
         silent=True,
         probe=lambda: _prodigy_keeps_more(),
     ),
@@ -60,7 +60,7 @@ def _actions_differ() -> str | None:
 
 
 def _prodigy_keeps_more() -> str | None:
-    """One step of the library's own optimizer keeps the tensors that ours makes for it, and no others."""
+    """Checks that a step of the library's optimizer keeps exactly the tensors that ours makes for it."""
     import prodigyopt
     import torch
 

@@ -1,4 +1,4 @@
-"""What a seam is, and the check that tells whether the library is still as we found it."""
+"""What a seam is, and the check whether the installed library still has it."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ class Seam:
     """One place where our code depends on something that a library does not promise to keep.
 
     Args:
-        name: how `patched`, tests and reports call it.
-        kind: "patch": we put something of ours in its place. "override": our class has a method of that name. "private": we read
-            or call it, and it is private, or a missing one would not be noticed. "constant": a number, a list, a text or a rule
-            that we copied.
+        name: its name in `patched`, tests and reports.
+        kind: "patch": we replace it. "override": our class has a method of that name. "private": we read or call it, and it is
+            private, or we would not notice if it were missing. "constant": a number, a list, a text or a rule that we copied.
         where: our modules that depend on it, below `toolkit.` (or from `benchmarks.` on); for an override "module:Class".
-        target: "package.module: Name Class.name ...", once for each module. An attribute of instances counts as there where the
+        target: "package.module: Name Class.name ...", once for each module. An attribute of instances counts as present if the
             class assigns it to `self` or declares it.
         reason: what we need it for.
-        breaks: what goes wrong if it moves.
-        silent: whether it then goes wrong without an error.
-        signature: the parameters that we depend on, without `self`: of a patched function all of them, in order; of an operator
-            the first ones, in order; of any other function some. None: not compared. Overrides are always compared with their
+        breaks: what goes wrong if it changes.
+        silent: whether that happens without an error.
+        signature: the parameters that we depend on, without `self`. For a patched function: all, in order; for an operator: the
+            first ones, in order; for any other function: some. None: not compared. Overrides are always compared with their
             base; for them these are the parameters of the base that the library passes, None for all.
         called_in: for an override, the module of the library that calls it, by default that of the base; "" for none.
-        source: (module or file of the package, regular expression) pairs: texts that the library's source must still have.
-        probe: tries the fact; returns what differs, or None.
-        checked_by: the test that tries what no source or probe on a CPU can show.
-        since, until: the versions of `library` from which on, and before which, this holds. None: all that pyproject.toml admits.
-        library: the package whose version `since` and `until` mean; by default that of the first target.
+        source: (module or file of the package, regular expression) pairs: texts that must be in the library's source.
+        probe: tests the fact; returns what differs, or None.
+        checked_by: the test for what neither a source nor a probe on a CPU can show.
+        since, until: this holds from version `since` on and before version `until` of `library`. None: no limit.
+        library: the package to which `since` and `until` refer; by default that of the first target.
     """
 
     name: str
@@ -62,7 +61,7 @@ class Seam:
 
     @property
     def targets(self) -> list[tuple[str, str]]:
-        """Each target as (module, path of attributes in it); the path is empty for a module."""
+        """The targets as (module, attribute path in it); the path is empty for a whole module."""
         lines = (self.target,) if isinstance(self.target, str) else self.target
         found = []
         for line in lines:
@@ -77,7 +76,7 @@ class Seam:
 
     @property
     def package(self) -> str:
-        """The library's name, as it is imported and installed."""
+        """The name under which the library is imported and installed."""
         if self.library:
             return self.library
         modules = [module for module, _ in self.targets] or [file for file, _ in self.source]
@@ -85,7 +84,7 @@ class Seam:
 
 
 def holds_here(seam: Seam) -> bool:
-    """Whether the seam is for the library as it is installed: `since` <= version < `until`."""
+    """Whether the seam applies to the installed version: `since` <= version < `until`."""
     try:
         installed = _numbers(version(seam.package))
     except PackageNotFoundError:
@@ -95,7 +94,7 @@ def holds_here(seam: Seam) -> bool:
 
 
 def check(seam: Seam) -> str | None:
-    """What differs from what `seam` says of the installed library, in one line; None where nothing does or it is for others."""
+    """One line on how the installed library differs from `seam`; None if it does not, or if the seam is for other versions."""
     if not holds_here(seam):
         return None
     if seam.package != "python":
@@ -122,9 +121,9 @@ def check(seam: Seam) -> str | None:
 
 
 def find(module: str, path: str = "") -> Any:
-    """The attribute `path` of `module`; a mark where a class gives it to its instances alone.
+    """The attribute `path` of `module`, or a placeholder if a class gives it only to its instances.
 
-    Raises: LookupError saying what is gone.
+    Raises: LookupError, with the name that is missing.
     """
     found = _module(module)
     done: list[str] = []
@@ -140,7 +139,7 @@ def find(module: str, path: str = "") -> Any:
 
 
 def ours(place: str) -> Any:
-    """What `place` ("module:name", below `toolkit.`) names: by its name, so that no table imports what it is a table of."""
+    """The object at `place` ("module:name", below `toolkit.`), imported by name so that the tables import no module of ours."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(f"toolkit.{module}"), name)
 
@@ -158,7 +157,7 @@ def _module(name: str) -> Any:
 def _has(owner: Any, name: str) -> bool:
     try:
         return hasattr(owner, name)
-    except Exception:  # a property of a library's that does not work on the class
+    except Exception:  # a property that fails on the class
         return True
 
 
@@ -170,19 +169,19 @@ def _annotations(cls: type) -> set[str]:
 def _class_source(cls: type) -> str:
     try:
         return inspect.getsource(cls)
-    except (OSError, TypeError):  # a class of C++
+    except (OSError, TypeError):  # a C++ class
         return ""
 
 
 def _assigns(cls: type, name: str) -> bool:
-    """Whether a method of `cls` assigns `self.name`, or that of the object it makes."""
+    """Whether a method of `cls` assigns `self.name`, or `name` of an object that it makes."""
     assigned = re.compile(rf"\b\w+\.{name}\b[^=\n]*(?<![=!<>])=(?!=)")
     return any(assigned.search(_class_source(base)) for base in cls.__mro__)
 
 
 @cache
 def text_of(file: str) -> str | None:
-    """The source of a module by its name, without importing it, or a file by its path within its package."""
+    """The source of a module, by its name and without importing it; or of a file, by its path in its package."""
     if "/" in file:
         package, _, rest = file.partition("/")
         spec = find_spec(package)
@@ -197,7 +196,7 @@ def text_of(file: str) -> str | None:
 
 
 def _parameters(function: Any) -> list[inspect.Parameter] | None:
-    """The parameters of a function, or of an operator by its schema; None for a builtin that does not tell."""
+    """The parameters of a function or, from its schema, of an operator; None for a builtin without a signature."""
     if hasattr(function, "overloads"):  # an operator: its first overload
         function = getattr(function, function.overloads()[0])
     if hasattr(function, "_schema"):
@@ -217,7 +216,7 @@ def _signature_differs(seam: Seam, function: Any) -> str | None:
     assert seam.signature is not None
     parameters = _parameters(function)
     if parameters is None:
-        return "does not tell its parameters any more"
+        return "has no readable signature any more"
     is_operator = hasattr(function, "overloads") or hasattr(function, "_schema")
     names = [parameter.name for parameter in parameters if is_operator or parameter.name != "self"]
     wanted = list(seam.signature)
@@ -231,7 +230,7 @@ def _signature_differs(seam: Seam, function: Any) -> str | None:
 
 
 def _override_differs(seam: Seam, module: str, path: str, base: Any) -> str | None:
-    """Whether our method can be called as the base's is, and whether the library still calls it."""
+    """How our method differs: it does not accept the calls of its base, or the library does not call it; None if neither."""
     method = path.rpartition(".")[2]
     for place in seam.places:
         cls = ours(place)
@@ -239,7 +238,7 @@ def _override_differs(seam: Seam, module: str, path: str, base: Any) -> str | No
             return f"is not overridden by {place}"
         difference = _not_accepted(_parameters(getattr(cls, method)), _parameters(base), seam.signature)
         if difference:
-            return f"is called otherwise than {place} can be: {difference}"
+            return f"is called in a way that {place} does not accept: {difference}"
     caller = module if seam.called_in is None else seam.called_in
     if not caller:
         return None
@@ -250,7 +249,7 @@ def _override_differs(seam: Seam, module: str, path: str, base: Any) -> str | No
 def _not_accepted(
     own: list[inspect.Parameter] | None, base: list[inspect.Parameter] | None, passed: tuple[str, ...] | None
 ) -> str | None:
-    """What of the parameters of `base` (or those of them that are `passed`) a method with the parameters `own` does not take."""
+    """Which parameters of `base` (or only those that are `passed`) a method with the parameters `own` does not accept."""
     if own is None or base is None or any(parameter.kind in _ANY for parameter in base):
         return None
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own)
@@ -263,7 +262,7 @@ def _not_accepted(
         if name in names and names.index(name) != number:
             return f"{name} is number {number + 1} there, and {names.index(name) + 1} in ours"
         if name not in names and not takes_any:
-            return f"the library has the parameter {name}, ours has not"
+            return f"the library has the parameter {name}, and ours does not"
     for parameter in mine:
         if parameter.default is inspect.Parameter.empty and parameter.name not in theirs:
             return f"ours needs {parameter.name}, which the library does not pass"

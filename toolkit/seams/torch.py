@@ -1,4 +1,4 @@
-"""Seams into PyTorch: fake tensors, dispatch, autograd's graph, modules, process groups; those of a card are in cuda.py."""
+"""Seams into PyTorch: fake tensors, dispatch, autograd's graph, modules, process groups. Those for cards are in cuda.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FAKE_TENSORS = (
             "torch._subclasses.fake_tensor: DataDependentOutputException DynamicOutputShapeException "
             "UnsupportedFakeTensorException UnsupportedOperatorException"
         ),
-        reason="what a fake tensor cannot do is told in one line",
+        reason="what a fake tensor cannot do becomes a one-line error",
         breaks="predictions cannot be imported",
     ),
     Seam(
@@ -43,7 +43,7 @@ FAKE_TENSORS = (
         kind="patch",
         where="memory.shadow.simulated_rank",
         target="torch._subclasses.fake_tensor: FakeTensor.data_ptr",
-        reason="engines tell tensors apart by the address of their data, which a fake tensor does not have",
+        reason="engines distinguish tensors by the address of their data, which a fake tensor does not have",
         breaks="under an engine the prediction ends with an error",
     ),
     Seam(
@@ -63,7 +63,7 @@ FAKE_TENSORS = (
             "torch._C: _meta_in_tls_dispatch_include _set_meta_in_tls_dispatch_include _DisableTorchDispatch "
             "_dispatch_has_kernel_for_dispatch_key"
         ),
-        reason="a fake tensor's meta kernel is asked without the detour over FakeTensorMode",
+        reason="the meta kernel of a fake tensor is called directly, without FakeTensorMode",
         breaks="predictions end with an error",
     ),
     Seam(
@@ -80,7 +80,7 @@ FAKE_TENSORS = (
         kind="private",
         where="memory.meta_ops",
         target="torch: Tag.pointwise Tag.inplace_view",
-        reason="what a pointwise operator would make large becomes fake; what changes a size in place is not skipped",
+        reason="large results of pointwise operators become fake; operators that change a size in place are not skipped",
         breaks="predictions end with an AttributeError",
     ),
     Seam(
@@ -89,7 +89,7 @@ FAKE_TENSORS = (
         where="memory.meta_ops",
         target="torch.ops.aten: _grouped_mm",
         signature=("self", "mat2", "offs", "bias", "out_dtype"),
-        reason="a product for each expert, whose meta kernel knows bf16 alone",
+        reason="a matrix product for each expert, whose meta kernel supports only bf16",
         breaks="mixtures of experts cannot be predicted in fp32",
     ),
     Seam(
@@ -126,8 +126,8 @@ DISPATCH = (
         kind="override",
         where="memory.trace:Trace",
         target="torch.utils._python_dispatch: TorchDispatchMode._should_skip_dynamo",
-        reason="nothing here is compiled, and the wrapper that this leaves out runs for every operator",
-        breaks="a traced step is slower, and sums of gradients are not told: the wrapper stands above them",
+        reason="nothing here is compiled; without the override a wrapper runs for every operator",
+        breaks="a traced step is slower, and sums of gradients are not recognized, because the wrapper is their caller",
         silent=True,
     ),
     Seam(
@@ -145,7 +145,7 @@ DISPATCH = (
         where="memory.resizing",
         target="torch: UntypedStorage.resize_",
         source=(("torch.distributed.fsdp._fully_shard._fsdp_param", r"storage\.resize_\(0\)"),),
-        reason="FSDP2 lets gathered weights go, and takes them back, by resizing storages: no operator tells of it",
+        reason="FSDP2 frees and allocates gathered weights by resizing storages, which no operator reports",
         breaks="gathered weights stay in the ledger for the whole step, or are missing from it",
         silent=True,
         checked_by="tests/memory/test_sharding.py",
@@ -159,7 +159,7 @@ DISPATCH = (
             "index_put index_put_ _index_put_impl_ _local_scalar_dense mm bmm addmm baddbmm addmv mv dot add.Tensor",
             "torch.ops.prim: device.default",
         ),
-        reason="operators are told by their names",
+        reason="operators are recognized by their names",
         breaks="new tensors of an engine are real, cuBLAS has no workspace, or sums of gradients are counted twice",
         silent=True,
     ),
@@ -168,8 +168,8 @@ DISPATCH = (
         kind="constant",
         where="memory.meta_ops",
         target="torch.ops.aten: _foreach_add_ _fused_adamw_",
-        reason="of operators that write and return nothing these alone are skipped",
-        breaks="an optimizer step over many tensors is predicted by the slow way",
+        reason="of the operators that write and return nothing, only these are skipped",
+        breaks="an optimizer step over many tensors is predicted on the slow path",
         silent=True,
     ),
 )
@@ -202,7 +202,7 @@ MODULES = (
         kind="private",
         where="distributed.checksums",
         target="torch.distributed.tensor: DTensor.to_local",
-        reason="a shard is told by it",
+        reason="a shard is recognized by it",
         breaks="under FSDP2 the guards' checksums gather every weight, or end with an error",
     ),
     Seam(
@@ -210,7 +210,7 @@ MODULES = (
         kind="private",
         where=("memory.census", "memory.shadow.fake", "memory.cuda.loading", "memory.shadow.simulated_rank"),
         target="torch.nn: Module._parameters Module._buffers Module._modules",
-        reason="parameters and buffers are told by the module that holds them, and replaced there",
+        reason="parameters and buffers are labelled by the module that holds them, and replaced there",
         breaks="no ledger: an AttributeError",
     ),
     Seam(
@@ -220,8 +220,8 @@ MODULES = (
         target="torch.nn: Module._apply",
         signature=("fn", "recurse"),
         source=(("torch.nn.modules.module", r"return self\._apply\(convert\)"),),
-        reason="a fake model stays where it is when it is moved, and is cast without swapping tensors; set on the one model of a "
-        "shadow step, which then goes",
+        reason="a fake model ignores moves to a device, and is cast without swapping tensors; set on the model of one shadow step "
+        "only",
         breaks="moving a fake model fails; the order in which `.to` moves is replayed wrongly",
     ),
     Seam(
@@ -261,7 +261,7 @@ DISTRIBUTED = (
             "torch.nn.parallel: DistributedDataParallel.__init__",
             "torch.nn.parallel: DistributedDataParallel.register_comm_hook",
         ),
-        reason="DDP's own all-reduce takes its result from the process group, which has none: a hook gives the bucket back",
+        reason="DDP's own all-reduce waits for a result that the fake process group does not give: a hook returns the bucket",
         breaks="a prediction under DDP hangs or ends with an error",
     ),
     Seam(
@@ -270,8 +270,8 @@ DISTRIBUTED = (
         where="config.resolved",
         target="torch.distributed.distributed_c10d: set_timeout",
         signature=("timeout",),
-        reason="--ddp_timeout holds on CPUs too, for which TrainingArguments does not pass it on",
-        breaks="a rank that hangs on a CPU is waited for half an hour",
+        reason="--ddp_timeout applies on CPUs too, for which TrainingArguments does not pass it on",
+        breaks="the other ranks wait half an hour for a rank that hangs on a CPU",
         silent=True,
         since="2.14",
     ),
@@ -281,7 +281,7 @@ DISTRIBUTED = (
         where="config.resolved",
         target="torch.distributed.distributed_c10d: _set_pg_timeout",
         signature=("timeout",),
-        reason="the same, before it had a public name",
+        reason="the same function, before it had a public name",
         breaks="a run of several ranks on CPUs ends with an AttributeError",
         until="2.14",
     ),
@@ -301,8 +301,8 @@ DISTRIBUTED = (
         kind="constant",
         where="distributed.ranks",
         library="torch",
-        reason="gloo and NCCL tell of a rank that does not answer in words alone",
-        breaks="the run ends with a trace instead of the rank's name",
+        reason="gloo and NCCL report a rank that does not answer only in the text of an error",
+        breaks="the run ends with a traceback instead of the rank's name",
         silent=True,
         checked_by="tests/test_survival.py",
     ),
@@ -320,8 +320,8 @@ DISTRIBUTED = (
                 r"clogdir = os\.path\.join\(attempt_log_dir, str\(local_rank\)\)",
             ),
         ),
-        reason="the launcher's folder, two above that file, is one for all ranks of this machine: there a rank says that it spoke",
-        breaks="each rank says the same error",
+        reason="all ranks on a machine share the launcher's folder, two above that file; there a rank marks that it printed its error",
+        breaks="each rank prints the same error",
         silent=True,
         checked_by="tests/test_survival.py",
     ),
@@ -330,8 +330,8 @@ DISTRIBUTED = (
         kind="constant",
         where="distributed.running",
         target="torch.distributed.fsdp: FullyShardedDataParallel",
-        reason="FSDP1 is told by the name of the wrapper's class",
-        breaks="FSDP1 is taken for no engine, and refused",
+        reason="FSDP1 is recognized by the name of the wrapper's class",
+        breaks="FSDP1 is not recognized as an engine, and refused",
     ),
 )
 
@@ -342,8 +342,8 @@ FILES_AND_CARDS = (
         where="distributed.deepspeed",
         target="torch.utils.cpp_extension: get_default_build_root CUDA_HOME",
         source=(("torch.utils.cpp_extension", r"os\.path\.join\(build_directory, 'lock'\)"),),
-        reason="a lock that a killed build left is named instead of waited for",
-        breaks="a run with offloading hangs behind the lock of a killed build",
+        reason="an error names a lock that a killed build left, instead of waiting for it",
+        breaks="a run with offloading waits for ever for the lock of a killed build",
         silent=True,
     ),
     Seam(
@@ -351,8 +351,8 @@ FILES_AND_CARDS = (
         kind="constant",
         where="distributed.ranks",
         target="torch: OutOfMemoryError",
-        reason="told by its name, for torch need not have been imported",
-        breaks="a full GPU ends the run with a trace instead of one line",
+        reason="recognized by its name, because torch may not have been imported",
+        breaks="a full GPU ends the run with a traceback instead of one line",
         silent=True,
         probe=lambda: _memory_error_has_another_name(),
     ),
@@ -361,8 +361,8 @@ FILES_AND_CARDS = (
         kind="constant",
         where="training.checkpoints",
         target="torch: save",
-        reason="torch.save tells of a full disk by a RuntimeError and its text",
-        breaks="a full disk ends the run with a trace instead of what to delete",
+        reason="torch.save reports a full disk with a RuntimeError, recognized by its text",
+        breaks="a full disk ends the run with a traceback instead of advice on what to delete",
         silent=True,
         probe=lambda: _full_disk_is_told_otherwise(),
     ),
@@ -372,7 +372,7 @@ FILES_AND_CARDS = (
         where="memory.measure",
         target="torch.cuda.memory: _record_memory_history _dump_snapshot",
         signature=None,
-        reason="--memory_snapshot; documented, but for its underscore",
+        reason="--memory_snapshot; the function is documented despite its underscore",
         breaks="--memory_snapshot ends with an AttributeError",
     ),
     Seam(
@@ -381,7 +381,7 @@ FILES_AND_CARDS = (
         where="benchmarks.on_gpu.preload",
         target="torch.cuda: get_device_capability",
         signature=("device",),
-        reason="bitsandbytes asks for it as it is imported, and must make no CUDA context in a process that forks",
+        reason="bitsandbytes calls it on import, and must not create a CUDA context in a process that forks",
         breaks="measurements on a GPU cannot fork",
     ),
     Seam(
@@ -398,7 +398,7 @@ TABLE = (*FAKE_TENSORS, *DISPATCH, *AUTOGRAD, *MODULES, *DISTRIBUTED, *FILES_AND
 
 
 def _fake_tensor_differs() -> str | None:
-    """A fake tensor is made of a meta tensor by position, its mode is never entered, and it says where it is."""
+    """Checks that a fake tensor is made from a meta tensor by position, works without entering its mode, and has its device."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -411,7 +411,7 @@ def _fake_tensor_differs() -> str | None:
 
 
 def _fast_fake_differs() -> str | None:
-    """`meta_ops.fake` gives what the constructor gives."""
+    """Checks that `meta_ops.fake` gives the same as the constructor."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -446,7 +446,7 @@ def _storages_differ() -> str | None:
 
 
 def _backward_is_not_seen() -> str | None:
-    """Inside a backward pass there is a graph task and a node, and outside there is none."""
+    """Checks that there is a graph task and a node inside a backward pass, and no graph task outside."""
     import torch
 
     seen: list[Any] = []
@@ -498,7 +498,7 @@ def _full_disk_is_told_otherwise() -> str | None:
 
     import torch
 
-    if not Path("/dev/full").exists():  # Linux alone has it
+    if not Path("/dev/full").exists():  # only on Linux
         return None
     try:
         torch.save(torch.zeros(1 << 16), "/dev/full")

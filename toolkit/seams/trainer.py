@@ -1,4 +1,4 @@
-"""Seams into transformers' Trainer: the methods that `FineTuner` overrides, what it sets of Trainer's own, and its arguments."""
+"""Seams into transformers' Trainer: the methods that `FineTuner` overrides, attributes that it sets, and Trainer's arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _own_method(method: str, reason: str, breaks: str, **more: Any) -> Seam:
     )
 
 
-# An override whose base is gone, or is not called any more, is dead code: training goes on without it, and without an error.
+# If the base of an override is gone, or no longer called, the override is dead code: training continues without it and no error.
 TRAINER = (
     _own_method(
         "_prepare_inputs",
@@ -30,7 +30,7 @@ TRAINER = (
     _own_method(
         "compute_loss",
         "the loss is the mean over all label tokens of the optimizer step",
-        "the loss of T5, mT5 and BART grows with the accumulation steps",
+        "the loss of T5, mT5 and BART grows with the number of accumulation steps",
     ),
     _own_method(
         "prediction_step",
@@ -51,42 +51,42 @@ TRAINER = (
     _own_method(
         "training_step",
         "a loss that is not finite stops the run",
-        "training goes on with NaN",
+        "training continues with NaN",
     ),
     _own_method(
         "_get_grad_norm",
         "the guards see the norm, whichever engine computes it",
-        "the guard 'gradient' is never told a norm, and passes",
+        "the guard 'gradient' never gets a norm, and passes",
     ),
     _own_method(
         "_get_train_sampler",
-        "grouping by length is seeded; a shadow step takes its batches in their order",
-        "group_by_length draws another order on each rank and after a resume; a prediction is of shuffled batches",
+        "grouping by length is seeded; a shadow step takes its batches in order",
+        "group_by_length has another order on each rank and after a resume; a prediction uses shuffled batches",
     ),
     _own_method(
         "_run_epoch",
-        "a run that resumes at its last step takes none; the sampler is told its epoch",
-        "a finished run that is resumed trains one step more, and each epoch has the same order",
+        "a run that resumes after its last step trains no step; the sampler gets its epoch",
+        "a finished run that is resumed trains one more step, and each epoch has the same order",
         source=(("transformers.trainer", r"self\._run_epoch\([^)]*\bepoch=epoch"),),
     ),
     _own_method(
         "_save_checkpoint",
-        "checkpoints are written aside, hashed and renamed",
+        "checkpoints are written to a temporary folder, hashed and renamed",
         "a kill while saving leaves a half-written checkpoint-N without a manifest",
     ),
     _own_method(
         "_save_optimizer_and_scheduler",
-        "under FSDP2 each rank saves its share of weights and optimizer state",
+        "under FSDP2 each rank saves its shard of weights and optimizer state",
         "FSDP2's checkpoints have no shards, and cannot be resumed",
     ),
     _own_method(
         "_load_from_checkpoint",
-        "under FSDP2 each rank reads its share of the weights",
+        "under FSDP2 each rank reads its shard of the weights",
         "a resumed FSDP2 run reads accelerate's files, which lack tied tables",
     ),
     _own_method(
         "_load_optimizer_and_scheduler",
-        "under FSDP2 each rank reads its share of the optimizer state",
+        "under FSDP2 each rank reads its shard of the optimizer state",
         "a resumed FSDP2 run starts with a fresh optimizer",
     ),
     _own_method(
@@ -96,12 +96,12 @@ TRAINER = (
     ),
     _own_method(
         "_get_output_dir",
-        "Trainer writes a checkpoint into the folder that is renamed when it is whole",
-        "checkpoints are written under their lasting name at once",
+        "Trainer writes a checkpoint into a temporary folder that is renamed when it is complete",
+        "checkpoints are written under their final name from the start",
     ),
     _own_method(
         "_push_from_checkpoint",
-        "a checkpoint is uploaded once it has its lasting name",
+        "a checkpoint is uploaded once it has its final name",
         "half-written checkpoints are uploaded",
     ),
     _own_method(
@@ -111,7 +111,7 @@ TRAINER = (
     ),
     _own_method(
         "push_to_hub",
-        "the run folder is uploaded as it stands",
+        "the run folder is uploaded unchanged",
         "Trainer's own model card replaces ours",
     ),
     Seam(
@@ -120,7 +120,7 @@ TRAINER = (
         where="memory.shadow.step",
         target="transformers.trainer: Trainer.training_step",
         signature=("model", "inputs", "num_items_in_batch"),
-        reason="a shadow step's fake loss becomes a real 0, so that checks for NaN have something to look at",
+        reason="a shadow step's fake loss becomes a real 0, so that checks for NaN work",
         breaks="a prediction ends with an error about a value of a fake tensor",
     ),
     Seam(
@@ -129,7 +129,7 @@ TRAINER = (
         where="memory.cuda.device",
         target="transformers.trainer: Trainer.create_optimizer",
         signature=("model",),
-        reason="on a card, optimizers use their foreach implementations; set on the one trainer of a shadow step, which then goes",
+        reason="on a card, optimizers use their foreach implementations; set on the trainer of one shadow step only",
         breaks="the optimizer step is predicted as the CPU's, without foreach's temporaries",
         silent=True,
     ),
@@ -142,8 +142,8 @@ TRAINER = (
             ("transformers.trainer", r"if self\._loss_shifts_labels"),
             ("transformers.trainer", r"self\.model_accepts_loss_kwargs\s*(and|or)"),
         ),
-        reason="set after Trainer's constructor: labels are counted for every model, and as `compute_loss` counts them",
-        breaks="the loss is divided by another number of tokens: it depends on the accumulation steps",
+        reason="set after Trainer's constructor: labels are counted for every model, in the same way as in `compute_loss`",
+        breaks="the loss is divided by another number of tokens and depends on the accumulation steps",
         silent=True,
     ),
     Seam(
@@ -153,7 +153,7 @@ TRAINER = (
         target="transformers.trainer: Trainer._train_batch_size",
         source=(("transformers.trainer", r"batch_size=self\._train_batch_size"),),
         reason="a row of a shadow step's data set is a batch",
-        breaks="a prediction is of several batches in one, or ends with an error",
+        breaks="a prediction merges several batches into one, or ends with an error",
     ),
     Seam(
         name="Trainer._prepare_inputs",
@@ -161,7 +161,7 @@ TRAINER = (
         where="training.guards",
         target="transformers.trainer: Trainer._prepare_inputs",
         signature=("inputs",),
-        reason="the guard 'saved' puts a row on the model's device as training does",
+        reason="the guard 'saved' moves a row to the model's device as training does",
         breaks="the guard 'saved' ends with an AttributeError",
     ),
     Seam(
@@ -170,7 +170,7 @@ TRAINER = (
         where="training.trainer",
         target="transformers.trainer: Trainer.optimizer",
         source=(("transformers.trainer", r"if self\.optimizer is None"),),
-        reason="LoRA+'s optimizer is put there before Trainer makes one, which it then leaves alone",
+        reason="LoRA+'s optimizer is set before Trainer makes one, so Trainer keeps it",
         breaks="--loraplus_lr_ratio has no effect",
         silent=True,
     ),
@@ -180,7 +180,7 @@ TRAINER = (
         where="training.trainer",
         target="transformers.trainer: Trainer._finish_current_push",
         signature=(),
-        reason="an upload of a checkpoint that is under way is waited for",
+        reason="waits for an upload of a checkpoint that is in progress",
         breaks="--push_to_hub ends with an AttributeError",
     ),
     Seam(
@@ -189,7 +189,7 @@ TRAINER = (
         where="training.trainer",
         target="transformers.trainer: Trainer.save_model",
         signature=("output_dir", "_internal_call"),
-        reason="saving does not upload the model as well",
+        reason="saving must not upload the model as well",
         breaks="saving ends with a TypeError",
     ),
     Seam(
@@ -209,9 +209,9 @@ TRAINER = (
             "TrainerCallback.on_optimizer_step TrainerCallback.on_step_end TrainerCallback.on_log TrainerCallback.on_save"
         ),
         source=(("transformers.trainer", r"_get_grad_norm\((.|\n)*on_pre_optimizer_step\((.|\n)*on_optimizer_step\("),),
-        reason="they are public, but an event that Trainer does not know is never called; and gradients are clipped before "
+        reason="they are public, but a method that is no event of Trainer is never called; and gradients are clipped before "
         "`on_pre_optimizer_step`",
-        breaks="guards, memory account, checkpoints on SIGTERM or metrics.jsonl go without their event",
+        breaks="guards, memory ledger, checkpoints on SIGTERM or metrics.jsonl miss their event",
         silent=True,
     ),
 )
@@ -229,8 +229,8 @@ ARGUMENTS = (
             "TrainingArguments.logging_nan_inf_filter TrainingArguments.use_cpu TrainingArguments._n_gpu "
             "TrainingArguments._setup_devices TrainingArguments.mixed_precision TrainingArguments.deepspeed_plugin"
         ),
-        reason="a copy for two steps on a CPU, set in its `__dict__` without the checks of a constructor",
-        breaks="a shadow step writes, logs, evaluates or computes on a GPU: what was set is not read",
+        reason="a copy for two steps on a CPU, changed in its `__dict__` without the checks of the constructor",
+        breaks="a setting is not read, so a shadow step writes, logs, evaluates or computes on a GPU",
         silent=True,
     ),
     Seam(
@@ -259,8 +259,8 @@ ARGUMENTS = (
             "transformers.training_args: TrainingArguments.logging_steps TrainingArguments.save_strategy "
             "TrainingArguments.save_total_limit TrainingArguments.resume_from_checkpoint TrainingArguments.optim"
         ),
-        reason="`TrainArguments` gives these fields other defaults (OVERRIDDEN is held against the fields in tests/test_config.py)",
-        breaks="a flag that Trainer does not read any more is still accepted",
+        reason="`TrainArguments` gives these fields other defaults (tests/test_config.py compares OVERRIDDEN with the fields)",
+        breaks="a flag that Trainer no longer reads is still accepted",
         silent=True,
     ),
     Seam(

@@ -1,4 +1,4 @@
-"""Seams into transformers, Trainer apart: what is read of models, configs and loading. Trainer's are in trainer.py."""
+"""Seams into transformers: what is read of models, configs and loading. Those into Trainer are in trainer.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODELS = (
             ("transformers.modeling_utils", r"hf_quantizer\.preprocess_model\("),
             ("transformers.modeling_utils", r"hf_quantizer\.postprocess_model\("),
         ),
-        reason="`from_pretrained` quantizes in these steps; a model without weights takes the same",
+        reason="`from_pretrained` quantizes in these steps, and a model without weights goes through the same steps",
         breaks="a quantized model is predicted with layers that are not quantized",
         silent=True,
     ),
@@ -39,7 +39,7 @@ MODELS = (
         where="models.loading",
         target="transformers.modeling_utils: PreTrainedModel.initialize_weights",
         source=(("transformers.modeling_utils", r"getattr\(module, \"_is_hf_initialized\", False\)"),),
-        reason="false on a head's modules and weights, so that they are drawn again",
+        reason="set to False on a head's modules and weights, so that they are initialized again",
         breaks="a head for other classes keeps the checkpoint's rows",
         silent=True,
     ),
@@ -53,8 +53,8 @@ MODELS = (
             ("transformers.quantizers.quantizer_bnb_8bit", r"\"is_loaded_in_8bit\", True"),
         ),
         library="transformers",
-        reason="`is_quantized` decides what is frozen and upcast; merging takes `is_loaded_in_4bit` and `_8bit` back",
-        breaks="a quantized base is taken for one that is not; IA3 refuses to merge",
+        reason="`is_quantized` decides what is frozen and upcast; merging resets `is_loaded_in_4bit` and `_8bit`",
+        breaks="a quantized base is treated as one that is not quantized; IA3 refuses to merge",
         silent=True,
     ),
     Seam(
@@ -82,7 +82,7 @@ MODELS = (
         kind="private",
         where="methods.prefix_tuning",
         target="transformers.cache_utils: EncoderDecoderCache.self_attention_cache",
-        reason="of a T5-like model's cache the prefix takes the decoder's part",
+        reason="of a T5-like model's cache, the prefix uses the decoder's part",
         breaks="PEFT is given the cache of both, and refuses it",
     ),
     Seam(
@@ -90,8 +90,8 @@ MODELS = (
         kind="private",
         where=("memory.census", "models.catalogue", "training.trainer", "benchmarks.on_gpu.speed_jobs"),
         target="transformers.modeling_utils: PreTrainedModel.get_output_embeddings PreTrainedModel.generation_config",
-        reason="where logits and loss begin; the settings that are mended before they are saved",
-        breaks="a ledger has no logits and loss apart from activations; a model is trained that cannot be saved",
+        reason="where logits and loss begin; the generation settings that are repaired before they are saved",
+        breaks="a ledger does not separate logits and loss from other activations; a model is trained that cannot be saved",
         silent=True,
     ),
     Seam(
@@ -107,7 +107,7 @@ MODELS = (
             "benchmarks.t4_accuracy",
         ),
         source=(("transformers.quantizers.base", r"config\.quantization_config = "),),
-        reason="read where an architecture may lack them",
+        reason="read although an architecture may not have them",
         breaks="a model's limit of positions, its vocabulary or its number of heads is not known, and not checked",
         silent=True,
         target=(
@@ -120,8 +120,8 @@ MODELS = (
         kind="private",
         where="models.generation",
         target="transformers: GenerationConfig",
-        reason="the settings that are taken over from a model (TAKEN_OVER), and mended before it is saved (SAMPLING, BEAMS)",
-        breaks="answers go without a model's forced or banned tokens; a model is trained that cannot be saved",
+        reason="the settings that are copied from a model (TAKEN_OVER), and repaired before it is saved (SAMPLING, BEAMS)",
+        breaks="answers ignore a model's forced or banned tokens; a model is trained that cannot be saved",
         silent=True,
         probe=lambda: _generation_fields_gone(),
     ),
@@ -130,7 +130,7 @@ MODELS = (
         kind="private",
         where="methods.prompt_tuning",
         target="transformers: PreTrainedConfig._name_or_path",
-        reason="PEFT tokenizes --prompt_tuning_init_text by the model's own tokenizer",
+        reason="PEFT tokenizes --prompt_tuning_init_text with the model's own tokenizer",
         breaks="prompt tuning from a text ends with an error",
     ),
     Seam(
@@ -152,8 +152,8 @@ MODELS = (
             "transformers.models.t5.modeling_t5: T5LayerNorm",
             "transformers.models.llama.modeling_llama: LlamaRMSNorm",
         ),
-        reason="what is a linear layer or a normalization is told by the name of its class",
-        breaks="--train_norms trains nothing; GPT-2 has no layer that a target may name",
+        reason="linear layers and normalizations are recognized by the names of their classes",
+        breaks="--train_norms trains nothing; GPT-2 has no layer that can be a target",
         silent=True,
     ),
     Seam(
@@ -165,7 +165,7 @@ MODELS = (
             ("transformers.models.auto.configuration_auto", r"does not recognize this architecture"),
             ("transformers.models.auto.configuration_auto", r"Unrecognized model in "),
         ),
-        reason="an unknown architecture is told by the text of the error",
+        reason="an unknown architecture is recognized by the text of the error",
         breaks="the message does not say to upgrade transformers",
         silent=True,
     ),
@@ -184,7 +184,7 @@ LOADING = (
                 r"sorted\(state_dict\.items\(\), key=lambda kv: dot_natural_key\(kv\[0\]\)\)",
             ),
         ),
-        reason="weights are loaded, and so lie in the card's memory, in the order of the checkpoint's names",
+        reason="weights are loaded, and placed in the card's memory, in the order of their names in the checkpoint",
         breaks="what a quantized model leaves reserved after loading is predicted wrongly",
         silent=True,
         checked_by="tests/memory/test_third_party.py",
@@ -198,7 +198,7 @@ LOADING = (
             "transformers.quantizers.base: HfQuantizer.param_element_size",
         ),
         source=(("transformers.modeling_utils", r"torch\.empty\(int\(byte_count // 2\), dtype=torch\.float16"),),
-        reason="one block of the whole model's size is taken first and given back, by the quantized width of each weight",
+        reason="one block of the size of the whole quantized model is first allocated and freed",
         breaks="what a quantized model leaves reserved after loading is predicted wrongly",
         silent=True,
         checked_by="tests/memory/test_third_party.py",
@@ -214,8 +214,8 @@ INTEGRATIONS = (
             "transformers.integrations.deepspeed: _hf_deepspeed_config_weak_ref set_hf_deepspeed_config unset_hf_deepspeed_config"
         ),
         source=(("transformers.integrations.deepspeed", r"global _hf_deepspeed_config_weak_ref"),),
-        reason="taken away while a model is built whole, and put back",
-        breaks="a model on the meta device is partitioned under ZeRO-3, or none is afterwards",
+        reason="removed while a model is built whole, then restored",
+        breaks="a model on the meta device is partitioned under ZeRO-3, or later models are not",
         silent=True,
     ),
     Seam(
@@ -223,7 +223,7 @@ INTEGRATIONS = (
         kind="patch",
         where="memory.shadow.simulated_rank",
         target="transformers.modeling_utils: ALL_ATTENTION_FUNCTIONS._local_mapping",
-        reason="DeepSpeed puts its own attention there where ranks share rows: it is put back when the world ends",
+        reason="DeepSpeed puts its own attention there for sequence parallelism; restored when the world ends",
         breaks="later models of the process run DeepSpeed's attention",
         silent=True,
     ),
@@ -236,8 +236,8 @@ def _of_transformers_4(name: str, target: str, **more: Any) -> Seam:
         kind="patch",
         where="benchmarks.third_party",
         target=target,
-        reason="what transformers 4 computed there",
-        breaks="runs of older libraries are predicted by today's functions",
+        reason="replaced by what transformers 4 computed",
+        breaks="runs of older libraries are predicted with today's functions",
         silent=True,
         checked_by="tests/memory/test_third_party.py",
         **more,
@@ -250,10 +250,10 @@ MEASUREMENTS = (
         kind="private",
         where="benchmarks.on_gpu.training",
         target="transformers: PreTrainedConfig._attn_implementation",
-        reason="which attention a measured run had",
+        reason="the attention implementation of a measured run",
         breaks="a measurement on a GPU ends with an AttributeError",
     ),
-    # Runs that others measured with older libraries are predicted as those computed.
+    # Third-party runs with older libraries are predicted as those libraries computed.
     _of_transformers_4(
         "AttentionInterface._global_mapping",
         "transformers.modeling_utils: AttentionInterface._global_mapping",
@@ -309,7 +309,7 @@ def _model_types_gone() -> str | None:
 
 
 def _labels_begin_as_before() -> str | None:
-    """mBART's decoder starts with the last token of the labels that is no padding: the target's language."""
+    """Checks that mBART's decoder starts with the last label that is not padding: the target language."""
     import torch
     from transformers import MBartConfig, MBartForConditionalGeneration
 

@@ -1,22 +1,22 @@
-"""PyTorch's CUDA caching allocator, replayed in Python: what a sequence of mallocs and frees makes it reserve.
+"""PyTorch's CUDA caching allocator, replayed in Python: how much memory a sequence of mallocs and frees makes it reserve.
 
-`torch.cuda.max_memory_reserved()` is what runs out on a card, and it depends on the order of every allocation. This is
+`torch.cuda.max_memory_reserved()` is what runs out on a card, and it depends on the order of all allocations. This is
 a model of `c10/cuda/CUDACachingAllocator.cpp` (PyTorch 2.14; the rules below are unchanged since 1.13, the 20 MiB
 constant became the setting `large_segment_size_mb` in 2.10), for one device and one stream, without graphs:
 
 - A request is rounded up to 512 bytes. Requests of at most 1 MiB live in the small pool, the others in the large pool.
-- The smallest cached block that fits is taken, the lowest address among equals; otherwise a new segment is reserved:
-  2 MiB for the small pool, 20 MiB for requests below 10 MiB, otherwise the request rounded up to 2 MiB. Each new segment
-  lies below the older ones: so the driver maps them on Linux, and only so do the reserved peaks of the unquantized T4
-  runs (benchmarks/t4_accuracy.py) come out to the byte; upwards they are off by up to 9 %.
-- A block is split when at least 512 bytes would be left in the small pool, or more than 1 MiB in the large pool. What
-  is not split off stays inside the block as *slack* and counts as allocated.
-- A freed block merges with its free neighbours in the segment. Segments are given back by `empty_cache()` or when the
-  device is full, and only those that are free as a whole.
-- `expandable_segments:True` instead grows one segment a pool, by pages of 2 MiB (small) or 20 MiB (large), splits down
-  to 512 bytes in both pools, and gives back every whole free page.
+- The smallest cached block that fits is taken; among equals, the one with the lowest address. If none fits, a new segment
+  is reserved: 2 MiB for the small pool, 20 MiB for requests below 10 MiB, otherwise the request rounded up to 2 MiB. Each
+  new segment lies below the older ones, as the driver maps them on Linux. Only with this order are the reserved peaks of
+  the unquantized T4 runs (benchmarks/t4_accuracy.py) correct to the byte; with ascending addresses they are off by up to 9 %.
+- A block is split if at least 512 bytes would be left in the small pool, or more than 1 MiB in the large pool. Otherwise
+  the remainder stays inside the block as *slack* and counts as allocated.
+- A freed block merges with its free neighbours in the segment. `empty_cache()`, or a full device, gives segments back to the
+  device, but only those that are completely free.
+- `expandable_segments:True` instead grows one segment per pool, by pages of 2 MiB (small) or 20 MiB (large). Blocks are
+  split down to 512 bytes in both pools, and every free page is given back.
 
-Not modelled: several streams (each would have pools of its own; training uses one), `max_split_size_mb`,
+Not modelled: several streams (each has its own pools; training uses one stream), `max_split_size_mb`,
 `garbage_collection_threshold`, `roundup_power2_divisions` (all off by default), private pools of CUDA graphs.
 All sizes are bytes.
 """
@@ -39,11 +39,11 @@ MIN_LARGE_ALLOC = 10 << 20  # kMinLargeAlloc: below it a large request reserves 
 LARGE_BUFFER = 20 << 20  # kLargeBuffer, now large_segment_size(): a segment, or a page, of the large pool
 ROUND_LARGE = 2 << 20  # kRoundLarge: larger segments are multiples of it
 _SEGMENT_STRIDE = LARGE_BUFFER << 20  # address distance between segments (20 TiB): aligned to pages, never exhausted
-_TOP = _SEGMENT_STRIDE << 24  # the driver hands out addresses from above downward (see the module's docstring)
+_TOP = _SEGMENT_STRIDE << 24  # the driver assigns addresses in descending order (see the module's docstring)
 
 
 class OutOfMemory(MemoryError):
-    """The replayed device is full: even after giving back every cached segment the request did not fit."""
+    """The replayed device is full: the request did not fit even after all cached segments were given back."""
 
     def __init__(self, requested_bytes: int, reserved_bytes: int, capacity_bytes: int) -> None:
         super().__init__(
@@ -54,7 +54,7 @@ class OutOfMemory(MemoryError):
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A part of a segment: handed out, cached, or (expandable segments only) address space without memory."""
+    """A part of a segment: allocated, cached, or (expandable segments only) address space without memory."""
 
     address: int
     size: int  # bytes, slack included
@@ -67,12 +67,12 @@ class Block:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The order of a pool: by size, then by address."""
+        """The sort key of a pool: size, then address."""
         return (self.size, self.address)
 
     @property
     def expandable_size(self) -> int:
-        """How large the block could grow by mapping the address space that follows it."""
+        """The size that the block can reach by mapping the address space behind it, in bytes."""
         after = self.next
         return self.size + (after.size if after is not None and not after.mapped else 0)
 
@@ -101,7 +101,7 @@ class _Pool:
     def take_best_fit(self, size: int, expandable: bool) -> Block | None:
         """Removes and returns the smallest cached block of at least `size` bytes, or None.
 
-        For expandable segments a block counts as large as it could grow, so that the open end is used last.
+        With expandable segments a block counts with the size that it can reach, so the open end is used last.
         """
         i = bisect_left(self._keys, (size, -1))
         if i == len(self._keys):
@@ -118,7 +118,7 @@ class _Pool:
 
 
 class Allocator:
-    """Replays mallocs and frees; read `allocated`, `reserved`, their peaks and `slack` at any time.
+    """Replays mallocs and frees; `allocated`, `reserved`, their peaks and `slack` can be read at any time.
 
     Args:
         expandable_segments: the allocator setting of the same name.
@@ -131,18 +131,18 @@ class Allocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.requested = 0
         self.peak_allocated = self.peak_reserved = 0
-        self.retries = 0  # how often the cache had to be given back to serve a request
+        self.retries = 0  # how often the cache was given back to serve a request
         self._small, self._large = _Pool(small=True), _Pool(small=False)
         self._next_address = _TOP
 
     @property
     def slack(self) -> int:
-        """Bytes that count as allocated although nobody asked for them: rounding, and remainders too small to split."""
+        """Bytes that count as allocated but were not requested: rounding, and remainders too small to split off."""
         return self.allocated - self.requested
 
     @property
     def cached(self) -> int:
-        """Bytes reserved and not allocated."""
+        """Bytes that are reserved but not allocated."""
         return self.reserved - self.allocated
 
     def reset_peaks(self) -> None:
@@ -150,10 +150,10 @@ class Allocator:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def malloc(self, size: int) -> Block | None:
-        """Allocates `size` bytes and returns the handle for `free`; zero bytes allocate nothing and give None.
+        """Allocates `size` bytes and returns the handle for `free`; None for zero bytes.
 
         Raises:
-            OutOfMemory: `capacity` does not suffice.
+            OutOfMemory: if the request does not fit within `capacity`.
         """
         if size == 0:
             return None
@@ -193,7 +193,7 @@ class Allocator:
         block.pool.add(block)
 
     def empty_cache(self) -> None:
-        """Gives every segment (or page, with expandable segments) that is free as a whole back to the device."""
+        """Gives all completely free segments (with expandable segments: pages) back to the device."""
         for pool in (self._large, self._small):
             for block in list(pool):
                 if self.expandable:
@@ -203,7 +203,7 @@ class Allocator:
                     self.reserved -= block.size
 
     def _reserve(self, pool: _Pool, size: int) -> Block | None:
-        """A new free block of at least `size` bytes that is in no pool, or None when the device is full."""
+        """A new free block of at least `size` bytes, not yet in a pool, or None if the device is full."""
         if self.expandable:
             return self._expand(pool, size)
         segment = (
@@ -227,7 +227,7 @@ class Allocator:
         return True
 
     def _expand(self, pool: _Pool, size: int) -> Block | None:
-        """Maps pages behind the lowest free end of the pool's segment until it holds `size` bytes."""
+        """Maps pages after the first free part of the pool's segment that has room, until it holds `size` bytes."""
         if not pool.unmapped:
             pool.unmapped.append(Block(self._next_address, _SEGMENT_STRIDE // 2, pool, mapped=False))
             self._next_address -= _SEGMENT_STRIDE
@@ -258,7 +258,7 @@ class Allocator:
         return candidate
 
     def _map(self, hole: Block, size: int) -> Block | None:
-        """Backs the first `size` bytes of an unmapped block, rounded up to pages, with memory; None: there is none."""
+        """Maps memory to the first `size` bytes of an unmapped block, rounded up to pages; None if the device is full."""
         pool = hole.pool
         size = min(-(-size // pool.page) * pool.page, hole.size)
         if not self._grow(size):
@@ -277,7 +277,7 @@ class Allocator:
         return hole
 
     def _unmap(self, block: Block) -> None:
-        """Gives the whole pages inside a free block back; what sticks out of them stays cached."""
+        """Gives back the pages that lie completely inside a free block; the rest of the block stays cached."""
         pool, page = block.pool, block.pool.page
         begin = -(-block.address // page) * page
         end = (block.address + block.size) // page * page
@@ -309,7 +309,7 @@ class Allocator:
 
     @staticmethod
     def _merge(block: Block, neighbour: Block | None) -> None:
-        """Lets `block` swallow its neighbour if both are free and alike; the neighbour leaves its pool."""
+        """Merges a neighbour into `block` if it is free and also mapped, or also unmapped; it leaves its pool."""
         if neighbour is None or neighbour.allocated or neighbour.mapped != block.mapped:
             return
         if neighbour.mapped:
@@ -343,6 +343,6 @@ class AllocatorMeter(Allocator):
         pass
 
     def take_peak(self) -> int:
-        """The greatest `allocated` since the last call, in bytes; the peak restarts at the present value."""
+        """The largest `allocated` since the last call, in bytes; the peak restarts at the current value."""
         peak, self.peak_allocated = self.peak_allocated, self.allocated
         return peak

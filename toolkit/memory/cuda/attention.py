@@ -1,10 +1,10 @@
-"""Which kernel `scaled_dot_product_attention` runs on a card, and the operator that stands for it on fake tensors.
+"""Which kernel `scaled_dot_product_attention` runs on a card, and the operator that represents it on fake tensors.
 
-The rules are those of `sdp_utils.cpp` (ATen/native/transformers/cuda, PyTorch 2.14): the kernels are tried in the order
-cuDNN (first on Hopper and data-centre Blackwell only), flash, memory-efficient, math, and each says whether it can. The
-user's switches (`torch.nn.attention.sdpa_kernel`) are obeyed. Math writes the whole matrix of scores (batch, heads,
-queries, keys) several times over, in float32 for 16-bit inputs; the others never do. So a wrong guess here is the
-largest error that a prediction can make.
+The rules are those of `sdp_utils.cpp` (ATen/native/transformers/cuda, PyTorch 2.14): the first kernel that supports the
+inputs runs, in the order cuDNN (first only on Hopper and data-centre Blackwell), flash, memory-efficient, math. The user's
+switches (`torch.nn.attention.sdpa_kernel`) are respected. The math kernel writes the full matrix of scores (batch, heads,
+queries, keys) several times, in float32 for 16-bit inputs; the other kernels never write it. So choosing the wrong kernel
+is the largest error that a prediction can make.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ def choose_kernel(
     enable_gqa: bool = False,
     built_with_flash: bool = True,
 ) -> str:
-    """`"cudnn"`, `"flash"`, `"efficient"` or `"math"` for query (..., heads, queries, head size) and its partners.
+    """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`.
 
-    `built_with_flash`: whether this PyTorch holds the flash kernel (`installed_has_flash`).
+    Args:
+        query: (..., heads, queries, head size); `key` and `value`: (..., key heads, keys, head size).
+        built_with_flash: whether PyTorch was built with the flash kernel (`installed_has_flash`).
 
     Raises:
-        RuntimeError: where the user's switches leave no kernel that can run, as PyTorch does.
+        RuntimeError: as PyTorch does, if the user's switches leave no kernel that can run.
     """
     cuda = torch.backends.cuda
     same_size = query.shape[-1] == key.shape[-1] == value.shape[-1]
     grouped = query.shape[-3] != key.shape[-3] if query.dim() == 4 else False
     square = query.shape[-2] == key.shape[-2]
-    # `check_last_dim_stride_equals_1_dense`: T5's bias of positions is a permuted view, so T5 runs math on every card
+    # `check_last_dim_stride_equals_1_dense`: T5's position bias is a permuted view, so T5 runs math on every card
     dense = all(t.stride(-1) == 1 for t in (query, key, value, attn_mask) if t is not None)
     if query.dim() == 4 and (not grouped or enable_gqa) and dense:
         prefers_cudnn = card.capability[0] in (9, 10)
@@ -53,7 +55,7 @@ def choose_kernel(
         flash = flash and same_size and (square or not is_causal)
         if flash and _flash_can(card, query, dropout_p):
             return "flash"
-        # Up to PyTorch 2.13 the memory-efficient kernel refuses fewer key heads than query heads.
+        # Up to PyTorch 2.13 the memory-efficient kernel does not support fewer key heads than query heads.
         if cuda.mem_efficient_sdp_enabled() and not grouped and _efficient_can(card, query, value):
             return "efficient"
     if cuda.math_sdp_enabled():
@@ -62,16 +64,16 @@ def choose_kernel(
 
 
 def installed_has_flash() -> bool:
-    """Whether the installed PyTorch runs flash attention on a card; a build for CPUs, which cannot say, stands for one that does.
+    """Whether the installed PyTorch has flash attention for CUDA. Builds for CPUs do not show it and are assumed to have it.
 
-    Windows wheels are known without it: from 2.2 on they warn "Torch was not compiled with flash attention"
-    (Comfy-Org/ComfyUI#3363). That it still was so in 2.6 is inferred: runs measured on an RTX 4080 match without flash.
+    Windows wheels come without it: from 2.2 on they warn "Torch was not compiled with flash attention"
+    (Comfy-Org/ComfyUI#3363). For 2.6 this is inferred: runs measured on an RTX 4080 match predictions without flash.
     """
     return torch.version.cuda is None or torch.backends.cuda.is_flash_attention_available()
 
 
 def attention_on(card: Card, built_with_flash: bool = True) -> Any:
-    """A stand-in for `torch.nn.functional.scaled_dot_product_attention` that runs what `card` would run."""
+    """A replacement for `torch.nn.functional.scaled_dot_product_attention` that runs the kernel that `card` would run."""
 
     def scaled_dot_product_attention(
         query: torch.Tensor,
@@ -88,7 +90,7 @@ def attention_on(card: Card, built_with_flash: bool = True) -> Any:
         ops = torch.ops.aten
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = _additive(attn_mask, query.dtype)
-        # cuDNN keeps what flash keeps, the output and a log-sum-exp for each row, and the mask as a bias in 16 bits, as `efficient` does
+        # cuDNN saves what flash saves (the output and a log-sum-exp per row) and, as `efficient`, the mask as a 16-bit bias
         if kernel == "flash" or (kernel == "cudnn" and attn_mask is None):
             size = query.shape[-1]
             q, k, v = (F.pad(t, (0, -size % 8)) if size % 8 else t for t in (query, key, value))
@@ -109,13 +111,13 @@ def attention_on(card: Card, built_with_flash: bool = True) -> Any:
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`convert_boolean_attn_mask`: 0 where `mask` is true, -inf elsewhere; every kernel is given it so."""
+    """`convert_boolean_attn_mask`: 0 where `mask` is true, -inf elsewhere. Every kernel gets the mask in this form."""
     zero, never = (torch.tensor(value, dtype=dtype, device=mask.device) for value in (0.0, -torch.inf))
     return torch.where(mask, zero, never)
 
 
 def _bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """What the memory-efficient kernel is given: additive, expanded, and with rows padded to a multiple of 16 bytes."""
+    """The mask as the memory-efficient kernel gets it: additive, expanded, rows padded to a multiple of 16 elements."""
     if attn_mask is None:
         return None
     keys = key.shape[-2]

@@ -1,6 +1,6 @@
-"""CUDA's autocast on a CPU: the operators that it runs in float32, and a CPU's autocast does not.
+"""CUDA's autocast on a CPU: the operators that CUDA's autocast runs in float32 and the CPU's autocast does not.
 
-GPT-2's and T5's `gelu_new` is the common case: its `pow` makes what follows in the feed-forward float32 on a card.
+The common case is `gelu_new` of GPT-2 and T5: on a card, its `pow` makes the rest of the feed-forward layer float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from toolkit.seams import patched
 
 _KEY = "AutocastCPU"
-# ATen/autocast_mode.h (PyTorch 2.14), AT_FORALL_FP32: all inputs are cast. PyTorch 2.11 leaves `rms_norm` out, and is followed.
-# A test compares both lists with the header of the installed PyTorch: seam "operators of CUDA's autocast".
+# ATen/autocast_mode.h (PyTorch 2.14), AT_FORALL_FP32: all inputs are cast. PyTorch 2.11 does not have `rms_norm` in it; there it
+# gets no rule. A test compares both lists with the header of the installed PyTorch: seam "operators of CUDA's autocast".
 FP32 = [
     "acos",
     "asin",
@@ -77,17 +77,17 @@ FP32 = [
     "upsample_bicubic2d",
     "_upsample_bicubic2d_aa",
 ]
-# AT_FORALL_FP32_SET_OPT_DTYPE: computed in float32 where the caller names no dtype; the input stays as it is. Softmax, which is
-# among them, is `cuda.replaced_functions`'.
+# AT_FORALL_FP32_SET_OPT_DTYPE: the result is float32 unless the caller gives a dtype; the input keeps its dtype. Softmax, also
+# in that list, is replaced in `device.replaced_functions`.
 FP32_RESULT = ("prod", "prod.dim_int", "cumprod", "cumsum", "sum", "sum.dim_IntList")
 
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """While open, autocast on a CPU also does what CUDA's does. Operators of which a CPU has a rule of its own keep that.
+    """While open, autocast on a CPU also applies the rules of CUDA's autocast.
 
-    An operator for which the installed PyTorch has no rule on CUDA gets none here.
-    Whoever asks for autocast and names no device (PEFT's quantized layers) means a card.
+    Operators with a CPU rule keep it. Operators without a CUDA rule in the installed PyTorch get none.
+    `torch.is_autocast_enabled()` without a device (PEFT's quantized layers) means CUDA; here it answers for the CPU.
     """
     library, enabled = torch.library.Library("aten", "IMPL"), torch.is_autocast_enabled
     has_rule = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -105,7 +105,7 @@ def cuda_autocast() -> Iterator[None]:
 
 
 def in_lower_precision(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function` as autocast runs an operator of its AT_FORALL_LOWER_PRECISION_FP: its inputs are cast, and nothing within it."""
+    """Runs `function` as autocast runs an operator of AT_FORALL_LOWER_PRECISION_FP: it casts the inputs and nothing inside."""
     if not torch.is_autocast_enabled("cpu"):
         return function(*args, **kwargs)
     dtype = torch.get_autocast_dtype("cpu")

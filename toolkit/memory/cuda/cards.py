@@ -1,19 +1,20 @@
-"""GPUs: how much memory each really offers, and what its architecture decides. A card is one entry in `CARDS`.
+"""GPUs: how much memory each really offers, and what depends on its architecture. A card is one entry in `CARDS`.
 
 **Memory.** A card of "24 GB" does not offer 24 GiB. `total_gib` is what the driver offers to CUDA, as PyTorch prints it
 in its out-of-memory message ("GPU 0 has a total capacity of ..."): the nominal size less the driver's own part and, on
-cards that have it switched on, ECC. An entry with a `report` was checked against that public report (a GitHub issue);
-the others are values usual for the card, the lowest where drivers differ, and are labelled `total_is_estimate`, as are
-those for which the nominal size less 3.5 % stands (checked ones lie 1.3 % to 7.9 % below it). A desktop takes more.
+cards where it is enabled, ECC. An entry with a `report` was checked against that public report (a GitHub issue). The other
+totals are typical values for the card (the lowest if drivers differ) or, if none is known, the nominal size less 3.5 %; all
+of these are marked `total_is_estimate`. Checked totals are 1.3 % to 7.9 % below the nominal size. A desktop needs more.
 
-**Context.** A process that uses CUDA holds memory outside PyTorch's allocator: driver structures, kernels' code, and
-local memory for every thread that can be resident. What is known, in MiB a multiprocessor: 3.5 on a T4 (140.875 MiB in
-training, 40 multiprocessors of 1,024 threads; 69 of the 79 runs that fitcheck-llm 0.3.1 publishes), 3.0 on an RTX 6000 Ada
-(426, 142 of 1,536; before any kernel, unslothai/unsloth-zoo#1053), 3.1 on an RTX 3090 (256, 82 of 1,536; before any kernel,
-invoke-ai/InvokeAI#9413). Where nothing was measured in training 3.5 stand, or where a multiprocessor holds 2,048 threads (A100,
-Hopper, data-centre Blackwell) a third more, as threads go: 504 MiB on an A100, where eight runs of fms-acceleration suggest 523.
-`context_is_estimate` says so. Drivers differ, and libraries with kernels of their own add to it: with flash-attn up to 1.7 GB
-were seen. So no constant can be right for all; it is measured where there is a card.
+**Context.** A process that uses CUDA holds memory outside PyTorch's allocator: driver structures, kernel code, and local
+memory for every thread that can be resident. Known values, in MiB per multiprocessor: 3.5 on a T4 (140.875 MiB in training,
+40 multiprocessors of 1,024 threads; 69 of the 79 runs that fitcheck-llm 0.3.1 publishes), 3.0 on an RTX 6000 Ada (426 MiB,
+142 multiprocessors of 1,536 threads; before any kernel, unslothai/unsloth-zoo#1053), 3.1 on an RTX 3090 (256 MiB, 82 of 1,536;
+before any kernel, invoke-ai/InvokeAI#9413). For cards without a measurement in training the estimate is 3.5 MiB per
+multiprocessor. It is a third more where a multiprocessor holds 2,048 threads (A100, Hopper, data-centre Blackwell): 504 MiB on
+an A100, where eight runs of fms-acceleration suggest 523. Such estimates are marked `context_is_estimate`. The context also
+differs between drivers, and libraries with their own kernels add to it: up to 1.7 GB were seen with flash-attn. So no constant
+is right for every run; on a machine with a card the context is measured.
 
 Numbers of multiprocessors and nominal sizes: NVIDIA's data sheets and architecture whitepapers.
 """
@@ -27,13 +28,13 @@ from difflib import get_close_matches
 from toolkit.errors import UserError
 from toolkit.units import GIB, MIB, parse_bytes
 
-_UNREPORTED_SHARE = 0.965  # of the nominal size, where no report of the capacity was at hand
-_CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB  # of up to 1,536 threads
+_UNREPORTED_SHARE = 0.965  # of the nominal size, for cards without a known capacity
+_CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB  # with up to 1,536 threads
 _OF_2048_THREADS = ((8, 0), (9, 0), (10, 0))  # compute capabilities
 
 
 def _estimated_context(capability: tuple[int, int], multiprocessors: int) -> int:
-    """Bytes, where nothing was measured; see the module's docstring."""
+    """The context in bytes for a card without a measurement; see the module's docstring."""
     share = 2048 / 1536 if capability in _OF_2048_THREADS else 1
     return int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR * share)
 
@@ -49,12 +50,12 @@ class Card:
     context_bytes: int
     total_is_estimate: bool = False
     context_is_estimate: bool = True
-    taken_bytes: int = 0  # by other programs of this machine, where it is a card that is there
-    nominal_gib: float = 0.0  # what its box says; 0 where nobody said
+    taken_bytes: int = 0  # used by other programs, if it is a card of this machine
+    nominal_gib: float = 0.0  # as sold; 0: unknown
 
     @property
     def architecture(self) -> str:
-        """NVIDIA's name of the generation."""
+        """NVIDIA's name for the generation."""
         major, minor = self.capability
         if self.capability == (8, 9):
             return "Ada"
@@ -67,12 +68,12 @@ class Card:
 
     @property
     def budget_bytes(self) -> int:
-        """What a process can take, its CUDA context included."""
+        """Bytes that a process can use, its CUDA context included."""
         return self.total_bytes - self.taken_bytes
 
     @property
     def blas_workspace_bytes(self) -> int:
-        """The workspace that each thread's cuBLAS handle holds from its first matrix product on (and cuBLASLt shares).
+        """Bytes of the workspace that each thread's cuBLAS handle keeps from its first matrix product on; cuBLASLt shares it.
 
         `parseChosenWorkspaceSize` in ATen/cuda/CublasHandlePool.cpp: ":4096:2:16:8" = 2 x 4 MiB + 8 x 16 KiB, and
         32 MiB on Hopper and Blackwell.
@@ -233,7 +234,7 @@ CARDS: tuple[Card, ...] = (
 )
 
 
-# Words of names that tell no cards apart: makers, forms, and what drivers and shops add.
+# Words that do not distinguish cards: makers, form factors, and what drivers and shops add.
 _NOISE = re.compile(
     r"nvidia|geforce|tesla|quadro|\bgpu\b|graphics|generation|with max-?q design|max-?q|blackwell|"
     r"(workstation|server|founders) edition|\bsff\b|sxm\d?|\bpg\d+|hbm\d?e?|g?ddr\dx?|[^a-z0-9]"
@@ -241,10 +242,10 @@ _NOISE = re.compile(
 _MEMORY = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*g(?:i?b)?\b")  # "80GB", "80 GiB", "12G"
 _LAPTOP = re.compile(r"\b(laptop|mobile|notebook)\b")
 _SEVERAL = re.compile(r"^\s*(\d+)\s*[x×*]\s*(?=\S)|\s[x×*]\s*(\d+)\s*$")
-_AS_SOLD = 0.08  # a size within this share of what the box says is meant to be that: drivers tell "15 GB" of a T4's 16
-_GRACE_HOST_GB = 480  # "GH200 480GB": the memory of the processor beside it, which is not the GPU's
+_AS_SOLD = 0.08  # a size this close to the nominal one means the nominal one: drivers report "15 GB" for a T4 with 16
+_GRACE_HOST_GB = 480  # "GH200 480GB": the memory of the CPU on the same board, not the GPU's
 
-# Names of devices that are no CUDA card, or whose memory is not theirs alone
+# Names of devices that are no CUDA cards, or that share memory with the CPU
 _OTHER_MAKERS = re.compile(
     r"\b(amd|radeon|instinct|intel|arc|gaudi\d?|apple|tpu|ascend|mi\d{2,3}[a-z]?|rx\s?\d{3,4}|gfx\d+|"
     r"m[1-9]( (pro|max|ultra))?)\b|^\s*[ab][357]\d0\s*$"
@@ -253,7 +254,7 @@ _SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|spark|g
 
 
 def _key(name: str) -> str:
-    """`"NVIDIA H100 80GB HBM3"` -> `"h100"`: what is left when makers' words, form, memory and punctuation go."""
+    """`"NVIDIA H100 80GB HBM3"` -> `"h100"`: the name without maker, form factor, memory and punctuation."""
     text = _MEMORY.sub(" ", name.lower())
     laptop = "laptop" if _LAPTOP.search(text) else ""
     return _NOISE.sub("", _LAPTOP.sub(" ", text)) + laptop
@@ -264,21 +265,20 @@ def _without_prefix(key: str) -> str:
 
 
 def _memory(name: str) -> float | None:
-    """The size in GB that `name` tells, or None."""
+    """The memory size in GB that `name` contains, or None."""
     found = _MEMORY.search(name.lower())
     return None if found is None or float(found[1]) == _GRACE_HOST_GB else float(found[1])
 
 
 def find_card(name: str) -> Card:
-    """The card of that name, as a driver, a shop or a user writes it.
+    """The card with this name, as a driver, a shop or a user writes it.
 
-    Case, spaces, "NVIDIA", "GeForce", a leading "RTX" and the form ("SXM4", "HBM3") do not matter; a memory size chooses
-    among the cards of one name. A name that only a memory size tells apart ("A100") gives the smaller card, so that what
-    fits it fits both.
+    Case, spaces, "NVIDIA", "GeForce", a leading "RTX" and the form factor ("SXM4", "HBM3") do not matter. A memory size
+    selects among cards with the same name. Without it ("A100") the result is the smaller card: what fits it fits both.
 
     Raises:
-        UserError: for an unknown name, with the nearest names; for a size that the card does not have, for several cards, and
-            for devices that are no CUDA card of their own memory.
+        UserError: for an unknown name, with the closest names; for a size that the card does not have; for several cards;
+            for devices that are no CUDA cards or share memory with the CPU.
     """
     low = name.lower()
     if several := _SEVERAL.search(low):
@@ -288,12 +288,12 @@ def find_card(name: str) -> Card:
         )
     if _SHARED_MEMORY.search(low):
         raise UserError(
-            f"{name!r} shares its memory with the processor, so its name does not say how much CUDA has; give that with "
-            "--gpu_memory, for instance --gpu_memory 48GiB"
+            f"{name!r} shares its memory with the processor, so its name does not say how much CUDA can use; give that size "
+            "with --gpu_memory, for instance --gpu_memory 48GiB"
         )
     key, size = _key(name), _memory(name)
     candidates = [card for card in CARDS if _key(card.name) == key]
-    if not candidates and key.endswith(("pcie", "nvl")):  # forms like others, but for the H100
+    if not candidates and key.endswith(("pcie", "nvl")):  # only an H100 differs by these form factors
         key = re.sub(r"(pcie|nvl)$", "", key)
         candidates = [card for card in CARDS if _key(card.name) == key]
     short = _without_prefix(key)
@@ -311,8 +311,8 @@ def find_card(name: str) -> Card:
         )
     if _OTHER_MAKERS.search(low):
         raise UserError(
-            f"{name!r} is not predicted: what is replayed is PyTorch's allocator on NVIDIA's CUDA. For a rough figure by CUDA's "
-            "rules give its memory, for instance --gpu_memory 24GiB"
+            f"{name!r} is not predicted: predictions are for NVIDIA GPUs with CUDA. For a rough estimate by CUDA's rules give its "
+            "memory, for instance --gpu_memory 24GiB"
         )
     names = {_key(card.name): card.name for card in CARDS}
     near = [names[k] for k in get_close_matches(key, names, n=5, cutoff=0.5)]
@@ -321,11 +321,11 @@ def find_card(name: str) -> Card:
         raise UserError(
             f"unknown GPU {name!r}; give a name such as 'RTX 4090' or 'A100 80GB', or its memory with --gpu_memory"
         )
-    raise UserError(f"unknown GPU {name!r}: near names are {', '.join(near)}; or give --gpu_memory")
+    raise UserError(f"unknown GPU {name!r}; similar names are {', '.join(near)}; or give its memory with --gpu_memory")
 
 
 def short_names(card: Card) -> tuple[str, ...]:
-    """Shorter names of `card` that `find_card` knows, the shortest first: `("4090",)` for the RTX 4090, none for the L4."""
+    """Shorter names by which `find_card` finds `card`, the shortest first: `("4090",)` for the RTX 4090, none for the L4."""
     without_maker = re.sub(r"^(RTX|GTX|TITAN|Quadro RTX) | Blackwell$", "", card.name)
     without_size = re.sub(r" \d+GB$", "", without_maker)
     names = dict.fromkeys((without_size, without_maker))
@@ -340,10 +340,10 @@ def _finds(name: str, card: Card) -> bool:
 
 
 def generic_card(memory: str) -> Card:
-    """A card of `memory` usable bytes, such as "24GiB", for `--gpu_memory`: Ampere rules, no context on top.
+    """A card with `memory` usable bytes, such as "24GiB", for `--gpu_memory`: the rules of Ampere, and no CUDA context.
 
     Raises:
-        UserError: where `memory` is not a size.
+        UserError: if `memory` is not a size.
     """
     return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
 
@@ -356,10 +356,10 @@ def card_of_device(
     free_bytes: int | None = None,
     own_bytes: int = 0,
 ) -> Card:
-    """The card that this machine has, from `torch.cuda.get_device_properties`: real size, context as known by name.
+    """The card of this machine, from `torch.cuda.get_device_properties`: its real size, and the context of that card name.
 
-    `free_bytes` is what CUDA says is free (None: unknown), while this process holds `own_bytes` beside its context. What
-    is neither belongs to other programs, a desktop for one.
+    `free_bytes` is what CUDA reports as free (None: unknown), while this process holds `own_bytes` in addition to its context.
+    The rest of the memory is used by other programs, such as a desktop.
     """
     try:
         known = find_card(name)

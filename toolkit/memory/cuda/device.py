@@ -1,11 +1,11 @@
-"""A CUDA card for the shadow step: what its kernels and libraries do that fake tensors on a CPU do not show.
+"""A CUDA card for the shadow step: what its kernels and libraries allocate that fake tensors on a CPU do not show.
 
-`Cuda(card)` is the shadow's `Device`. Its parts, each with the reason beside it and a test:
+`Cuda(card)` is the `Device` of the shadow step. Each of its parts states its reason and has a test:
 
-- `CudaOverlay` runs operators: buffers that kernels take unseen, workspaces, gradients summed in place.
-- `running()` replaces the Python functions that take another path on a GPU: attention (`attention`), softmax, dropout,
+- `CudaOverlay` runs operators: buffers inside kernels, workspaces, gradients summed in place.
+- `running()` replaces the Python functions that behave differently on a GPU: attention (`attention`), softmax, dropout,
   the operators that CUDA's autocast runs in float32 (`autocast`), and bitsandbytes (`quantized`).
-- `load()` replays loading (`loading`), `prepare()` makes optimizers use their foreach implementations.
+- `load()` replays loading (`loading`); `prepare()` makes optimizers use their foreach implementations.
 
 Sources are files of PyTorch 2.14 under aten/src/ATen unless another is named. All sizes are bytes.
 """
@@ -35,7 +35,7 @@ from toolkit.memory.trace import Trace
 from toolkit.seams import patched
 from toolkit.units import MIB, format_bytes
 
-_NOTEWORTHY = 256 * MIB  # an estimated context is not known better
+_NOTEWORTHY = 256 * MIB  # below this, the difference can be the error of an estimated context
 _DISPATCH = {__name__, "toolkit.memory.trace", "torch._ops"}  # the modules between an operator's caller and its overlay
 _MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
 
@@ -82,9 +82,9 @@ def embedding_backward(args: tuple) -> list[int]:
 
 
 def safe_softmax(args: tuple) -> list[int]:
-    """native/transformers/attention.cpp: which scores are masked, in which rows all are, and the zero that is written there.
+    """native/transformers/attention.cpp: a mask of the scores, a mask of the fully masked rows, and the zero written to them.
 
-    It is written into the softmax itself, so there is no second matrix of scores.
+    The zero is written into the softmax itself, so there is no second matrix of scores.
     """
     scores, dim = args[:2]
     return [scores.numel(), scores.numel() // scores.shape[dim], scores.element_size()]
@@ -100,12 +100,12 @@ HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
 
 
 class CudaOverlay:
-    """Runs each operator as `card` would, seen from its memory."""
+    """Runs each operator with the memory use that it has on `card`."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self._threads: set[bool] = set()  # whose cuBLAS handle has its workspace: the main thread's, autograd's
-        _alone()  # while autograd can still be asked
+        self._threads: set[bool] = set()  # the threads with a cuBLAS workspace: False is the main one, True autograd's
+        _alone()  # runs a backward pass, which must not happen inside an operator
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
         name = op.name()
@@ -127,8 +127,8 @@ class CudaOverlay:
         return result
 
     def _workspace(self, trace: Trace, result: torch.Tensor) -> None:
-        """cuda/CublasHandlePool.cpp: each thread's handle takes a workspace at its first product and keeps it; autograd
-        has a thread of its own. cuBLASLt (a linear layer with bias) shares it since PyTorch 2.7."""
+        """cuda/CublasHandlePool.cpp: each thread's handle allocates a workspace at its first product and keeps it; autograd
+        has its own thread. cuBLASLt (a linear layer with bias) shares the workspace since PyTorch 2.7."""
         in_autograd = torch._C._current_graph_task_id() != -1
         if in_autograd not in self._threads:
             self._threads.add(in_autograd)
@@ -137,14 +137,14 @@ class CudaOverlay:
 
 
 def _sums_gradients(args: tuple) -> bool:
-    """Whether this addition is one that autograd's engine does in place: the sum of the gradients of a tensor used twice.
+    """Whether autograd's engine does this addition in place on a card: it sums the gradients of a tensor that is used twice.
 
-    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the engine adds into the first gradient where that is
-    dense, and where neither the tensor nor its storage has another holder. A view never is: it keeps its base, which holds
-    the storage too (the gradient of a linear layer's 3-D input, of a tied embedding). Another holder of the tensor is a
-    second node that the same gradient was given to and that has not run yet. The engine never adds in place to tensor
-    subclasses, which fake tensors are, so the shadow sees each addition out of place, and asks for the counts itself.
-    What it depends on: seams "who sums gradients" and "holders of a tensor".
+    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the engine adds into the first gradient if that is dense
+    and if nothing else refers to the tensor or its storage. It never adds into a view, whose base refers to the storage too
+    (the gradient of a linear layer's 3-D input, or of a tied embedding). Another reference to the tensor is a second node
+    that received the same gradient and has not run yet. The engine never adds in place to tensor subclasses such as fake
+    tensors. So the shadow step sees each addition out of place and checks the reference counts itself.
+    It depends on seams "who sums gradients" and "holders of a tensor".
     """
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
         return False
@@ -156,19 +156,19 @@ def _sums_gradients(args: tuple) -> bool:
 
 
 def _adds_a_mask() -> bool:
-    """Whether this addition is that of a mask to the scores of the math kernel for attention.
+    """Whether this addition adds a mask to the scores in the math kernel for attention.
 
-    native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: in place, but not for tensor subclasses. The
-    kernel is called from `attention`, and adds from C++: seam "mask of the math kernel".
+    native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: it is in place, except for tensor subclasses. The
+    kernel is called from `attention` and adds in C++: seam "mask of the math kernel".
     """
     return _caller().co_filename == attention.__file__
 
 
 def _caller() -> CodeType:
-    """The Python code from which the operator that is run was called: the nearest outside this package's dispatch.
+    """The Python code that called the current operator: the nearest frame outside the dispatch of operators.
 
-    Autograd's engine, its nodes and kernels in C++ have no frame: theirs is the code that called them. A node written in
-    Python, or checkpointing's recomputation, has one.
+    C++ code has no Python frame: for autograd's engine, its nodes and kernels this is the Python code that called them. A node
+    written in Python and the recomputation of activation checkpointing have their own frame.
     """
     frame: Any = sys._getframe(1)
     while frame.f_globals.get("__name__") in _DISPATCH:
@@ -177,12 +177,12 @@ def _caller() -> CodeType:
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int]:
-    """How often PyTorch's C++ side holds `tensor`, and its storage."""
+    """The C++ reference counts of `tensor` and of its storage."""
     return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 class _FirstGradient(TorchDispatchMode):
-    """Notes the holders of the first gradient that the engine adds to."""
+    """Records the reference counts of the first gradient that the engine adds to."""
 
     holders = (0, 0)
 
@@ -194,9 +194,9 @@ class _FirstGradient(TorchDispatchMode):
 
 @cache
 def _alone() -> tuple[int, int]:
-    """`_holders` of a gradient that has no other holder, as a dispatch mode sees it: the engine, the call and Python's object.
+    """`_holders` of a gradient that nothing else refers to, inside a dispatch mode: the engine, the call and the Python object.
 
-    Found by a backward pass, for the counts differ between versions of PyTorch; not to be called first within an operator.
+    The counts differ between versions of PyTorch, so a backward pass finds them. The first call must not be inside an operator.
     """
     with torch.enable_grad(), _FirstGradient() as seen:
         x = torch.ones(1, requires_grad=True) * 1.0
@@ -205,13 +205,13 @@ def _alone() -> tuple[int, int]:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill the memory that they span, each once (an expanded tensor spans less)."""
+    """Whether the elements fill the memory that they span, each exactly once (an expanded tensor spans less)."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return span == tensor.numel()
 
 
 class _HalfToFloatSoftmax(torch.autograd.Function):
-    """float16 in, float32 out, in one kernel: neither direction makes a float32 copy of the float16 tensor."""
+    """Softmax from float16 to float32 in one kernel: neither pass makes a float32 copy of the float16 tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -223,7 +223,9 @@ class _HalfToFloatSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (output,) = ctx.saved_tensors
         result = output.new_empty(output.shape, dtype=torch.float16)
-        product = torch.empty_like(grad)  # `softmax_backward`'s hidden buffer: born behind the result
+        product = torch.empty_like(
+            grad
+        )  # the buffer inside the kernel (`softmax_backward`), allocated after the result
         del product
         return result, None
 
@@ -234,13 +236,13 @@ def _is_autocast(x: torch.Tensor) -> bool:
 
 
 def replaced_functions(card: Card, built_with_flash: bool = True) -> dict[str, Callable[..., Any]]:
-    """Functions of `torch.nn.functional` by name, as they run on `card`; tensors that are not fake pass unchanged."""
+    """Replacements for functions of `torch.nn.functional`, by name, as they run on `card`; real tensors take the original."""
     softmax, log_softmax, cross_entropy = F.softmax, F.log_softmax, F.cross_entropy
     dropout, real_attention = F.dropout, F.scaled_dot_product_attention
     fake_attention = attention.attention_on(card, built_with_flash)
 
     def cuda_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-        # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first. A dtype that is given is kept.
+        # native/SoftMax.cpp: only float16 is converted inside the kernel; bfloat16 is cast first. A given dtype is kept.
         dtype = torch.float32 if dtype is None and _is_autocast(input) else dtype
         if isinstance(input, FakeTensor) and input.dtype == torch.float16 and dtype == torch.float32:
             return _HalfToFloatSoftmax.apply(input, dim)
@@ -259,7 +261,7 @@ def replaced_functions(card: Card, built_with_flash: bool = True) -> dict[str, C
         *rest: Any,
         **more: Any,
     ) -> Any:
-        # native/LossNLL.cpp: its log_softmax is given the input's dtype, which autocast keeps; nll_loss is run in float32.
+        # native/LossNLL.cpp: its log_softmax gets the input's dtype, which autocast keeps; nll_loss runs in float32.
         if not _is_autocast(input) or rest or more.get("label_smoothing") or target.is_floating_point():
             return cross_entropy(input, target, weight, size_average, ignore_index, *rest, **more)
         more.pop("label_smoothing", None)
@@ -267,7 +269,7 @@ def replaced_functions(card: Card, built_with_flash: bool = True) -> dict[str, C
         return F.nll_loss(logs, target, weight, size_average, ignore_index, **more)
 
     def cuda_dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        # native/Dropout.cpp: fused on CUDA, where the mask is bool; on a CPU it has the activation's dtype.
+        # native/Dropout.cpp: fused on CUDA with a bool mask; on a CPU the mask has the dtype of the input.
         if isinstance(input, FakeTensor) and training and 0 < p < 1 and not inplace:
             return torch.native_dropout(input, p, True)[0]
         return dropout(input, p, training, inplace)
@@ -287,16 +289,16 @@ def replaced_functions(card: Card, built_with_flash: bool = True) -> dict[str, C
 
 
 def _expandable_segments() -> bool:
-    """Whether the environment, which a run from here would have too, asks for them (PYTORCH_CUDA_ALLOC_CONF: the older name)."""
+    """Whether the environment enables them, as it would for a run from here (PYTORCH_CUDA_ALLOC_CONF is the older name)."""
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     return "expandable_segments:true" in settings.replace(" ", "").lower()
 
 
 @contextmanager
 def _fused_dropout() -> Iterator[None]:
-    """native/Dropout.cpp: on CUDA `at::dropout` is one operator with a bool mask; on a CPU a mask in the input's dtype, and a product.
+    """native/Dropout.cpp: on CUDA `at::dropout` is one operator with a bool mask; on a CPU, a mask in the input's dtype and a product.
 
-    `replaced_functions` sees Python's calls alone, and the math kernel for attention calls it from C++.
+    `replaced_functions` replaces it only for calls from Python; the math kernel for attention calls it from C++.
     """
     library = torch.library.Library("aten", "IMPL")
 
@@ -313,15 +315,15 @@ def _fused_dropout() -> Iterator[None]:
 
 
 class Cuda:
-    """A card as the shadow step's device.
+    """A card as the device of a shadow step.
 
     Args:
-        card: whose rules and sizes hold.
-        expandable_segments: the allocator's setting of that name; by default what PYTORCH_ALLOC_CONF says here.
-        budget_bytes: what the process may take, context included; by default all that the card offers.
+        card: the card that is predicted.
+        expandable_segments: the allocator setting of that name; by default as in PYTORCH_ALLOC_CONF.
+        budget_bytes: bytes that the process can use, context included; by default all that the card offers.
         adapters_cast_on_device: see `loading.replay`.
-        empties_cache_after_casts: whether PEFT gives the cache back after its casts (0.20 and later do).
-        built_with_flash: whether PyTorch holds the flash kernel; by default as the installed one does.
+        empties_cache_after_casts: whether PEFT empties the cache after its casts (0.20 and later do).
+        built_with_flash: whether PyTorch was built with the flash kernel; by default as the installed one.
     """
 
     def __init__(
@@ -345,34 +347,34 @@ class Cuda:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the card's figures is estimated, one sentence each."""
+        """The card's figures that are estimates, one sentence each."""
         notes = []
         if self.card.context_is_estimate and self.card.context_bytes:
             notes.append(f"the CUDA context of {self.card.name} is an estimate: it was not measured")
         if self.card.total_is_estimate:
-            notes.append(f"the capacity of {self.card.name} is the usual one: it was not checked against a report")
+            notes.append(f"the capacity of {self.card.name} is a typical value: no public report confirms it")
         if self.card.taken_bytes >= _NOTEWORTHY:
-            notes.append(f"{format_bytes(self.card.taken_bytes)} of {self.card.name} are held by other programs")
+            notes.append(f"other programs use {format_bytes(self.card.taken_bytes)} of {self.card.name}")
         return tuple(notes)
 
     def meter(self) -> AllocatorMeter:
-        """A fresh replay of the caching allocator."""
+        """A new replay of the caching allocator."""
         self._meter = AllocatorMeter(self.expandable_segments)
         return self._meter
 
     def limited_meter(self) -> AllocatorMeter | None:
-        """The same on a card that has the budget and no more."""
+        """A new replay on a card whose memory is limited to the budget."""
         if self.budget_bytes is None:
             return None
         return AllocatorMeter(self.expandable_segments, capacity=self.budget_bytes - (self.context_bytes or 0))
 
     def overlay(self) -> CudaOverlay:
-        """A fresh overlay: no handle has its workspace yet."""
+        """A new overlay, in which no cuBLAS handle has a workspace yet."""
         return CudaOverlay(self.card)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While open, functions take the paths that they take on this card."""
+        """While open, functions behave as on this card."""
         replaced = replaced_functions(self.card, self.built_with_flash)
         with quantized.cuda_paths(), cuda_autocast(), _fused_dropout(), ExitStack() as stack:
             for name, function in replaced.items():
@@ -380,12 +382,12 @@ class Cuda:
             yield
 
     def load(self, trace: Trace, model: nn.Module) -> None:
-        """Replays loading, with its staging and its order."""
+        """Replays loading in its order, with its staging buffers."""
         give_back = self._meter.empty_cache if self.empties_cache_after_casts else lambda: None
         loading.replay(trace, model, give_back, self.adapters_cast_on_device)
 
     def prepare(self, trainer: Any) -> None:
-        """On CUDA, PyTorch's optimizers update all parameters together (foreach) unless told otherwise."""
+        """Makes PyTorch's optimizers update all parameters together (foreach), their default on CUDA."""
         create = trainer.create_optimizer
 
         def create_optimizer(*args: Any, **kwargs: Any) -> Any:

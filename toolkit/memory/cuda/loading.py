@@ -1,10 +1,10 @@
-"""Loading onto a GPU, replayed: what the allocator still holds when training begins depends on how the model came.
+"""Loading onto a GPU, replayed: how the model was loaded decides what the allocator holds when training begins.
 
-`from_pretrained(device_map=...)`, which quantized models need, first takes one block of the whole model's size and gives
-it back (`caching_allocator_warmup`), then loads tensor by tensor in the order of the checkpoint's names: each weight that
-is to be quantized is staged in 16 bits, quantized, and dropped. `prepare_model_for_kbit_training` then casts what is not
-quantized to float32, one tensor after the other, and from PEFT 0.20 on gives the cache back. A model that is not
-quantized is moved by `.to(device)`, module by module.
+`from_pretrained(device_map=...)`, which quantized models need, first allocates and frees one block of the size of the whole
+model (`caching_allocator_warmup`). Then it loads the tensors in the order of their names in the checkpoint. A weight to be
+quantized is staged in 16 bits, quantized, and the staged copy is freed. `prepare_model_for_kbit_training` then casts all
+other weights to float32, one after the other, and empties the cache (PEFT 0.20 and later). A model without quantization is
+moved by `.to(device)`, module by module.
 
 Sources: transformers 5.17 to 5.23 (`core_model_loading.py`, `modeling_utils.py`), PEFT 0.20 (`utils/other.py`),
 bitsandbytes 0.50 (`nn/modules.py`, `functional.py`). Seams "order of loading", "caching_allocator_warmup", "order of quantizing" and
@@ -26,10 +26,10 @@ from toolkit.memory.trace import Trace
 def replay(
     trace: Trace, model: nn.Module, empty_cache: Callable[[], None], adapters_cast_on_device: bool = False
 ) -> None:
-    """Adopts every parameter and buffer of `model` in the order, and with the staging, of its loading.
+    """Adopts all parameters and buffers of `model` in the order of loading, with the buffers that loading stages them in.
 
-    `adapters_cast_on_device`: the adapters were attached to a model that was on the GPU already, so that each was there
-    in the base's 16 bits first (PEFT casts them to float32 at the end); with `Trainer` they are attached on the CPU.
+    `adapters_cast_on_device`: the adapters were attached to a model already on the GPU, so each was first allocated there in
+    the base model's 16 bits (PEFT casts them to float32 at the end). With `Trainer` they are attached on the CPU.
     """
     if any(_kind(module) for module in model.modules()):
         _from_pretrained(trace, model, empty_cache)
@@ -39,7 +39,7 @@ def replay(
 
 
 def _kind(module: nn.Module) -> str:
-    """ "4bit" or "8bit" for bitsandbytes' linear layers, else ""."""
+    """ "4bit" or "8bit" for a linear layer of bitsandbytes, otherwise ""."""
     weight = module._parameters.get("weight")
     if getattr(weight, "quant_state", None) is not None:
         return "4bit"
@@ -47,7 +47,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _move(trace: Trace, model: nn.Module, adapters_cast_on_device: bool) -> None:
-    """`model.to(device)`: children before a module's own parameters and buffers, as `nn.Module._apply` goes."""
+    """`model.to(device)`: a module's children before its own parameters and buffers, as in `nn.Module._apply`."""
     late: list[tuple[str, nn.Parameter]] = []
     seen: set[int] = set()
 
@@ -77,7 +77,7 @@ def _move(trace: Trace, model: nn.Module, adapters_cast_on_device: bool) -> None
 def _from_pretrained(trace: Trace, model: nn.Module, empty_cache: Callable[[], None]) -> None:
     from transformers.core_model_loading import dot_natural_key
 
-    loaded: dict[str, tuple[str, nn.Module, nn.Parameter]] = {}  # by the checkpoint's name, ties once
+    loaded: dict[str, tuple[str, nn.Module, nn.Parameter]] = {}  # by name in the checkpoint; tied weights once
     adapters: list[tuple[str, nn.Parameter]] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -121,11 +121,11 @@ def _from_pretrained(trace: Trace, model: nn.Module, empty_cache: Callable[[], N
 
 
 def _quantize(trace: Trace, path: str, module: nn.Module, parameter: Any, kind: str, staged: int) -> None:
-    """One weight: staged whole, then its block maxima or scales, then its packed values, then the staging goes."""
+    """One weight: the staged copy, then block maxima or scales and packed values, then the staged copy is freed."""
     numel = _numel(parameter)
     blocks = [trace.hold(staged * numel, "load", "temporaries")]
     state = "parameters_quantization_state"
-    if kind == "8bit":  # comes back from the CPU in float16
+    if kind == "8bit":  # copied back from the CPU, in float16
         blocks.append(trace.hold(2 * numel, "load", "temporaries"))
         trace.adopt(parameter.SCB, state, path)
         _adopt(trace, path, parameter)
@@ -153,12 +153,12 @@ def _adopt(trace: Trace, path: str, parameter: nn.Parameter) -> None:
 
 
 def _numel(parameter: Any) -> int:
-    """Weights, unpacked."""
+    """The number of weights, unpacked."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
 def _load_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that the checkpoint was loaded in: the config's, which casts after loading do not change."""
+    """The dtype in which the checkpoint was loaded: the config's, which later casts do not change."""
     dtype = getattr(getattr(model, "config", None), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

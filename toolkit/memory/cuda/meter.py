@@ -1,4 +1,4 @@
-"""The meter of a real NVIDIA GPU: PyTorch's own counters, beside which a trace's events are held."""
+"""The meter of a real NVIDIA GPU: PyTorch's own counters, against which the events of a trace are checked."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ import torch
 
 from toolkit.memory.trace import Allocation
 
-_earlier = 0  # bytes: the peak of what came before something that is no part of the account
+_earlier = 0  # bytes: the peak before code that was excluded from it
 
 
 @contextmanager
 def excluded_from_peak(device: torch.device) -> Iterator[None]:
-    """What runs within is in no phase's peak: scores of the base model, between loading and training."""
+    """While open, allocations count in no phase's peak; for scoring the base model between loading and training."""
     global _earlier
     if device.type != "cuda":
         yield
@@ -25,11 +25,11 @@ def excluded_from_peak(device: torch.device) -> Iterator[None]:
 
 
 class CudaMeter:
-    """Reads the caching allocator's statistics of one device; it counts nothing itself.
+    """Reads the caching allocator's statistics for one device; it counts nothing itself.
 
-    It also counts what no trace sees: cuBLAS workspaces, buffers inside kernels, other libraries' tensors. Its first
-    peak reaches back to the last `torch.cuda.reset_peak_memory_stats`, or to the start of the process: loading, without what
-    was `excluded_from_peak`.
+    They include what no trace sees: cuBLAS workspaces, buffers inside kernels, tensors of other libraries. The first peak
+    covers the time since the last `torch.cuda.reset_peak_memory_stats` or the start of the process. So it is the peak of
+    loading, without what was `excluded_from_peak`.
     """
 
     sees_all = False
@@ -68,6 +68,6 @@ class CudaMeter:
         return peak
 
     def context_bytes(self) -> int:
-        """What the device has in use beyond PyTorch's reserve: the CUDA context, and any other process's memory."""
+        """Bytes in use on the device beyond what PyTorch reserved: the CUDA context and the memory of other processes."""
         free, total = torch.cuda.mem_get_info(self.device)
         return max(0, total - free - self.reserved)

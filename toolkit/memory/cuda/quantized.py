@@ -1,8 +1,8 @@
-"""What bitsandbytes' CUDA kernels allocate, operator by operator: its CPU kernels, which a shadow would run, differ.
+"""What bitsandbytes' CUDA kernels allocate. Its CPU kernels, which a shadow step would run, allocate differently.
 
-Each stand-in does what the CUDA implementation in `bitsandbytes/backends/cuda/ops.py` (0.50.2) does with memory, in its
-order. The rule by which the 4-bit product either dequantizes the whole weight or runs a fused kernel is not copied: the
-installed library's own function is asked.
+Each replacement allocates and frees what the CUDA implementation in `bitsandbytes/backends/cuda/ops.py` (0.50.2) does, in
+the same order. The 4-bit product either dequantizes the whole weight or runs a fused kernel. That rule is not copied here:
+the installed library's own function decides.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _FUSED_ROWS = 1536
 
 @cache
 def fused_rule() -> Callable[..., bool] | None:
-    """bitsandbytes' own `_gemm_4bit_use_custom_cuda`, which its module on a machine without CUDA cannot be asked for.
+    """bitsandbytes' own `_gemm_4bit_use_custom_cuda`, read from its source: its module cannot be imported without CUDA.
 
-    Takes ((multiprocessors, major, minor), dtype, rows, out features, in features); None where this version has none.
+    It takes ((multiprocessors, major, minor), dtype, rows, out features, in features). None: this version does not have it.
     """
     import bitsandbytes
 
@@ -52,7 +52,7 @@ def fused_rule() -> Callable[..., bool] | None:
 
 
 def gemm_4bit(card: Card, trace: Trace, args: tuple, kwargs: dict) -> torch.Tensor:
-    """A (..., in) times a packed weight (out, in): fused for few rows, else the weight is dequantized in A's dtype."""
+    """A (..., in) times a packed weight (out, in): fused for few rows; otherwise the weight is dequantized to A's dtype."""
     a, _packed, shape, _absmax, blocksize, *_ = args
     bias = kwargs.get("bias")
     rows, rule = a.numel() // a.shape[-1], fused_rule()
@@ -62,32 +62,32 @@ def gemm_4bit(card: Card, trace: Trace, args: tuple, kwargs: dict) -> torch.Tens
             return a.new_empty((*a.shape[:-1], shape[0]))
     held = []
     nested = kwargs.get("absmax_8bit")
-    if nested is not None:  # double quantization: the block maxima are dequantized first, then shifted
+    if nested is not None:  # double quantization: the block maxima are dequantized, then the offset is added
         held += [trace.hold(nested.numel() * 4), trace.hold(nested.numel() * 4)]
     weight = a.new_empty(tuple(shape))
     trace.track(weight, "temporaries")
     result = F.linear(a, weight, bias)
-    trace.track(result)  # born while the dequantized weight is still there
+    trace.track(result)  # allocated before the dequantized weight is freed
     for block in held:
         trace.release(block)
     return result
 
 
 def dequantize_4bit(card: Card, trace: Trace, args: tuple, kwargs: dict) -> torch.Tensor:
-    """The weight (out, in) of the shape and dtype asked for."""
+    """The dequantized weight (out, in), in the requested dtype."""
     packed, _, _, _, shape, dtype = args
     return packed.new_empty(tuple(shape), dtype=dtype)
 
 
 def dequantize_blockwise(card: Card, trace: Trace, args: tuple, kwargs: dict) -> torch.Tensor:
-    """What double quantization's block maxima become: the same shape in `dtype`."""
+    """The dequantized block maxima of double quantization: the same shape, in `dtype`."""
     packed, dtype = args[0], args[4]
     return torch.empty_like(packed, dtype=dtype)
 
 
 def int8_vectorwise_quant(card: Card, trace: Trace, args: tuple, kwargs: dict) -> tuple:
-    """Rows of A (rows, in) as int8 with a float32 scale each. With a threshold outliers are looked for, none is found:
-    which columns have some depends on values, and a fine-tuned model has few."""
+    """Rows of A (rows, in) as int8, with one float32 scale each. With a threshold it searches for outliers and finds none:
+    which columns have outliers depends on values, and a fine-tuned model has few."""
     a, threshold = args[0], kwargs.get("threshold", args[1] if len(args) > 1 else 0.0)
     scale = a.new_empty((prod(a.shape[:-1]),), dtype=torch.float32)
     trace.track(scale)
@@ -102,7 +102,7 @@ def int8_vectorwise_quant(card: Card, trace: Trace, args: tuple, kwargs: dict) -
 
 
 def int8_scaled_mm(card: Card, trace: Trace, args: tuple, kwargs: dict) -> torch.Tensor:
-    """int8 (rows, in) times int8 (out, in): an int32 product, scaled to float16, then cast to the dtype asked for."""
+    """int8 (rows, in) times int8 (out, in): an int32 product, scaled to float16, then cast to the requested dtype."""
     a, weight = args[0], args[1]
     dtype = kwargs.get("dtype") or (args[5] if len(args) > 5 and args[5] is not None else torch.float16)
     shape = (*a.shape[:-1], weight.shape[0])
@@ -117,7 +117,7 @@ def int8_scaled_mm(card: Card, trace: Trace, args: tuple, kwargs: dict) -> torch
 
 
 def int8_mixed_scaled_mm(card: Card, trace: Trace, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The int8 product beside the columns with outliers, of which there are none (see `int8_vectorwise_quant`)."""
+    """The int8 product, and the columns with outliers: none (see `int8_vectorwise_quant`)."""
     a, rows, weight = args[:3]
     return int8_scaled_mm(card, trace, (rows, weight), {"dtype": a.dtype}), a.new_empty((0,))
 
@@ -134,7 +134,7 @@ STAND_INS: dict[str, Callable[[Card, Trace, tuple, dict], Any]] = {
 
 @contextmanager
 def cuda_paths() -> Iterator[None]:
-    """bitsandbytes takes the paths of a GPU: on a CPU its int8 layers would train through dequantized weights."""
+    """While open, bitsandbytes runs the code for GPUs. On a CPU its int8 layers train through dequantized weights."""
     try:
         from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
     except ImportError:
@@ -160,7 +160,7 @@ def cuda_paths() -> Iterator[None]:
 
 @contextmanager
 def dequantized_by_peft() -> Iterator[None]:
-    """While open, DoRA dequantizes a fake 4-bit weight as a real one, which PEFT knows by the name of its class."""
+    """While open, DoRA dequantizes fake 4-bit weights too. PEFT recognizes real ones by the name of their class."""
     try:
         from bitsandbytes.functional import dequantize_4bit as dequantize
         from peft.tuners.lora import dora

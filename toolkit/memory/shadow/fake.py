@@ -1,8 +1,8 @@
-"""A model without weights made runnable: parameters and buffers become fake tensors, control tensors stay real.
+"""Makes a model without weights runnable: parameters and buffers become fake tensors, control tensors stay real.
 
-A fake tensor has a shape, a dtype and a storage without memory behind it. Its `FakeTensorMode` is never entered: an
-operator that touches a fake tensor is fake, and everything else (ids, masks, positions) is computed for real, so that
-code which looks at a mask takes the very branch that training takes.
+A fake tensor has a shape, a dtype and a storage without memory. Its `FakeTensorMode` is never entered. So only operators
+with a fake argument are fake; everything else (ids, masks, positions) is computed for real, and code that inspects a mask
+takes the same branch as in training.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from toolkit.units import MIB
 
 CPU = torch.device("cpu")
-_SMALL = MIB  # whole-number tensors up to this size may steer code, so they are real: zeros
+_SMALL = MIB  # code may branch on integer tensors up to this size, so they become real zeros
 
 
 def make_fake(model: nn.Module) -> FakeTensorMode:
-    """Replaces what is on the meta device in `model` by fake tensors on the CPU, in place; ties stay ties.
+    """Replaces the meta tensors in `model` by fake tensors on the CPU, in place; tied weights stay tied.
 
-    bitsandbytes' layers are quantized by bitsandbytes' own functions, on fake tensors.
+    bitsandbytes' own functions quantize its layers, on fake tensors.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[nn.Parameter, nn.Parameter] = {}
@@ -36,12 +36,12 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = _fake_or_small(mode, buffer)
         _replace_plain(mode, module)
-    model._apply = lambda fn, recurse=True: model  # `.to(device)`: it stays where it is
+    model._apply = lambda fn, recurse=True: model  # `.to(device)` has no effect
     return mode
 
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor on the CPU of a meta tensor's shape, dtype and strides."""
+    """A fake tensor on the CPU with the shape, dtype and strides of a meta tensor."""
     return FakeTensor(mode, tensor, CPU)
 
 
@@ -56,7 +56,7 @@ def _fake_parameter(mode: FakeTensorMode, module: nn.Module, name: str, paramete
 
 
 def _quantized_4bit(module: Any, parameter: Any, fake: torch.Tensor) -> nn.Parameter:
-    """What `Params4bit.to(device)` makes of a weight (out, in): packed (ceil(out x in / 2), 1) and its `QuantState`."""
+    """The result of `Params4bit.to(device)` for a weight (out, in): packed (ceil(out x in / 2), 1), and its `QuantState`."""
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -75,7 +75,7 @@ def _quantized_4bit(module: Any, parameter: Any, fake: torch.Tensor) -> nn.Param
 
 
 def _quantized_8bit(fake: torch.Tensor) -> nn.Parameter:
-    """What `Int8Params.to(device)` makes of a weight (out, in): int8 `CB` of the same shape, float32 `SCB` (out,)."""
+    """The result of `Int8Params.to(device)` for a weight (out, in): int8 `CB` of the same shape, float32 `SCB` (out,)."""
     from bitsandbytes.functional import int8_vectorwise_quant
 
     weight, scale, _ = int8_vectorwise_quant(fake.to(torch.float16))
@@ -91,7 +91,7 @@ def _fake_or_small(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _replace_plain(mode: FakeTensorMode, module: nn.Module) -> None:
-    """Tensors that are plain attributes, alone or in a dict, such as soft prompts' token ids."""
+    """Replaces tensors that are plain attributes, or in a dict, such as the token ids of soft prompts."""
     for name, value in list(vars(module).items()):
         if isinstance(value, torch.Tensor) and value.is_meta:
             setattr(module, name, _fake_or_small(mode, value))

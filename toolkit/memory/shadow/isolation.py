@@ -1,4 +1,4 @@
-"""A shadow step leaves no trace in the process: random states, accelerate's singletons and environment come back."""
+"""A shadow step changes nothing in the process: random states, accelerate's singletons and the environment are restored."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.utils import logging as transformers_logging
 
-# What a launcher tells a process, and accelerate reads: the shadow step is one process on one device.
+# Variables that a launcher sets and accelerate reads. They are removed: the shadow step is one process on one device.
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FSDP_", "ACCELERATE_")
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Inside, accelerate is fresh, knows one CPU process and no engine; afterwards everything is as it was."""
+    """While open, accelerate is newly initialized for one CPU process without an engine; afterwards its state is restored."""
     states = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
     kept = [dict(state) for state in states]
     environment = dict(os.environ)

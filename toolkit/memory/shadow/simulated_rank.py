@@ -1,12 +1,12 @@
-"""One rank of several, in one process: the real engine (DDP, ZeRO, FSDP2) on fake tensors and a process group that sends nothing.
+"""One rank of several, simulated in one process: the real engine (DDP, ZeRO, FSDP2) on fake tensors, without communication.
 
     with world(read_launch_file("zero3", 4).of_rank(0)):
         ledger = predict(build, trainer, arguments, device)
 
-Inside, accelerate finds what `accelerate launch` would have left in the environment of rank 0, `torch.distributed` has its own
-fake group of that many ranks, and the shadow step goes the way that a rank goes: the very code of DeepSpeed and of PyTorch
-flattens, partitions, pads, gathers, prefetches, buckets and reduces, so that no buffer of theirs is a formula here. What an
-engine makes is fake like the parameters (`Fakes`), and what it would read out of its values is a zero.
+While the world is open, accelerate finds the environment that `accelerate launch` sets for that rank, and `torch.distributed`
+has its fake process group of that many ranks. The shadow step runs the same code as a real rank: DeepSpeed or PyTorch itself
+flattens, partitions, pads, gathers, prefetches, buckets and reduces. So this module has no formula for their buffers.
+Tensors that an engine makes are fake like the parameters (`Fakes`), and reading a value from one gives 0.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ _FACTORIES = {
         "empty_like",
     )
 }
-_files: dict[str, int] = {}  # what this rank has written to its disk: path -> bytes
+_files: dict[str, int] = {}  # files that this rank has written: path -> bytes
 _pinned: set[int] = (
     set()
-)  # buffers between memory and disk, which live as long as the engine: addresses of their StorageImpl
-_open: list[Mapping[str, str]] = []  # the launch of the world that is open
+)  # StorageImpl addresses of the buffers between memory and disk, which live as long as the engine
+_open: list[Mapping[str, str]] = []  # the environment of the open world
 
 
 def in_world() -> bool:
-    """Whether the shadow step is a rank of several."""
+    """Whether the shadow step simulates one rank of several."""
     return bool(_open)
 
 
 def in_deepspeed() -> bool:
-    """Whether that rank's engine is DeepSpeed's."""
+    """Whether the simulated rank runs under DeepSpeed."""
     return in_world() and _open[-1].get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def processes() -> int:
-    """How many ranks there are; 1 outside of a world."""
+    """The number of ranks; 1 outside a world."""
     return int(_open[-1]["WORLD_SIZE"]) if _open else 1
 
 
 @contextmanager
 def world(launch: Mapping[str, str]) -> Iterator[None]:
-    """Inside, this process is the rank that `launch` (its environment variables) describes."""
+    """While open, this process is the rank that the environment variables in `launch` describe."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     with ExitStack() as stack:
@@ -93,12 +93,12 @@ def world(launch: Mapping[str, str]) -> Iterator[None]:
 
 
 def swapped_bytes() -> int:
-    """Size of all files that the ranks of one machine have written since the world was opened (ZeRO-Infinity), in bytes."""
+    """Bytes of all files that the ranks of one machine have written since the world was opened (ZeRO-Infinity)."""
     return sum(_files.values()) * int(_open[-1]["LOCAL_WORLD_SIZE"]) if _open else 0
 
 
 def _swap_elsewhere(stack: ExitStack) -> None:
-    """DeepSpeed empties the folder that it swaps to: here it is given one of no use to anybody."""
+    """Redirects DeepSpeed's swapping to a temporary folder, because DeepSpeed empties the folder that it swaps to."""
     from toolkit.distributed.deepspeed import read_deepspeed
 
     _files.clear()
@@ -120,7 +120,7 @@ def _swap_elsewhere(stack: ExitStack) -> None:
 
 @contextmanager
 def engine_on_fakes(mode: FakeTensorMode) -> Iterator[None]:
-    """Open while a rank's shadow step runs: what its engine makes is fake too."""
+    """While open, tensors that the rank's engine makes are fake too."""
     with (
         patched("fix_4bit_weight_quant_state_from_module", _keep_quant_state),
         patched("DistributedDataParallel.__init__", _with_hook(nn.parallel.DistributedDataParallel.__init__)),
@@ -131,7 +131,7 @@ def engine_on_fakes(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def applied(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` on fake tensors (its own swaps whole tensors, which are referred to weakly here)."""
+    """`nn.Module._apply` on fake tensors. The original swaps whole tensors, which fails for tensors with weak references."""
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -142,7 +142,7 @@ def applied(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurs
 
 
 class Fakes(TorchDispatchMode):
-    """Makes every new floating-point tensor fake, and reads a zero out of every fake one."""
+    """Makes every new floating-point tensor fake; the value of a fake tensor reads as 0."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Fakes(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if DTensor in types:
-            return NotImplemented  # it asks again for what it holds
+            return NotImplemented  # DTensor then runs the operator on its shard
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             return op(*args, **kwargs)
         name = op.name()
@@ -169,24 +169,24 @@ class Fakes(TorchDispatchMode):
 
 
 def _keep_quant_state(module: Any) -> None:
-    """bitsandbytes gives a weight that FSDP gathered its class and its scales back; a fake tensor has a class of its own."""
+    """Restores the scales of a weight that FSDP gathered. bitsandbytes restores its class too, but a fake tensor has its own."""
     module.weight.quant_state = module.quant_state
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """Stands for where a fake tensor's data would be: engines tell tensors apart by it."""
+    """A stand-in for the address of a fake tensor's data, by which engines distinguish tensors."""
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
 
 def gloo_buffers(trace: Trace, op: Any, args: tuple) -> None:
-    """What the CPU's process group takes unseen: it scatters sums out of a copy of its input (ProcessGroupGloo.cpp,
-    `reduce_scatter_tensor_coalesced`); NCCL does not."""
+    """Reports the copy of its input that gloo makes for a reduce-scatter (ProcessGroupGloo.cpp,
+    `reduce_scatter_tensor_coalesced`); NCCL makes none."""
     if op.name() == "c10d::_reduce_scatter_base_":
         trace.passing(args[1].numel() * args[1].element_size(), "gloo")
 
 
 def _with_hook(begin: Any) -> Any:
-    """DDP's own all-reduce takes its result from the process group, which here has none: a hook gives the bucket back."""
+    """DDP's own all-reduce waits for a result of the process group, which the fake group does not give: a hook returns the bucket."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
@@ -203,7 +203,7 @@ def _reduced(bucket: torch.Tensor) -> torch.futures.Future:
 
 
 def begin_as_on_gpus(begin: Any) -> Any:
-    """`AcceleratorState.__init__` (`begin`) that makes a CPU's process group an FSDP group, as accelerate 1.15 does on GPUs alone."""
+    """`AcceleratorState.__init__` (`begin`) that sets up FSDP on CPUs as well; accelerate 1.15 does so only on GPUs."""
 
     def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
@@ -218,18 +218,18 @@ def begin_as_on_gpus(begin: Any) -> Any:
 
 @contextmanager
 def _deepspeed() -> Iterator[None]:
-    """DeepSpeed joins the group, and leaves it."""
+    """While open, DeepSpeed uses the fake process group."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import numa
 
     from toolkit.distributed.deepspeed import join_deepspeed
 
-    groups = vars(deepspeed.utils.groups)  # where it remembers process groups
+    groups = vars(deepspeed.utils.groups)  # DeepSpeed stores process groups here
     kept = {name: copy.copy(value) for name, value in groups.items() if name.isupper() or name == "mpu"}
     join_deepspeed()
     try:
-        # it counts a CPU's sockets, by a process of its own, each time that it reduces a gradient
+        # DeepSpeed starts a process that counts CPU sockets each time that it reduces a gradient: the count is cached.
         with ExitStack() as stack:
             stack.enter_context(patched("is_fp16_supported", lambda: True, owner=get_accelerator()))  # as on every GPU
             stack.enter_context(uncompiled_adam())
@@ -244,7 +244,7 @@ def _deepspeed() -> Iterator[None]:
 
 
 def _shared_rows(stack: ExitStack) -> None:
-    """Where ranks share rows, DeepSpeed puts its own attention in transformers' place and remembers groups: until the world ends."""
+    """For sequence parallelism DeepSpeed replaces transformers' attention and stores groups: restored when the world ends."""
     from deepspeed.sequence import layer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -256,7 +256,7 @@ def _shared_rows(stack: ExitStack) -> None:
 
 
 class Disk:
-    """DeepSpeed's compiled handle of a disk (csrc/aio) that writes nothing: it pins buffers, and knows how large each file becomes."""
+    """Replaces DeepSpeed's compiled disk handle (csrc/aio): it writes nothing, pins buffers, and records the size of each file."""
 
     def __init__(self, **options: Any) -> None:
         self._pending = 0
@@ -288,7 +288,7 @@ class Disk:
 
 @contextmanager
 def uncompiled_disk(handle: type[Disk]) -> Iterator[None]:
-    """DeepSpeed swaps through `handle`."""
+    """While open, DeepSpeed swaps through `handle`."""
     builder = SimpleNamespace(load=lambda verbose=True: SimpleNamespace(aio_handle=handle))
     with ExitStack() as stack:
         for swapper in ("partitioned_optimizer_swapper", "partitioned_param_swapper", "pipelined_optimizer_swapper"):
@@ -298,7 +298,7 @@ def uncompiled_disk(handle: type[Disk]) -> Iterator[None]:
 
 @contextmanager
 def uncompiled_adam() -> Iterator[None]:
-    """DeepSpeed's optimizer for the CPU keeps what it keeps, and updates nothing: its update is compiled C++, in place."""
+    """While open, DeepSpeed's CPU Adam creates its state but updates nothing: the update is compiled C++ and in place."""
     with patched("DeepSpeedCPUAdam.__init__", _adam_begins), patched("DeepSpeedCPUAdam.step", _adam_steps):
         yield
 
@@ -310,7 +310,7 @@ def _adam_begins(self: Any, params: Any, lr: float = 1e-3, weight_decay: float =
 
 
 def _adam_steps(self: Any, closure: Any = None) -> None:
-    """cpu_adam.py, `step`: moments in float32, made at the first step; the update itself is in place."""
+    """cpu_adam.py, `step`: the first step creates moments in float32; the update itself is in place."""
     for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
         if not self.state[parameter]:
             moments = [torch.zeros_like(parameter.data, dtype=torch.float32) for _ in range(2)]

@@ -1,11 +1,11 @@
-"""The shadow step: two optimizer steps of the very Trainer that will train, on a model without weights.
+"""The shadow step: two optimizer steps of the Trainer that will train, on a model without weights.
 
     ledger = predict(build, trainer, arguments)
 
-`build()` gives the model on the meta device with its method attached, `trainer(model, arguments, callback)` the Trainer
-over the worst batch. Parameters become fake tensors (`fake.make_fake`), the callback that measures real runs traces
-them, and a `Device` says what another device would do differently. So a model, a method or an optimizer is predicted
-by running it, and what cannot be run is refused: nothing is guessed.
+`build()` returns the model on the meta device with its method attached; `trainer(model, arguments, callback)` returns the
+Trainer, whose data is the worst batch. Parameters become fake tensors (`fake.make_fake`), the callback that measures real
+runs traces them, and a `Device` adds what another device would do differently. So a model, a method or an optimizer is
+predicted by running it. What cannot run is refused.
 """
 
 from __future__ import annotations
@@ -57,29 +57,29 @@ class Device(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the device's figures is uncertain, one sentence each."""
+        """The device's figures that are uncertain, one sentence each."""
 
     def meter(self) -> Meter:
-        """Counts allocations as the device's allocator would."""
+        """A meter that counts allocations as the device's allocator would."""
 
     def limited_meter(self) -> AllocatorMeter | None:
-        """The same, of a device that has no more than the budget; None where nothing is limited."""
+        """A meter of a device whose memory is limited to the budget; None without a limit."""
 
     def overlay(self) -> Overlay | None:
-        """Runs operators as the device would."""
+        """An overlay that runs operators as the device would."""
 
     def running(self) -> AbstractContextManager:
-        """Open while the shadow step runs: functions that the device's libraries replace."""
+        """A context that is open while the shadow step runs; it replaces functions that differ on the device."""
 
     def load(self, trace: Trace, model: nn.Module) -> None:
-        """Replays loading: ends with every parameter and buffer of `model` adopted by `trace`."""
+        """Replays loading; afterwards `trace` has adopted every parameter and buffer of `model`."""
 
     def prepare(self, trainer: Trainer) -> None:
-        """What the device makes a Trainer do differently, such as optimizers' foreach implementations."""
+        """Changes what a Trainer does differently on the device, such as optimizers' foreach implementations."""
 
 
 class _Straight:
-    """Every operator as it is, by the short way."""
+    """Runs every operator unchanged, on the fast path of `meta_ops`."""
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
         if op.namespace == "c10d":
@@ -88,7 +88,7 @@ class _Straight:
 
 
 class Cpu:
-    """The CPU that this process runs on: nothing differs, every allocation is what was asked for."""
+    """The CPU that this process runs on: operators run unchanged, and allocated is what was requested."""
 
     name = "cpu"
     context_bytes: int | None = None
@@ -118,7 +118,7 @@ CPU = Cpu()
 
 
 class ShadowCallback(MemoryCallback):
-    """The callback that measures, on fake tensors: `device` gives meter, overlay and loading."""
+    """The callback that measures, on fake tensors: `device` provides meter, overlay and loading."""
 
     def __init__(self, device: Device, config: Mapping[str, Any] | None = None):
         super().__init__(steps=tuple(range(1, STEPS + 1)), config=config)
@@ -130,15 +130,15 @@ class ShadowCallback(MemoryCallback):
         return self.device.meter(), lambda *sinks: Trace(*sinks, overlay=self.device.overlay())
 
     def load(self, trace: Trace, model: nn.Module) -> None:
-        if simulated_rank.in_world():  # the engine has taken the model apart already
+        if simulated_rank.in_world():  # the engine has already partitioned the model
             census.label_model(trace, model)
         else:
             self.device.load(trace, model)
 
     def settled(self, recording: Recording) -> Recording:
-        """Where more was reserved than the device has: as it goes there, for the cache is given back before an allocation fails.
+        """The recording as on the real device: if more was reserved than it has, the allocator first gives its cache back.
 
-        What fails even so is told as if the device had more.
+        If an allocation fails even then, the result is `recording`, as on a device with enough memory.
         """
         recording.close()
         limited = self.device.limited_meter()
@@ -148,11 +148,11 @@ class ShadowCallback(MemoryCallback):
             recording = replay_without_offloaded(recording, limited)[0]
         except OutOfMemory:
             return recording
-        self.notes += ("PyTorch gives its cache back to fit, which costs time: there is next to no room",)
+        self.notes += ("it fits only because PyTorch gives its cache back when the card is full, which costs time",)
         return recording
 
     def refused(self, error: AssertionError) -> None:
-        raise error  # a prediction that does not add up is a bug, and nobody's training depends on it
+        raise error  # a prediction that does not add up is a bug, and no training is lost by raising it
 
 
 def predict(
@@ -162,14 +162,14 @@ def predict(
     device: Device = CPU,
     config: Mapping[str, Any] | None = None,
 ) -> Ledger:
-    """The ledger of training, predicted in this process without weights and without a GPU.
+    """The predicted ledger of training, made in this process without weights and without a GPU.
 
-    `build` is called once; it must make its model on the meta device. `trainer` must put `arguments` (a copy, limited
-    to two steps on one CPU process) and the callback into the Trainer that training uses; its data set gives at least
-    `rows_needed(arguments)` rows, each as long as the longest of training, in their order.
+    `build` is called once and must make its model on the meta device. `trainer` must make the Trainer that training uses,
+    with the given arguments (a copy limited to two steps on one CPU process) and callback. Its data set must give at least
+    `rows_needed(arguments)` rows in their order, each as long as the longest row of training.
 
     Raises:
-        UserError: for options and models that the shadow step does not support, saying which.
+        UserError: for options and models that the shadow step does not support, by name.
     """
     began = time.perf_counter()
     refuse_unsupported(arguments)
@@ -207,7 +207,7 @@ def predict(
 
 
 def rows_needed(arguments: TrainingArguments) -> int:
-    """Rows for the shadow steps: one full batch for each forward pass."""
+    """The number of rows for the shadow steps: one full batch for each forward pass."""
     return STEPS * arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size
 
 
@@ -242,24 +242,30 @@ def shadow_arguments(arguments: TrainingArguments, folder: str) -> TrainingArgum
 
 
 def _mixed_precision(arguments: TrainingArguments) -> str:
-    """What accelerate is asked for on the CPU, where it knows fp16 under DeepSpeed alone, which casts the model itself."""
+    """The precision requested of accelerate. On a CPU it supports fp16 only under DeepSpeed, which casts the model itself."""
     if arguments.fp16 and simulated_rank.in_deepspeed():
         return "fp16"
     return "bf16" if arguments.bf16 or arguments.fp16 else "no"
 
 
 def refuse_unsupported(arguments: TrainingArguments) -> None:
-    """Raises UserError for options whose effect on memory the shadow step does not know."""
+    """Raises UserError for options whose effect on memory the shadow step cannot predict."""
     if arguments.torch_compile:
-        raise UserError("memory under --torch_compile cannot be predicted: kernels are fused as they are compiled")
+        raise UserError(
+            "memory under --torch_compile cannot be predicted: compilation fuses kernels; leave the flag out"
+        )
     if arguments.use_liger_kernel:
-        raise UserError("memory under --use_liger_kernel cannot be predicted: its kernels run on GPUs alone")
+        raise UserError(
+            "memory under --use_liger_kernel cannot be predicted: its kernels run only on GPUs; leave the flag out"
+        )
     if arguments.auto_find_batch_size:
-        raise UserError("--auto_find_batch_size has no one batch size to predict; give --per_device_train_batch_size")
+        raise UserError(
+            "--auto_find_batch_size tries several batch sizes, and a prediction needs one; give --per_device_train_batch_size"
+        )
 
 
 def keep_only(trainer: Trainer, callback: MemoryCallback) -> None:
-    """Leaves the callbacks that steer training and ours: the others write logs and files of a run that is none."""
+    """Removes all callbacks except ours and those that control training: the others write the logs and files of a real run."""
     for other in list(trainer.callback_handler.callbacks):
         if other is not callback and not isinstance(other, DefaultFlowCallback):
             trainer.remove_callback(other)
@@ -267,9 +273,9 @@ def keep_only(trainer: Trainer, callback: MemoryCallback) -> None:
 
 @contextmanager
 def _fp16_autocast() -> Iterator[None]:
-    """accelerate runs fp16 on GPUs alone; here the shadow asks it for bf16, and autocast and FSDP compute in fp16.
+    """While open, autocast and FSDP compute in fp16, although accelerate is asked for bf16: it runs fp16 only on GPUs.
 
-    What is left out is the gradient scaler: it scales in place, and its own tensors are a few numbers.
+    There is no gradient scaler. It scales in place, and its own tensors are a few numbers.
     """
     set_precision = FullyShardedDataParallelPlugin.set_mixed_precision
 
@@ -285,12 +291,12 @@ def _fp16_autocast() -> Iterator[None]:
 
 @contextmanager
 def _real_losses() -> Iterator[None]:
-    """Trainer sees a real loss of 0 where a step gives a fake one, so that checks for NaN have something to look at."""
+    """While open, Trainer gets a real loss of 0 instead of a fake one, so that its checks for NaN work."""
     step = Trainer.training_step
 
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step(self, *args, **kwargs)
-        return torch.tensor(0.0, dtype=loss.dtype)  # not `zeros`: what an engine makes anew is fake
+        return torch.tensor(0.0, dtype=loss.dtype)  # `torch.zeros` would be fake under an engine
 
     with patched("Trainer.training_step", training_step):
         yield
@@ -298,11 +304,15 @@ def _real_losses() -> Iterator[None]:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What a fake tensor cannot do becomes one line; other errors of the model's own code are told as they are."""
+    """Turns what a fake tensor cannot do into a one-line UserError; other errors of the model's code pass unchanged."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise UserError(f"cannot be predicted: a shape or a branch depends on values ({error.func})") from error
+        raise UserError(
+            f"this model cannot be predicted: a shape or a branch of its code depends on values ({error.func})"
+        ) from error
     except (UnsupportedOperatorException, UnsupportedFakeTensorException, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot be predicted: no shadow of an operator ({reason})") from error
+        raise UserError(
+            f"this model cannot be predicted: an operator does not run on fake tensors ({reason})"
+        ) from error
