@@ -138,7 +138,10 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         (["--adam_beta1", "1.5"], "--adam_beta1 1.5 is not possible"),
         (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1 is not possible"),
         (["--seed", "-1"], "--seed -1 is not possible"),
-        (["--max_steps", "3", "--num_train_epochs", "2"], "--num_train_epochs has no effect beside --max_steps 3"),
+        (
+            ["--max_steps", "3", "--num_train_epochs", "2"],
+            "--num_train_epochs has no effect together with --max_steps 3",
+        ),
         (["--bf16_full_eval"], "--bf16_full_eval has no effect here"),
         (["--fp16_full_eval", "true"], "--fp16_full_eval has no effect here"),
         (["--hub_model_id", "a/b"], "--hub_model_id has no effect without --push_to_hub"),
@@ -167,7 +170,10 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         ),
         (["--task", "chat", "--dataset_name", "a/b", "--prompt_column", "x"], "give both --prompt_column and --resp"),
         (["--model_revision", "main"], "--model_revision has no effect on a local model"),
-        (["--memory_snapshot", "--use_cpu"], "--memory_snapshot has no effect here: it records a run on a GPU"),
+        (
+            ["--memory_snapshot", "--use_cpu"],
+            "--memory_snapshot has no effect here: it records a training run on a GPU",
+        ),
         (["--early_stopping_patience", "2"], "add --eval_strategy epoch --load_best_model_at_end"),
         (["--early_stopping_threshold", "0.1"], "no effect without --early_stopping_patience"),
         (["--metric_for_best_model", "eval_loss"], "no effect without --load_best_model_at_end"),

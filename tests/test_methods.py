@@ -458,7 +458,7 @@ def test_a_file_configures_a_method_of_peft(tmp_path):
         (Lora, "--init_lora_weights olora --use_dora", "exclude each other"),
         (Lora, "--init_lora_weights orthogonal --lora_r 3", "needs an even --lora_r"),
         (Lora, "--loraplus_lr_ratio 0.5", "give at least 1"),
-        (Lora, "--loraplus_lr_ratio 16 --optim prodigy", "one learning rate alone"),
+        (Lora, "--loraplus_lr_ratio 16 --optim prodigy", "only one learning rate"),
         (Lora, "--optim prodigy --optim_args d_coaf=2", "Prodigy has no argument d_coaf"),
         (QLora, "--load_in_4bit false", "use recipes/lora.py"),
         (QLora, "--init_lora_weights pissa", "changes the base's weights"),

@@ -147,7 +147,7 @@ def test_marks_that_close_no_cell_are_text_in_csv_too_or_refused(tmp_path):
     found, remarks = read(tmp_path, ".csv", 'dialogue,summary\n"a,b\n"c" d,e\nf,g\n')
     assert found == [('"a', "b"), ('"c" d', "e"), ("f", "g")] and "are part of its text" in remarks[0]
     (tmp_path / "train.csv").write_text('dialogue,summary\n"a, b",c\n"d" e,f\n')
-    assert "train.csv: line 3: " in refusal(tmp_path) and "write each one in it twice" in refusal(tmp_path)
+    assert "train.csv: line 3: " in refusal(tmp_path) and "write each quotation mark in it twice" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("dialogue,summary\na,b\nc, d,e\n")
     assert "train.csv: line 3 has 3 cells, and the header 2; put a cell that has a comma" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("dialogue,summary\na\nb,c\n")
@@ -320,9 +320,9 @@ def test_what_a_data_set_of_the_hub_says_of_its_files_holds(tmp_path):
 
 
 def test_a_hub_data_set_that_cannot_be_had():
-    assert "cannot be had from the hub" in refusal("nobody/nothing")
+    assert "cannot be loaded from the hub" in refusal("nobody/nothing")
 
 
 def test_files_that_are_not_read_are_named(tmp_path):
     write_csv(tmp_path, train=ROWS, validation=ROWS, test=ROWS, notes=ROWS)
-    assert load_rows(str(tmp_path), None, COLUMNS)[1] == ["not read, for no split has such a name: notes.csv"]
+    assert load_rows(str(tmp_path), None, COLUMNS)[1] == ["not read, because their names name no split: notes.csv"]

@@ -197,13 +197,13 @@ def test_the_whole_financial_phrasebank(data):
 @pytest.mark.parametrize(
     ("splits", "flags", "expected"),
     [
-        ({"train": GOOD}, {}, "column label has one value alone ('up')"),
+        ({"train": GOOD}, {}, "column label has only one value ('up')"),
         (
             {"train": GOOD + BAD, "test": [("x", "flat")]},
             {},
             "the test split has the label 'flat', which train has not",
         ),
-        ({"train": GOOD + BAD}, {"max_target_length": 1}, "cuts labels off, the longest of which has"),
+        ({"train": GOOD + BAD}, {"max_target_length": 1}, "truncates labels: the longest has"),
         (
             {"train": GOOD + BAD},
             {"label_column": "mood"},

@@ -156,7 +156,7 @@ def test_tokens_that_the_model_has_no_embedding_for_are_refused_where_they_are_u
     tokenizer.add_tokens(["Really"])
     last = len(tokenizer) - 1
     with pytest.raises(
-        UserError, match=rf"gives token {last:,} \(.?Really\), and the model has embeddings for"
+        UserError, match=rf"gives token {last:,} \(.?Really\), but the model has embeddings for"
     ) as caught:
         load_data(arguments, config, tokenizer)
     assert "\n" not in str(caught.value)
