@@ -70,7 +70,7 @@ def test_a_prefix_that_generation_loses_is_found(trainer, monkeypatch):
     lost = lambda self, *args, **kwargs: self.base_model_prepare_inputs_for_generation(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(PeftModelForCausalLM, "prepare_inputs_for_generation", lost)
     with pytest.raises(
-        UserError, match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not fit"
+        UserError, match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not be compatible"
     ):
         check_generation(run, run.data)
 
@@ -119,7 +119,7 @@ def test_an_adapter_file_that_is_empty_incomplete_or_altered_is_refused(trainer,
     name = next(key for key in weights if "lora_B" in key)
 
     save_file({**weights, name: weights[name] * 1.5}, file)
-    with pytest.raises(UserError, match=r"guard 'saved': the adapter read back .* gives logits that differ"):
+    with pytest.raises(UserError, match=r"guard 'saved': the adapter loaded from .* gives logits that differ"):
         check_saved(run, run.config)
     save_file({key: tensor for key, tensor in weights.items() if key != name}, file)
     with pytest.raises(UserError, match="guard 'saved': 1 trained weights are not in"):
@@ -128,7 +128,7 @@ def test_an_adapter_file_that_is_empty_incomplete_or_altered_is_refused(trainer,
     with pytest.raises(UserError, match=r"guard 'saved': .* holds no weights"):
         check_saved(run, run.config)
     file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"guard 'saved': .* cannot be read back"):
+    with pytest.raises(UserError, match=r"guard 'saved': .* cannot be read"):
         check_saved(run, run.config)
 
 

@@ -128,11 +128,11 @@ def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named_and_mov
     capsys.readouterr()
     assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
     said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint-10: trainer_state.json has 3 bytes instead of 2; it is now damaged-checkpoint-10" in said
+    assert "checkpoint-10: trainer_state.json has 3 bytes instead of 2; renamed to damaged-checkpoint-10" in said
     assert newest_first(tmp_path) == [tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"]
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    with pytest.raises(UserError, match=r"is whole \(checkpoint-4: trainer_state.json is missing\)"):
+    with pytest.raises(UserError, match=r"is complete \(checkpoint-4: trainer_state.json is missing\)"):
         resume_point("true", tmp_path)
     assert len(newest_first(tmp_path)) == 2
     with pytest.raises(UserError, match="no checkpoint there"):
@@ -178,7 +178,7 @@ def test_what_cannot_go_on_is_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="was written by FSDP2 on 2 processes, and cannot be read by DDP on 2"):
         check_resumable(kept, replace(fsdp, engine="DDP"), allow_changed_data=True)
     kept = checkpoint(tmp_path, 7, replace(fsdp, engine="FSDP1"))
-    with pytest.raises(UserError, match="FSDP1, whose checkpoints cannot be gone on from"):
+    with pytest.raises(UserError, match="FSDP1, and FSDP1's checkpoints cannot be resumed"):
         check_resumable(kept, replace(fsdp, engine="FSDP1"), allow_changed_data=True)
     nvme = replace(ORIGIN, engine="ZeRO-3", processes=2, state_on_disk=True)
     kept = checkpoint(tmp_path, 9, nvme)
@@ -209,7 +209,7 @@ def test_checkpoints_after_the_one_that_is_gone_on_from_are_set_aside(tmp_path, 
     set_later_checkpoints_aside(tmp_path / "checkpoint-2", tmp_path / "another")
     assert [path.name for path in newest_first(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
     set_later_checkpoints_aside(tmp_path / "checkpoint-4", tmp_path)
-    assert "checkpoint-6 is now abandoned-checkpoint-6" in " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-6 renamed to abandoned-checkpoint-6" in " ".join(capsys.readouterr().out.split())
     assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
     assert (tmp_path / "abandoned-checkpoint-6" / MANIFEST).is_file()
 
@@ -377,7 +377,7 @@ def test_a_full_disk_is_said_in_one_line_and_earlier_checkpoints_stay(whole, tmp
         assert len(lines) == 1 and "Traceback" not in said, said
         kept = newest_first(folder)
         assert f"could not be written to {folder}" in lines[0] and "are free there, and a checkpoint takes" in lines[0]
-        assert f"go on from {kept[0].name} with --resume_from_checkpoint true" in lines[0]
+        assert f"resume from {kept[0].name} with --resume_from_checkpoint true" in lines[0]
         assert len(kept) == 2 and [damage(one) for one in kept] == [None, None] and not (folder / ASIDE).exists()
         subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
         trained(folder, RESUME)

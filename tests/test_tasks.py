@@ -227,7 +227,7 @@ def test_several_files_of_sentences_must_be_chosen_from(tmp_path, llama):
     for share in ("50Agree", "AllAgree"):
         (tmp_path / f"Sentences_{share}.txt").write_text("a@up\n")
     with pytest.raises(
-        UserError, match=r"several files of sentences \(Sentences_50Agree.txt, Sentences_AllAgree.txt\)"
+        UserError, match=r"several files hold the same sentences \(Sentences_50Agree.txt, Sentences_AllAgree.txt\)"
     ):
         load_data(DataArguments("classification", str(tmp_path)), *llama)
 
@@ -470,7 +470,7 @@ def test_a_column_of_lists_is_no_text(tmp_path, llama):
     ):
         load_data(DataArguments("classification", rows), *llama)
     rows = jsonl(tmp_path / "e", [{"sentence": "a", "label": ["up"]}, {"sentence": "c", "label": "down"}])
-    with pytest.raises(UserError, match=r"column label has .*, which names no class"):
+    with pytest.raises(UserError, match=r"column label has .*, which is no class name"):
         load_data(DataArguments("classification", rows), *llama)
 
 
@@ -818,7 +818,7 @@ def test_a_token_that_closes_the_whole_conversation_leaves_earlier_turns_their_l
         (CHATML, [ASKED, THOUGHT], r"leaves out .* \('It follows.'\)"),
         (CHATML, CALLS, r"leaves out .* \('weather'\)"),
         (TOOLS.replace("c.function", "c.function.name"), CALLS, r"leaves out .* \('city'\)"),
-        (CHATML, [ASKED, {"role": "assistant", "content": " "}], "no turn of the role assistant .* that says something"),
+        (CHATML, [ASKED, {"role": "assistant", "content": " "}], "no turn of the role assistant .* with content"),
         (CHATML, [{"role": "assistant", "content": "Hi."}, ASKED], "begins with the only turn of the role assistant"),
         (CHATML, [{"role": "user", "content": [{"type": "image"}]}, TALK[2]], "a part of the type 'image', and only text"),
         (CHATML, [{"role": "user", "content": None}, TALK[2]], "is not a list of .* but has a message"),
