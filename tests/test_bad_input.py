@@ -190,8 +190,8 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
         ("--use_liger_kernel", "--use_liger_kernel: its kernels need a GPU"),
         ("--fsdp full_shard", "which accelerate runs on GPUs alone, and --use_cpu was given"),
         ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
-        ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 changes nothing of --optim adafactor"),
-        ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 changes nothing of --optim sgd"),
+        ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 has no effect with --optim adafactor"),
+        ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 has no effect with --optim sgd"),
         ("--adam_epsilon -1 --optim adamw_torch", "--optim adamw_torch: Invalid epsilon value"),
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: One of min_lr or"),
         ("--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay: it missing 1 required"),
@@ -249,7 +249,7 @@ def test_fsdp_without_gpus_is_refused_with_advice_that_does_not_depend_on_the_fl
 
 
 def test_sharding_by_flag_on_one_process():
-    with pytest.raises(UserError, match="--fsdp shares a model out among processes, and one runs"):
+    with pytest.raises(UserError, match="--fsdp shards a model across processes, but only one runs"):
         check_installed(
             SimpleNamespace(use_liger_kernel=False, fsdp=["full_shard"], parallel_mode=ParallelMode.NOT_PARALLEL)
         )

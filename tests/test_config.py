@@ -162,7 +162,7 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         (["--text_column", "x"], "--text_column has no effect without --dataset_name"),
         (["--task", "poetry"], "invalid choice: 'poetry'"),
         (["--task", "text"], "--task text needs --dataset_name"),
-        (["--label_column", "x"], "--label_column has no effect with --task summarization (but with --task class"),
+        (["--label_column", "x"], "--label_column has no effect with --task summarization (only with --task class"),
         (["--task", "text", "--dataset_name", "a/b", "--num_beams", "2"], "--num_beams has no effect with --task text"),
         (
             ["--task", "sequence_classification", "--dataset_name", "a/b", "--prompt_template", "{text}"],

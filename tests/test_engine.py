@@ -46,7 +46,7 @@ def test_trainers_own_flag_for_deepspeed_wins_over_the_environment():
 def test_a_launcher_that_left_an_address_and_no_world_wanted_several_processes():
     env = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}
     assert requested_engine(env=env).processes > 1
-    with pytest.raises(UserError, match="several processes were asked for, and 1 runs"):
+    with pytest.raises(UserError, match="several processes were requested, but 1 runs"):
         checked(env)
 
 

@@ -70,7 +70,8 @@ def test_a_prefix_that_generation_loses_is_found(trainer, monkeypatch):
     lost = lambda self, *args, **kwargs: self.base_model_prepare_inputs_for_generation(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(PeftModelForCausalLM, "prepare_inputs_for_generation", lost)
     with pytest.raises(
-        UserError, match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not be compatible"
+        UserError,
+        match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not be compatible",
     ):
         check_generation(run, run.data)
 

@@ -180,7 +180,7 @@ def test_a_world_in_which_nothing_is_wrapped_is_refused(tmp_path):
         pytest.skip("with GPUs, DDP is what runs")
     done = launched("ddp", "recipes/lora.py", "--ddp_backend", "gloo", *SHORT, "--output_dir", tmp_path / "run")
     assert done.returncode == 1
-    expected = "error: the launch asked for DDP on 2 processes, but what runs is no engine on 2 processes"
+    expected = "error: the launch requests DDP on 2 processes, but no engine runs on the 2 processes"
     assert done.stderr.count(expected) == 1, done.stderr[-4000:]
 
 
@@ -202,7 +202,7 @@ def test_two_processes_that_become_one_are_refused_before_anything_is_loaded(tmp
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "2", "recipes/lora.py", *SHORT)
     done = run(*launch, "--output_dir", tmp_path / "run")
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert done.stderr.count("error: several processes were asked for, and 1 runs") == 1
+    assert done.stderr.count("error: several processes were requested, but 1 runs") == 1
 
 
 @pytest.mark.slow
@@ -253,7 +253,7 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     with pytest.raises(UserError, match="a model of 3 attention heads"):
         combined(asked, asking(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
     combined(asked, asking(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
-    with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be shared out"):
+    with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be sharded"):
         combined(Engine(2, "ZeRO-3"), asking(SimpleNamespace(load_in_8bit=True)), config)
     pissa = asking(model, Lora(init_lora_weights="pissa"))
     with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):

@@ -124,7 +124,7 @@ def test_what_does_not_fit_exits_with_1(config_only, capfd):
         ("lora", ["--launch", "sequence_parallel", "--num_processes", "3"], "set parallelism_config_sp_size: 3"),
         ("lora", ["--launch", "zero2_offload", "--optim", "sgd"], "--optim sgd"),
         ("qlora", ["--launch", "fsdp2_qlora", "--optim", "paged_adamw_8bit"], "--optim paged_adamw_8bit under FSDP2"),
-        ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be shared out"),
+        ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be sharded"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(method, more, says, config_only, capfd):

@@ -327,7 +327,7 @@ def test_every_recipe_trains_on_real_data(name, what, data, tiny_t5_with_weights
         *(("--max_target_length", "8") if task == "summarization" else ()),
     )
     if not METHODS[name].trains and task == "sequence_classification":
-        assert done.returncode == 2 and "writes no answer" in done.stderr
+        assert done.returncode == 2 and "generates no answer" in done.stderr
         return
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())

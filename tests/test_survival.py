@@ -223,7 +223,7 @@ def test_a_folder_that_only_some_machines_see_is_refused_where_all_must(tmp_path
         run_folder._check_shared(mark, SimpleNamespace(training=training, engine=engine), resumes=False)
 
     check(NO_ENGINE)
-    with pytest.raises(UserError, match=r"is not what rank 1 finds by that name, and --load_best_model_at_end must"):
+    with pytest.raises(UserError, match=r"is not the folder that rank 1 sees, and --load_best_model_at_end must"):
         check(NO_ENGINE, best=True)
     zero = Engine(2, "ZeRO-2")
     with pytest.raises(UserError, match="checkpoints under ZeRO-2 must be"):

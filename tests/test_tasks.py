@@ -201,7 +201,7 @@ def test_the_whole_financial_phrasebank(data):
         (
             {"train": GOOD + BAD, "test": [("x", "flat")]},
             {},
-            "the test split has the label 'flat', which train has not",
+            "the test split has the label 'flat', which train does not have",
         ),
         ({"train": GOOD + BAD}, {"max_target_length": 1}, "truncates labels: the longest has"),
         (
@@ -361,7 +361,7 @@ def test_a_head_for_other_classes_is_made_anew_and_said(told, data, tmp_path):
     assert model.score.weight.shape[0] == len(told)
     assert not any(torch.equal(row, other) for row in model.score.weight for other in own.score.weight)
     assert 0.01 < model.score.weight.std() < 0.04  # as a head that no checkpoint brings: 0.02
-    assert any("the checkpoint's head is for other classes" in remark for remark in loaded.remarks)
+    assert any("the checkpoint's head has other classes" in remark for remark in loaded.remarks)
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "t5", "gpt2", "deberta-v2"])
@@ -466,7 +466,7 @@ def test_labels_that_the_tokenizer_cannot_write_are_refused_and_unknown_tokens_c
 def test_a_column_of_lists_is_no_text(tmp_path, llama):
     rows = jsonl(tmp_path / "d", [{"sentence": ["a", "b"], "label": "up"}, {"sentence": "c", "label": "down"}])
     with pytest.raises(
-        UserError, match=r"row 1 of train: its text_column has .* no text; name another with --text_column"
+        UserError, match=r"row 1 of train: its text_column has .* not text; name another column with --text_column"
     ):
         load_data(DataArguments("classification", rows), *llama)
     rows = jsonl(tmp_path / "e", [{"sentence": "a", "label": ["up"]}, {"sentence": "c", "label": "down"}])

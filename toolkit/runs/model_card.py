@@ -59,7 +59,7 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
         "```",
         "",
         *(
-            [f"Elsewhere PEFT loads it after `import {config.method.needs_import}`.", ""]
+            [f"To load it with PEFT, first `import {config.method.needs_import}`.", ""]
             if config.method.needs_import
             else []
         ),
