@@ -188,7 +188,7 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
         ("--report_to foo", "--report_to foo: foo is not supported, only"),
         ("--report_to comet_ml", "--report_to comet_ml: "),
         ("--use_liger_kernel", "--use_liger_kernel: its kernels need a GPU"),
-        ("--fsdp full_shard", "which accelerate runs on GPUs alone, and --use_cpu was given"),
+        ("--fsdp full_shard", "which accelerate only runs on GPUs, and --use_cpu was given"),
         ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
         ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 has no effect with --optim adafactor"),
         ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 has no effect with --optim sgd"),
@@ -244,7 +244,7 @@ def test_fsdp_without_gpus_is_refused_with_advice_that_does_not_depend_on_the_fl
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     message = refused(*flags)
-    assert "FSDP2 on 1 process, which accelerate runs on GPUs alone" in message
+    assert "FSDP2 on 1 process, which accelerate only runs on GPUs" in message
     assert "for a trial on CPUs use launch/zero3.yaml, with --use_cpu after the recipe's name" in message
 
 

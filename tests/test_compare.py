@@ -217,9 +217,9 @@ def test_the_reason_of_a_failure_is_the_recipes_own_not_the_launchers(tmp_path):
         (f"  File\nRuntimeError: shape\nTraceback\n{launcher}returned non-zero exit status 1.", "RuntimeError: shape"),
         (
             f"step 3\n{launcher}died with <Signals.SIGKILL: 9>.",
-            "the process was killed (SIGKILL), often for want of memory",
+            "the process was killed (SIGKILL), often because memory ran out",
         ),
-        ("step 3", "stopped before it was done"),
+        ("step 3", "stopped before it finished"),
     ):
         one.log.write_text(text)
         assert runner.why_failed(one) == reason

@@ -192,7 +192,7 @@ def test_fsdp_without_gpus_is_refused_before_anything_is_loaded(flags, tmp_path)
         pytest.skip("with GPUs, FSDP is what runs")
     done = launched("fsdp2", "recipes/lora.py", *flags, *SHORT, "--output_dir", tmp_path / "run")
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    expected = "error: the launch asked for FSDP2 on 2 processes, which accelerate runs on GPUs alone"
+    expected = "error: the launch requests FSDP2 on 2 processes, which accelerate only runs on GPUs"
     assert done.stderr.count(expected) == 1, done.stderr[-4000:]
 
 
@@ -256,7 +256,7 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
     with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be sharded"):
         combined(Engine(2, "ZeRO-3"), asking(SimpleNamespace(load_in_8bit=True)), config)
     pissa = asking(model, Lora(init_lora_weights="pissa"))
-    with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):
+    with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it needs whole weights"):
         combined(Engine(2, "FSDP2"), pissa, config)
     combined(Engine(2, "ZeRO-2"), pissa, config)
 

@@ -477,7 +477,11 @@ def test_a_file_configures_a_method_of_peft(tmp_path):
         (Selective, "--train_norms --load_in_8bit", "quantized weights cannot be trained"),
         (AnyPeft, "--peft_type VARA", "did you mean VERA?"),
         (AnyPeft, "--peft_type XLORA", "mixes LoRA adapters"),
-        (AnyPeft, "--peft_type LOHA --load_in_4bit", "PEFT's LOHA would treat a quantized weight as one of full precision"),
+        (
+            AnyPeft,
+            "--peft_type LOHA --load_in_4bit",
+            "PEFT's LOHA would treat a quantized weight as one of full precision",
+        ),
         (AnyPeft, "--peft_config nowhere.yaml", "nowhere.yaml: cannot be read"),
     ],
 )

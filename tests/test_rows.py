@@ -149,7 +149,10 @@ def test_marks_that_close_no_cell_are_text_in_csv_too_or_refused(tmp_path):
     (tmp_path / "train.csv").write_text('dialogue,summary\n"a, b",c\n"d" e,f\n')
     assert "train.csv: line 3: " in refusal(tmp_path) and "write each quotation mark in it twice" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("dialogue,summary\na,b\nc, d,e\n")
-    assert "train.csv: line 3 has 3 cells, and the header 2; put quotation marks around a cell that has a comma" in refusal(tmp_path)
+    assert (
+        "train.csv: line 3 has 3 cells, and the header 2; put quotation marks around a cell that has a comma"
+        in refusal(tmp_path)
+    )
     (tmp_path / "train.csv").write_text("dialogue,summary\na\nb,c\n")
     assert "line 2 has 1 cells, and the header 2" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("dialogue,summary,summary\na,b,c\n")
