@@ -40,7 +40,7 @@ THEIRS = {
     "lora_r": 32,
     "lora_target_modules": "q v",
 }
-SOURCE = "a write-up's single runs; its full fine-tuning was under-tuned, so that its LoRA stands far above it"
+SOURCE = "a write-up's single runs; its full fine-tuning was under-tuned, so its LoRA scores far higher"
 
 
 @exits_cleanly

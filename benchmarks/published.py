@@ -59,11 +59,11 @@ def beside(folder: Path, published: Figures, settings: Mapping[str, Any], source
         f"published: {source}. What differs here: {'; '.join(_differing(folder, data, settings)) or 'nothing known'}."
     )
     titles = ["method", "", *map(score_title, columns)]
-    table("Published figures beside ours", titles, rows)
+    table("Published figures and ours", titles, rows)
     console.print(note, soft_wrap=True)
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    text = "\n".join(["# Published figures beside ours", "", *lines, "", note, ""])
+    text = "\n".join(["# Published figures and ours", "", *lines, "", note, ""])
     atomic_write(folder / "published.md", text)
     return text
 

@@ -174,7 +174,7 @@ def test_use_cpu_ignores_this_machines_gpu_in_every_spelling(tiny, monkeypatch):
     from toolkit.runs import prediction
 
     monkeypatch.setattr(prediction, "this_card", lambda: find_card("T4"))
-    devices = [toolkit.predict("lora", use_cpu=asked, **tiny).device for asked in (True, False, None)]
+    devices = [toolkit.predict("lora", use_cpu=value, **tiny).device for value in (True, False, None)]
     assert devices == ["cpu", "T4", "T4"]
     for words in (["--use_cpu"], ["--use_cpu", "true"], ["--use_cpu=true"]):
         assert toolkit.predict("lora", *words, **tiny).device == "cpu"

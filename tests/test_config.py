@@ -257,9 +257,9 @@ def test_a_yaml_file_that_turns_off_a_methods_core_setting_is_refused(tmp_path):
 
 def test_virtual_tokens_take_positions_from_a_model_with_a_limit():
     config = AutoConfig.for_model("gpt2", n_positions=128)
-    asked = DataArguments(max_length=120)
-    assert lengths(asked, config)[0] == 120
+    arguments = DataArguments(max_length=120)
+    assert lengths(arguments, config)[0] == 120
     with pytest.raises(UserError, match=r"at most 108 \(20 positions are virtual tokens\)"):
-        lengths(asked, config, virtual_tokens=20)
+        lengths(arguments, config, virtual_tokens=20)
     assert lengths(DataArguments(), config, virtual_tokens=PromptTuning().virtual_tokens)[0] == 108
-    assert lengths(asked, AutoConfig.for_model("t5"), virtual_tokens=20)[0] == 120
+    assert lengths(arguments, AutoConfig.for_model("t5"), virtual_tokens=20)[0] == 120

@@ -33,9 +33,9 @@ def test_accelerates_own_yaml_sets_stage_and_offload_through_the_environment():
     env = {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     assert requested_engine(env=env) == Engine(4, "ZeRO-3")
     offload = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
-    asked = requested_engine(env=env | offload)
-    assert asked == Engine(4, "ZeRO-3", "cpu", "cpu")
-    assert str(asked) == "ZeRO-3 on 4 processes, optimizer state on cpu, parameters on cpu"
+    requested = requested_engine(env=env | offload)
+    assert requested == Engine(4, "ZeRO-3", "cpu", "cpu")
+    assert str(requested) == "ZeRO-3 on 4 processes, optimizer state on cpu, parameters on cpu"
 
 
 def test_trainers_own_flag_for_deepspeed_wins_over_the_environment():

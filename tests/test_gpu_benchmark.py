@@ -104,8 +104,8 @@ def test_every_batch_of_the_rows_has_padding_and_none_is_too_long(tmp_path):
 def test_a_batch_is_rebuilt_from_its_shapes_and_row_lengths():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     batch = {"input_ids": torch.tensor([[7, 8, 9], [7, 0, 0]]), "attention_mask": mask, "labels": mask.clone()}
-    told = json.loads(json.dumps(training.describe(batch)))
-    again = training.rebuilt(told)
+    described = json.loads(json.dumps(training.describe(batch)))
+    again = training.rebuilt(described)
     assert again.keys() == batch.keys() and torch.equal(again["attention_mask"], mask)
     assert all(again[name].shape == batch[name].shape and again[name].dtype == torch.int64 for name in batch)
 
@@ -335,8 +335,8 @@ def test_speeds_are_fractions_of_the_cards_own_rates():
 def test_a_plan_names_both_sides_of_each_limit(tmp_path):
     found = {"lora llama-1b": {str(8 * 2**30): {"rows": 5, "reserved": 1, "one_more": 2}}}
     items = fits.items(found, tmp_path, rehearsed=False)
-    told = [(one.arguments["rows"], one.arguments["expected"]) for one in items]
-    assert told == [(5, "fits"), (6, "runs out")]
+    sides = [(one.arguments["rows"], one.arguments["expected"]) for one in items]
+    assert sides == [(5, "fits"), (6, "runs out")]
 
 
 def test_the_committed_results_are_readable():

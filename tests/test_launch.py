@@ -221,7 +221,7 @@ def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv,
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
-def asking(model, method=None, **training):
+def config_with(model, method=None, **training):
     """The parts of a Config that `check_combination` reads."""
     usual = {"optim": "adamw_torch", "bf16": False, "load_best_model_at_end": False}
     usual |= training
@@ -230,32 +230,32 @@ def asking(model, method=None, **training):
     )
 
 
-def combined(engine, asked, model_config):
-    check_combination(SimpleNamespace(**vars(asked), engine=engine, model_config=model_config))
+def combined(engine, config, model_config):
+    check_combination(SimpleNamespace(**vars(config), engine=engine, model_config=model_config))
 
 
 def test_rows_are_shared_only_for_models_that_support_it(monkeypatch):
-    told = {
+    env = {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
         "PARALLELISM_CONFIG_SP_SIZE": "2",
     }
-    for name, value in (told | {"WORLD_SIZE": "2"}).items():
+    for name, value in (env | {"WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    asked = requested_engine()
+    requested = requested_engine()
     model = SimpleNamespace(load_in_8bit=False, model_name_or_path="a-model")
     config = T5Config(num_heads=4)
     with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
-        combined(asked, asking(model), config)
+        combined(requested, config_with(model), config)
     default = SimpleNamespace(load_in_8bit=False, model_name_or_path=None)
     with pytest.raises(UserError, match="the embedded tiny T5 is an encoder-decoder model"):
-        combined(asked, asking(default), config)
+        combined(requested, config_with(default), config)
     with pytest.raises(UserError, match="a model of 3 attention heads"):
-        combined(asked, asking(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
-    combined(asked, asking(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
+        combined(requested, config_with(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
+    combined(requested, config_with(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
     with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be sharded"):
-        combined(Engine(2, "ZeRO-3"), asking(SimpleNamespace(load_in_8bit=True)), config)
-    pissa = asking(model, Lora(init_lora_weights="pissa"))
+        combined(Engine(2, "ZeRO-3"), config_with(SimpleNamespace(load_in_8bit=True)), config)
+    pissa = config_with(model, Lora(init_lora_weights="pissa"))
     with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it needs whole weights"):
         combined(Engine(2, "FSDP2"), pissa, config)
     combined(Engine(2, "ZeRO-2"), pissa, config)
@@ -269,13 +269,13 @@ def test_rows_are_shared_only_for_models_that_support_it(monkeypatch):
 def test_an_optimizer_that_an_engine_cannot_run_is_refused(kind, optim):
     model = SimpleNamespace(load_in_8bit=False)
     with pytest.raises(UserError, match=f"--optim {optim} under {kind}: .*use adamw_torch_fused"):
-        combined(Engine(2, kind), asking(model, optim=optim), LlamaConfig())
+        combined(Engine(2, kind), config_with(model, optim=optim), LlamaConfig())
 
 
 def test_the_best_of_several_checkpoints_is_not_read_back_from_a_disk():
     nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
     model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
-    config = asking(model, load_best_model_at_end=True)
+    config = config_with(model, load_best_model_at_end=True)
     with pytest.raises(UserError, match=r"--load_best_model_at_end under ZeRO-3 .* reads back .* only a part"):
         combined(nvme, config, T5Config(num_heads=4))
 
@@ -287,11 +287,11 @@ def test_a_4_bit_base_is_only_offloaded_to_a_disk_in_bf16():
     with pytest.raises(UserError, match=r"--load_in_4bit in fp32 under ZeRO-3 on 2 processes, .* add --bf16"):
         combined(
             nvme,
-            asking(model),
+            config_with(model),
             config,
         )
     combined(
         nvme,
-        asking(model, bf16=True),
+        config_with(model, bf16=True),
         config,
     )

@@ -315,8 +315,8 @@ def test_qlora_quantizes_to_4_bits_by_default_and_pages_on_a_gpu():
     here, there = parse_config(QLora, ["--use_cpu"]), parse_config(QLora, [], find_card("RTX4090"))
     assert "paged" not in here.training.optim and "without a GPU" in here.optimizer_reason
     assert there.training.optim == "paged_adamw_8bit" and "GPU" in there.optimizer_reason
-    asked = parse_config(QLora, ["--optim", "adafactor"], find_card("RTX4090"))
-    assert (asked.training.optim, asked.optimizer_reason) == ("adafactor", "as asked for")
+    chosen = parse_config(QLora, ["--optim", "adafactor"], find_card("RTX4090"))
+    assert (chosen.training.optim, chosen.optimizer_reason) == ("adafactor", "as asked for")
 
 
 # ---- adapters and soft prompts

@@ -21,10 +21,10 @@ def started(monkeypatch, tmp_path):
     """Runs `redo` up to where the comparison would start; returns its methods and each method's flags."""
 
     def start(benchmark, *argv):
-        asked = []
-        monkeypatch.setattr(published, "compare", lambda args: asked.append(args) or 0)
+        calls = []
+        monkeypatch.setattr(published, "compare", lambda args: calls.append(args) or 0)
         published.redo("x", benchmark.METHODS, benchmark.SETTINGS, ["--output_dir", str(tmp_path / "x"), *argv])
-        (args,) = asked
+        (args,) = calls
         plan = new_plan(
             args.output_dir, args.methods, args.seeds, args.launch, args.flags
         )  # raises for flags that cannot be right

@@ -59,18 +59,18 @@ RESUME = "--resume_from_checkpoint"
 
 def checkpoint(folder, step, origin=ORIGIN):
     """A checkpoint with two small files, one of them in a subfolder."""
-    with atomic_folder(folder / f"checkpoint-{step}", origin, is_main=True, wait=lambda: None) as aside:
-        (aside / "trainer_state.json").write_text("{}")
-        (aside / "shards").mkdir()
-        (aside / "shards" / "rank0.pt").write_bytes(bytes(range(100)))
+    with atomic_folder(folder / f"checkpoint-{step}", origin, is_main=True, wait=lambda: None) as temporary:
+        (temporary / "trainer_state.json").write_text("{}")
+        (temporary / "shards").mkdir()
+        (temporary / "shards" / "rank0.pt").write_bytes(bytes(range(100)))
     return folder / f"checkpoint-{step}"
 
 
 def test_a_checkpoint_gets_its_name_only_when_it_is_complete(tmp_path):
     final = tmp_path / "checkpoint-2"
-    with atomic_folder(final, ORIGIN, is_main=True, wait=lambda: None) as aside:
-        (aside / "weights").write_bytes(b"1234")
-        assert aside.is_dir() and not final.exists() and not newest_first(tmp_path)
+    with atomic_folder(final, ORIGIN, is_main=True, wait=lambda: None) as temporary:
+        (temporary / "weights").write_bytes(b"1234")
+        assert temporary.is_dir() and not final.exists() and not newest_first(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     kept = json.loads((final / MANIFEST).read_text())
     # echo -n 1234 | sha256sum
@@ -78,9 +78,9 @@ def test_a_checkpoint_gets_its_name_only_when_it_is_complete(tmp_path):
     assert kept["files"] == {"weights": {"bytes": 4, "sha256": sha256}} and kept["run"]["data"] == "rows"
     with (
         pytest.raises(KeyboardInterrupt),
-        atomic_folder(tmp_path / "checkpoint-4", ORIGIN, is_main=True, wait=lambda: None) as aside,
+        atomic_folder(tmp_path / "checkpoint-4", ORIGIN, is_main=True, wait=lambda: None) as temporary,
     ):
-        (aside / "weights").touch()
+        (temporary / "weights").touch()
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
@@ -93,8 +93,8 @@ def test_other_ranks_than_the_first_wait_and_rename_nothing(tmp_path):
         if len(waited) == 2:
             (tmp_path / ASIDE / "checkpoint-2").rename(tmp_path / "checkpoint-2")
 
-    with atomic_folder(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as aside:
-        (aside / "rank1.pt").touch()
+    with atomic_folder(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as temporary:
+        (temporary / "rank1.pt").touch()
     assert len(waited) == 2 and not (tmp_path / ASIDE).exists()
     assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["rank1.pt"]
 
@@ -412,8 +412,8 @@ def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages
     began = time.monotonic()
     if while_saving:
         step = chance.randint(1, 6)
-        aside = folder / ASIDE / f"checkpoint-{step}"
-        when(lambda: aside.exists() or (folder / f"checkpoint-{step}").exists(), run)
+        temporary = folder / ASIDE / f"checkpoint-{step}"
+        when(lambda: temporary.exists() or (folder / f"checkpoint-{step}").exists(), run)
         time.sleep(chance.uniform(0, 0.1))
     else:
         time.sleep(chance.uniform(0, seconds))

@@ -155,7 +155,7 @@ def test_held_out_splits_have_their_size_however_small_the_classes(classes, rows
     assert sum(map(len, splits.values())) == len(rows)
     of_both = {*splits["validation"]["label"], *splits["test"]["label"]}
     assert len(of_both) >= min(classes, 0.15 * len(rows))
-    assert max(of_both) > f"class{classes // 2:02}"  # not the first classes alone
+    assert max(of_both) > f"class{classes // 2:02}"  # not only the first classes
 
 
 @pytest.mark.parametrize("kept_back", ["all", "one"])
@@ -325,7 +325,7 @@ def loaded_with_head(folder, rows, path):
 
 
 @pytest.mark.parametrize(
-    ("shipped", "told", "expected"),
+    ("shipped", "labels", "expected"),
     [
         (MOODS, MOODS, MOODS),
         (
@@ -338,27 +338,27 @@ def loaded_with_head(folder, rows, path):
         (None, sorted(MOODS), sorted(MOODS)),  # LABEL_0, LABEL_1 ...
     ],
 )
-def test_a_checkpoints_own_head_keeps_the_order_of_its_classes(shipped, told, expected, data, tmp_path):
+def test_a_checkpoints_own_head_keeps_the_order_of_its_classes(shipped, labels, expected, data, tmp_path):
     texts, classes = perfect_classifier(tmp_path / "model", data, dict(enumerate(shipped)) if shipped else None)
-    rows = [(text, told[number]) for text, number in zip(texts, classes, strict=True) if told[number]]
+    rows = [(text, labels[number]) for text, number in zip(texts, classes, strict=True) if labels[number]]
     loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
     assert loaded.prompt_tokenizer.label_names == tuple(expected)
     assert loaded.task.answers(model, loaded.prompt_tokenizer, loaded.test_prompts, 4) == loaded.references
     assert any(remark.startswith("the checkpoint's own head is kept") for remark in loaded.remarks)
     numbers = {loaded.prompt_tokenizer.label_names[row["labels"]] for row in loaded.train}
-    assert numbers == {name for name in told if name}
+    assert numbers == {name for name in labels if name}
 
 
-@pytest.mark.parametrize("told", [["x", *MOODS[1:]], list("12345")])
-def test_a_new_head_is_made_for_other_classes_and_reported(told, data, tmp_path):
-    shipped = None if told[0] == "1" else dict(enumerate(MOODS))
+@pytest.mark.parametrize("labels", [["x", *MOODS[1:]], list("12345")])
+def test_a_new_head_is_made_for_other_classes_and_reported(labels, data, tmp_path):
+    shipped = None if labels[0] == "1" else dict(enumerate(MOODS))
     texts, _ = perfect_classifier(tmp_path / "model", data, shipped)
-    rows = [(text, told[n % len(told)]) for n, text in enumerate(texts)]
+    rows = [(text, labels[n % len(labels)]) for n, text in enumerate(texts)]
     loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
-    assert set(loaded.prompt_tokenizer.label_names) == set(told)
+    assert set(loaded.prompt_tokenizer.label_names) == set(labels)
     own = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert torch.equal(model.model.embed_tokens.weight, own.model.embed_tokens.weight)
-    assert model.score.weight.shape[0] == len(told)
+    assert model.score.weight.shape[0] == len(labels)
     assert not any(torch.equal(row, other) for row in model.score.weight for other in own.score.weight)
     assert 0.01 < model.score.weight.std() < 0.04  # as a head that no checkpoint brings: 0.02
     assert any("the checkpoint's head has other classes" in remark for remark in loaded.remarks)
@@ -394,7 +394,7 @@ def test_a_head_of_any_architecture_is_kept_or_replaced_as_a_whole(architecture,
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("labels", "expected"),
     [
         ([str(n) for n in range(12)], [str(n) for n in range(12)]),
         (["10", "9", "-1"], ["-1", "9", "10"]),
@@ -402,8 +402,8 @@ def test_a_head_of_any_architecture_is_kept_or_replaced_as_a_whole(architecture,
         (["10", "9", "x"], ["10", "9", "x"]),
     ],
 )
-def test_classes_that_are_numbers_are_sorted_as_numbers(told, expected, tmp_path, llama):
-    rows = [(f"text {n}", name) for n, name in enumerate(told * 3)]
+def test_classes_that_are_numbers_are_sorted_as_numbers(labels, expected, tmp_path, llama):
+    rows = [(f"text {n}", name) for n, name in enumerate(labels * 3)]
     folder = labelled(tmp_path / "d", train=rows, validation=rows[:1], test=rows[:1])
     loaded = load_data(DataArguments("sequence_classification", folder), *llama)
     assert loaded.prompt_tokenizer.label_names == tuple(expected) == label_names(folder, None, "label")
@@ -763,20 +763,20 @@ def test_the_first_word_after_a_prompt_that_ends_in_a_space_is_learned(data):
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Z\u00fcrich", "days": 3}'}}
 SCHEMA = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-ASKED = {"role": "user", "content": "Weather?"}
-CALLS = [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+QUESTION = {"role": "user", "content": "Weather?"}
+CALLS = [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
 WRITTEN = '<call>{"name": "weather", "arguments": {"city": "Z\u00fcrich", "days": 3}}</call>'
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_tool_calls_are_learned_and_scored_as_the_template_writes_them(as_text, data):
     messages = [*CALLS, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "It is sunny."}]
-    told = (json.dumps(messages), json.dumps(SCHEMA)) if as_text else (messages, SCHEMA)
+    columns = (json.dumps(messages), json.dumps(SCHEMA)) if as_text else (messages, SCHEMA)
     prompt_tokenizer = chat_encoder(data, TOOLS, "tokenizers/gpt2")
-    turns, reference, lost = learned(prompt_tokenizer, *told)
+    turns, reference, lost = learned(prompt_tokenizer, *columns)
     assert turns == [f"{WRITTEN}</s>", "It is sunny.</s>"] and reference == "It is sunny." and lost == Truncation()
     assert learned(prompt_tokenizer, CALLS)[:2] == ([f"{WRITTEN}</s>"], WRITTEN)
-    text, _ = TASKS["chat"].pair({"messages_column": told[0], "tools_column": told[1]})
+    text, _ = TASKS["chat"].pair({"messages_column": columns[0], "tools_column": columns[1]})
     assert prompt_tokenizer.tokenizer.decode(prompt_tokenizer.prompt(text)[0]).startswith(f"tools {json.dumps(SCHEMA)}")
 
 
@@ -795,14 +795,14 @@ THOUGHT = {"role": "assistant", "content": "Two.", "reasoning_content": "It foll
 
 
 def test_reasoning_is_learned_if_the_template_writes_it(data):
-    turns, reference, _ = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT])
+    turns, reference, _ = learned(chat_encoder(data, THOUGHTS), [QUESTION, THOUGHT])
     assert turns == ["<think>It follows.</think>Two.</s>"] and reference == "<think>It follows.</think>Two."
-    turns, _, lost = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT, ASKED, THOUGHT])
+    turns, _, lost = learned(chat_encoder(data, THOUGHTS), [QUESTION, THOUGHT, QUESTION, THOUGHT])
     assert turns == ["<think>It follows.</think>Two.</s>"] and lost.masked_turns == 1
 
 
 def test_turns_that_are_not_learned_are_counted(data, tmp_path):
-    loaded = chat(data, tmp_path, [{"messages": [ASKED, THOUGHT, ASKED, THOUGHT]}] * 3, THOUGHTS)
+    loaded = chat(data, tmp_path, [{"messages": [QUESTION, THOUGHT, QUESTION, THOUGHT]}] * 3, THOUGHTS)
     assert any(remark.startswith("3 turns of the assistant in train are not learned: the") for remark in loaded.remarks)
 
 
@@ -814,12 +814,12 @@ def test_a_token_that_ends_the_whole_conversation_leaves_earlier_turns_their_lab
 @pytest.mark.parametrize(
     ("template", "messages", "expected"),
     [
-        (DROPS, [ASKED, {"role": "assistant", "content": "<think>So.</think>Two."}], r"leaves out .* \('<think>So.</think>Two.'\)"),
-        (CHATML, [ASKED, THOUGHT], r"leaves out .* \('It follows.'\)"),
+        (DROPS, [QUESTION, {"role": "assistant", "content": "<think>So.</think>Two."}], r"leaves out .* \('<think>So.</think>Two.'\)"),
+        (CHATML, [QUESTION, THOUGHT], r"leaves out .* \('It follows.'\)"),
         (CHATML, CALLS, r"leaves out .* \('weather'\)"),
         (TOOLS.replace("c.function", "c.function.name"), CALLS, r"leaves out .* \('city'\)"),
-        (CHATML, [ASKED, {"role": "assistant", "content": " "}], "no turn of the role assistant .* with content"),
-        (CHATML, [{"role": "assistant", "content": "Hi."}, ASKED], "begins with the only turn of the role assistant"),
+        (CHATML, [QUESTION, {"role": "assistant", "content": " "}], "no turn of the role assistant .* with content"),
+        (CHATML, [{"role": "assistant", "content": "Hi."}, QUESTION], "begins with the only turn of the role assistant"),
         (CHATML, [{"role": "user", "content": [{"type": "image"}]}, TALK[2]], "a part of the type 'image', and only text"),
         (CHATML, [{"role": "user", "content": None}, TALK[2]], "is not a list of .* but has a message"),
         (CHATML.replace("m.content", "m.content + 1"), PLAIN, "refuses a conversation of system, user, assistant: "),
@@ -845,7 +845,7 @@ def test_tool_calls_in_parquet_keep_their_own_arguments(data, tmp_path):
     from datasets import Dataset
 
     def calls(**arguments):
-        return [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+        return [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
 
     rows = [{"messages": calls(city="Rome")}, {"messages": calls(days="two")}] * 2
     (tmp_path / "d").mkdir()

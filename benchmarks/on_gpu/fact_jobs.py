@@ -80,7 +80,7 @@ def context(rehearsed: bool) -> dict[str, Any]:
     others = 0 if before is None else int(float(before) * 2**20)
     found["context_bytes"] = max(0, stages["embedding"] - others) if it.used() else None
     found["says"] = (
-        f"context {(found['context_bytes'] or 0) / 2**20:.0f} MiB beside {others / 2**20:.0f} MiB in use before"
+        f"context {(found['context_bytes'] or 0) / 2**20:.0f} MiB in addition to {others / 2**20:.0f} MiB in use before"
     )
     return found
 

@@ -70,22 +70,22 @@ def atomic_folder(final: Path, origin: RunFingerprint, is_main: bool, wait: Call
 
     Raises: UserError if a file cannot be written; the temporary folder is removed first.
     """
-    aside = final.parent / ASIDE / final.name
+    temporary = final.parent / ASIDE / final.name
     with readable_write_errors(final.name, final.parent):
         try:
-            aside.mkdir(parents=True, exist_ok=True)
-            yield aside
+            temporary.mkdir(parents=True, exist_ok=True)
+            yield temporary
             wait()
             if is_main:
-                _write_manifest(aside, origin)
+                _write_manifest(temporary, origin)
                 shutil.rmtree(final, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
-                aside.rename(final)
+                temporary.rename(final)
                 _to_disk(final.parent)
         except BaseException:
-            shutil.rmtree(aside.parent, ignore_errors=True)
+            shutil.rmtree(temporary.parent, ignore_errors=True)
             raise
     wait()
-    shutil.rmtree(aside.parent, ignore_errors=True)
+    shutil.rmtree(temporary.parent, ignore_errors=True)
 
 
 @contextmanager
