@@ -140,6 +140,11 @@ class Adapter(PeftBased):
         if "adapter_style" in given and self.adapter_target_modules:
             raise UserError("--adapter_style has no effect beside --adapter_target_modules; leave one of them out")
 
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """An adapter has a nonlinearity between its two matrices."""
+        return "a bottleneck adapter is not linear, so no weight can stand for it"
+
     def configure(self, model: PreTrainedModel) -> BottleneckConfig:
         """The configuration for PEFT.
 

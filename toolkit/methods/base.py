@@ -17,7 +17,7 @@ from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
 from toolkit.models.heads import has_head, head_modules
 from toolkit.models.quantization import is_packed
-from toolkit.models.soft_prompts import fit_head
+from toolkit.models.soft_prompts import IN_THE_CACHE, fit_head
 from toolkit.units import format_bytes
 
 # For the tiny embedded model and its dialogues, on top of each method's own learning rate.
@@ -44,6 +44,7 @@ class Method(ABC):
     freezes_base: ClassVar[bool]
     trains: ClassVar[bool] = True  # in-context learning does not
     needs_import: ClassVar[str] = ""  # the module of ours without which PEFT cannot load the result
+    used_training_flags: ClassVar[frozenset[str] | None] = None  # None: all have an effect
     training_defaults: ClassVar[dict[str, Any]]  # by flag name, for real models
     embedded_defaults: ClassVar[dict[str, Any]]  # on top of them, for the tiny embedded one
 
@@ -94,6 +95,15 @@ class Method(ABC):
     def adapter_changes_base(cls, config: PeftConfig) -> bool:
         """Whether a saved adapter with `config` changes the base's weights as it is loaded: such a base is not shared."""
         return False
+
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """Why a saved adapter with `config` cannot be folded into the base's weights; empty where PEFT may try."""
+        if not config.is_prompt_learning:
+            return ""
+        if config.peft_type in IN_THE_CACHE:
+            return "its keys and values stand before those of the text, they change no weight"
+        return "its virtual tokens are inputs to the model, not changes of its weights"
 
 
 @dataclass

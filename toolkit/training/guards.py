@@ -194,7 +194,7 @@ def _check_adapter(trainer: Trainer, config: Config, model: PeftModel, folder: P
     """The logits of one training row, before and after the adapter is read back from its file."""
     before = _logits(trainer, model)
     adapter, tolerance = model.active_peft_config, LOGITS_TOLERANCE
-    if config.method.adapter_changes_base(adapter):
+    if config.method.changes_base or config.method.adapter_changes_base(adapter):
         tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
         after = _logits(trainer, _reloaded(config, model, folder))
     elif adapter.is_prompt_learning:  # what is saved is what the prompt encoder gives, not the encoder
