@@ -65,12 +65,11 @@ class Halved(PeftBased):
                 layer.ia3_l["default"].fill_(2.0)
         return model
 
-    def make_optimizer(self, trainer):
-        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    def make_optimizer(self, model, args, kind, options):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fast = [p for name, p in trained.items() if "decoder" in name]
         slow = [p for name, p in trained.items() if "decoder" not in name]
-        return kind([{"params": slow}, {"params": fast, "lr": self.halved_ratio * trainer.args.learning_rate}], **options)
+        return kind([{"params": slow}, {"params": fast, "lr": self.halved_ratio * args.learning_rate}], **options)
 
     def finish_saving(self, model, folder):
         """Over the base as it is, each vector is half as large."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -84,12 +84,30 @@ class Config:
         return Flags({}, self.as_dict() | {"memory_snapshot": False}, predict=True)
 
 
-def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None, card: Card | None = None) -> Config:
+def parse_config(
+    method: type[methods.Method],
+    argv: Sequence[str] | None = None,
+    card: Card | None = None,
+    used: Collection[str] | None = None,
+) -> Config:
     """Reads the command line (and `--config FILE`) of the recipe for `method` into a checked `Config`.
+
+    `used` names the flags of training that have an effect in a recipe with a loop of its own; None: all of them.
 
     Raises: UserError for anything that cannot be right, before data or model are touched.
     """
-    return configure(method, read_flags(method, argv), card)
+    flags = read_flags(method, argv)
+    if used is not None:
+        _refuse_unused(method, flags, used)
+    return configure(method, flags, card)
+
+
+def _refuse_unused(method: type[methods.Method], flags: Flags, used: Collection[str]) -> None:
+    training = {f.name for f in dataclasses.fields(TrainArguments)}
+    for name in sorted(training.intersection(_merged(method, flags)[0]).difference(used)):
+        raise UserError(
+            f"--{name} has no effect in this recipe's own loop; leave it out, or use recipes/{method.name}.py"
+        )
 
 
 def configure(method: type[methods.Method], flags: Flags, card: Card | None = None) -> Config:

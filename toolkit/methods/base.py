@@ -11,7 +11,7 @@ from peft import PeftConfig, TaskType, get_peft_model, prepare_model_for_kbit_tr
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainingArguments
 
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
@@ -84,8 +84,13 @@ class Method(ABC):
         Raises: UserError where the method does not fit the model.
         """
 
-    def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
-        """The optimizer over parameter groups of the method's own, of the class that `--optim` names; None: Trainer makes it."""
+    def make_optimizer(
+        self, model: PreTrainedModel, args: TrainingArguments, kind: type[Optimizer], options: dict[str, Any]
+    ) -> Optimizer | None:
+        """An optimizer over parameter groups of the method's own; None: over those that `transformers.Trainer` makes.
+
+        `kind` is the class that `--optim` names, `options` its keyword arguments, the learning rate among them.
+        """
         return None
 
     def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:  # noqa: B027 - few methods have something to do
