@@ -23,10 +23,8 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from toolkit.config import Config, parse_config
-from toolkit.console import say
 from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import Lora
 from toolkit.models.generation import end_as_the_tokenizer
@@ -50,10 +48,8 @@ NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_no
 
 @exits_cleanly
 def main() -> None:
-    config = parse_config(Lora, used=USED)  # flags and YAML
+    config = parse_config(Lora, used=USED, engines=(EngineKind.NONE, EngineKind.DDP))  # flags and YAML
     args = config.training
-    if config.engine.kind not in (EngineKind.NONE, EngineKind.DDP):
-        raise UserError(f"the bare loop does not run under {config.engine}; use launch/ddp.yaml, or recipes/lora.py")
     if config.predict:
         show_prediction(config)
         return
@@ -124,7 +120,7 @@ def main() -> None:
             if control.should_log:
                 mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
                 events.on_log(*now, logs={"loss": mean, "grad_norm": float(norm), "learning_rate": rate})
-                say("step", f"{state.global_step}/{steps}  loss {mean:.4f}")
+                accelerator.print(f"       step  {state.global_step}/{steps}  loss {mean:.4f}")
                 losses = []
     events.on_train_end(*now)
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, recipe, run
 from safetensors.torch import load_file
+from tiny_models import tiny_model
+from transformers import Trainer
 
-from toolkit.config import TrainArguments
+from toolkit.config import TrainArguments, parse_config
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
 
@@ -24,6 +26,7 @@ SHORT = [
     "1",
     "--use_cpu",
 ]
+OWN = runpy.run_path(str(ROOT / "recipes" / "bare_loop.py"))
 CASES = {
     "as it stands": ["--max_steps", "3"],
     "accumulated": [
@@ -130,7 +133,7 @@ def test_the_bare_loop_refuses_other_engines(monkeypatch):
     done = recipe("bare_loop", "--use_cpu")
     assert (done.returncode, done.stderr) == (
         2,
-        "error: the bare loop does not run under ZeRO-3 on 1 process; use launch/ddp.yaml, or recipes/lora.py\n",
+        "error: this recipe's own loop does not run under ZeRO-3 on 1 process; use launch/ddp.yaml, or recipes/lora.py\n",
     )
 
 
@@ -139,6 +142,17 @@ def test_the_bare_loop_shows_a_prediction_lists_its_flags_and_says_when_to_choos
     assert "    accelerate launch recipes/bare_loop.py\n" in text and "Choose it" in text
     done = recipe("bare_loop", "--predict", "--use_cpu", "--max_length", "32", "--per_device_train_batch_size", "1")
     assert done.returncode == 0 and "Memory by phase (predicted, cpu)" in done.stdout, done.stderr
-    used = runpy.run_path(str(ROOT / "recipes" / "bare_loop.py"))["USED"]
-    assert used <= set(TrainArguments.__dataclass_fields__)
+    assert OWN["USED"] <= set(TrainArguments.__dataclass_fields__)
     assert "bare_loop" not in METHODS
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "gpt2"])
+def test_the_weights_that_decay_are_those_of_the_trainer(name):
+    config = parse_config(METHODS["lora"], ["--weight_decay", "0.1", "--use_cpu"])
+    model = tiny_model(name)  # all of which trains
+    decayed, rest = OWN["adamw"](model, config).param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    wanted = {*Trainer.get_decay_parameter_names(None, model)} & {*names.values()}  # it asks nothing of its Trainer
+    assert {names[parameter] for parameter in decayed["params"]} == wanted
+    assert {names[parameter] for parameter in rest["params"]} == set(names.values()) - wanted

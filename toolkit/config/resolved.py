@@ -17,7 +17,7 @@ from toolkit.config import optimizers
 from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
 from toolkit.config.parser import Flags, RecipeParser, read_flags
 from toolkit.data.loading import DataArguments
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.launch_files import LaunchEnvironment, current_launch_environment
 from toolkit.distributed.ranks import broadcast_from_main
 from toolkit.distributed.request import requested_engine
@@ -89,25 +89,24 @@ def parse_config(
     argv: Sequence[str] | None = None,
     card: Card | None = None,
     used: Collection[str] | None = None,
+    engines: Collection[EngineKind] | None = None,
 ) -> Config:
     """Reads the command line (and `--config FILE`) of the recipe for `method` into a checked `Config`.
 
-    `used` names the flags of training that have an effect in a recipe with a loop of its own; None: all of them.
+    A recipe with a loop of its own names what that loop obeys: `used`, the flags of training that have an effect, and the
+    `engines` that it runs under. None: all of them.
 
     Raises: UserError for anything that cannot be right, before data or model are touched.
     """
-    flags = read_flags(method, argv)
+    flags, other = read_flags(method, argv), f"recipes/{method.name}.py"
     if used is not None:
-        _refuse_unused(method, flags, used)
-    return configure(method, flags, card)
-
-
-def _refuse_unused(method: type[methods.Method], flags: Flags, used: Collection[str]) -> None:
-    training = {f.name for f in dataclasses.fields(TrainArguments)}
-    for name in sorted(training.intersection(_merged(method, flags)[0]).difference(used)):
-        raise UserError(
-            f"--{name} has no effect in this recipe's own loop; leave it out, or use recipes/{method.name}.py"
-        )
+        training = {f.name for f in dataclasses.fields(TrainArguments)}
+        for name in sorted(training.intersection(_merged(method, flags)[0]).difference(used)):
+            raise UserError(f"--{name} has no effect in this recipe's own loop; leave it out, or use {other}")
+    config = configure(method, flags, card)
+    if engines is not None and config.engine.kind not in engines:
+        raise UserError(f"this recipe's own loop does not run under {config.engine}; use launch/ddp.yaml, or {other}")
+    return config
 
 
 def configure(method: type[methods.Method], flags: Flags, card: Card | None = None) -> Config:
