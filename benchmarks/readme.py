@@ -27,6 +27,7 @@ READMES = (
     "toolkit/memory/README.md",
 )
 MARKER = re.compile(r"<!-- (end )?([^>]*?) -->")
+OF_NO_METHOD = {"bare_loop"}  # recipes that are another way to run a method
 LINES_OF_DEMO = 10  # the scores, the peak, and the bar with its legend
 
 
@@ -195,9 +196,9 @@ def third_party() -> str:
 
 
 def methods() -> str:
-    """Every recipe with the first line of its docstring."""
+    """Every recipe with the first line of its docstring; first those of a method."""
     lines = ["| recipe | what it does |", "|---|---|"]
-    for path in sorted((ROOT / "recipes").glob("*.py")):
+    for path in sorted((ROOT / "recipes").glob("*.py"), key=lambda path: (path.stem in OF_NO_METHOD, path.stem)):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         lines.append(f"| `recipes/{path.name}` | {text.splitlines()[0]} |")
     return "\n".join(lines)
@@ -258,7 +259,7 @@ def launches() -> str:
     ran = {name.split("-")[0] for name in cells}
     rows |= {f"`{path.stem}`": {} for path in (ROOT / "launch").glob("*.yaml") if path.stem not in ran}
     lines = ["| | `full` | `lora` | `qlora` | the other recipes |", "|---|---|---|---|---|"]
-    number = len(list((ROOT / "recipes").glob("*.py"))) - len(columns)
+    number = len({path.stem for path in (ROOT / "recipes").glob("*.py")} - OF_NO_METHOD) - len(columns)
     for row, found in sorted(rows.items(), key=lambda pair: pair[0].replace("`", "")):
         full_row = row in ("`ddp`", "`zero2`")  # the files under which every recipe is run
         last = f"{others.get(row, []).count('runs')} of {number} run" if full_row else ""

@@ -119,7 +119,9 @@ def test_models_are_listed_with_architecture_and_parameters(capfd):
 
 def test_methods_are_listed_with_their_papers(capfd):
     listed = json.loads(footprint(capfd, "methods", "--json")[1])["methods"]
-    assert [entry["name"] for entry in listed] == sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+    assert [entry["name"] for entry in listed] == sorted(
+        path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "bare_loop"
+    )
     papers = {entry["name"]: entry["paper"] for entry in listed}
     assert papers["lora"] == "arXiv:2106.09685" and papers["full"] == ""
     assert [entry["name"] for entry in listed if not entry["trains"]] == ["in_context"]

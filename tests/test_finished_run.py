@@ -222,15 +222,17 @@ def test_every_mergeable_adapter_answers_as_before_after_merging(case, small_csv
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("method", "config", "reason"),
     [
-        (None, "leaves no adapter, .* it trains nothing"),
-        (PromptTuningConfig(num_virtual_tokens=2), "inputs to the model"),
-        (PrefixTuningConfig(num_virtual_tokens=2), "they change no weight"),
-        (BottleneckConfig(), "is not linear"),
+        ("in_context", None, "leaves no adapter, .* it trains nothing"),
+        ("prompt_tuning", PromptTuningConfig(num_virtual_tokens=2), "inputs to the model"),
+        ("prefix_tuning", PrefixTuningConfig(num_virtual_tokens=2), "they change no weight"),
+        ("of_an_older_version", PrefixTuningConfig(num_virtual_tokens=2), "they change no weight"),
+        ("adapter", BottleneckConfig(), "is not linear"),
+        ("peft_method", BottleneckConfig(), "is not linear"),
     ],
 )
-def test_methods_that_cannot_be_merged_say_why(config, reason):
+def test_methods_that_cannot_be_merged_say_why(method, config, reason):
     with pytest.raises(UserError, match=reason):
-        _check_mergeable(SimpleNamespace(adapter=config, path=Path("run"), record={"method": "some"}))
+        _check_mergeable(SimpleNamespace(adapter=config, path=Path("run"), record={"method": method}))
     _check_mergeable(SimpleNamespace(adapter=IA3Config(), path=Path("run"), record={"method": "ia3"}))

@@ -17,6 +17,7 @@ from toolkit.cli import main
 from toolkit.config import parse_config
 from toolkit.distributed.launch_files import read_launch_file
 from toolkit.methods import METHODS
+from toolkit.runs import first_difference
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import readme  # a script of benchmarks/, which is not a package
@@ -54,6 +55,7 @@ COVERED = {
     "toolkit/README.md": {},
     "toolkit/memory/README.md": {
         "footprint report": "test_predict_and_report_run_unchanged",
+        "python -m toolkit.runs.first_difference": "test_the_command_for_a_wrong_prediction_runs_unchanged",
     },
 }
 
@@ -302,6 +304,24 @@ def test_predict_and_report_run_unchanged(capfd, tmp_path):
         command("toolkit/memory/README.md", "footprint report").replace("RUN_DIR", f"{tmp_path}/RUN_DIR").split()
     )
     assert "predicted_memory" in beside and "RUN_DIR" in beside
+
+
+@pytest.mark.slow
+def test_the_command_for_a_wrong_prediction_runs_unchanged(capfd, tmp_path):
+    settings = {
+        "use_cpu": True,
+        "max_train_samples": 16,
+        "max_eval_samples": 2,
+        "max_length": 64,
+        "num_train_epochs": 1,
+    }
+    (tmp_path / "config.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    words = command("toolkit/memory/README.md", "python -m").replace("RUN_DIR", str(tmp_path)).split()
+    assert words[:3] == ["python", "-m", first_difference.__name__]
+    with pytest.raises(SystemExit) as caught:
+        first_difference.main(words[3:])
+    out = capfd.readouterr().out
+    assert caught.value.code == 0 and "events of 2 steps are predicted as they were measured" in out
 
 
 @pytest.mark.slow

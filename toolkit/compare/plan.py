@@ -11,7 +11,6 @@ from toolkit.config import RecipeParser, TrainArguments, parse_config
 from toolkit.errors import UserError, did_you_mean
 from toolkit.files import atomic_write
 from toolkit.methods import METHODS
-from toolkit.methods.in_context import USED
 from toolkit.runs.finished_run import read_json
 from toolkit.version import __version__
 
@@ -201,8 +200,8 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
 
 def _flags(method: str) -> set[str]:
     """The flags that have an effect with a method. A method that trains nothing ignores most training flags."""
-    flags = set(RecipeParser(METHODS[method]).flags())
-    return flags if METHODS[method].trains else flags - {f.name for f in fields(TrainArguments)} | USED
+    flags, used = set(RecipeParser(METHODS[method]).flags()), METHODS[method].used_training_flags
+    return flags if used is None else flags - {f.name for f in fields(TrainArguments)} | used
 
 
 def _check(run: Run) -> None:

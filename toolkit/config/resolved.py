@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -17,7 +17,7 @@ from toolkit.config import optimizers
 from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
 from toolkit.config.parser import Flags, RecipeParser, read_flags
 from toolkit.data.loading import DataArguments
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.launch_files import LaunchEnvironment, current_launch_environment
 from toolkit.distributed.ranks import broadcast_from_main
 from toolkit.distributed.request import requested_engine
@@ -84,12 +84,29 @@ class Config:
         return Flags({}, self.as_dict() | {"memory_snapshot": False}, predict=True)
 
 
-def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None, card: Card | None = None) -> Config:
+def parse_config(
+    method: type[methods.Method],
+    argv: Sequence[str] | None = None,
+    card: Card | None = None,
+    used: Collection[str] | None = None,
+    engines: Collection[EngineKind] | None = None,
+) -> Config:
     """Reads the command line (and `--config FILE`) of the recipe for `method` into a checked `Config`.
+
+    A recipe with its own training loop names what that loop supports: `used`, the training flags that have an effect, and the
+    `engines` under which it runs. None: all of them.
 
     Raises: UserError for flags that cannot be right, before data or model are read.
     """
-    return configure(method, read_flags(method, argv), card)
+    flags, other = read_flags(method, argv), f"recipes/{method.name}.py"
+    if used is not None:
+        training = {f.name for f in dataclasses.fields(TrainArguments)}
+        for name in sorted(training.intersection(_merged(method, flags)[0]).difference(used)):
+            raise UserError(f"--{name} has no effect in this recipe's own loop; leave it out, or use {other}")
+    config = configure(method, flags, card)
+    if engines is not None and config.engine.kind not in engines:
+        raise UserError(f"this recipe's own loop does not run under {config.engine}; use launch/ddp.yaml, or {other}")
+    return config
 
 
 def configure(method: type[methods.Method], flags: Flags, card: Card | None = None) -> Config:

@@ -141,6 +141,11 @@ class Adapter(PeftBased):
                 "--adapter_style has no effect together with --adapter_target_modules; leave one of them out"
             )
 
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """An adapter has a nonlinearity between its two matrices."""
+        return "a bottleneck adapter is not linear, so no weight can stand for it"
+
     def configure(self, model: PreTrainedModel) -> BottleneckConfig:
         """The configuration for PEFT.
 

@@ -11,13 +11,13 @@ from peft import PeftConfig, TaskType, get_peft_model, prepare_model_for_kbit_tr
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainingArguments
 
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
 from toolkit.models.heads import has_head, head_modules
 from toolkit.models.quantization import is_packed
-from toolkit.models.soft_prompts import fit_head
+from toolkit.models.soft_prompts import IN_THE_CACHE, fit_head
 from toolkit.units import format_bytes
 
 # Defaults for the tiny embedded model and its dialogues; each method adds its learning rate.
@@ -44,6 +44,7 @@ class Method(ABC):
     freezes_base: ClassVar[bool]
     trains: ClassVar[bool] = True  # in-context learning does not
     needs_import: ClassVar[str] = ""  # a module of this package that PEFT needs to load the result
+    used_training_flags: ClassVar[frozenset[str] | None] = None  # those with an effect; None: all
     training_defaults: ClassVar[dict[str, Any]]  # by flag name
     embedded_defaults: ClassVar[dict[str, Any]]  # override those for the tiny embedded model
 
@@ -83,8 +84,13 @@ class Method(ABC):
         Raises: UserError if the method does not fit the model.
         """
 
-    def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
-        """An optimizer of the class that `--optim` names, with the method's own parameter groups; None: Trainer makes it."""
+    def make_optimizer(
+        self, model: PreTrainedModel, args: TrainingArguments, kind: type[Optimizer], options: dict[str, Any]
+    ) -> Optimizer | None:
+        """An optimizer with the method's own parameter groups; None: with those of `transformers.Trainer`.
+
+        `kind` is the class that `--optim` names, `options` its keyword arguments, with the learning rate.
+        """
         return None
 
     def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:  # noqa: B027 - few methods have something to do
@@ -94,6 +100,15 @@ class Method(ABC):
     def adapter_changes_base(cls, config: PeftConfig) -> bool:
         """Whether loading a saved adapter with `config` changes the base's weights; runs do not share such a base."""
         return False
+
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """Why a saved adapter with `config` cannot be merged into the base's weights; empty if PEFT may try."""
+        if not config.is_prompt_learning:
+            return ""
+        if config.peft_type in IN_THE_CACHE:
+            return "its keys and values stand before those of the text, they change no weight"
+        return "its virtual tokens are inputs to the model, not changes of its weights"
 
 
 @dataclass

@@ -8,9 +8,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, Method
 
-# The training flags that have an effect without training.
-USED = {"bf16", "fp16", "output_dir", "per_device_eval_batch_size", "seed", "tf32", "use_cpu"}
-
 
 @dataclass
 class InContext(Method):
@@ -21,6 +18,9 @@ class InContext(Method):
     paper: ClassVar[str] = "arXiv:2005.14165"
     freezes_base: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    used_training_flags: ClassVar[frozenset[str]] = frozenset(
+        {"bf16", "fp16", "output_dir", "per_device_eval_batch_size", "seed", "tf32", "use_cpu"}
+    )
     training_defaults: ClassVar[dict[str, Any]] = {}
     embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED
 
@@ -36,7 +36,7 @@ class InContext(Method):
         if any(shots < 0 for shots in self.num_shots) or len(set(self.num_shots)) < len(self.num_shots):
             got = " ".join(map(str, self.num_shots))
             raise UserError(f"--num_shots {got} is not possible; give different whole numbers, such as 0 1 4")
-        for name in sorted({f.name for f in fields(TrainingArguments)} & set(given) - USED):
+        for name in sorted({f.name for f in fields(TrainingArguments)} & set(given) - self.used_training_flags):
             raise UserError(f"--{name} has no effect here, because nothing is trained; leave it out")
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from peft.tuners.lora import dora
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_CHOICE
 from safetensors.torch import save_file
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainingArguments
 
 from toolkit.console import say
 from toolkit.errors import UserError
@@ -154,13 +154,14 @@ class Lora(PeftBased):
         """The flag of LoRA+, which has two learning rates."""
         return "" if self.loraplus_lr_ratio is None else "--loraplus_lr_ratio"
 
-    def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
+    def make_optimizer(
+        self, model: PreTrainedModel, args: TrainingArguments, kind: type[Optimizer], options: dict[str, Any]
+    ) -> Optimizer | None:
         """For LoRA+, an optimizer whose parameter groups for B have a higher learning rate."""
         if self.loraplus_lr_ratio is None:
             return None
-        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        options |= {"loraplus_weight_decay": trainer.args.weight_decay, "loraplus_lr_ratio": self.loraplus_lr_ratio}
-        return create_loraplus_optimizer(trainer.model, kind, **options)
+        own = {"loraplus_weight_decay": args.weight_decay, "loraplus_lr_ratio": self.loraplus_lr_ratio}
+        return create_loraplus_optimizer(model, kind, **options, **own)
 
     def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:
         """Rewrites the adapter for the original base, if PiSSA or OLoRA changed the one in memory."""

@@ -11,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError, did_you_mean
+from toolkit.methods.adapter import Adapter, AdapterType
 from toolkit.methods.base import EMBEDDED, PeftBased, task_type
 from toolkit.methods.lora import takes_from_base
 
@@ -74,6 +75,13 @@ class AnyPeft(PeftBased):
     def adapter_changes_base(cls, config: PeftConfig) -> bool:
         """The same as LoRA's, because `--peft_type` may be LORA."""
         return takes_from_base(config)
+
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """As that of our adapters, where it is their type."""
+        if config.peft_type == AdapterType.BOTTLENECK:
+            return Adapter.merge_refusal(config)
+        return super().merge_refusal(config)
 
     def _settings(self) -> dict[str, Any]:
         """The fields in the file `--peft_config`."""

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from toolkit.console import say, table
 from toolkit.errors import UserError
+from toolkit.methods import METHODS, Method
 from toolkit.runs.finished_run import FinishedRun
 from toolkit.runs.run_folder import without_secrets
 from toolkit.tasks.metrics import score_title
@@ -23,16 +24,6 @@ SAMPLE = 16  # rows of the test split on which logits and scores are compared
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 TOLERANCE_4BIT, TOLERANCE_8BIT = 1e-1, 2e-1
 SURVIVES = 0.5  # of the adapter's effect on the logits: with less, rounding has erased the fine-tuning
-
-_TOKENS = "its virtual tokens are inputs to the model, not changes of its weights"
-CANNOT = {
-    "PROMPT_TUNING": _TOKENS,
-    "MULTITASK_PROMPT_TUNING": _TOKENS,
-    "P_TUNING": _TOKENS,
-    "CPT": _TOKENS,
-    "PREFIX_TUNING": "its keys and values stand before those of the text, they change no weight",
-    "BOTTLENECK": "a bottleneck adapter is not linear, so no weight can stand for it",
-}
 
 
 def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") -> None:
@@ -106,8 +97,7 @@ def _check_mergeable(run: FinishedRun) -> None:
     if run.adapter is None:
         kept = "it is a whole model already" if any(run.path.glob("*.safetensors")) else "it trains nothing"
         raise UserError(f"{run.path}: {method} leaves no adapter, so there is nothing to merge: {kept}")
-    reason = CANNOT.get(str(getattr(run.adapter.peft_type, "value", run.adapter.peft_type)))
-    if reason is not None:
+    if reason := METHODS.get(method, Method).merge_refusal(run.adapter):
         raise UserError(f"{run.path}: {method} cannot be merged: {reason}; use the run folder as it is")
 
 

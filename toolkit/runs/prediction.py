@@ -32,6 +32,7 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow.simulated_rank import processes, swapped_bytes, world
 from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
+from toolkit.memory.trace import Sink
 from toolkit.methods import METHODS
 from toolkit.models import catalogue
 from toolkit.models.heads import has_head, set_head
@@ -46,10 +47,13 @@ PREDICTED = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZE
 UNMARKED = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
 
-def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | None = None) -> Ledger:
+def predict_run(
+    config: Config, device: Device = CPU, batches: list[Batch] | None = None, sinks: Sequence[Sink] = ()
+) -> Ledger:
     """The ledger of two optimizer steps over `batches` (one for each forward pass), by default over the worst batch.
 
-    Inside `simulated_rank.world` it is the ledger of that rank; every rank gets the same batches.
+    Inside `simulated_rank.world` it is the ledger of that rank; every rank gets the same batches. `sinks` receive the trace of
+    the steps.
 
     Raises: UserError for a model or an option whose memory cannot be predicted.
     """
@@ -88,7 +92,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         return FineTuner(model, replace(config, training=of_batches(arguments)), Batches(batches), [callback])
 
     try:
-        ledger = predict(build, trainer, training, device, config.as_dict())
+        ledger = predict(build, trainer, training, device, config.as_dict(), sinks)
     except LedgerError:
         raise
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:

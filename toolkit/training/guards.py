@@ -196,7 +196,7 @@ def _check_adapter(trainer: Trainer, config: Config, model: PeftModel, folder: P
     """Compares the logits of one training row before and after the adapter is loaded from its file."""
     before = _logits(trainer, model)
     adapter, tolerance = model.active_peft_config, LOGITS_TOLERANCE
-    if config.method.adapter_changes_base(adapter):
+    if config.method.changes_base or config.method.adapter_changes_base(adapter):
         tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
         after = _logits(trainer, _reloaded(config, model, folder))
     elif adapter.is_prompt_learning:  # the output of the prompt encoder is saved, not the encoder

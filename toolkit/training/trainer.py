@@ -31,8 +31,8 @@ from toolkit.distributed.running import EngineCheck
 from toolkit.distributed.sharded_models import share_tied_tables
 from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
-from toolkit.models.generation import make_saveable
-from toolkit.models.losses import IGNORE_INDEX, mean_loss, row_losses
+from toolkit.models.generation import end_as_the_tokenizer
+from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.soft_prompts import has_virtual_tokens
 from toolkit.training.callbacks import MetricsFile, Preemption
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors
@@ -94,7 +94,7 @@ class FineTuner(Trainer):
         if engine.kind is EngineKind.FSDP2:
             share_tied_tables(model)
         if data.tokenizer is not None:
-            _end_as_the_tokenizer(model, data.tokenizer)
+            end_as_the_tokenizer(model, data.tokenizer)
         super().__init__(
             model=model,
             args=args,
@@ -138,7 +138,7 @@ class FineTuner(Trainer):
         """
         if num_items_in_batch is None:
             return self._batch_loss(model, inputs, return_outputs)
-        local = _label_tokens(inputs["labels"], shifted=self._shifts_labels)
+        local = label_tokens(self.model, inputs["labels"])
         result = self._batch_loss(model, inputs, return_outputs)
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
@@ -173,14 +173,11 @@ class FineTuner(Trainer):
             sums, tokens = row_losses(logits, labels, aligned, self.args.label_smoothing_factor)
         return None, sums, tokens
 
-    @property
-    def _shifts_labels(self) -> bool:
-        return not self.model.config.is_encoder_decoder and not has_virtual_tokens(self.model)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names, with the method's own parameter groups if it has any."""
         if self.optimizer is None:
-            self.optimizer = self.config.method.make_optimizer(self)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = self.config.method.make_optimizer(self.model, self.args, kind, options)
         return super().create_optimizer(model)
 
     @staticmethod
@@ -326,23 +323,6 @@ def _own_callbacks(args: TrainArguments) -> list[TrainerCallback]:
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     return callbacks
-
-
-def _end_as_the_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives `model` the tokenizer's padding token, as Trainer would, and makes its generation settings saveable."""
-    generation = getattr(model, "generation_config", None)
-    for settings in filter(None, (model.config, generation)):
-        settings.pad_token_id = tokenizer.pad_token_id
-    if generation is not None:
-        make_saveable(generation)
-
-
-def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """How many of `labels` count in the loss: all classes (batch,), or the tokens (batch, length) that are not masked.
-
-    A GPT-like model never predicts the first position.
-    """
-    return (labels[:, 1:] if shifted and labels.dim() == 2 else labels).ne(IGNORE_INDEX).sum()
 
 
 def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
