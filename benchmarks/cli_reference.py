@@ -2,7 +2,7 @@
 
     python benchmarks/cli_reference.py
 
-The text is made from the parsers' arguments, not from `--help`, whose form depends on the version of Python and the terminal.
+The text comes from the parsers' arguments, not from `--help`: the format of that depends on Python's version and the terminal.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "toolkit" / "cli" / "README.md"
-RECIPE = "lora"  # whose flags are shown in full
+RECIPE = "lora"  # the recipe with all flags shown
 
 HEAD = f"""# The command line
 
@@ -32,12 +32,12 @@ flags with `--help`. A mistake ends it with exit code 2 and one line that says w
 """
 FLAGS = f"""## Flags of recipes/{RECIPE}.py
 
-Each flag is also a key of the YAML file that `--config` names. `--lora_r 8` and `--lora_r=8` mean the same. A flag that shows
-`[true]` is switched on by its name alone and off by the word false: `--use_dora`, `--use_dora false`.
+Each flag is also a key of the YAML file that `--config` names. `--lora_r 8` and `--lora_r=8` mean the same. A flag shown with
+`[true]` is a switch: `--use_dora` turns it on, `--use_dora false` turns it off.
 """
 OTHERS = """## Flags of the other methods
 
-The flags of model, data and training go with each of them.
+Each of these recipes also has the flags of model, data and training.
 """
 TRAINING = """All fields of transformers'
 [`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments) are flags. Listed
@@ -76,20 +76,20 @@ def reference() -> str:
 
 
 def groups(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
-    """A recipe's flags by title: those of every recipe, then the method's own, the model's, the data's and training's."""
+    """A recipe's flags by title: common flags, then those of method, model, data and training."""
     found = {str(group.title): group._group_actions for group in parser._action_groups if group._group_actions}
     return {"every recipe" if title == "options" else title: actions for title, actions in found.items()}
 
 
 def own_defaults(method: Any) -> str:
-    """What a recipe sets where the user does not, over a model that was named."""
+    """The recipe's defaults for a model that the user names."""
     settings = method.defaults({"model_name_or_path": "any"})
     words = [f"`--{name} {shown(value)}`" for name, value in settings.items()]
     return f"Defaults of this recipe: {', '.join(words)}." if words else ""
 
 
 def usage(command: argparse.ArgumentParser) -> str:
-    """How a command is called: its own words for that, or a word for each argument."""
+    """The usage line of a command: its own, or one built from its arguments."""
     if command.usage:
         return command.usage
     words = [spelt(action) for action in command._actions if not action.option_strings]
@@ -98,21 +98,21 @@ def usage(command: argparse.ArgumentParser) -> str:
 
 
 def table(actions: Iterable[argparse.Action]) -> list[str]:
-    """A row for each argument: how it is written, its default and what it means; without rows, a sentence."""
+    """A row for each argument, with its form, default and meaning; a sentence if there are none."""
     actions = [action for action in actions if action.dest not in ("help", "version") and not is_negation(action)]
     rows = []
     for action in actions:
         meaning = (action.help or "") % {**vars(action), "prog": ""}
-        told = re.search(r"\s*\(default: (.+)\)$", meaning)
-        default = told[1] if told else "" if action.default in (None, False) else f"`{shown(action.default)}`"
-        meaning = meaning.removesuffix(told[0]) if told else meaning
+        found = re.search(r"\s*\(default: (.+)\)$", meaning)
+        default = found[1] if found else "" if action.default in (None, False) else f"`{shown(action.default)}`"
+        meaning = meaning.removesuffix(found[0]) if found else meaning
         cells = [f"`{spelt(action)}`", default, " ".join(meaning.split())]
         rows.append(" ".join(["|", *(f"{cell.replace('|', '&#124;')} |".lstrip() for cell in cells)]))
     return ["| | default | meaning |", "|---|---|---|", *rows] if rows else ["It has no flags of its own."]
 
 
 def is_negation(action: argparse.Action) -> bool:
-    """Whether it is the `--no_flag` that transformers adds to each flag that is on by default."""
+    """Whether this is a `--no_...` flag, which transformers adds to each flag that is on by default."""
     return isinstance(action, argparse._StoreFalseAction) and action.option_strings[0].startswith("--no_")
 
 
@@ -133,14 +133,14 @@ def spelt(action: argparse.Action) -> str:
 
 
 def shown(value: object) -> str:
-    """A default as it is written after its flag."""
+    """A default value in the form that follows a flag."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def main() -> int:
-    """Writes the file, or with `--check` exits with 1 where it is not what the parsers say."""
+    """Writes the file; with `--check`, returns 1 if the file differs from the parsers."""
     text = reference()
     if "--check" in sys.argv:
         return int(not PATH.exists() or PATH.read_text(encoding="utf-8") != text)

@@ -1,10 +1,10 @@
-"""FLAN-T5-base on DialogSum by each method: the table of a write-up, done again, its figures beside ours.
+"""FLAN-T5-base on DialogSum with each method: repeats the table of a write-up and shows its figures next to ours.
 
     python benchmarks/dialogsum.py
     python benchmarks/dialogsum.py --model_name_or_path MODEL --dataset_name FOLDER --max_train_samples 64 --seeds 1
 
-Every flag of `footprint compare` and of the recipes is taken and wins over the write-up's settings; the output says what
-then differs.
+Every flag of `footprint compare` and of the recipes works here and overrides the write-up's settings; the output lists what
+differs then.
 """
 
 import sys
@@ -24,7 +24,7 @@ SETTINGS = {
     "lora": {"lora_r": ["32"], "lora_alpha": ["32"], "lora_target_modules": ["q", "v"]},
 }
 
-# As published, one run each; how long it trained, and on which of the test rows it was scored, was not said for all.
+# As published, one run each. For some runs the write-up does not state training time and scored test rows.
 PUBLISHED = {
     "base": {"rouge1": 0.1936, "rouge2": 0.0558, "rougeL": 0.1653, "rougeLsum": 0.1655},
     "full": {"rouge1": 0.2094, "rouge2": 0.0729, "rougeL": 0.1836, "rougeLsum": 0.1840},
@@ -40,7 +40,7 @@ THEIRS = {
     "lora_r": 32,
     "lora_target_modules": "q v",
 }
-SOURCE = "a write-up's single runs; its full fine-tuning was under-tuned, so that its LoRA stands far above it"
+SOURCE = "a write-up's single runs; its full fine-tuning was under-tuned, so its LoRA scores far higher"
 
 
 @exits_cleanly

@@ -1,19 +1,18 @@
-"""How far predictions for several processes are from real ones: each rank's memory on 2 and 4 gloo processes of this machine.
+"""Accuracy of predictions for several processes, against the measured memory of 2 and 4 real gloo ranks on this machine.
 
-    python benchmarks/distributed_accuracy.py              # goes on where it was stopped
+    python benchmarks/distributed_accuracy.py              # continues where it stopped
     python benchmarks/distributed_accuracy.py --show       # the committed results
 
-A Llama of 1.3 million weights whose sizes no number of processes divides, under the engines as launch/ sets them up: with `auto`
-ZeRO's buckets are 16,384 weights, DDP's are made 1 MiB, so that all of them bind. Each rank trains two steps and traces both with
-the callback that measures every run; the prediction runs one rank in one process, on fake tensors. Compared are the first and the
-last rank, each with its own prediction where they differ. Model states are the weights,
-gradients and optimizer state at the end of a step; the peak is all of it, over both steps.
+The model is a Llama with 1.3 million weights; no number of processes divides its sizes evenly. The engines are those of launch/.
+With `auto`, ZeRO's buckets hold 16,384 weights; DDP's are set to 1 MiB: small enough that every engine fills its buckets. Each
+rank trains two steps, traced by the same callback that measures every run. The prediction runs one rank in one process, on fake
+tensors. The first and the last rank are compared, each with its own prediction if they differ. Model states are the weights,
+gradients and optimizer state at the end of a step. The peak includes everything, over both steps.
 
-Beside ours stand DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_model_states_mem_needs`), which
-know of model states alone. With offload, the ranks leave out the update that DeepSpeed would compile for the CPU, and on a disk Python
-writes and reads the files, where DeepSpeed would compile that too. Ranks are forked,
-so that what takes half a minute to import is imported once. gloo's threads let go of their buffers when they get to it: on a busy
-machine that can show as some percent on one rank's peak.
+The results also have DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`, `estimate_zero3_model_states_mem_needs`),
+which only cover model states. With offload, the ranks skip the optimizer update, because DeepSpeed would compile it for the CPU; on a
+disk, Python writes and reads the files instead of DeepSpeed's compiled code. Ranks are forked, so that imports, which take half a
+minute, happen once. gloo's threads free their buffers with a delay: on a busy machine this can add a few percent to a rank's peak.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ UNEVEN = (
     "zero2_offload",
     "fsdp2",
     "fsdp2_qlora",
-)  # whose ranks keep other gradients, or shards of other sizes
+)  # engines under which ranks keep different gradients, or shards of different sizes
 STATES = ("parameters_trainable", "parameters_frozen", "gradients", "optimizer_state")
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"intermediate_size": 346, "vocab_size": 2003}
@@ -49,16 +48,16 @@ SIZES |= {"intermediate_size": 346, "vocab_size": 2003}
 
 @dataclass(frozen=True)
 class Configuration:
-    """One run: an engine by its launch file, a number of processes, and what is trained how."""
+    """One run: an engine (by its launch file), a number of processes, a method and its settings."""
 
     launch: str
     processes: int = 2
     method: str = "full"
     flags: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
-    zero: dict[str, Any] = field(default_factory=dict)  # instead of what the launch file's DeepSpeed JSON says
+    zero: dict[str, Any] = field(default_factory=dict)  # override the launch file's DeepSpeed JSON
     dtype: str = "float32"
     quantization: str = ""  # "nf4" (with double quantization) or "int8" of the frozen base
-    sizes: dict[str, int] = field(default_factory=dict)  # of the model, instead of `SIZES`
+    sizes: dict[str, int] = field(default_factory=dict)  # of the model, override `SIZES`
 
     @property
     def name(self) -> str:
@@ -74,7 +73,7 @@ class Configuration:
 
 
 BF16 = {"bf16": True}
-# DeepSpeed keeps 1e9 weights in memory unless told, and everything of less than 1 MiB.
+# By default DeepSpeed keeps up to 1e9 weights in memory, and all parameters of less than 1 MiB.
 WIDE = {"hidden_size": 1024, "num_hidden_layers": 2}
 ON_DISK = {"device": "nvme", "nvme_path": "", "buffer_count": 24, "buffer_size": 1_100_000, "max_in_cpu": 0}
 SMALL = {"stage3_max_live_parameters": 200_000, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
@@ -113,7 +112,7 @@ GRID = [
 
 
 def launch_of(configuration: Configuration, folder: Path, rank: int) -> dict[str, str]:
-    """The environment of `rank`; with settings of its own, from a copy of the launch file in `folder`."""
+    """The environment of `rank`. The configuration's own settings go into a copy of the DeepSpeed JSON in `folder`."""
     from toolkit.distributed.launch_files import read_launch_file
 
     env = read_launch_file(configuration.launch, configuration.processes).of_rank(rank)
@@ -130,9 +129,10 @@ def launch_of(configuration: Configuration, folder: Path, rank: int) -> dict[str
 
 
 def build(configuration: Configuration, base: Path | None = None) -> Any:
-    """The model with its method, whole: engines partition it. On the meta device where that is the default.
+    """The whole model with its method; engines partition it later. On the meta device if that is the default device.
 
-    A quantized base is loaded from `base` (`save_base`), for it is quantized while it is loaded; on the meta device from nowhere.
+    A quantized base is loaded from the folder `base` (`save_base`), because quantization happens during loading. On the meta
+    device it is not loaded.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -147,7 +147,7 @@ def build(configuration: Configuration, base: Path | None = None) -> Any:
     if configuration.launch in ("zero3", "fsdp2_qlora"):
         nf4 |= {
             "bnb_4bit_quant_storage": dtype
-        }  # as `toolkit.models.loading` sets it, for what is shared out is of one dtype
+        }  # as in `toolkit.models.loading`: sharded parameters must have one dtype
     kinds = {"nf4": nf4 | {"bnb_4bit_compute_dtype": dtype}, "int8": {"load_in_8bit": True}}
     with without_partitioning():
         if not configuration.quantization:
@@ -164,12 +164,12 @@ def build(configuration: Configuration, base: Path | None = None) -> Any:
 
 
 def save_base(configuration: Configuration, base: Path) -> None:
-    """The weights that a quantized model is loaded from."""
+    """Saves the weights from which a quantized model is loaded."""
     build(replace(configuration, quantization="", method="full")).save_pretrained(base)
 
 
 def arguments(configuration: Configuration, folder: Path) -> Any:
-    """The same for the prediction and for the ranks."""
+    """The training arguments, the same for the prediction and for the ranks."""
     from toolkit.config.arguments import TrainArguments
 
     settings = {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
@@ -180,7 +180,7 @@ def arguments(configuration: Configuration, folder: Path) -> Any:
 
 
 def batches(configuration: Configuration) -> list[dict[str, Any]]:
-    """One for each forward pass of each process: 2 rows of 32 tokens."""
+    """One batch for each forward pass of each process: 2 rows of 32 tokens."""
     import torch
 
     from toolkit.data.shared_rows import SharedRows
@@ -204,7 +204,7 @@ def trainer_of(model: Any, args: Any, configuration: Configuration, callback: An
 
 
 def predicted(configuration: Configuration, folder: Path, rank: int) -> Any:
-    """The ledger that one process predicts for `rank`."""
+    """The predicted ledger of `rank`."""
     import torch
 
     from toolkit.memory.shadow.simulated_rank import swapped_bytes, world
@@ -235,7 +235,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
     os.environ.update(launch_of(configuration, folder, rank))
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     AcceleratorState.__init__ = simulated_rank.begin_as_on_gpus(AcceleratorState.__init__)
-    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for instructions that only some CPUs have
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed checks for instructions that only some CPUs have
     args = arguments(configuration, folder)
     engine = requested_engine()
     preflight.check_fsdp = lambda *_: None  # which accelerate runs on GPUs only; here CPUs stand in for them
@@ -253,7 +253,7 @@ def measured_by(rank: int, configuration: Configuration, folder: Path, port: int
 
 
 def real_files() -> type:
-    """What stands for DeepSpeed's compiled handle of a disk, and writes real files."""
+    """A replacement for DeepSpeed's compiled disk handle that writes real files."""
     from toolkit.memory.shadow.simulated_rank import Disk
 
     class Files(Disk):
@@ -273,9 +273,9 @@ def real_files() -> type:
 
 
 def measured(configuration: Configuration, folder: Path) -> list[Any]:
-    """The ledgers of all ranks.
+    """The measured ledgers of all ranks.
 
-    Raises: RuntimeError where a rank fails; its traceback is on stderr.
+    Raises: RuntimeError if a rank fails; its traceback is on stderr.
     """
     from toolkit.memory.ledger import Ledger
 
@@ -293,7 +293,7 @@ def measured(configuration: Configuration, folder: Path) -> list[Any]:
 
 
 def in_children(tasks: Iterable[Any]) -> list[int]:
-    """Runs each task in a process forked from this one, all at once; their exit codes."""
+    """Runs all tasks at the same time, each in a fork of this process; returns their exit codes."""
     children = []
     for task in tasks:
         child = os.fork()
@@ -312,13 +312,13 @@ def in_children(tasks: Iterable[Any]) -> list[int]:
 
 
 def states(ledger: Any) -> dict[str, int]:
-    """Bytes of the model's states in the steady step; gradients where most of them are kept."""
+    """Bytes of the model states in the steady step: for each state, the phase that has the most of it."""
     phases = [use.categories for name, use in ledger.phases.items() if name != "load"]
     return {name: max(phase[name] for phase in phases) for name in STATES}
 
 
 def compared(before: Any, after: Any) -> dict[str, Any]:
-    """A predicted and a measured ledger: states in bytes, peaks by phase, and the errors in percent of the measured."""
+    """Compares a predicted and a measured ledger: states and peaks in bytes, errors in percent of the measured value."""
 
     def percent(a: int, b: int) -> float:
         return round(100 * (a / b - 1), 4) if b else float(a != b)
@@ -346,7 +346,7 @@ def compared(before: Any, after: Any) -> dict[str, Any]:
 
 
 def estimated(configuration: Configuration) -> int | None:
-    """What DeepSpeed's own estimator says a GPU needs for model states, bytes; None for stages that it has none for."""
+    """DeepSpeed's own estimate of model states per GPU, in bytes; None for stages without an estimator."""
     import torch
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs, model_to_params
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -354,7 +354,7 @@ def estimated(configuration: Configuration) -> int | None:
     if configuration.launch not in ("zero2", "zero3"):
         return None
     if configuration.quantization:
-        return None  # it knows weights of one size alone
+        return None  # the estimator assumes that all weights have one size
     model = build(configuration)
     total, largest = model_to_params(model)
     assert not any(p.device == torch.device("meta") for p in model.parameters())
@@ -391,7 +391,7 @@ def row(configuration: Configuration) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By launch file, over all ranks: the greatest error on states and on the peak, and DeepSpeed's on states, percent."""
+    """By launch file, over all ranks: the largest error of states and peak, and of DeepSpeed's states, in percent."""
     found: dict[str, dict[str, float]] = {}
     for entry in rows:
         own = found.setdefault(entry["launch"], {"states": 0.0, "peak": 0.0})
@@ -410,7 +410,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--show", action="store_true")
     parser.add_argument(
-        "--only", nargs="+", help="only configurations of these names; prints their rows, writes nothing"
+        "--only", nargs="+", help="only the configurations with these names; prints their rows and writes nothing"
     )
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

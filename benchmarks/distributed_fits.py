@@ -1,12 +1,12 @@
-"""Which runs fit on 1, 2, 4 and 8 cards of 24 GB, by predictions under the files of launch/.
+"""Predicts which runs fit on 1, 2, 4 and 8 cards with 24 GB, under the files of launch/.
 
-    python benchmarks/distributed_fits.py              # goes on where it was stopped; an hour and more
+    python benchmarks/distributed_fits.py              # continues where it stopped; takes more than an hour
     python benchmarks/distributed_fits.py --show       # the committed results
 
-One row of 1,024 tokens a card, bf16, gradient checkpointing, an RTX 3090's 24 GB; LoRA with the recipe's own rank. For each model,
-method and launch file the fewest cards that fit are sought, from the fewest up: more cards never hold more each. No prediction is
-made where the model's states alone exceed the card (`least_states`), which needs no prediction to be known. Optimizers are the
-recipes' own, on cards or offloaded. A prediction takes a minute or more on a slow core, and longer the more layers there are.
+Each card (RTX 3090, 24 GB) gets one row of 1,024 tokens, in bf16 with gradient checkpointing; LoRA has the recipe's rank. For each
+model, method and launch file this searches upwards for the smallest number of cards that fits: with more cards, each needs no more
+memory. If the model states alone exceed the card (`least_states`), no prediction is needed. Optimizers are the recipes' own, on
+cards or offloaded. A prediction takes a minute or more on a slow core, and longer for more layers.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ MODELS = {  # of the catalogue; billions of parameters
 METHODS = ("lora", "full")
 LAUNCHES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 FIRST = ("single", "ddp", "zero2", "zero1", "fsdp2", "zero2_offload", "zero3", "zero3_offload")  # quick ones first
-SMALL = 9  # billions of parameters: larger models come after all else
+SMALL = 9  # billions of parameters: larger models come last
 FLAGS = ["--max_length", "1024", "--per_device_train_batch_size", "1", "--bf16", "--gradient_checkpointing"]
 
 
 def least_states(billions: float, method: str, launch: str, cards: int) -> float:
-    """Bytes that the model's states take at the least: weights for LoRA; for full fine-tuning weights, gradients and AdamW.
+    """A lower bound of the model states per card, in bytes: weights for LoRA; weights, gradients and AdamW for full fine-tuning.
 
-    Without ZeRO weights, gradients and both moments are in fp32; with it weights and gradients are in bf16, and what is shared
-    out are master weights and moments in fp32, under stage 2 also gradients, under stage 3 all (arXiv:1910.02054, section 5).
+    Without ZeRO, weights, gradients and both moments are in fp32. With ZeRO, weights and gradients are in bf16; master weights
+    and moments in fp32 are sharded, under stage 2 also gradients, under stage 3 everything (arXiv:1910.02054, section 5).
     """
-    if launch == "fsdp2":  # whole on each card while it is loaded (launch/fsdp2.yaml)
+    if launch == "fsdp2":  # each card holds the whole model while loading (launch/fsdp2.yaml)
         return billions * 1e9 * (max(4, 16 / cards) if method == "full" else 2)
     whole, shared = {
         ("lora", "zero3"): (0, 2),
@@ -72,7 +72,7 @@ def predict(model: str, method: str, launch: str, cards: int, path: Path) -> Non
 
 
 def predicted(model: str, method: str, launch: str, cards: int) -> dict[str, Any]:
-    """A row of the results, from a forked process, so that each starts alike and imports are paid once."""
+    """A row of the results. A forked process predicts it, so that all start in the same state and imports happen once."""
     from distributed_accuracy import in_children
 
     from toolkit.memory.ledger import Ledger
@@ -97,7 +97,7 @@ def load() -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
-    """(model, method, launch) -> what is known: the fewest cards with each one's GiB (+ the machine's), "no", or an open question."""
+    """(model, method, launch) -> the smallest number of cards with the GiB per card (+ GiB of the host), "no", or "≥ N" if open."""
     found = {}
     for model, billions in MODELS.items():
         for method in METHODS:
@@ -117,18 +117,18 @@ def table(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
 
 
 def _candidates(billions: float, method: str, launch: str) -> list[int]:
-    """The numbers of cards on which the states leave room, fewest first."""
+    """The numbers of cards on which the model states leave room, smallest first."""
     if launch == "single":
         numbers: tuple[int, ...] = (1,)
     elif launch == "ddp":
-        numbers = (2,)  # on 8 as on 2
+        numbers = (2,)  # under DDP each card needs the same on 2 as on 8
     else:
-        numbers = CARDS if launch.endswith("_offload") else CARDS[1:]  # one card has nobody to share with but the host
+        numbers = CARDS if launch.endswith("_offload") else CARDS[1:]  # sharding needs two cards, offloading does not
     return [n for n in numbers if least_states(billions, method, launch, n) < CARD_BYTES]
 
 
 def order() -> list[tuple[str, str, str]]:
-    """(model, launch, method), small models first; of large ones only what `_candidates` leaves is ever tried."""
+    """(model, launch, method) in the order of prediction, small models first."""
     small = [model for model, billions in MODELS.items() if billions < SMALL]
     rest = [model for model in MODELS if model not in small]
     cells = [(model, launch, method) for launch in FIRST for model in small for method in METHODS]
@@ -136,7 +136,7 @@ def order() -> list[tuple[str, str, str]]:
 
 
 def main() -> int:
-    """Makes the predictions that are missing; `--show` prints what there is."""
+    """Makes the missing predictions; `--show` only prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--show", action="store_true")
     args = parser.parse_args()
@@ -152,7 +152,7 @@ def main() -> int:
                 if not known:
                     try:
                         known = [predicted(*key)]
-                    except RuntimeError as error:  # the child's traceback stands above it
+                    except RuntimeError as error:  # the child has printed its traceback
                         print(error, flush=True)
                         break
                     result["rows"] += known

@@ -1,9 +1,9 @@
-"""Base, LoRA and full fine-tuning on the embedded default, over 3 seeds: the scores that benchmarks/README.md shows.
+"""Base model, LoRA and full fine-tuning on the embedded task over 3 seeds: the scores in benchmarks/README.md.
 
     python benchmarks/embedded.py
 
-Runs the recipes as a user does and writes benchmarks/results/embedded.json. Nothing here chooses anything: the recipes'
-defaults were chosen on the validation split. Each run has one core, so `make demo`, which has them all, is faster.
+Runs the recipes as a user does and writes benchmarks/results/embedded.json. Nothing is tuned here: the recipes' defaults were
+chosen on the validation split. Each run uses one core, so `make demo`, which uses all cores, is faster.
 """
 
 import json
@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 
 
 def run(method: str, seed: int, folder: Path) -> dict:
-    """One recipe on its defaults; its run.json, with the size in bytes of what it saved."""
+    """Runs one recipe with its defaults; returns its run.json, the saved bytes and the end of its output."""
     launch = [Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / "launch" / "single.yaml"]
     recipe = [ROOT / "recipes" / f"{method}.py", "--seed", str(seed), "--output_dir", folder]
     command = [str(part) for part in (*launch, *recipe)]
@@ -36,7 +36,7 @@ def run(method: str, seed: int, folder: Path) -> dict:
 
 
 def main() -> None:
-    """Runs all of it, one run a core, and writes the result file."""
+    """Runs all recipes and seeds, one run per core, and writes the result file."""
     result: dict = {
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
@@ -50,7 +50,7 @@ def main() -> None:
         kept = ("method", "seed", "scores", "seconds", "parameters", "saved_bytes")
         result["runs"].append({name: record[name] for name in kept})
     result |= {"versions": records[0]["versions"], "rows": records[0]["data"]["rows"]}
-    result["demo"] = records[0]["shown"]  # LoRA's first seed: how `make demo` ends
+    result["demo"] = records[0]["shown"]  # LoRA's first seed: the end of `make demo`'s output
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -1,11 +1,11 @@
-"""mt0-large on financial_phrasebank by each method: the table of a write-up, done again, its figures beside ours.
+"""mt0-large on financial_phrasebank with each method: repeats the table of a write-up and shows its figures next to ours.
 
     python benchmarks/financial_phrasebank.py --dataset_name Sentences_AllAgree.txt
     python benchmarks/financial_phrasebank.py --dataset_name FILE --model_name_or_path MODEL --max_train_samples 64 --seeds 1
 
-The data set's own loading script no longer runs (datasets 4 runs none), so --dataset_name is its file of lines
-`sentence@label`, from https://huggingface.co/datasets/takala/financial_phrasebank. Every flag of `footprint compare` and
-of the recipes is taken and wins over the write-up's settings; the output says what then differs.
+The data set's loading script no longer runs (datasets 4 runs no scripts), so --dataset_name is its file with lines
+`sentence@label`, from https://huggingface.co/datasets/takala/financial_phrasebank. Every flag of `footprint compare` and of the
+recipes works here and overrides the write-up's settings; the output lists what differs then.
 """
 
 import sys
@@ -28,8 +28,8 @@ SETTINGS = {
     "prefix_tuning": {"num_virtual_tokens": ["20"]},
 }
 
-# As published, one run each, batch 8. The rank, the targets and the lengths of the prompts follow from the counts of
-# trained parameters: LoRA 2 x 72 attentions x 8 x (1024 + 1024); prompts 2 x 20 x 1024; prefixes 20 x 24 x 2 x 1024.
+# As published, one run each, batch size 8. Rank, targets and prompt lengths follow from the published numbers of trained
+# parameters: LoRA 2 x 72 attentions x 8 x (1024 + 1024); prompts 2 x 20 x 1024; prefixes 20 x 24 x 2 x 1024.
 PUBLISHED = {
     "lora": {"trainable": 2_359_296, "accuracy": 0.9647},
     "prompt_tuning": {"trainable": 40_960, "accuracy": 0.8724},
@@ -46,7 +46,7 @@ def main() -> int:
     flags = [token.split("=")[0] for token in sys.argv[1:]]
     if not {"--dataset_name", "--show", "--help", "-h"} & set(flags):
         raise UserError(
-            "--dataset_name is missing: give the data set's file Sentences_AllAgree.txt (see the first lines here)"
+            "--dataset_name is missing: give the data set's file Sentences_AllAgree.txt (see the docstring of this script)"
         )
     code, folder = redo("financial_phrasebank", METHODS, SETTINGS, sys.argv[1:])
     beside(folder, PUBLISHED, THEIRS, SOURCE)

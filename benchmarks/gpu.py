@@ -1,24 +1,24 @@
-"""Measures on the GPU of this machine, in a given number of minutes, whatever the project claims about GPUs.
+"""Measures everything that the project claims about GPUs on this machine's GPU, in a given number of minutes.
 
     make gpu                                            # nine minutes; or python3 benchmarks/gpu.py --minutes 9
     python benchmarks/gpu.py --minutes 4 --only memory  # one part: runs, facts, memory, speed, fits
-    python benchmarks/gpu.py --predict-only             # predicts what was measured, on any machine
+    python benchmarks/gpu.py --predict-only             # predicts the measured runs, on any machine
     python benchmarks/gpu.py --rehearse                 # every part on the CPU with tiny models, in under three minutes
 
-It needs no hub and no network: models have real shapes and random weights. In this order: whether recipes run (train, kill,
-resume, read back, generate, merge, engines); what was inferred from sources (context, workspaces, kernels); whether predicted
-memory is what is measured; how fast; whether "fits" means fits. Each result is written as it comes to
-`benchmarks/results/gpu/CARD.json`; a later call goes on where this one stopped, for each card and stack. Nothing is begun that
-cannot end in time. At the end stands a table of what agreed, what did not, and what was left. The exit code is 1 where
-anything failed or differed.
+It needs neither hub nor network: models have real shapes and random weights. The parts, in order: do recipes run (train, kill,
+resume, reload, generate, merge, engines); facts that were inferred from sources (context, workspaces, kernels); does predicted
+memory equal measured memory; speed; does a run that is predicted to fit really fit. Each result is written at once to
+`benchmarks/results/gpu/CARD.json`. A later call continues where this one stopped, for each card and stack. An item only starts if
+it can end in time. The last output is a table of what agreed, what differed and what is left. The exit code is 1 if anything
+failed or differed.
 
-On a machine without network, with wheels of what it lacks in .whl/ (from `pip download`), in the repository's root:
+On a machine without network, put wheels of missing packages into .whl/ (from `pip download`) in the repository's root, then:
 
     python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site .whl/*.whl && \\
       PYTHONPATH=/tmp/site make gpu PYTHON=python3 OUT=$OUT
 
-OUT is a folder for the results; ledgers, snapshots and logs are archives in OUT/CARD: six files at most. Left out, it is
-`benchmarks/results/gpu`.
+OUT is the folder of the results (default: `benchmarks/results/gpu`). Ledgers, snapshots and logs are archives in OUT/CARD: at
+most six files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-BEGAN = time.monotonic()  # before the imports below, which take long where nothing was read from the disk yet
+BEGAN = time.monotonic()  # before the imports below, which are slow if the files are not cached yet
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -44,13 +44,13 @@ from on_gpu.pool import Outcome, Pool  # noqa: E402
 from on_gpu.results import PARTS, RESULTS, Results, table, verdict  # noqa: E402
 
 ORDER = ("runs", "facts", "memory", "speed", "fits")  # the most valuable first
-SHARES = {"runs": 1.0, "facts": 0.75, "memory": 3.75, "speed": 2.0, "fits": 1.5}  # of the time that is left
-LONG = 60.0  # seconds: a run that takes longer is begun beside the memory part, not waited for
-ROOM = 0.92  # of the card's memory that items may take together
+SHARES = {"runs": 1.0, "facts": 0.75, "memory": 3.75, "speed": 2.0, "fits": 1.5}  # of the remaining time
+LONG = 60.0  # seconds: longer runs start together with the memory part
+ROOM = 0.92  # share of the card's memory for all items together
 
 
 class Session:
-    """One call: its items, the pool that runs them, and the results that they leave."""
+    """One call: its items, the pool that runs them, and their results."""
 
     def __init__(self, args: argparse.Namespace, deadline: float) -> None:
         self.args, self.deadline, self.began = args, deadline, BEGAN
@@ -63,7 +63,7 @@ class Session:
         cores = os.cpu_count() or 2
         workers = args.workers or min(6, max(2, cores // 2))
         self.estimates = Estimates()
-        least = 300.0 if args.rehearse else 40.0  # a machine with other work to do may be slow
+        least = 300.0 if args.rehearse else 40.0  # a rehearsal may run on a busy machine
         behind = max(1, cores // 3)
         self.pool = Pool(self.work, workers, behind, WHOLE, deadline, least, self.estimates, self.finished)
         for model in models.by_label(self.rehearsed).values():
@@ -74,10 +74,10 @@ class Session:
         self.results: Results | None = None
         self.left: list[Item] = []
 
-    # ---- what comes back
+    # ---- results
 
     def finished(self, outcome: Outcome) -> None:
-        """Writes what an item found, and asks for what follows from it."""
+        """Writes the result of an item, and queues the prediction that follows from it."""
         item, name = outcome.item, outcome.item.name
         last = outcome.error.strip().splitlines()[-1][:200] if outcome.error else ""
         found = outcome.found | ({"error": outcome.error, "says": last} if outcome.error else {})
@@ -122,10 +122,10 @@ class Session:
         known = self.facts | {"context_bytes": (self.results.row("facts context") or {}).get("context_bytes")}
         self.pool.behind.append(memory.prediction_item(row, known, self.work, self.rehearsed))
 
-    # ---- what is to be done
+    # ---- items
 
     def ask_for_the_card(self) -> None:
-        """Waits for what the card and the stack are, and opens their results."""
+        """Waits for the facts about the card and the stack, and opens their results."""
         card = Item("card", "card", "on_gpu.fact_jobs:card", {"rehearsed": self.rehearsed}, 30.0, 1.0)
         self.pool.run([card])
         self.pool.drain()
@@ -137,7 +137,7 @@ class Session:
         self.results.begin(self.args.minutes, commit())
 
     def items(self) -> dict[str, list[Item]]:
-        """Every item of each part that was not done by an earlier call; what failed there comes last."""
+        """The items of each part that no earlier call has finished; failed ones come last."""
         assert self.results is not None
         results, work, small = self.results, self.work, self.rehearsed
         plans = fits.known_plan(self.facts, results.artifacts / "fits.json")
@@ -158,7 +158,7 @@ class Session:
         }
 
     def plan_what_is_not_planned(self) -> None:
-        """Has processors without other work predict what fits within each limit, for the last part."""
+        """Queues predictions for the last part (which batch fits within each limit), for idle processors."""
         assert self.results is not None
         if self.args.only in (None, "fits"):
             known = fits.known_plan(self.facts, self.results.artifacts / "fits.json")
@@ -167,7 +167,7 @@ class Session:
                     self.pool.behind.append(fits.plan_item(ladder, self.facts, self.work, self.rehearsed))
 
     def measure(self) -> None:
-        """Part after part, each in its share of the time; then whatever there is time for."""
+        """Runs one part after the other, each within its share of the time; then whatever still fits."""
         assert self.results is not None
         results = self.results
         models.write_rows(self.work)
@@ -187,33 +187,33 @@ class Session:
                 self._wait_for_plans()
                 items = self.items()[part]
             self.left += self.pool.run(items, now + share * (self.deadline - now))
-            results.pack(self.work)  # again and again: whoever ends this call may do so without a warning
+            results.pack(self.work)  # after each part, because this call may be killed without warning
         self.left = self.pool.run(self.left)
         self.left += self.pool.drain()
         self.left = [item for item in (*self.pool.cut_off, *self.left) if item.part not in ("predictions", "plans")]
 
     def predict_measured(self) -> None:
-        """Has what was measured and not predicted yet predicted, by processors without other work."""
+        """Queues predictions of measured rows that have none, for idle processors."""
         assert self.results is not None
         for row in self.results.rows("memory"):
             if row["status"] == "ok" and "error_percent" not in row:
                 self._predict(row["name"])
 
     def finish(self) -> None:
-        """Puts the speeds in relation to the card's own."""
+        """Adds the speeds as fractions of the card's own rates."""
         assert self.results is not None
         for name, found in speed.fractions(self.results.rows("speed")).items():
             self.results.update(name, **found)
 
     def _wait_for_plans(self) -> None:
-        """Until what the last part tries is known, or there would be no time left to try it."""
+        """Waits until the plans of the last part are known, or no time would be left to try them."""
         while time.monotonic() < self.deadline - 30 and self.pool.has("plans"):
             self.pool.look_after_the_rest()
             time.sleep(0.1)
 
 
 def commit() -> str:
-    """The commit that is measured; "unknown" where there is no git."""
+    """The measured commit; "unknown" without git."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -224,7 +224,7 @@ def commit() -> str:
 
 
 def predict_only(session: Session, out: Path) -> None:
-    """Predicts every measured row that has no prediction yet, of every card whose results are in `out`, with all processors."""
+    """Predicts every measured row without a prediction, for every card with results in `out`, on all processors."""
     for path in sorted(path for path in out.glob("*.json") if path.name != fits.PLAN.name):
         session.results = Results.load(path)
         session.facts = session.results.content["card"]
@@ -234,7 +234,7 @@ def predict_only(session: Session, out: Path) -> None:
 
 
 def plan(session: Session, name: str) -> None:
-    """Predicts what fits within each limit on the card of that name, and keeps it with the committed results."""
+    """Predicts which batch fits within each limit on the named card, and writes it to the committed results."""
     from toolkit.memory.cuda.cards import find_card
     from toolkit.memory.environment import stack_versions
 
@@ -249,28 +249,30 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, help="how long it may take (default: 9; a rehearsal ends when all is done)"
+        "--minutes", type=float, help="time limit (default: 9; a rehearsal runs until everything is done)"
     )
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument(
         "--rehearse", action="store_true", help="on the CPU, with tiny models and each kind of item once"
     )
-    parser.add_argument("--predict-only", action="store_true", help="measure nothing: predict what was measured")
-    parser.add_argument("--plan", metavar="CARD", help="measure nothing: predict for the last part what fits on CARD")
+    parser.add_argument("--predict-only", action="store_true", help="measure nothing: predict the measured runs")
+    parser.add_argument(
+        "--plan", metavar="CARD", help="measure nothing: predict which batches fit on CARD, for the last part"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the results (default: benchmarks/results/gpu; of a rehearsal, one in --work)",
+        help="folder of the results (default: benchmarks/results/gpu; for a rehearsal, a folder in --work)",
     )
     parser.add_argument("--work", type=Path, default=_roomy(), help="folder for models and runs, kept between calls")
     parser.add_argument(
-        "--workers", type=int, help="processes on the card at a time (default: by the processors, at most 6)"
+        "--workers", type=int, help="processes on the card at a time (default: half the processors, from 2 to 6)"
     )
     return parser.parse_args()
 
 
 def _roomy() -> Path:
-    """Shared memory where it has room for the models, about 35 GB; else the folder for temporary files."""
+    """Shared memory if it has room for the models (about 35 GB), otherwise the folder for temporary files."""
     shared = Path("/dev/shm")
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > 48 * 2**30
     return (shared if roomy else Path(tempfile.gettempdir())) / f"footprint-gpu-{os.getuid()}"
@@ -286,7 +288,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(
             number, lambda *_: sys.exit(143)
-        )  # what was found so far is written; the finally below ends the rest
+        )  # results so far are already written; the finally below ends the processes
     try:
         if args.predict_only:
             predict_only(session, args.out)

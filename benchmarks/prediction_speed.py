@@ -1,12 +1,12 @@
-"""How long `footprint predict` takes, imports included, and how that grows with layers.
+"""Measures how long `footprint predict` takes, imports included, and how the time grows with the number of layers.
 
     python benchmarks/prediction_speed.py
     python benchmarks/prediction_speed.py --show       # the committed results
 
-Each prediction is a process of its own, LoRA with gradient checkpointing for an RTX 4090: Llama 3.1 8B and 70B from the
-catalogue, and the 8B's shape with 16 and 64 layers. Seconds of CPU are what counts, for the machine may be busy (then
-those by the clock, also those after imports, say little); how fast its Python is stands beside them, as the seconds that ten
-million additions take.
+Each prediction runs in its own process: LoRA with gradient checkpointing for an RTX 4090, with Llama 3.1 8B and 70B from the
+catalogue, and the 8B's shape with 16 and 64 layers. CPU seconds count, because on a busy machine wall-clock seconds (also those
+after imports) mean little. As a measure of the machine's speed, the results also have the seconds for ten million additions
+in Python.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def additions() -> float:
 
 
 def predict(model: str) -> dict[str, Any]:
-    """CPU and wall seconds, the most memory, and what was predicted, of one `footprint predict` process."""
+    """CPU and wall-clock seconds, peak memory and result of one `footprint predict` process."""
     main = "import sys; from toolkit.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "predict", "lora", "--model_name_or_path", model, *FLAGS]
     command += ["--gpu", "RTX 4090", "--json"]

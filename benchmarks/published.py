@@ -1,4 +1,4 @@
-"""What the benchmarks of two write-ups share: their settings under the user's flags, and their figures beside ours."""
+"""Shared by the benchmarks that repeat two write-ups: runs with their settings, and their figures next to ours."""
 
 import argparse
 import json
@@ -16,20 +16,22 @@ from toolkit.methods import METHODS
 from toolkit.tasks.metrics import score_title
 
 Flags = Mapping[str, Mapping[str, Sequence[str]]]  # method ("" for all) -> flag -> values
-Figures = Mapping[str, Mapping[str, float | int]]  # method -> column -> what was published
+Figures = Mapping[str, Mapping[str, float | int]]  # method -> column -> published value
 
 
 def redo(name: str, methods: Sequence[str], settings: Flags, argv: Sequence[str]) -> tuple[int, Path]:
-    """`footprint compare` with the write-up's `settings`, except where `argv` (its own flags) says else.
+    """`footprint compare` with the write-up's `settings`; the flags in `argv` override them.
 
-    Returns: 1 where a run failed, else 0; and the comparison's folder.
+    Returns: 1 if a run failed, otherwise 0; and the comparison's folder.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, epilog="Every other flag is that of the recipes, and wins.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, epilog="All other flags are those of the recipes; they override the write-up's settings."
+    )
     parser.add_argument("--methods", default=",".join(method for method in methods if method in METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / name)
     parser.add_argument("--launch", type=Path)
-    parser.add_argument("--show", action="store_true", help="run nothing: show what is there")
+    parser.add_argument("--show", action="store_true", help="run nothing; show the results of finished runs")
     args, flags = parser.parse_known_args(argv)
     given = {token.lstrip("-").split("=")[0].replace("-", "_") for token in flags if token.startswith("--")}
     chosen = [settings[method] for method in ("", *args.methods.split(",")) if method in settings]
@@ -42,9 +44,9 @@ def redo(name: str, methods: Sequence[str], settings: Flags, argv: Sequence[str]
 
 
 def beside(folder: Path, published: Figures, settings: Mapping[str, Any], source: str) -> str:
-    """Shows the published figures beside those in `folder`, says what differs, and writes it to its `published.md`.
+    """Prints the published figures next to those in `folder` and which settings differ, and writes both to its `published.md`.
 
-    `settings` are what the published runs had; those of ours are read from config.yaml and compare.json.
+    `settings` are those of the published runs; ours are read from config.yaml and compare.json.
     """
     data = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     ours = {entry["method"]: entry for entry in data["entries"]}
@@ -57,11 +59,11 @@ def beside(folder: Path, published: Figures, settings: Mapping[str, Any], source
         f"published: {source}. What differs here: {'; '.join(_differing(folder, data, settings)) or 'nothing known'}."
     )
     titles = ["method", "", *map(score_title, columns)]
-    table("Published figures beside ours", titles, rows)
+    table("Published figures and ours", titles, rows)
     console.print(note, soft_wrap=True)
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    text = "\n".join(["# Published figures beside ours", "", *lines, "", note, ""])
+    text = "\n".join(["# Published figures and ours", "", *lines, "", note, ""])
     atomic_write(folder / "published.md", text)
     return text
 
@@ -76,7 +78,7 @@ def _ours(entry: Mapping[str, Any], column: str) -> str:
 
 
 def _differing(folder: Path, data: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """`model google/flan-t5-base, here ...` for each of `settings` that ours does not have."""
+    """`model google/flan-t5-base, here ...` for each of `settings` that differs from ours."""
     here = {"model": {str(data["model"])}, "test rows": {str(data["data"]["rows"]["test"])}}
     here["training rows"] = {str(data["data"]["rows"]["train"])}
     for path in sorted((folder / "runs").glob("*/config.yaml")):

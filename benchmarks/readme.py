@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py
 
-A part stands between `<!-- NAME -->` and `<!-- end NAME -->`, in whichever README needs it. A part without a place, and a marker
-without a part, are errors.
+A part is between `<!-- NAME -->` and `<!-- end NAME -->` in any README. A part that no README uses, and a marker without a part,
+are errors.
 """
 
 import ast
@@ -27,7 +27,8 @@ READMES = (
     "toolkit/memory/README.md",
 )
 MARKER = re.compile(r"<!-- (end )?([^>]*?) -->")
-LINES_OF_DEMO = 10  # of its output: the scores, the peak, and the bar with its legend
+OF_NO_METHOD = {"bare_loop"}  # recipes that are another way to run a method
+LINES_OF_DEMO = 10  # the scores, the peak, and the bar with its legend
 
 
 def embedded_scores() -> str:
@@ -67,13 +68,13 @@ def demo_output() -> str:
 
 
 def demo() -> str:
-    """The same, without the table of memory by phase."""
+    """The demo's output without the table of memory by phase."""
     result = json.loads((RESULTS / "embedded.json").read_text(encoding="utf-8"))
     return "\n".join(["```", *result["demo"][:LINES_OF_DEMO], "```"])
 
 
 def predictions() -> str:
-    """Every committed third-party run beside its prediction: the figure that decides whether it fits."""
+    """Every committed third-party run with its prediction: the figure that decides whether it fits."""
     result = json.loads((RESULTS / "third_party.json").read_text(encoding="utf-8"))
     forms = {"none": "", "nf4_double_quant": "4-bit "}
     lines = ["| GPU | run, rows x tokens | measured | predicted | error |", "|---|---|---:|---:|---:|"]
@@ -93,7 +94,7 @@ def predictions() -> str:
 
 
 def comparison() -> str:
-    """Every trained method on the embedded task over three seeds: the headline score, and what it costs."""
+    """Every trained method on the embedded task over three seeds: the headline score and the cost."""
     sys.path.insert(0, str(ROOT))
     from toolkit.units import format_bytes
 
@@ -132,7 +133,7 @@ def comparison() -> str:
 
 
 def t4_accuracy() -> str:
-    """Predicted against measured on a Tesla T4, and what other tools predict for the same runs; errors in percent."""
+    """Predictions against measurements on a Tesla T4, and those of other tools for the same runs; errors in percent."""
     result = json.loads((RESULTS / "t4_accuracy.json").read_text(encoding="utf-8"))
     lines = ["| runs | allocated, mean (worst) | reserved, mean (worst) |", "|---|---:|---:|"]
     for group, errors in result["summary_percent"].items():
@@ -151,7 +152,7 @@ def t4_accuracy() -> str:
 
 
 def _session(result: dict[str, Any]) -> str:
-    """An earlier session of the same authors on that card, and how much two measurements of one configuration differ."""
+    """An earlier session of the same authors on that card, and how far two measurements of one configuration differ."""
     session = json.loads((RESULTS / "t4_session.json").read_text(encoding="utf-8"))
     rows = session["rows"]
     errors = [abs(row["error_percent"]["peak_reserved"]) for row in rows]
@@ -170,7 +171,7 @@ def _session(result: dict[str, Any]) -> str:
 
 
 def third_party() -> str:
-    """Predicted against measured on published sets of runs; errors in percent, and their known causes."""
+    """Predictions against published sets of measured runs; errors in percent, and their known causes."""
     result = json.loads((RESULTS / "third_party.json").read_text(encoding="utf-8"))
     lines = [
         "| set | rows | allocated, mean (worst) | figure that decides whether it fits, mean (worst; worst underestimate) |",
@@ -195,16 +196,16 @@ def third_party() -> str:
 
 
 def methods() -> str:
-    """Every recipe with the first line of its docstring."""
+    """Every recipe with the first line of its docstring; first those of a method."""
     lines = ["| recipe | what it does |", "|---|---|"]
-    for path in sorted((ROOT / "recipes").glob("*.py")):
+    for path in sorted((ROOT / "recipes").glob("*.py"), key=lambda path: (path.stem in OF_NO_METHOD, path.stem)):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         lines.append(f"| `recipes/{path.name}` | {text.splitlines()[0]} |")
     return "\n".join(lines)
 
 
 def combinations() -> str:
-    """How many cells of the matrix train, by method and form of the weights, and the reasons of those that are refused."""
+    """How many cells of the matrix train, by method and quantization, and the reasons for the refused ones."""
     path = RESULTS / "matrix.json"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
     if not cells:
@@ -236,7 +237,7 @@ def combinations() -> str:
 
 
 def launches() -> str:
-    """Which recipe runs under which file of launch/, the exit codes of its ranks, and the reasons of those that are refused."""
+    """Which recipe runs under which file of launch/, the exit codes of its ranks, and the reasons for refused ones."""
     path = RESULTS / "launch_matrix.json"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
     if not cells:
@@ -258,7 +259,7 @@ def launches() -> str:
     ran = {name.split("-")[0] for name in cells}
     rows |= {f"`{path.stem}`": {} for path in (ROOT / "launch").glob("*.yaml") if path.stem not in ran}
     lines = ["| | `full` | `lora` | `qlora` | the other recipes |", "|---|---|---|---|---|"]
-    number = len(list((ROOT / "recipes").glob("*.py"))) - len(columns)
+    number = len({path.stem for path in (ROOT / "recipes").glob("*.py")} - OF_NO_METHOD) - len(columns)
     for row, found in sorted(rows.items(), key=lambda pair: pair[0].replace("`", "")):
         full_row = row in ("`ddp`", "`zero2`")  # the files under which every recipe is run
         last = f"{others.get(row, []).count('runs')} of {number} run" if full_row else ""
@@ -280,7 +281,7 @@ def launches() -> str:
 
 
 def prediction_speed() -> str:
-    """Seconds of CPU for a prediction, by model and by number of layers."""
+    """CPU seconds of a prediction, by model and by number of layers."""
     result = json.loads((RESULTS / "prediction_speed.json").read_text(encoding="utf-8"))
     lines = ["| | CPU with imports, s | RAM, MiB |", "|---|---:|---:|"]
     for name, run in result["runs"].items():
@@ -312,7 +313,7 @@ def reliability() -> str:
 
 
 def engines_equal() -> str:
-    """Two processes against one with the same global batch: the largest difference of any of 20 losses, by engine, model and method."""
+    """Two processes against one with the same global batch: the largest difference among 20 losses, by engine, model, method."""
     path = RESULTS / "engines_equal.json"
     if not path.is_file():
         return "The engines have not been compared yet: `make matrix`."
@@ -335,7 +336,7 @@ def engines_equal() -> str:
 
 
 def distributed_accuracy() -> str:
-    """Predicted against real ranks: the worst errors by launch file, and those of DeepSpeed's own estimators."""
+    """Predictions against real ranks: the worst errors by launch file, also of DeepSpeed's own estimators."""
     result = json.loads((RESULTS / "distributed_accuracy.json").read_text(encoding="utf-8"))
     lines = [
         "| | runs | states, worst | peak, worst | DeepSpeed's estimator, states, worst |",
@@ -394,7 +395,7 @@ def stacks() -> str:
 
 
 def gpu_accuracy() -> str:
-    """What `make gpu` measured, by card: errors of predictions, recipes that ran, limits that held; or that nothing was measured."""
+    """Results of `make gpu`, by card: errors of predictions, recipes that ran, limits that held; or that there are none."""
     sys.path.insert(0, str(Path(__file__).parent))
     from on_gpu.results import Results, summary, verdict
 
@@ -426,7 +427,7 @@ def gpu_accuracy() -> str:
 
 
 def categories() -> str:
-    """The ledger's categories with their meaning, read from `toolkit/memory/ledger.py`."""
+    """The ledger's categories and their meanings, read from `toolkit/memory/ledger.py`."""
     tree = ast.parse((ROOT / "toolkit" / "memory" / "ledger.py").read_text(encoding="utf-8"))
     value = next(
         node.value
@@ -437,7 +438,7 @@ def categories() -> str:
     return "\n".join([*lines, *(f"| `{name}` | {what} |" for name, what in ast.literal_eval(value).items())])
 
 
-# Each file of benchmarks/results: what it holds, and the command that writes it where the file does not name one itself.
+# Each file of benchmarks/results: its content, and the command that writes it ("": the file names it itself).
 COMMITTED = {
     "comparison.json": (
         "[Every trained method](#methods-compared) on the embedded task, over several seeds",
@@ -493,7 +494,7 @@ COMMITTED = {
 
 
 def results() -> str:
-    """Every file of benchmarks/results: what it holds, the command that writes it, and its dates."""
+    """Every file of benchmarks/results: its content, the command that writes it, and its dates."""
     lines = ["| file | what it shows | command | date |", "|---|---|---|---|"]
     for path in sorted(
         path for path in RESULTS.rglob("*") if path.is_file() and path.parent in (RESULTS, RESULTS / "gpu")
@@ -548,10 +549,10 @@ PARTS = {
 
 
 def rewritten(texts: Mapping[str, str]) -> dict[str, str]:
-    """`texts` (the name of a README -> its text) with every generated part made anew.
+    """`texts` (name of a README -> its text) with every generated part rewritten.
 
-    Raises: SystemExit, which names the file and the part, for a marker without a part or without its partner, and for a part
-    that stands in none of them.
+    Raises: SystemExit with the file and the part for a marker without a part or without its partner, and for a part that no
+    README uses.
     """
     made: dict[str, str] = {}
     new = {}
@@ -580,13 +581,13 @@ def rewritten(texts: Mapping[str, str]) -> dict[str, str]:
 
 
 def main() -> int:
-    """Writes the READMEs; with `--check` it writes nothing, names those that differ from the results, and returns 1."""
+    """Writes the READMEs. With `--check` it only prints those that differ from the results, and returns 1 if any does."""
     old = {name: (ROOT / name).read_text(encoding="utf-8") for name in READMES}
     new = rewritten(old)
     changed = [name for name in READMES if new[name] != old[name]]
     for name in changed:
         if "--check" in sys.argv:
-            print(f"{name} is not what the results say")
+            print(f"{name} differs from the results")
         else:
             (ROOT / name).write_text(new[name], encoding="utf-8")
     return int(bool(changed) and "--check" in sys.argv)

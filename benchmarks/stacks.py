@@ -1,9 +1,9 @@
-"""The fast tests and one recipe under the oldest and the newest versions that pyproject.toml admits.
+"""Runs the fast tests and one recipe with the oldest and the newest versions that pyproject.toml admits.
 
     python benchmarks/stacks.py
 
-uv reads the versions from pyproject.toml and installs them in .venv-oldest and .venv-newest; its own environment variables
-hold: UV_TORCH_BACKEND=cpu takes PyTorch's small CPU build, auto the one that suits the GPU here.
+uv reads the versions from pyproject.toml and installs them in .venv-oldest and .venv-newest. uv's environment variables work:
+UV_TORCH_BACKEND=cpu takes PyTorch's small CPU build, auto the build for this machine's GPU.
 """
 
 import datetime
@@ -26,28 +26,28 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "stacks.json"
-RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}  # names of uv's
-# Left out is what holds the result of the last time against pyproject.toml.
+RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}  # uv's names
+# test_stacks.py is left out: it compares the last result with pyproject.toml.
 TESTS = ("pytest", "-q", "-n", "2", "--dist", "worksteal", "-m", "not slow", "--ignore", "tests/test_stacks.py")
 RECIPE = ("accelerate.commands.launch", "--config_file", "launch/single.yaml", "recipes/lora.py", "--max_steps", "20")
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml requires of this platform."""
+    """The requirements in pyproject.toml for this platform."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found = map(Requirement, project["dependencies"])
     return [one for one in found if one.marker is None or one.marker.evaluate()]
 
 
 def install(stack: str) -> Path:
-    """Makes the environment of `stack` as pyproject.toml has it now, and returns its folder."""
+    """Makes or updates the environment of `stack` from pyproject.toml, and returns its folder."""
     folder = ROOT / f".venv-{stack}"
     pinned, python = folder / "requirements.txt", folder / "bin" / "python"
     if not python.exists():
         _uv("venv", "--python", sys.executable, folder)
     options = ("--extra", "test", "--resolution", RESOLUTIONS[stack], "--python", python, "--upgrade")
     _uv("pip", "compile", "pyproject.toml", *options, "--no-header", "--output-file", pinned)
-    # What is built on the spot, as DeepSpeed is, is built with the same versions.
+    # Packages that are built here, such as DeepSpeed, must be built with the same versions.
     _uv("pip", "sync", pinned, "--build-constraints", pinned, "--python", python)
     _uv("pip", "install", "--no-deps", "--editable", ".", "--python", python)
     return folder
@@ -58,14 +58,14 @@ def _uv(*words: Any) -> None:
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """The installed version of each requirement, by the name that pyproject.toml gives it."""
+    """The installed version of each requirement, by its name in pyproject.toml."""
     (packages,) = folder.glob("lib/python*/site-packages")
     there = {canonicalize_name(one.name): one.version for one in distributions(path=[str(packages)])}
     return {one.name: there[canonicalize_name(one.name)] for one in requirements()}
 
 
 def tried(folder: Path) -> dict[str, Any]:
-    """How many fast tests passed and failed in an environment, and whether the recipe ended with its scores written."""
+    """How many fast tests passed and failed in an environment, and whether the recipe finished and wrote its answers."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as temporary:
         report, output = Path(temporary) / "report.xml", Path(temporary) / "run"
@@ -79,7 +79,7 @@ def tried(folder: Path) -> dict[str, Any]:
 
 
 def show(stacks: dict[str, dict[str, Any]]) -> None:
-    """One column a stack: its versions, then its results."""
+    """Prints a column for each stack: its versions, then its results."""
     table = Table(title="Versions that pyproject.toml admits")
     table.add_column("")
     for name in stacks:

@@ -1,17 +1,18 @@
-"""How far predictions are from 36 LoRA and QLoRA runs that somebody else measured on a Tesla T4.
+"""Accuracy of predictions on 36 LoRA and QLoRA runs that somebody else measured on a Tesla T4.
 
     python benchmarks/t4_accuracy.py ../shared/data/memory/t4_lora_measured.csv
     python benchmarks/t4_accuracy.py --show                # the table of the committed results
     python benchmarks/t4_accuracy.py --session fitcheck_llm-0.3.1/data/measurements/t4-qlora-2026-09-01.json
 
-The runs are those of fitcheck-llm 0.3.1 (MIT; Kaggle T4). No constant of the predictor was fitted to them. It is one case of
-`third_party.py`, whose `loops/t4.yaml` describes the loop; what is here is this set's own: its phases, its peers, its other session.
+The runs are those of fitcheck-llm 0.3.1 (MIT; Kaggle T4). No constant of the predictor was fitted to them. This uses
+`third_party.py`, where `loops/t4.yaml` describes the loop. This file only adds what is special to the set: phases, other tools'
+predictions, and an earlier session.
 
-`--session` takes the ten NF4 runs of an earlier session on the same card, which the CSV leaves out (their source distribution
-has them: peaks alone, in whole MiB). Their shapes are those of our catalogue, their LoRA is that of the CSV.
+`--session` takes the ten NF4 runs of an earlier session on the same card. The CSV does not have them; fitcheck-llm's source
+distribution does (only peaks, in whole MiB). Model shapes come from our catalogue, LoRA settings from the CSV.
 
-Beside ours stand the peers' predictions: fitcheck-llm's own (its formulas and the overheads that it fitted to this card;
-shown if the package is installed), `accelerate estimate-memory` and DeepSpeed's ZeRO-2 estimator on one GPU.
+The results also have other tools' predictions: fitcheck-llm's own (its formulas and the overheads that it fitted to this card;
+only if the package is installed), `accelerate estimate-memory`, and DeepSpeed's ZeRO-2 estimator on one GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def predict(row: dict[str, str]) -> dict[str, float]:
 
 
 def peers(row: dict[str, str]) -> dict[str, float]:
-    """What others predict for the row's process, MiB; fitcheck's two figures are allocated ("tensors") and process."""
+    """Other tools' predictions for the row's process, in MiB; fitcheck has two: allocated ("tensors") and process."""
     from accelerate.commands.estimate import estimate_training_usage
 
     total = int(row["total_params"])
@@ -125,7 +126,7 @@ def run_one(index: int, row: dict[str, str]) -> dict[str, Any]:
 
 
 def session_rows(path: Path) -> list[dict[str, str]]:
-    """The runs of an archived session in the form of the CSV's rows, with `peak_allocated_mib` and `peak_reserved_mib`."""
+    """The runs of an archived session as rows like the CSV's, with `peak_allocated_mib` and `peak_reserved_mib`."""
     from toolkit.models.catalogue import config_of
 
     rows = []
@@ -156,7 +157,7 @@ def session_rows(path: Path) -> list[dict[str, str]]:
 
 
 def predict_session(path: Path) -> None:
-    """Predicts an archived session's runs, and writes both peaks of each beside the measured ones."""
+    """Predicts an archived session's runs, and writes predicted and measured peaks."""
     from importlib.metadata import version
 
     entries = []
@@ -204,7 +205,7 @@ def summary(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, floa
 
 
 def write(entries: Iterable[dict[str, Any]], path: Path) -> None:
-    """The results file: rows, summary, stack and date."""
+    """Writes the results file: rows, summary, stack and date."""
     from importlib.metadata import version
 
     ordered = sorted(entries, key=lambda e: e["index"])
@@ -243,7 +244,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path, help="CSV of measured runs")
     parser.add_argument(
-        "--rows", type=int, nargs="*", help="only these, counted from 0; the results of the others stay"
+        "--rows", type=int, nargs="*", help="only these rows, counted from 0; results of the others are kept"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=1)
@@ -265,7 +266,7 @@ def main() -> int:
         rows = list(csv.DictReader(args.data.open(encoding="utf-8")))
         wanted = range(len(rows)) if args.rows is None else args.rows
         entries = []
-        if args.rows is not None and args.out.is_file():  # the other rows stay
+        if args.rows is not None and args.out.is_file():  # keep the other rows
             known = json.loads(args.out.read_text(encoding="utf-8"))["rows"]
             entries = [entry for entry in known if entry["index"] not in args.rows]
         with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:

@@ -1,16 +1,16 @@
-"""How far predictions are from runs that other people measured: any published set, as a CSV with a description of its loop.
+"""Accuracy of predictions on runs that other people measured: any published set, as a CSV with a description of its loop.
 
     python benchmarks/third_party.py t4 ../shared/data/memory/t4_lora_measured.csv --rows 8 9
     python benchmarks/third_party.py rtx4080 path/to/rows.csv
-    python benchmarks/third_party.py --show                # what is committed
+    python benchmarks/third_party.py --show                # the committed results
 
-A set is described by benchmarks/loops/NAME.yaml: where the runs come from, how each column (or a constant) becomes a field of
-`Run`, which columns hold what was measured, and what is known to differ. The predictor is the one behind `footprint predict
---gpu`: `meta` builds the model, `fake` makes its parameters fake, `cuda.Cuda` gives allocator, overlay and loading. Only the
-loop is the set's own: when gradients are dropped, how long the model's output lives, masks, clipping, steps.
+benchmarks/loops/NAME.yaml describes a set: the source of the runs, how each column (or a constant) becomes a field of `Run`, which
+columns are measurements, and known differences. The predictor is the one behind `footprint predict --gpu`: `meta` builds the model,
+`fake` makes its parameters fake, `cuda.Cuda` provides allocator, overlay and loading. Only the loop is the set's own: when
+gradients are freed, how long the model's output lives, masks, clipping, steps.
 
-The runs are of older libraries than those installed. What of them decides memory, and is known, is set back (`of_the_stack`);
-what is not is said in the set's `differs`. No constant is fitted to any row. The rows themselves stay outside the repository.
+The runs used older libraries than the installed ones. Known differences that affect memory are undone (`of_the_stack`); the
+others are listed in the set's `differs`. No constant is fitted to any row. The rows themselves are not in the repository.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ PHASES = ("forward", "backward", "optimizer_step")
 
 @dataclass(frozen=True)
 class Run:
-    """One measured run: what was trained, how, and where. Names of choices are those that each comment lists."""
+    """One measured run: what was trained, how, and where. Comments list the valid values."""
 
     card: str
     model: str  # a hub id of the catalogue or of loops/models.yaml; with `architecture`, any name
     batch_size: int
     seq_len: int  # tokens of each row
-    architecture: str = ""  # with `config`: the model's type and fields, where the set gives them
+    architecture: str = ""  # with `config`: the model's type and fields, if the set gives them
     config: dict[str, Any] = field(default_factory=dict)
     method: str = "full"  # full, lora
     quantization: str = "none"  # none, nf4, nf4_double_quant, int8
-    dtype: str = "float32"  # of the weights, and what quantized ones are computed in
+    dtype: str = "float32"  # of the weights; for quantized weights, the compute dtype
     autocast: str = ""  # bfloat16, float16 or none
     kbit_prepare: bool = False  # prepare_model_for_kbit_training
     lora_r: int = 16
@@ -64,9 +64,7 @@ class Run:
     max_grad_norm: float = 0.0  # 0: no clipping
     gradient_checkpointing: bool = False
     use_reentrant: bool = False
-    use_cache: bool = (
-        True  # the config's default: where layers are not checkpointed, keys and values are kept for no use
-    )
+    use_cache: bool = True  # the config's default: without checkpointing, unused keys and values are kept
     attention: str = (
         "sdpa"  # sdpa, efficient (pinned), eager, flash_attention_2, default (as transformers of the time chose)
     )
@@ -81,20 +79,21 @@ class Run:
     stack: str = ""  # "torch 2.6.0+cu124, transformers 4.51.3, ..."
 
     def version(self, library: str) -> tuple[int, ...]:
-        """`(4, 51)` of the library in `stack`; () where it is not named."""
+        """The library's version in `stack`, such as `(4, 51)`; () if it is not named."""
         found = re.search(rf"\b{library} (\d+)\.(\d+)", self.stack)
         return tuple(map(int, found.groups())) if found else ()
 
 
 def description(name: str) -> dict[str, Any]:
-    """The set's description, by the name of its file in benchmarks/loops."""
+    """The description of a set, by the name of its file in benchmarks/loops."""
     return yaml.safe_load((LOOPS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def value(spec: Any, row: dict[str, str]) -> Any:
-    """What `spec` says of `row`: a constant, or {column, pattern: what to take of it, read: its translations, else: of all others}.
+    """The value that `spec` gives for `row`: a constant, or from {column, pattern, read, else}.
 
-    A cell that is empty and has no translation gives None. Raises KeyError for a column that the row lacks.
+    `pattern` extracts a part of the cell, `read` translates it, and `else` is the value of cells that `read` does not have.
+    An empty cell without a translation gives None. Raises KeyError for a column that the row lacks.
     """
     if not isinstance(spec, dict):
         return spec
@@ -127,7 +126,7 @@ def _number(said: Any) -> Any:
 
 
 def measured(described: dict[str, Any], row: dict[str, str]) -> dict[str, float]:
-    """What was measured, by our figure's name, in bytes; a figure that the row lacks is left out."""
+    """The measured values in bytes, by our figures' names, without those that the row lacks."""
     unit, found = UNITS[described["unit"]], {}
     for figure, column in described["measured"].items():
         own = column if isinstance(column, dict) else {"column": column}
@@ -141,9 +140,9 @@ def measured(described: dict[str, Any], row: dict[str, str]) -> dict[str, float]
 
 
 def config_of(run: Run) -> Any:
-    """The model's config: the row's own fields, else the catalogue's, else loops/models.yaml's.
+    """The model's config: from the row's own fields, the catalogue, or loops/models.yaml, in this order.
 
-    Raises: LookupError for a model that none of them knows.
+    Raises: LookupError for a model that is in none of them.
     """
     from transformers import AutoConfig
 
@@ -169,7 +168,7 @@ def config_of(run: Run) -> Any:
 
 
 def build(run: Run) -> Any:
-    """The run's model on the meta device: quantized, cast and with its adapters as its people had it."""
+    """The run's model on the meta device, quantized, cast and with adapters as in the measured run."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
@@ -210,17 +209,17 @@ def build(run: Run) -> Any:
 
 
 def _attention(run: Run, model_type: str) -> str:
-    """transformers' implementation; flash_attention_2's library runs the kernel that SDPA calls flash, on rows without a mask."""
-    if run.attention == "default":  # GPT-Neo has no other, T5 had none before transformers 5
+    """The attention implementation in transformers. flash_attention_2 runs the kernel that SDPA calls flash, on rows without a mask."""
+    if run.attention == "default":  # GPT-Neo only has eager; T5 had only eager before transformers 5
         eager = model_type == "gpt_neo" or (model_type in ("t5", "mt5") and run.version("transformers") < (5, 0))
         return "eager" if eager else "sdpa"
     return "eager" if run.attention == "eager" else "sdpa"
 
 
 def optimizer_of(run: Run, parameters: list[Any]) -> Any:
-    """The optimizer by its name, as CUDA's defaults have it (foreach).
+    """The optimizer by its name, with the default on CUDA (foreach).
 
-    Raises: LookupError for a name that is not known.
+    Raises: LookupError for an unknown name.
     """
     import torch
 
@@ -255,14 +254,14 @@ def optimizer_of(run: Run, parameters: list[Any]) -> Any:
 
 @contextmanager
 def of_the_stack(run: Run, model: Any, mode: Any) -> Iterator[None]:
-    """While open, the installed libraries do what those of `run.stack` did, where that decides memory and is known.
+    """Makes the installed libraries behave like those of `run.stack`, for known differences that affect memory.
 
-    - Rotary embeddings of transformers up to 5.17 multiply matrices, so that cuBLAS takes its workspace before the first layer.
-    - transformers 4 repeats keys and values for each query head before SDPA, copies what is not contiguous, and makes one
-      additive mask for all layers; T5's attention adds position bias and mask once and in place.
-    - Its loss copies the logits once more, to shift them, up to 4.48; up to 4.45, and for GPT-like models up to 4.48, the
-      model's forward does, in float32 or as they are.
-    - bitsandbytes up to 0.49 has no fused 4-bit product: the weight is always dequantized.
+    - Rotary embeddings of transformers up to 5.17 multiply matrices, so cuBLAS allocates its workspace before the first layer.
+    - transformers 4 repeats keys and values for each query head before SDPA, makes non-contiguous tensors contiguous, and
+      builds one additive mask for all layers; T5's attention adds position bias and mask once and in place.
+    - transformers up to 4.48 copies the logits once more to shift them: in its loss, or, up to 4.45 (for GPT-2's relatives up
+      to 4.48), in the model's forward, in float32 or in their own type.
+    - bitsandbytes up to 0.49 has no fused 4-bit product: it always dequantizes the weight.
     """
     import torch.nn.functional as F
     from transformers.modeling_utils import AttentionInterface
@@ -333,7 +332,7 @@ def _sdpa_of_4(
     scaling: Any = None,
     **more: Any,
 ) -> tuple[Any, None]:
-    """transformers 4.51, integrations/sdpa_attention.py."""
+    """As in transformers 4.51, integrations/sdpa_attention.py."""
     import torch
     import torch.nn.functional as F
     from transformers.integrations.sdpa_attention import repeat_kv
@@ -351,7 +350,7 @@ def _sdpa_of_4(
 
 
 def _cache_of_4(layer: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """transformers 4.51, cache_utils.py, `DynamicCache.update`: the first keys and values are kept as they are, not copied."""
+    """As in transformers 4.51, cache_utils.py, `DynamicCache.update`: the first keys and values are not copied."""
     layer.keys, layer.values, layer.is_initialized = keys, values, True
     return keys, values
 
@@ -366,7 +365,7 @@ def _t5_attention_of_4(
     position_bias: Any = None,
     **more: Any,
 ) -> tuple[Any, Any]:
-    """transformers 4.51, models/t5/modeling_t5.py, `T5Attention`: layers share the sum of position bias and mask."""
+    """As in transformers 4.51, models/t5/modeling_t5.py, `T5Attention`: layers share the sum of position bias and mask."""
     import torch
     import torch.nn.functional as F
 
@@ -381,7 +380,7 @@ def _t5_attention_of_4(
 
 
 def _forward_with_loss(base: Any, in_float32: bool, input_ids: Any, labels: Any, **more: Any) -> Any:
-    """transformers 4.45, `forward` of Llama, Mistral, Granite (in float32), and up to 4.48 of GPT-2's kin (as they are)."""
+    """As in transformers 4.45, `forward` of Llama, Mistral, Granite (in float32); up to 4.48, of GPT-2's relatives (in their type)."""
     import torch.nn.functional as F
     from transformers.modeling_outputs import CausalLMOutput
 
@@ -396,7 +395,7 @@ def _forward_with_loss(base: Any, in_float32: bool, input_ids: Any, labels: Any,
 
 
 def _loss_of_copied_logits(logits: Any, labels: Any, vocab_size: int, **more: Any) -> Any:
-    """transformers 4.48, loss/loss_utils.py, `ForCausalLMLoss`."""
+    """As in transformers 4.48, loss/loss_utils.py, `ForCausalLMLoss`."""
     import torch.nn.functional as F
 
     logits = logits.float()
@@ -408,11 +407,13 @@ def _loss_of_copied_logits(logits: Any, labels: Any, vocab_size: int, **more: An
 
 
 def predict(run: Run) -> dict[str, int]:
-    """The predicted figures of `run`, bytes.
+    """The predicted figures of `run`, in bytes:
 
-    after_load; for each phase its peak in the last step (forward, backward, optimizer_step), and what was allocated and
-    reserved where it ended in the first (first_forward, first_forward_reserved, ...); peak_allocated and peak_reserved over
-    loading and all steps; last_step_peak_allocated; process: reserved at its peak and the CUDA context.
+    - after_load, after_load_reserved;
+    - forward, backward, optimizer_step: the phase's peak in the last step;
+    - first_forward, first_forward_reserved, ...: allocated and reserved at the end of the phase in the first step;
+    - peak_allocated, peak_reserved: over loading and all steps; last_step_peak_allocated;
+    - process: peak reserved plus the CUDA context.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -476,7 +477,7 @@ def predict(run: Run) -> dict[str, int]:
             ends("backward")
             if run.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm, foreach=True)
-            with ReadAsOne():  # torch's Adafactor reads norms
+            with ReadAsOne():  # torch's Adafactor reads the values of norms
                 optimizer.step()
             if run.zero_grad == "after the step":
                 optimizer.zero_grad(set_to_none=True)
@@ -507,7 +508,7 @@ def _batch(run: Run) -> dict[str, Any]:
 
 
 def error(predicted: float, measured: float) -> float:
-    """In percent of the measured value; below 0 where too little was predicted."""
+    """The error in percent of the measured value; negative if the prediction is too low."""
     return 100 * (predicted / measured - 1)
 
 
@@ -531,7 +532,7 @@ def compared(name: str, index: int, row: dict[str, str]) -> dict[str, Any]:
 
 
 def summary(entries: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Set -> figure -> mean and worst absolute error and the most that was predicted too little, in percent, and the rows."""
+    """Set -> figure -> mean, worst and largest underestimate in percent, and the number of rows."""
     result: dict[str, dict[str, dict[str, float]]] = {}
     for name in sorted({entry["set"] for entry in entries}):
         errors: dict[str, list[float]] = {}
@@ -556,7 +557,7 @@ def load(path: Path = RESULTS) -> dict[str, Any]:
 
 
 def write(entries: list[dict[str, Any]], path: Path) -> None:
-    """Writes entries, those of the same row replaced, with their summary and what each set differs in."""
+    """Writes the results file: old and new entries (new ones replace those of the same row), summary, and notes on each set."""
     from importlib.metadata import version
 
     kept = {(e["set"], e["source"], e["index"]): e for e in [*load(path)["rows"], *entries]}
@@ -590,9 +591,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", choices=sorted(p.stem for p in LOOPS.glob("*.yaml") if p.stem != "models"))
     parser.add_argument("data", nargs="?", type=Path, help="CSV of measured runs")
-    parser.add_argument("--rows", type=int, nargs="*", help="only these, counted from 0")
+    parser.add_argument("--rows", type=int, nargs="*", help="only these rows, counted from 0")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="rows that it has already stay; those predicted anew are replaced"
+        "--out", type=Path, default=RESULTS, help="results file; its rows are kept, except those predicted again"
     )
     parser.add_argument("--show", action="store_true", help="print the results file and do nothing else")
     args = parser.parse_args()

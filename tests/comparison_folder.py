@@ -1,4 +1,4 @@
-"""A comparison's folder with synthetic runs: what recipes leave, made in a moment; every number follows from its seed."""
+"""Writes a comparison's folder with synthetic runs: the files of recipes, made in a moment; every number follows from the seed."""
 
 import json
 import random
@@ -118,7 +118,7 @@ def write_in_context(folder: Path, rows: int = 60) -> None:
 
 
 def write_comparison(folder: Path, methods=tuple(SHAPES), seeds: int = 3, in_context: bool = False) -> Path:
-    """All of it; the last method's last seed is left out, as if its process had run out of memory."""
+    """The whole comparison; the last method's last seed is missing, as if its process had run out of memory."""
     for method in methods:
         for seed in range(seeds):
             if (method, seed) != (methods[-1], seeds - 1):

@@ -1,4 +1,4 @@
-"""What the tests share: the data folder beside the project, tiny models with a real tokenizer, and recipe processes."""
+"""Shared by the tests: the data folder next to the project, tiny models with a real tokenizer, and recipe processes."""
 
 import contextlib
 import datetime
@@ -25,7 +25,9 @@ pytest.register_assert_rewrite("ledgers")
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
-SAMPLE = 3  # `make test` runs so many cases of each sweep or what its mark says, others each day; `make matrix` runs them all
+SAMPLE = (
+    3  # `make test` runs this many cases of each sweep (or as its mark says), others each day; `make matrix` runs all
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             sizes[name] = mark.kwargs.get("sample", SAMPLE)
     day = datetime.date.today().toordinal()
     for name, cases in sweeps.items():
-        random.Random(0).shuffle(cases)  # so that each day sees something of everything
+        random.Random(0).shuffle(cases)  # so that each day's sample is mixed
         days = -(-len(cases) // sizes[name])
         left_out |= {case for number, case in enumerate(cases) if number % days != day % days}
     config.hook.pytest_deselected(items=list(left_out))
@@ -55,14 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Whatever has been imported by now stays: accelerate's `free_memory` would search all of it for garbage in every run."""
+    """Excludes all imported objects from garbage collection, which accelerate's `free_memory` would run in every test."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder with real data sets and tokenizers, whose licences keep them out of the project."""
+    """The folder with real data sets and tokenizers; their licenses do not allow to include them in the project."""
     if not DATA.is_dir():
         pytest.skip(f"no test data in {DATA}; name its folder with FOOTPRINT_TEST_DATA")
     return DATA
@@ -83,7 +85,7 @@ def tiny_t5(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_csv(folder: Path, **splits: list[tuple[str, str]]) -> Path:
-    """A data set folder with one csv a split; rows are (dialogue, summary)."""
+    """Writes a data set folder with one csv file for each split; rows are (dialogue, summary)."""
     import csv
 
     folder.mkdir(exist_ok=True)
@@ -95,7 +97,7 @@ def write_csv(folder: Path, **splits: list[tuple[str, str]]) -> Path:
 
 @pytest.fixture(scope="session")
 def small_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of a few short rows in each split."""
+    """A data set with a few short rows in each split."""
     rows = [(f"#Person1#: I saw {n} cats.\n#Person2#: Really, {n}?", f"Person1 saw {n} cats.") for n in range(2, 26)]
     return write_csv(tmp_path_factory.mktemp("small") / "csv", train=rows[:16], validation=rows[16:20], test=rows[20:])
 
@@ -103,7 +105,7 @@ def small_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     *command: str | Path, timeout: float = 600, stdin: IO[str] | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command of the project's environment from the repository root; the caller looks at the exit code."""
+    """Runs a command of the project's environment from the repository root; the caller checks the exit code."""
     program, *rest = map(str, command)
     if program == "accelerate" and rest[0] == "launch" and "--main_process_port" not in rest:
         with socket.socket() as probe:  # two tests may launch at the same time
@@ -122,7 +124,7 @@ def run(
 
 
 def recipe(name: str, *argv: str | Path) -> SimpleNamespace:
-    """Runs a recipe in this process, which saves the time to import everything; same result as `run`."""
+    """Runs a recipe in this process, which saves the time for imports; same result as `run`."""
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
     sys.argv = [f"recipes/{name}.py", *map(str, argv)]

@@ -1,5 +1,5 @@
-"""Runs a recipe in which rank 1 alone fails at its second step (KIND user or bug) or stays in it (KIND hang), while rank 0 goes
-on to wait for it, or in which its parameters differ from rank 0's after the first (KIND drift).
+"""Runs a recipe in which only rank 1 fails at its second step (KIND user or bug) or never leaves it (KIND hang), while rank 0
+waits for it; or in which its parameters differ from rank 0's after the first step (KIND drift).
 
 accelerate launch --config_file launch/ddp.yaml --num_processes 2 tests/failing_rank.py KIND TIME_FILE recipes/lora.py --use_cpu
 """

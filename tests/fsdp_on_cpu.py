@@ -1,4 +1,4 @@
-"""Runs a script under FSDP on CPUs, where accelerate 1.15 runs DDP instead: it turns a process group into FSDP for GPUs alone.
+"""Runs a script under FSDP on CPUs. accelerate 1.15 would run DDP instead: it only sets up FSDP on GPUs.
 
 accelerate launch --config_file launch/fsdp2.yaml --num_processes 2 tests/fsdp_on_cpu.py recipes/full.py --use_cpu
 """

@@ -1,4 +1,4 @@
-"""What `test_gpu_benchmark` has its pool run: items that end in every way."""
+"""Jobs for the pool in `test_gpu_benchmark`: they end in every possible way."""
 
 import os
 import signal

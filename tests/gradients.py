@@ -1,4 +1,4 @@
-"""The same rows, however they are split: gradients of one optimizer step, validation loss, order; run by test_gradients.py.
+"""Splits the same rows in different ways: gradients of one optimizer step, validation loss, order; run by test_gradients.py.
 
 accelerate launch --config_file launch/ddp.yaml --num_processes 2 tests/gradients.py OUT --use_cpu
 """
@@ -46,13 +46,13 @@ SIZES["head"] = SIZES["prompt"] = SIZES["llama"]
 
 
 class Tokenizer:
-    """Pads; nothing else is asked of a tokenizer here."""
+    """A tokenizer that only pads."""
 
     pad_token_id, padding_side, model_input_names = 0, "right", ("input_ids",)
     bos_token_id, eos_token_id = 1, 2
 
     def save_pretrained(self, folder):
-        """Checkpoints hold none."""
+        """Saves nothing."""
 
     def pad(self, features, **kwargs):
         names = [name for name in features[0] if name != "labels"]
@@ -65,7 +65,7 @@ class Tokenizer:
 def rows(kind: str) -> Dataset:
     """8 rows whose label counts range from 1 to 15, so that a mean of means is far from the mean over tokens.
 
-    For a head the label is the number of one of 3 classes.
+    For a head the label is the index of one of 3 classes.
     """
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -77,14 +77,14 @@ def rows(kind: str) -> Dataset:
 
 
 class Keep(TrainerCallback):
-    """Keeps the gradients as they are before the optimizer takes them."""
+    """Keeps the gradients from before the optimizer step."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients = {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
 
 
 class Order(TrainerCallback):
-    """Keeps the first token of each row that this rank trains on, which tells the row, epoch by epoch."""
+    """Keeps the first token of each row that this rank trains on, by epoch; it identifies the row."""
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.epochs = [*getattr(self, "epochs", []), []]
@@ -130,7 +130,7 @@ def gradients(kind: str, batch_size: int, accumulation: int, ours: bool = True) 
 
 
 def validation_loss(kind: str, batch_size: int, number: int = 7, **arguments) -> float:
-    """The loss of the first `number` of the 8 rows, in batches of `batch_size` on each process."""
+    """The validation loss of the first `number` of the 8 rows, in batches of `batch_size` on each process."""
     with tempfile.TemporaryDirectory() as folder:
         few = rows(kind).select(range(number))
         trainer = fine_tuner(kind, folder, few, few, per_device_eval_batch_size=batch_size, **arguments)
@@ -138,7 +138,7 @@ def validation_loss(kind: str, batch_size: int, number: int = 7, **arguments) ->
 
 
 def lengths_differ() -> Dataset:
-    """16 rows, each of another length and with another first token."""
+    """16 rows with different lengths and different first tokens."""
     made = [[20 + n, *range(3, 4 + (7 * n) % 16)] for n in range(16)]
     return Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in made])
 

@@ -1,10 +1,10 @@
-"""How far a predicted ledger may be from the measured one of the same steps."""
+"""The allowed difference between a predicted ledger and the measured one of the same steps."""
 
 import pytest
 
 
 def assert_same(predicted, measured, peaks=0.01):
-    """States to the byte, `peaks` within 1 % both ways (they are equal, but for what the CPU's libraries hide)."""
+    """States must be equal to the byte, `peaks` within 1 % both ways (the CPU's libraries hide some allocations)."""
     assert predicted.parameters == measured.parameters
     states = [c for c in measured.categories_at_peak if c.startswith(("parameters", "gradients", "optimizer"))]
     for steps in ("phases", "first_step"):

@@ -1,4 +1,4 @@
-"""Imported by the process that forks for `reliability`."""
+"""Imported by the fork server of `reliability`."""
 
 from reliability import preload
 

@@ -1,7 +1,7 @@
-"""Real ranks under the files of launch/, dozens of times, also killed: forks of one process that has imported everything.
+"""Starts (and kills) real ranks under the files of launch/, dozens of times: as forks of one process that imported everything.
 
-A start costs most of a minute of imports on a slow machine, and a fork nothing. What forks is a process of multiprocessing's
-own, which imports (`preloaded`) and computes nothing. A fork imports `toolkit` anew, for its modules read the rank.
+On a slow machine, a new process needs most of a minute for imports, and a fork nothing. multiprocessing's fork server imports
+everything (`preloaded`) and computes nothing. A fork imports `toolkit` again, because its modules read the rank.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from toolkit.distributed.launch_files import FOLDER, read_launch_file
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CLONE_NEWNET = 0x40000000  # linux/sched.h
-LATER = (  # what a recipe imports once it knows that it needs it
+LATER = (  # modules that a recipe imports on demand
     "bitsandbytes",
     "deepspeed",
     "evaluate",
@@ -44,7 +44,7 @@ LATER = (  # what a recipe imports once it knows that it needs it
 
 
 def preload() -> None:
-    """Imports what a recipe imports, and forgets the project's own modules."""
+    """Imports what a recipe imports, then removes the project's own modules."""
     runpy.run_path(str(ROOT / "recipes" / "lora.py"), run_name="imported")
     for name in LATER:
         with contextlib.suppress(ImportError):  # not every system has them
@@ -52,7 +52,7 @@ def preload() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
         del sys.modules[name]
     assert threading.active_count() == 1, "a fork would lack all threads but one"
-    gc.freeze()  # a fork that collected what was imported would copy all of its memory
+    gc.freeze()  # garbage collection of imported objects in a fork would copy all their memory
 
 
 def enter(host: str) -> None:
@@ -87,18 +87,17 @@ def _rank(script: str, argv: list[str], log: Path, env: dict[str, str], host: st
 
 
 def _single() -> dict[str, str]:
-    """What accelerate's launcher adds to the environment under launch/single.yaml."""
+    """The environment variables that accelerate's launcher sets under launch/single.yaml."""
     arguments = ["--config_file", str(FOLDER / "single.yaml"), "train.py"]
     _, env = prepare_simple_launcher_cmd_env(_validate_launch_command(launch_command_parser().parse_args(arguments))[0])
     return {name: value for name, value in env.items() if os.environ.get(name) != value}
 
 
 class Run:
-    """A script on `processes` ranks, with the environment that the launcher gives them; `log` gets what they write.
+    """A script on `processes` ranks, with the launcher's environment; `log` gets their output.
 
-    One process has that of launch/single.yaml where `preset` says so, and else none: it is not launched.
-
-    `hosts` are the network namespaces of the ranks, where they have some of their own, and `settings` more environment.
+    A single process has the environment of launch/single.yaml if `preset` says so; otherwise it runs without a launcher.
+    `hosts` are the network namespaces of the ranks, if they have their own; `settings` are more environment variables.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Run:
         log.mkdir(parents=True, exist_ok=True)
         (log / "error_was_said").unlink(
             missing_ok=True
-        )  # of an earlier run with the same `log`: the launcher makes a folder a run
+        )  # from an earlier run with the same `log`: the launcher makes one folder for each run
         self.logs = [log / f"rank{rank}.txt" for rank in range(processes)]
         CONTEXT.set_forkserver_preload(["preloaded"])
         with socket.socket() as probe:
@@ -127,7 +126,7 @@ class Run:
                 env = read_launch_file(preset, processes).of_rank(rank) | {"MASTER_PORT": str(port)}
                 (log / str(rank)).mkdir(
                     exist_ok=True
-                )  # whoever says an error leaves a mark beside this, for the others
+                )  # the rank that prints an error leaves a mark next to this file, for the others
                 env |= {"TORCHELASTIC_ERROR_FILE": str(log / str(rank) / "error.json")}
             env |= settings or {}
             arguments = (script, [str(a) for a in argv], file, env, hosts[rank] if hosts else None)
@@ -137,7 +136,7 @@ class Run:
                 rank.start()
 
     def wait(self, seconds: float = 300) -> list[int]:
-        """The exit code of each rank (-9: killed). Those that still run when the time is over are killed: an error."""
+        """The exit code of each rank (-9: killed). Ranks that still run after the time limit are killed, which is an error."""
         end = time.monotonic() + seconds
         for rank in self.ranks:
             rank.join(max(0.0, end - time.monotonic()))
@@ -148,15 +147,15 @@ class Run:
 
     @property
     def runs(self) -> bool:
-        """Whether any rank runs."""
+        """Whether any rank still runs."""
         return any(rank.is_alive() for rank in self.ranks)
 
     def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
-        """Sends a signal to `ranks`, or to all that run."""
+        """Sends a signal to `ranks`, or to all running ones."""
         for rank in self.ranks if ranks is None else [self.ranks[number] for number in ranks]:
             if rank.is_alive():
                 os.kill(rank.pid, number)
 
     def text(self) -> str:
-        """What all ranks have written."""
+        """The output of all ranks."""
         return "\n".join(log.read_text() for log in self.logs if log.exists())

@@ -1,4 +1,4 @@
-"""What `import toolkit` offers: light to import, the same as the command line, and documented by an example that runs."""
+"""The Python API of `import toolkit`: quick to import, equal to the command line, and documented by an example that runs."""
 
 import doctest
 import json
@@ -18,7 +18,7 @@ from toolkit.runs.finished_run import read_completions
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, str | int]:
-    """Settings of a recipe over a tiny Llama without weights."""
+    """Settings of a recipe with a tiny Llama without weights."""
     folder = tmp_path_factory.mktemp("llama")
     tiny_config("llama").save_pretrained(folder)
     return {"model_name_or_path": str(folder), "max_length": 64, "per_device_train_batch_size": 2}
@@ -26,7 +26,7 @@ def tiny(tmp_path_factory) -> dict[str, str | int]:
 
 @pytest.fixture(scope="module")
 def finished(small_csv, tmp_path_factory) -> Path:
-    """The folder of a short run, as runs/demo of a working directory."""
+    """A working directory with the folder of a short run, runs/demo."""
     folder = tmp_path_factory.mktemp("work") / "runs" / "demo"
     flags = ("--max_steps", "2", "--max_eval_samples", "3", "--max_target_length", "12", "--save_strategy", "no")
     done = recipe("lora", "--use_cpu", "--dataset_name", small_csv, *flags, "--output_dir", folder)
@@ -56,7 +56,7 @@ def test_importing_toolkit_imports_nothing_heavy():
     in_a_fresh_process(code)
 
 
-def test_methods_can_be_called_before_and_after_the_package_of_that_name_is_imported():
+def test_methods_is_callable_before_and_after_its_package_is_imported():
     code = (
         "import toolkit; first = toolkit.methods()\n"
         "import toolkit.methods, toolkit.methods.lora\n"
@@ -68,7 +68,7 @@ def test_methods_can_be_called_before_and_after_the_package_of_that_name_is_impo
     in_a_fresh_process(code)
 
 
-def test_its_names_are_listed_and_no_others_are_there():
+def test_the_package_lists_its_names_and_has_no_others():
     assert set(toolkit.__all__) <= set(dir(toolkit))
     assert all(hasattr(toolkit, name) for name in toolkit.__all__)
     with pytest.raises(AttributeError, match="module 'toolkit' has no attribute 'prediction'"):
@@ -77,7 +77,7 @@ def test_its_names_are_listed_and_no_others_are_there():
     assert "lora" in toolkit.methods()
 
 
-def test_a_type_checker_sees_its_types(tmp_path):
+def test_a_type_checker_sees_the_types(tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text(
         "import toolkit\n"
@@ -116,7 +116,7 @@ def test_a_type_checker_sees_its_types(tmp_path):
         ),
     ],
 )
-def test_predict_gives_what_the_command_prints(method, settings, own, tiny, capfd):
+def test_predict_returns_the_ledger_that_the_command_prints(method, settings, own, tiny, capfd):
     ledger = toolkit.predict(method, **tiny, **settings, **own).to_json()
     words = [f"--{name}={value}" for name, value in own.items()]
     for name, value in (tiny | settings).items():
@@ -132,7 +132,7 @@ def test_predict_gives_what_the_command_prints(method, settings, own, tiny, capf
     assert json.dumps(printed) == json.dumps(ledger)
 
 
-def test_words_of_the_command_line_and_settings_go_together_and_settings_win(tiny):
+def test_settings_override_words_of_the_command_line(tiny):
     ledger = toolkit.predict("lora", "--max_length", "32", "--lora_r", "4", gpu_memory=2**32, **(tiny | {"lora_r": 8}))
     assert (ledger.config["max_length"], ledger.config["lora_r"], ledger.budget_bytes) == (64, 8, 2**32)
 
@@ -169,19 +169,19 @@ def test_a_mistake_is_a_user_error_in_one_line(call, says):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_use_cpu_leaves_this_machines_gpu_alone_however_it_is_written(tiny, monkeypatch):
+def test_use_cpu_ignores_this_machines_gpu_in_every_spelling(tiny, monkeypatch):
     from toolkit.memory.cuda.cards import find_card
     from toolkit.runs import prediction
 
     monkeypatch.setattr(prediction, "this_card", lambda: find_card("T4"))
-    devices = [toolkit.predict("lora", use_cpu=asked, **tiny).device for asked in (True, False, None)]
+    devices = [toolkit.predict("lora", use_cpu=value, **tiny).device for value in (True, False, None)]
     assert devices == ["cpu", "T4", "T4"]
     for words in (["--use_cpu"], ["--use_cpu", "true"], ["--use_cpu=true"]):
         assert toolkit.predict("lora", *words, **tiny).device == "cpu"
 
 
 @pytest.mark.slow
-def test_a_run_is_loaded_with_its_scores_its_memory_and_its_answers(finished, tmp_path):
+def test_a_loaded_run_has_scores_memory_and_answers(finished, tmp_path):
     run = toolkit.load_run(str(finished))
     record = json.loads((finished / "run.json").read_text())
     assert run.record == record and run.scores == record["scores"]
@@ -199,7 +199,7 @@ def test_a_run_is_loaded_with_its_scores_its_memory_and_its_answers(finished, tm
 
 
 @pytest.mark.slow
-def test_the_example_in_its_docstring_runs(finished, monkeypatch):
+def test_the_example_in_the_docstring_runs(finished, monkeypatch):
     monkeypatch.chdir(finished.parents[1])
     result = doctest.testmod(toolkit, report=True, raise_on_error=False)
     assert result.failed == 0 and result.attempted >= 8

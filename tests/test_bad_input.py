@@ -1,4 +1,4 @@
-"""A user's mistake ends the recipe's own process with 2 and one line, before any model is loaded."""
+"""A user's mistake ends a recipe with exit code 2 and one line, before any model is loaded."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ ROWS = [("#Person1#: Hi.", "They greet.")] * 8
 
 @pytest.fixture
 def refused(monkeypatch, tmp_path):
-    """Runs a recipe in this process and returns its one line; a model that is loaded fails the test."""
+    """Runs a recipe in this process and returns its one-line error; loading a model fails the test."""
 
     def refusal(*argv, name: str = "lora") -> str:
         def load_model(*args, **kwargs):
@@ -73,7 +73,7 @@ def test_a_model_folder_without_weights(refused, tiny_t5):
     assert "no weights; add --random_weights" in refused("--model_name_or_path", tiny_t5)
 
 
-def test_a_hub_model_that_cannot_be_had(refused):
+def test_a_hub_model_that_cannot_be_loaded(refused):
     message = refused("--model_name_or_path", "nobody/nothing")
     assert "nobody/nothing" in message and ("hub cannot be reached" in message or "not on the hub" in message)
 
@@ -149,7 +149,7 @@ def test_resuming_where_there_is_no_checkpoint(refused, rows, data, tmp_path):
     assert "no checkpoint in" in message and not (tmp_path / "new").exists()
 
 
-def test_a_gated_and_a_missing_hub_model_say_which_they_are_and_what_to_do(monkeypatch):
+def test_the_errors_of_a_gated_and_a_missing_hub_model_say_what_to_do(monkeypatch):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     from toolkit.models.arguments import ModelArguments
@@ -172,7 +172,7 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
     assert "--push_to_hub: the hub cannot be reached (" in refused("--push_to_hub", "--hub_token", "none")  # offline
 
     class ConnectError(Exception):
-        """As that of httpx, which is no OSError."""
+        """Like httpx's, which is not an OSError."""
 
     for error, expected in (
         (ConnectError("[Errno -2] Name or service not known"), "the hub cannot be reached ([Errno -2] Name"),
@@ -188,10 +188,10 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
         ("--report_to foo", "--report_to foo: foo is not supported, only"),
         ("--report_to comet_ml", "--report_to comet_ml: "),
         ("--use_liger_kernel", "--use_liger_kernel: its kernels need a GPU"),
-        ("--fsdp full_shard", "which accelerate runs on GPUs alone, and --use_cpu was given"),
+        ("--fsdp full_shard", "which accelerate only runs on GPUs, and --use_cpu was given"),
         ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
-        ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 changes nothing of --optim adafactor"),
-        ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 changes nothing of --optim sgd"),
+        ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 has no effect with --optim adafactor"),
+        ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 has no effect with --optim sgd"),
         ("--adam_epsilon -1 --optim adamw_torch", "--optim adamw_torch: Invalid epsilon value"),
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: One of min_lr or"),
         ("--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay: it missing 1 required"),
@@ -205,7 +205,7 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
         ),
     ],
 )
-def test_what_trainer_would_refuse_once_the_model_is_loaded(flags, expected, refused, data, rows):
+def test_flags_that_trainer_would_only_refuse_after_loading_the_model(flags, expected, refused, data, rows):
     model = data / "models" / "stories260k"
     message = refused("--model_name_or_path", model, "--dataset_name", rows, "--use_cpu", *flags.split())
     assert expected in message, message
@@ -230,7 +230,7 @@ def test_a_package_that_is_not_installed(flags, package, expected, refused, monk
     assert expected in message
 
 
-def test_liger_kernel_that_is_not_installed_beside_a_gpu(monkeypatch):
+def test_liger_kernel_that_is_not_installed_on_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(
         "toolkit.runs.preflight.is_liger_kernel_available", lambda: False
     )  # for it may be installed here
@@ -244,12 +244,12 @@ def test_fsdp_without_gpus_is_refused_with_advice_that_does_not_depend_on_the_fl
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     message = refused(*flags)
-    assert "FSDP2 on 1 process, which accelerate runs on GPUs alone" in message
+    assert "FSDP2 on 1 process, which accelerate only runs on GPUs" in message
     assert "for a trial on CPUs use launch/zero3.yaml, with --use_cpu after the recipe's name" in message
 
 
 def test_sharding_by_flag_on_one_process():
-    with pytest.raises(UserError, match="--fsdp shares a model out among processes, and one runs"):
+    with pytest.raises(UserError, match="--fsdp shards a model across processes, but only one runs"):
         check_installed(
             SimpleNamespace(use_liger_kernel=False, fsdp=["full_shard"], parallel_mode=ParallelMode.NOT_PARALLEL)
         )
@@ -267,13 +267,13 @@ def test_sharding_by_flag_on_one_process():
         "--lr_scheduler_type greedy --eval_strategy epoch --dataloader_drop_last --per_device_train_batch_size 8",
     ],
 )
-def test_optimizers_and_schedules_that_can_be_built_are_let_through(flags, data, rows):
+def test_optimizers_and_schedules_that_can_be_built_are_accepted(flags, data, rows):
     model = data / "models" / "stories260k"
     common = ["--model_name_or_path", str(model), "--dataset_name", str(rows), "--use_cpu"]
     assert prepare(parse_config(Lora, [*common, *flags.split()])).trainable_parameters > 0
 
 
-def test_a_launch_file_where_the_package_was_installed_without_its_repository(monkeypatch, tmp_path):
+def test_a_launch_file_if_the_package_is_installed_without_its_repository(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--launch zero4: there is no such launch file .*; there are .*zero3"):
         read_launch_file("zero4")
     monkeypatch.setattr("toolkit.distributed.launch_files.FOLDER", tmp_path / "site-packages" / "launch")
@@ -311,7 +311,7 @@ def test_the_process_of_a_recipe_exits_with_2_and_one_line():
 
 
 @pytest.mark.slow
-def test_only_the_first_rank_speaks(tmp_path):
+def test_only_the_first_rank_prints(tmp_path):
     ranks = Run("recipes/lora.py", "--use_cpu", "--lora_r", "0", log=tmp_path, processes=2)
     assert ranks.wait() == [2, 2], ranks.text()
     assert ranks.text().count("error: --lora_r 0 is not possible") == 1

@@ -1,4 +1,4 @@
-"""Comparing: flags find their methods, runs are resumed and survive failures, and what is shown follows from the folders."""
+"""Comparisons: flags reach their methods, finished runs and failures are handled, and every output follows from the run folders."""
 
 import argparse
 import csv
@@ -50,7 +50,7 @@ def test_equal_systems_and_small_differences_are_noise():
     assert not near["more_than_noise"] and near["p"] > 0.05
 
 
-def test_the_error_rate_of_the_bootstrap_is_about_the_five_percent_that_it_promises():
+def test_the_error_rate_of_the_bootstrap_is_about_five_percent():
     rng = np.random.default_rng(5)
     trials = 300
     noise = [paired_bootstrap(rng.normal(0, 1, 100), rng.normal(0, 1, 100), range(100), 1000) for _ in range(trials)]
@@ -60,7 +60,7 @@ def test_the_error_rate_of_the_bootstrap_is_about_the_five_percent_that_it_promi
 
 def test_rows_of_one_text_are_drawn_together():
     rng = np.random.default_rng(6)
-    difference = np.repeat(rng.normal(0, 1, 50), 3)  # three references that say the same three times
+    difference = np.repeat(rng.normal(0, 1, 50), 3)  # three references with equal scores
     apart = paired_bootstrap(difference, np.zeros(150), range(150))
     together = paired_bootstrap(difference, np.zeros(150), np.repeat(np.arange(50), 3))
     ratio = (together["high"] - together["low"]) / (apart["high"] - apart["low"])
@@ -68,7 +68,7 @@ def test_rows_of_one_text_are_drawn_together():
 
 
 def pair_of_runs(rng, gap=0.0, seeds=3, rows=200, spread=0.03):
-    """Scores (seeds, rows) of two methods on the same rows, whose runs differ by their seed with a deviation of `spread`."""
+    """Scores (seeds, rows) of two methods on the same rows; the standard deviation over seeds is `spread`."""
     hardness = rng.normal(0.5, 0.2, rows)
 
     def runs(mean):
@@ -77,7 +77,7 @@ def pair_of_runs(rng, gap=0.0, seeds=3, rows=200, spread=0.03):
     return runs(gap), runs(0.0)
 
 
-def test_the_same_method_twice_with_three_seeds_is_seldom_more_than_noise():
+def test_the_same_method_twice_with_three_seeds_rarely_differs_by_more_than_noise():
     rng, pairs, alone = np.random.default_rng(7), 200, 0
     alarms = 0
     for _ in range(pairs):
@@ -90,13 +90,13 @@ def test_the_same_method_twice_with_three_seeds_is_seldom_more_than_noise():
     assert alone / pairs > 0.3  # what test rows alone would say
 
 
-def test_a_difference_well_above_that_of_seeds_is_found_with_three_of_them():
+def test_a_difference_well_above_that_between_seeds_is_found_with_three_seeds():
     rng = np.random.default_rng(8)
     found = [paired_bootstrap(*pair_of_runs(rng, gap=0.15), range(200), 1000) for _ in range(50)]
     assert sum(one["more_than_noise"] and one["low"] > 0 for one in found) >= 45
 
 
-def test_more_seeds_narrow_the_interval_and_one_seed_says_that_it_covers_rows_alone():
+def test_more_seeds_narrow_the_interval_and_one_seed_only_covers_rows():
     few, many = (paired_bootstrap(*pair_of_runs(np.random.default_rng(9), seeds=n), range(200)) for n in (3, 30))
     assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
     ours, theirs = pair_of_runs(np.random.default_rng(9), seeds=1)
@@ -139,12 +139,12 @@ def test_a_flag_goes_to_the_methods_that_have_it(tmp_path):
         ("lora", ("stray",), "unexpected value 'stray'"),
     ],
 )
-def test_what_cannot_be_right_is_refused_before_anything_runs(tmp_path, methods, flags, message):
+def test_flags_that_cannot_be_right_are_refused_before_anything_runs(tmp_path, methods, flags, message):
     with pytest.raises(UserError, match=message):
         planned(tmp_path, *flags, methods=methods)
 
 
-def test_a_folder_of_other_settings_is_refused_and_methods_and_seeds_can_be_added(tmp_path):
+def test_a_folder_with_other_settings_is_refused_and_methods_and_seeds_can_be_added(tmp_path):
     first = planned(tmp_path, "--max_steps", "3")
     plan.claim(first, ["--max_steps", "3"])
     with pytest.raises(UserError, match=r"other settings \(flags: --max_steps 3\)"):
@@ -158,7 +158,7 @@ def test_a_folder_of_other_settings_is_refused_and_methods_and_seeds_can_be_adde
         plan.new_plan(tmp_path / "other", "lora", 1, None, [])
 
 
-def test_a_package_without_its_recipes_says_where_to_get_them(monkeypatch, tmp_path):
+def test_without_recipes_the_error_says_where_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "REPOSITORY", tmp_path)
     with pytest.raises(UserError, match="they come with the repository"):
         planned(tmp_path)
@@ -169,7 +169,7 @@ def test_a_package_without_its_recipes_says_where_to_get_them(monkeypatch, tmp_p
 
 @pytest.fixture
 def small_recipes(monkeypatch, tmp_path):
-    """Processes of plain Python instead of the launcher and a recipe: `full` leaves a synthetic run, `lora` fails."""
+    """Replaces launcher and recipe by small Python processes: `full` leaves a synthetic run, `lora` fails."""
     script = tmp_path / "recipe.py"
     script.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
@@ -192,7 +192,7 @@ def arguments(folder: Path, *flags, methods="full,lora", seeds=1, show=False):
     )
 
 
-def test_a_run_that_fails_does_not_stop_the_rest_and_what_is_done_is_not_done_again(small_recipes, tmp_path, capfd):
+def test_a_failed_run_does_not_stop_the_others_and_finished_runs_are_not_repeated(small_recipes, tmp_path, capfd):
     folder = tmp_path / "c"
     assert compare(arguments(folder, methods="lora,full")) == 1
     shown = capfd.readouterr().out
@@ -205,7 +205,7 @@ def test_a_run_that_fails_does_not_stop_the_rest_and_what_is_done_is_not_done_ag
     assert mark.exists() and "1 of 2 runs were done before" in capfd.readouterr().out
 
 
-def test_the_reason_of_a_failure_is_the_recipes_own_not_the_launchers(tmp_path):
+def test_the_reported_error_is_the_recipes_not_the_launchers(tmp_path):
     one = plan.Run("lora", 0, tmp_path / "lora-0", ())
     assert runner.why_failed(one) == "not run yet"
     launcher = "subprocess.CalledProcessError: Command '['x']' "
@@ -217,9 +217,9 @@ def test_the_reason_of_a_failure_is_the_recipes_own_not_the_launchers(tmp_path):
         (f"  File\nRuntimeError: shape\nTraceback\n{launcher}returned non-zero exit status 1.", "RuntimeError: shape"),
         (
             f"step 3\n{launcher}died with <Signals.SIGKILL: 9>.",
-            "the process was killed (SIGKILL), often for want of memory",
+            "the process was killed (SIGKILL), often because memory ran out",
         ),
-        ("step 3", "stopped before it was done"),
+        ("step 3", "stopped before it finished"),
     ):
         one.log.write_text(text)
         assert runner.why_failed(one) == reason
@@ -235,7 +235,7 @@ def comparison(tmp_path_factory):
     return folder, json.loads((folder / "compare.json").read_text())
 
 
-def test_scores_are_means_over_seeds_and_the_base_stands_beside_them(comparison):
+def test_scores_are_means_over_seeds_and_include_the_base(comparison):
     folder, data = comparison
     entries = {entry["method"]: entry for entry in data["entries"]}
     shots = ["in_context, 0-shot", "in_context, 2-shot"]
@@ -248,7 +248,7 @@ def test_scores_are_means_over_seeds_and_the_base_stands_beside_them(comparison)
     assert entries["lora"]["saved_bytes"] == 4 * 172_032
 
 
-def test_differences_that_are_there_are_more_than_noise_and_others_are_not(comparison):
+def test_only_real_differences_are_more_than_noise(comparison):
     entries = {entry["method"]: entry for entry in comparison[1]["entries"]}
     assert not entries["lora"]["difference"]["full"]["more_than_noise"]
     assert entries["prompt_tuning"]["difference"]["full"]["high"] < 0
@@ -262,7 +262,7 @@ def test_differences_that_are_there_are_more_than_noise_and_others_are_not(compa
     assert entries["ia3"]["difference"]["full"]["mean"] == pytest.approx(mean)
 
 
-def test_in_context_rows_have_their_own_cost_and_are_held_against_the_base_too(comparison):
+def test_in_context_rows_have_their_own_cost_and_are_compared_with_the_base(comparison):
     entries = {entry["method"]: entry for entry in comparison[1]["entries"]}
     none, two = entries["in_context, 0-shot"], entries["in_context, 2-shot"]
     assert none["scores"]["rougeL"]["mean"] == entries["base"]["scores"]["rougeL"]["mean"]
@@ -271,7 +271,7 @@ def test_in_context_rows_have_their_own_cost_and_are_held_against_the_base_too(c
     assert "In-context learning" in (comparison[0] / "compare.md").read_text()
 
 
-def test_flags_of_training_do_not_go_to_what_does_not_train(tmp_path):
+def test_training_flags_do_not_go_to_methods_that_do_not_train(tmp_path):
     made = planned(
         tmp_path, "--max_steps", "3", "--num_shots", "0", "2", "--max_length", "64", methods="full,in_context"
     )
@@ -280,13 +280,13 @@ def test_flags_of_training_do_not_go_to_what_does_not_train(tmp_path):
     assert argv["full"][:4] == ("--max_steps", "3", "--max_length", "64")
 
 
-def test_memory_is_that_of_the_seed_that_needed_most_with_its_own_prediction(comparison):
+def test_memory_is_from_the_seed_that_needed_most_with_its_own_prediction(comparison):
     memory = {entry["method"]: entry.get("memory") for entry in comparison[1]["entries"]}["full"]
     assert memory["measured"]["categories"]["gradients"] == int(3.5 * 1.02 * 2**20)
     assert memory["predicted"]["categories"]["gradients"] == int(3.5 * 1.03 * 2**20)
 
 
-def test_a_failed_seed_has_its_reason_in_every_form(comparison):
+def test_every_output_gives_the_reason_of_a_failed_seed(comparison):
     folder, _ = comparison
     for name in ("json", "csv", "md", "html"):
         assert "torch.OutOfMemoryError: CUDA out of memory" in (folder / f"compare.{name}").read_text(), name
@@ -318,7 +318,7 @@ def test_the_page_is_one_well_formed_file_that_needs_no_network(comparison):
         assert "NaN" not in ElementTree.tostring(drawing, encoding="unicode")
 
 
-def test_bars_and_points_are_as_long_and_where_the_numbers_say(comparison):
+def test_bars_and_points_match_the_numbers(comparison):
     page, entries = (comparison[0] / "compare.html").read_text(), comparison[1]["entries"]
     svg = ElementTree.fromstring(re.findall(r"<svg.*?</svg>", page, re.DOTALL)[1])
     widths = {
@@ -340,7 +340,7 @@ def test_runs_on_other_rows_are_not_compared(tmp_path):
         collect(plan.read_plan(folder))
 
 
-def test_a_comparison_without_methods_of_their_own_or_a_done_run_says_so(tmp_path):
+def test_a_comparison_without_methods_or_finished_runs_says_so(tmp_path):
     with pytest.raises(UserError, match="holds no comparison; start one with --methods"):
         compare(arguments(tmp_path, methods=None, show=True))
     with pytest.raises(UserError, match="--max_steps has no effect with --show"):
@@ -348,9 +348,9 @@ def test_a_comparison_without_methods_of_their_own_or_a_done_run_says_so(tmp_pat
 
 
 @pytest.mark.slow
-def test_two_methods_really_run_as_processes_and_are_compared(small_csv, tmp_path):
+def test_two_real_runs_are_compared(small_csv, tmp_path):
     folder = tmp_path / "c"
-    # the two measured steps are of one epoch, as the predicted ones: at a new one Trainer holds 8 bytes less
+    # the two measured steps are in one epoch, like the predicted ones: in a new epoch Trainer holds 8 bytes less
     short = ("--max_train_samples", "16", "--per_device_train_batch_size", "4", "--max_steps", "3", "--lora_r", "2")
     rest = ("--max_eval_samples", "4", "--output_dir", folder)
     arguments = ("compare", "--methods", "full,lora", "--seeds", "1", *short, *rest)

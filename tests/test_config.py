@@ -1,4 +1,4 @@
-"""Flags and YAML: what wins, and what is refused in one line."""
+"""Flags and YAML: which setting wins, and which mistakes are one-line errors."""
 
 import dataclasses
 import sys
@@ -62,7 +62,7 @@ def test_flags_win_over_yaml_and_yaml_over_the_recipe(yaml_file):
     assert parse_config(Lora, ["--lora_r", "8"]).training.learning_rate != 1e-4
 
 
-def test_the_config_that_a_run_leaves_can_be_run_again(yaml_file):
+def test_a_runs_own_config_can_be_run_again(yaml_file):
     config = parse_config(Lora, ["--lora_r", "4", "--max_length", "64", "--warmup_steps", "3"])
     again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
     assert again.as_dict() == config.as_dict()
@@ -77,7 +77,7 @@ def test_the_config_that_a_run_leaves_can_be_run_again(yaml_file):
         "--lr_scheduler_type reduce_lr_on_plateau --eval_strategy epoch",
     ],
 )
-def test_strategies_are_kept_in_the_config_that_a_run_leaves(flags, yaml_file):
+def test_a_runs_own_config_keeps_strategies(flags, yaml_file):
     config = parse_config(Lora, flags.split())
     again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
     assert again.as_dict() == config.as_dict()
@@ -85,7 +85,7 @@ def test_strategies_are_kept_in_the_config_that_a_run_leaves(flags, yaml_file):
     assert config.training.save_strategy != "best" or config.training.greater_is_better is False
 
 
-def test_flags_overrule_what_a_file_says_of_the_same_thing_by_another_name(yaml_file):
+def test_a_flag_overrides_the_files_setting_of_the_same_thing_under_another_name(yaml_file):
     path = yaml_file("num_train_epochs: 5\nsave_strategy: steps\nsave_steps: 7\n")
     config = parse_config(Lora, ["--config", path, "--max_steps", "3", "--save_strategy", "epoch"])
     assert (config.training.max_steps, config.training.save_strategy) == (3, "epoch")
@@ -93,7 +93,7 @@ def test_flags_overrule_what_a_file_says_of_the_same_thing_by_another_name(yaml_
     assert (epochs.training.max_steps, epochs.training.num_train_epochs) == (-1, 2)
 
 
-def test_the_hub_s_and_reports_flags_are_kept_where_they_have_an_effect(yaml_file):
+def test_flags_of_hub_and_reports_are_accepted_if_they_have_an_effect(yaml_file):
     hub = ["--push_to_hub", "--hub_model_id", "a/b", "--hub_strategy", "end", "--hub_private_repo", "true"]
     reports = ["--report_to", "tensorboard", "--run_name", "first"]
     config = parse_config(Lora, [*hub, *reports])
@@ -101,7 +101,7 @@ def test_the_hub_s_and_reports_flags_are_kept_where_they_have_an_effect(yaml_fil
     assert again.as_dict() == config.as_dict() and config.training.run_name == "first"
 
 
-def test_a_method_s_default_that_the_task_does_not_have_is_left_out(yaml_file, tmp_path):
+def test_a_methods_default_that_the_task_does_not_have_is_dropped(yaml_file, tmp_path):
     (tmp_path / "rows.csv").touch()
     flags = ["--task", "sequence_classification", "--dataset_name", str(tmp_path / "rows.csv")]
     config = parse_config(Lora, flags)  # on the embedded model, LoRA has a default for --max_target_length
@@ -110,7 +110,7 @@ def test_a_method_s_default_that_the_task_does_not_have_is_left_out(yaml_file, t
     assert again.as_dict() == config.as_dict()
 
 
-def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monkeypatch):
+def test_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "rows.csv").touch()
     monkeypatch.chdir(tmp_path / "model")
@@ -138,7 +138,10 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         (["--adam_beta1", "1.5"], "--adam_beta1 1.5 is not possible"),
         (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1 is not possible"),
         (["--seed", "-1"], "--seed -1 is not possible"),
-        (["--max_steps", "3", "--num_train_epochs", "2"], "--num_train_epochs has no effect beside --max_steps 3"),
+        (
+            ["--max_steps", "3", "--num_train_epochs", "2"],
+            "--num_train_epochs has no effect together with --max_steps 3",
+        ),
         (["--bf16_full_eval"], "--bf16_full_eval has no effect here"),
         (["--fp16_full_eval", "true"], "--fp16_full_eval has no effect here"),
         (["--hub_model_id", "a/b"], "--hub_model_id has no effect without --push_to_hub"),
@@ -159,7 +162,7 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         (["--text_column", "x"], "--text_column has no effect without --dataset_name"),
         (["--task", "poetry"], "invalid choice: 'poetry'"),
         (["--task", "text"], "--task text needs --dataset_name"),
-        (["--label_column", "x"], "--label_column has no effect with --task summarization (but with --task class"),
+        (["--label_column", "x"], "--label_column has no effect with --task summarization (only with --task class"),
         (["--task", "text", "--dataset_name", "a/b", "--num_beams", "2"], "--num_beams has no effect with --task text"),
         (
             ["--task", "sequence_classification", "--dataset_name", "a/b", "--prompt_template", "{text}"],
@@ -167,7 +170,10 @@ def test_paths_are_kept_as_absolute_ones_and_hub_ids_as_they_are(tmp_path, monke
         ),
         (["--task", "chat", "--dataset_name", "a/b", "--prompt_column", "x"], "give both --prompt_column and --resp"),
         (["--model_revision", "main"], "--model_revision has no effect on a local model"),
-        (["--memory_snapshot", "--use_cpu"], "--memory_snapshot has no effect here: it records a run on a GPU"),
+        (
+            ["--memory_snapshot", "--use_cpu"],
+            "--memory_snapshot has no effect here: it records a training run on a GPU",
+        ),
         (["--early_stopping_patience", "2"], "add --eval_strategy epoch --load_best_model_at_end"),
         (["--early_stopping_threshold", "0.1"], "no effect without --early_stopping_patience"),
         (["--metric_for_best_model", "eval_loss"], "no effect without --load_best_model_at_end"),
@@ -242,18 +248,18 @@ def test_each_method_says_what_it_is():
         assert sys.modules[method.__module__].__doc__
 
 
-def test_a_yaml_file_that_takes_back_what_the_method_is_made_of_is_refused(tmp_path):
+def test_a_yaml_file_that_turns_off_a_methods_core_setting_is_refused(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("load_in_4bit: false\n")
     with pytest.raises(UserError, match="neither 4 nor 8 bits"):
         parse_config(QLora, ["--config", str(path), "--use_cpu"])
 
 
-def test_virtual_tokens_take_positions_from_a_model_that_counts_them():
+def test_virtual_tokens_take_positions_from_a_model_with_a_limit():
     config = AutoConfig.for_model("gpt2", n_positions=128)
-    asked = DataArguments(max_length=120)
-    assert lengths(asked, config)[0] == 120
+    arguments = DataArguments(max_length=120)
+    assert lengths(arguments, config)[0] == 120
     with pytest.raises(UserError, match=r"at most 108 \(20 positions are virtual tokens\)"):
-        lengths(asked, config, virtual_tokens=20)
+        lengths(arguments, config, virtual_tokens=20)
     assert lengths(DataArguments(), config, virtual_tokens=PromptTuning().virtual_tokens)[0] == 108
-    assert lengths(asked, AutoConfig.for_model("t5"), virtual_tokens=20)[0] == 120
+    assert lengths(arguments, AutoConfig.for_model("t5"), virtual_tokens=20)[0] == 120

@@ -1,4 +1,4 @@
-"""The embedded default: the dialogues are reproducible and hard to guess, and the model is small, loads, and cannot summarize."""
+"""The embedded defaults: reproducible dialogues that are hard to guess, and a small model that loads and cannot summarize."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def test_an_unknown_split_is_refused():
 
 
 def test_no_split_shares_a_sentence_frame_or_a_name_with_another():
-    """Pretraining has sentence frames of its own, too; words it shares with all."""
+    """Pretraining also has its own sentence frames; it shares words with all splits."""
     turns = {
         split: {turn for kind in KINDS for part in frames.exchanges(kind) for turn in part}
         for split, frames in FRAMES.items()
@@ -77,7 +77,7 @@ def copied(row: dict, lines: int) -> float:
 
 
 @pytest.mark.parametrize(("lines", "most"), [(1, 0.25), (2, 0.3)])
-def test_copying_the_first_lines_scores_badly(lines, most):
+def test_copying_the_first_lines_scores_low(lines, most):
     for split in SPLITS:
         score = mean(copied(row, lines) for row in make_dialogues(split, 100))
         assert 0.02 < score < most, (split, score)

@@ -1,4 +1,4 @@
-"""What was asked of the launcher, the locks of DeepSpeed's builds, and who says an error: without any launch."""
+"""The requested engine, the locks of DeepSpeed's builds, and which rank prints an error: without any launch."""
 
 import os
 import subprocess
@@ -24,18 +24,18 @@ from toolkit.runs import preflight
 from toolkit.runs.preflight import check_engine
 
 
-def test_without_a_launcher_one_process_is_asked_for():
+def test_without_a_launcher_one_process_is_requested():
     assert requested_engine(env={}) == Engine(1, "no engine")
     assert str(requested_engine(env={})) == "no engine on 1 process"
 
 
-def test_accelerates_own_yaml_gives_stage_and_offload_by_the_environment():
+def test_accelerates_own_yaml_sets_stage_and_offload_through_the_environment():
     env = {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     assert requested_engine(env=env) == Engine(4, "ZeRO-3")
     offload = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
-    asked = requested_engine(env=env | offload)
-    assert asked == Engine(4, "ZeRO-3", "cpu", "cpu")
-    assert str(asked) == "ZeRO-3 on 4 processes, optimizer state on cpu, parameters on cpu"
+    requested = requested_engine(env=env | offload)
+    assert requested == Engine(4, "ZeRO-3", "cpu", "cpu")
+    assert str(requested) == "ZeRO-3 on 4 processes, optimizer state on cpu, parameters on cpu"
 
 
 def test_trainers_own_flag_for_deepspeed_wins_over_the_environment():
@@ -43,10 +43,10 @@ def test_trainers_own_flag_for_deepspeed_wins_over_the_environment():
     assert requested_engine(config, env={"WORLD_SIZE": "2"}) == Engine(2, "ZeRO-2", "cpu")
 
 
-def test_a_launcher_that_left_an_address_and_no_world_wanted_several_processes():
+def test_an_address_without_a_world_size_means_several_requested_processes():
     env = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}
     assert requested_engine(env=env).processes > 1
-    with pytest.raises(UserError, match="several processes were asked for, and 1 runs"):
+    with pytest.raises(UserError, match="several processes were requested, but 1 runs"):
         checked(env)
 
 
@@ -74,7 +74,7 @@ def test_several_groups_that_share_rows_are_refused_on_cpus():
         checked(env, world_size=4, parallel_mode=ParallelMode.DISTRIBUTED)
 
 
-def test_a_configuration_that_is_not_there_or_not_json_is_named(tmp_path):
+def test_a_configuration_that_is_missing_or_not_json_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.json, which does not exist.*repository's root"):
         read_deepspeed("nowhere.json")
     broken = tmp_path / "broken.json"
@@ -88,7 +88,7 @@ def test_a_configuration_that_is_not_there_or_not_json_is_named(tmp_path):
 
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
-    """A lock of cpu_adam's build that is ten minutes old."""
+    """A lock of the build of cpu_adam that is ten minutes old."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     folder = tmp_path / "py311_cpu" / "cpu_adam"
     folder.mkdir(parents=True)
@@ -100,7 +100,7 @@ def lock(tmp_path, monkeypatch):
 OFFLOAD = Engine(2, "ZeRO-2", "cpu")
 
 
-def test_a_lock_that_a_killed_build_left_is_named_and_not_waited_for(lock):
+def test_a_lock_left_by_a_killed_build_is_named_instead_of_waited_for(lock):
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"{lock} was left by a build of cpu_adam that was killed.*delete that file"):
         check_builds(OFFLOAD)
@@ -111,7 +111,7 @@ def test_a_lock_does_not_matter_to_an_engine_that_needs_no_build(lock):
     check_builds(Engine(2, "ZeRO-3"))
 
 
-def test_a_lock_that_a_compiler_works_under_is_left_to_it(lock):
+def test_a_lock_held_by_a_running_compiler_is_accepted(lock):
     compiler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=lock.parent)
     try:
         check_builds(OFFLOAD)
@@ -120,7 +120,7 @@ def test_a_lock_that_a_compiler_works_under_is_left_to_it(lock):
         compiler.wait()
 
 
-def test_a_lock_that_was_just_taken_is_given_time_and_may_be_gone_then(lock, monkeypatch):
+def test_a_new_lock_gets_time_and_may_disappear(lock, monkeypatch):
     monkeypatch.setattr(deepspeed, "YOUNG_SECONDS", 1.5)
     os.utime(lock)
     with pytest.raises(UserError, match="was left by a build"):
@@ -130,7 +130,7 @@ def test_a_lock_that_was_just_taken_is_given_time_and_may_be_gone_then(lock, mon
     check_builds(OFFLOAD)
 
 
-def test_an_error_is_said_by_the_first_rank_that_asks_and_by_no_other(tmp_path, monkeypatch):
+def test_only_the_first_rank_that_fails_prints_its_error(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "FIRST_SECONDS", 0.0)
     speaks = []
     for rank in ("1", "0", "2"):
@@ -141,7 +141,7 @@ def test_an_error_is_said_by_the_first_rank_that_asks_and_by_no_other(tmp_path, 
 
 
 @pytest.mark.parametrize(("rank", "who"), [(None, ""), ("0", ""), ("3", "rank 3: ")])
-def test_without_a_launchers_folder_each_rank_says_its_errors(rank, who, monkeypatch, capsys):
+def test_without_a_launchers_folder_each_rank_prints_its_errors(rank, who, monkeypatch, capsys):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
@@ -157,7 +157,7 @@ def test_without_a_launchers_folder_each_rank_says_its_errors(rank, who, monkeyp
     assert capsys.readouterr().err == f"error: {who}no such thing\n"
 
 
-def test_a_full_gpu_is_one_line_that_says_what_needs_less(monkeypatch, capsys):
+def test_a_full_gpu_is_one_line_that_says_how_to_need_less(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
 
     @ranks.exits_cleanly
@@ -174,8 +174,8 @@ def test_a_full_gpu_is_one_line_that_says_what_needs_less(monkeypatch, capsys):
     assert said.count("\n") == 1 and "--gradient_checkpointing" in said
 
 
-def test_a_rank_that_hears_no_signal_ends_soon_after_another_has_said_an_error(tmp_path):
-    """As one that waits for a GPU: Python's handlers run between two of its own instructions, and there is none."""
+def test_a_rank_that_handles_no_signals_ends_soon_after_another_has_printed_an_error(tmp_path):
+    """Like a rank that waits for a GPU: Python runs signal handlers only between its own instructions."""
     mark = tmp_path / "1" / "error.json"
     script = """
 import signal, time
@@ -226,14 +226,14 @@ NVME = Engine(2, "ZeRO-3", "nvme", "nvme")
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
-    """DeepSpeed's configuration of a folder to swap to; async_io could be compiled."""
+    """DeepSpeed's configuration of a swap folder; async_io can be compiled."""
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     monkeypatch.setattr(deepspeed, "_locks", [])
     part = {"device": "nvme", "nvme_path": str(tmp_path / "swap")}
     return {"zero_optimization": {"stage": 3, "offload_optimizer": part, "offload_param": part}}
 
 
-def test_one_run_at_a_time_swaps_to_a_folder(disk):
+def test_only_one_run_at_a_time_may_swap_to_a_folder(disk):
     check_disk(NVME, disk)
     with pytest.raises(
         UserError, match=r"another run swaps to .*swap; wait for its end, or give this one another nvme_path"
@@ -244,7 +244,7 @@ def test_one_run_at_a_time_swaps_to_a_folder(disk):
     check_disk(NVME, disk)
 
 
-def test_a_disk_takes_libaio_and_on_a_gpu_the_cuda_toolkit(disk, monkeypatch):
+def test_swapping_to_a_disk_needs_libaio_and_on_a_gpu_the_cuda_toolkit(disk, monkeypatch):
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match="without libaio"):
         check_disk(NVME, disk)
@@ -256,7 +256,7 @@ def test_a_disk_takes_libaio_and_on_a_gpu_the_cuda_toolkit(disk, monkeypatch):
         check_disk(NVME, disk)
 
 
-def test_what_one_rank_refuses_all_refuse(monkeypatch):
+def test_an_error_on_one_rank_is_raised_on_all(monkeypatch):
     def check():
         raise UserError("this machine is too small")
 

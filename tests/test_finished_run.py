@@ -1,4 +1,4 @@
-"""Run folders are used: they answer, several over one base, and their adapters are merged; damage gives one line."""
+"""Finished runs: they answer, share a base, and their adapters are merged; a damaged file is a one-line error."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ SHORT = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--max_length
 
 @pytest.fixture(scope="module")
 def runs(small_csv, tmp_path_factory):
-    """Two real runs of LoRA on the embedded model; one of them as if over 4 bits; and a whole model in a run's folder."""
+    """Two real LoRA runs on the embedded model, one of them as if over a 4-bit base, and a run folder with a whole model."""
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in (("a", ("--lora_r", "2", "--learning_rate", "2e-3")), ("b", ("--learning_rate", "2e-2"))):
         rows = ("--dataset_name", small_csv, "--max_eval_samples", "3", "--save_strategy", "no")
@@ -44,7 +44,7 @@ def runs(small_csv, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_labels(tmp_path_factory):
-    """A data set of sentences in two classes."""
+    """A data set of sentences with two classes."""
     folder = tmp_path_factory.mktemp("labels")
     for split in ("train", "validation", "test"):
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -54,7 +54,7 @@ def small_labels(tmp_path_factory):
 
 
 def answers(folder, column=3):
-    """Texts of the test split, and what the tuned model (or in column 2 the base) had answered when the run ended."""
+    """Texts of the test split, and the answers of the tuned model (or, in column 2, of the base) at the end of the run."""
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.reader(stream))[1:]
     return [row[0] for row in rows], [row[column] for row in rows]
@@ -67,7 +67,7 @@ def footprint(*argv) -> int:
 
 
 @pytest.mark.slow
-def test_several_runs_over_one_base_load_it_once_and_each_answers_as_it_did_alone(runs, monkeypatch, capsys):
+def test_several_runs_over_one_base_load_it_once_and_answer_as_before(runs, monkeypatch, capsys):
     loads = []
     real = finished_run.load_model
     monkeypatch.setattr(finished_run, "load_model", lambda *args: loads.append(1) or real(*args))
@@ -77,7 +77,7 @@ def test_several_runs_over_one_base_load_it_once_and_each_answers_as_it_did_alon
     alone = {"a": answers(runs / "a")[1][0], "b": answers(runs / "b")[1][0], "full": answers(runs / "a", 2)[1][0]}
     assert said == [[name, alone[name]] for name in ("a", "b", "full", "a")]
     assert len(loads) == 1
-    assert len(set(alone.values())) == 3  # else this test could not fail
+    assert len(set(alone.values())) == 3  # otherwise this test could not fail
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_damaged_file_gives_one_line(runs, tmp_path, capsys, file, content, me
 
 
 @pytest.mark.slow
-def test_run_folders_come_first_and_what_is_missing_is_said(runs, tmp_path, capsys):
+def test_run_folders_come_first_and_missing_arguments_are_reported(runs, tmp_path, capsys):
     assert footprint("generate", "a text", runs / "a") == 2
     assert "a text is not a run folder" in capsys.readouterr().err
     assert footprint("generate", runs / "a") == 2
@@ -142,7 +142,7 @@ def test_run_folders_come_first_and_what_is_missing_is_said(runs, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_a_merged_model_is_loaded_by_transformers_alone_and_answers_as_the_adapter_did(runs, tmp_path, capsys):
+def test_transformers_alone_loads_a_merged_model_which_answers_as_the_adapter_did(runs, tmp_path, capsys):
     merge(runs / "b", tmp_path / "merged")
     assert "100.0% of what the adapter does" in capsys.readouterr().out
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
@@ -156,7 +156,7 @@ def test_a_merged_model_is_loaded_by_transformers_alone_and_answers_as_the_adapt
 
 
 @pytest.mark.slow
-def test_a_base_of_4_bits_is_dequantized_and_merged_with_its_scores_before_and_after(runs, tmp_path):
+def test_a_4_bit_base_is_dequantized_and_merged_with_scores_before_and_after(runs, tmp_path):
     merge(runs / "nf4", tmp_path / "merged")
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
@@ -166,7 +166,7 @@ def test_a_base_of_4_bits_is_dequantized_and_merged_with_its_scores_before_and_a
 
 
 @pytest.mark.slow
-def test_a_tune_that_rounding_would_erase_is_refused_and_float32_keeps_it(runs, tmp_path):
+def test_a_merge_that_rounding_would_erase_is_refused_and_float32_keeps_it(runs, tmp_path):
     weak = tmp_path / "weak"
     shutil.copytree(runs / "a", weak)
     weights = load_file(weak / "adapter_model.safetensors")
@@ -180,7 +180,7 @@ def test_a_tune_that_rounding_would_erase_is_refused_and_float32_keeps_it(runs, 
     merge(weak, tmp_path / "merged", "float32")
 
 
-MERGES = {  # flags of a run whose adapter must go into its base
+MERGES = {  # flags of a run; its adapter must merge into its base
     "lora-int8": ("lora", "--load_in_8bit"),
     "lora-head": ("lora", "--task", "sequence_classification"),
     "lora-nf4-head": ("qlora", "--task", "sequence_classification"),
@@ -198,7 +198,7 @@ MERGES = {  # flags of a run whose adapter must go into its base
 @pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("case", MERGES)
-def test_what_can_merge_merges_and_answers_as_it_did(case, small_csv, small_labels, tmp_path):
+def test_every_mergeable_adapter_answers_as_before_after_merging(case, small_csv, small_labels, tmp_path):
     name, *flags = MERGES[case]
     rows, task = (small_labels, ("--max_steps", "4")) if "head" in case else (small_csv, SHORT)
     done = recipe(
@@ -222,15 +222,17 @@ def test_what_can_merge_merges_and_answers_as_it_did(case, small_csv, small_labe
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("method", "config", "reason"),
     [
-        (None, "leaves no adapter, .* it trains nothing"),
-        (PromptTuningConfig(num_virtual_tokens=2), "inputs to the model"),
-        (PrefixTuningConfig(num_virtual_tokens=2), "they change no weight"),
-        (BottleneckConfig(), "is not linear"),
+        ("in_context", None, "leaves no adapter, .* it trains nothing"),
+        ("prompt_tuning", PromptTuningConfig(num_virtual_tokens=2), "inputs to the model"),
+        ("prefix_tuning", PrefixTuningConfig(num_virtual_tokens=2), "they change no weight"),
+        ("of_an_older_version", PrefixTuningConfig(num_virtual_tokens=2), "they change no weight"),
+        ("adapter", BottleneckConfig(), "is not linear"),
+        ("peft_method", BottleneckConfig(), "is not linear"),
     ],
 )
-def test_methods_that_cannot_merge_say_why(config, reason):
+def test_methods_that_cannot_be_merged_say_why(method, config, reason):
     with pytest.raises(UserError, match=reason):
-        _check_mergeable(SimpleNamespace(adapter=config, path=Path("run"), record={"method": "some"}))
+        _check_mergeable(SimpleNamespace(adapter=config, path=Path("run"), record={"method": method}))
     _check_mergeable(SimpleNamespace(adapter=IA3Config(), path=Path("run"), record={"method": "ia3"}))

@@ -1,4 +1,4 @@
-"""What a model writes and scores: each row as whole forward passes say, alone and in any batch."""
+"""Generation and scoring: each row gives the same as whole forward passes, alone and in any batch."""
 
 from itertools import product
 
@@ -24,7 +24,7 @@ LENGTH = 5
 
 
 class Numbers:
-    """A tokenizer whose words are numbers: of one, all that generation asks for."""
+    """A tokenizer with numbers as words, with only what generation needs."""
 
     eos_token_id, pad_token_id = None, 0
 
@@ -42,7 +42,7 @@ class Numbers:
 
 
 def tuned(method, name, model=None):
-    """A model that `method` changes much: its trained weights are random, and large."""
+    """A model that `method` changes a lot: its trained weights are random and large."""
     model = tiny_model(name) if model is None else model
     if hasattr(model, "generation_config"):
         settings = model.generation_config
@@ -59,7 +59,7 @@ def tuned(method, name, model=None):
 
 @torch.no_grad()
 def most_probable(model, prompt, written):
-    """The most probable token at each place of what was `written` after (or for) `prompt`, by one pass without a cache."""
+    """The most probable token at each position of `written` after (or for) `prompt`, from one forward pass without a cache."""
     ids = torch.tensor([prompt if model.config.is_encoder_decoder else prompt + written])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
@@ -73,7 +73,7 @@ def numbers(texts):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", VARIANTS, ids=label)
-def test_what_is_generated_is_what_whole_forward_passes_say_alone_and_in_a_batch(method, name):
+def test_generation_matches_whole_forward_passes_alone_and_in_a_batch(method, name):
     model = tuned(method, name)
     together = numbers(generate(model, Numbers(), PROMPTS, len(PROMPTS), LENGTH))
     assert together == [most_probable(model, *pair) for pair in zip(PROMPTS, together, strict=True)]
@@ -107,7 +107,7 @@ class Untouched:
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_every_architecture_writes_the_same_alone_and_in_a_batch(name, method, monkeypatch):
+def test_every_architecture_generates_the_same_alone_and_in_a_batch(name, method, monkeypatch):
     monkeypatch.setitem(CONFIGS, name, (MORE | OTHERS)[name])
     config = tiny_config(name)
     model = tuned(method, name, auto_class(config).from_config(config))
@@ -125,7 +125,7 @@ def test_beams_after_virtual_tokens_are_the_same_alone_and_in_a_batch(method):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", [Lora(), IA3(), PTuning(), PrefixTuning(), PromptTuning()], ids=label)
-def test_a_head_scores_and_learns_from_a_row_alone_what_it_does_in_a_batch(method, name):
+def test_a_heads_scores_and_gradients_of_a_row_are_the_same_alone_and_in_a_batch(method, name):
     config = tiny_config(name)
     set_head(config, ["a", "b", "c", "d"], pad_token_id=0)
     prompts = [[*prompt, 2] for prompt in PROMPTS]  # T5's and BART's heads read the state of the end-of-text token
@@ -150,7 +150,7 @@ def test_a_head_scores_and_learns_from_a_row_alone_what_it_does_in_a_batch(metho
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", [Lora(), PTuning(), PrefixTuning(), PromptTuning()], ids=label)
-def test_the_loss_of_a_text_is_that_of_its_own_tokens_given_the_virtual_ones(method, name):
+def test_the_loss_of_a_text_covers_its_own_tokens_given_the_virtual_ones(method, name):
     model = tuned(method, name)
     expected = []
     with torch.no_grad():
@@ -177,7 +177,7 @@ SETTINGS = {  # of published models' generation_config.json
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_each_row_has_the_most_probable_answer_whatever_the_model_ships(name, settings):
+def test_each_row_gets_the_most_probable_answer_whatever_generation_config_the_model_has(name, settings):
     plain, shipped = tuned(Lora(), name), tuned(Lora(), name)
     for key, value in settings.items():
         setattr(shipped.get_base_model().generation_config, key, value)
@@ -185,7 +185,7 @@ def test_each_row_has_the_most_probable_answer_whatever_the_model_ships(name, se
 
 
 def test_an_answer_begins_with_the_language_that_training_gives_it():
-    """mBART's decoder starts with the language that ends its labels; mBART-50's labels begin with it."""
+    """mBART's decoder starts with the language token that ends its labels; mBART-50's labels begin with it."""
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = AutoConfig.for_model(
         "mbart",

@@ -1,4 +1,4 @@
-"""What `make gpu` measures, small, on whatever GPU is there: `pytest -m gpu`."""
+"""A small version of `make gpu` on this machine's GPU: `pytest -m gpu`."""
 
 import sys
 
@@ -31,7 +31,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(work):
-    """Runs one item in a process of its own, and gives its outcome; it must not fail."""
+    """Runs one item in its own process and returns its outcome; it must not fail."""
     outcomes: list[Outcome] = []
     pool = Pool(work, 1, 1, WHOLE, float("inf"), 300.0, Estimates(), outcomes.append)
     for label in SMALL:
@@ -70,24 +70,24 @@ def test_a_recipe_trains_resumes_answers_and_merges_on_a_gpu(run, work, scenario
 
 @pytest.mark.parametrize("model", SMALL)
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_memory_on_a_gpu_is_what_was_predicted_for_the_same_steps(run, work, method, model):
+def test_measured_memory_on_a_gpu_matches_the_prediction_for_the_same_steps(run, work, method, model):
     flags = ("--per_device_train_batch_size", "4", "--max_length", "256", *PRECISION)
     one = memory.Configuration(f"{model} {method}", method, model, flags)
     row = {"name": one.name, **run(one.item(work, work, rehearsed=False)).found}
     facts = run(Item("card", "card", "on_gpu.fact_jobs:card", {"rehearsed": False}, gib=1.0)).found
     predicted = run(memory.prediction_item(row, facts, work, rehearsed=False)).found
     compared = memory.compared(row, predicted)
-    assert compared["agrees"], compared["says"]  # what the accuracy table calls agreement
+    assert compared["agrees"], compared["says"]  # the criterion of the accuracy table
 
 
 @pytest.mark.parametrize("fact", ["workspaces", "attention"])
-def test_what_predictions_take_from_sources_holds_on_this_gpu(run, fact):
+def test_facts_that_predictions_take_from_sources_hold_on_this_gpu(run, fact):
     found = run(Item(f"facts {fact}", "facts", f"on_gpu.fact_jobs:{fact}", {"rehearsed": False}, gib=WHOLE)).found
     assert found["agrees"], found["says"]
 
 
 @pytest.mark.parametrize(("limit", "outcome"), [(2**30, "fits"), (64 * 2**20, "runs out")])
-def test_a_limit_of_the_allocator_is_kept(run, work, limit, outcome):
+def test_an_allocator_limit_works(run, work, limit, outcome):
     ladder = fits.Ladder("full", "small-llama", 256, 20)
     arguments = {
         "ladder": vars(ladder),

@@ -1,4 +1,4 @@
-"""`make gpu` on a machine without a GPU: its lists, its pool, its results, and all of it with tiny models."""
+"""`make gpu` on a machine without a GPU: its items, pool and results, and a whole rehearsal with tiny models."""
 
 import itertools
 import json
@@ -30,17 +30,17 @@ H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "multiprocessors"
 VERSIONS = {"torch": "2.11.0+cu130", "transformers": "5.17.0"}
 
 
-# ---- what is measured
+# ---- items
 
 
-def test_the_grid_has_at_least_40_configurations_with_names_of_their_own():
+def test_the_grid_has_at_least_40_configurations_with_unique_names():
     grid = memory.grid()
     assert len({c.name for c in grid}) == len(grid) >= 40
     assert {c.method for c in grid} >= {"full", "lora", "qlora", "ia3", "prefix_tuning", "adapter"}
     assert {c.model for c in grid} <= models.by_label(rehearsed=False).keys() <= memory.NEEDS.keys()
 
 
-def test_every_item_has_a_name_of_its_own_and_a_model_that_can_be_made(tmp_path):
+def test_every_item_has_a_unique_name_and_a_model_that_can_be_made(tmp_path):
     plans = {ladder.name: {str(8 * 2**30): {"rows": 3}} for ladder in fits.LADDERS}
     items = [scenario.item(tmp_path, False) for scenario in runs.scenarios()]
     items += [c.item(tmp_path, tmp_path, False) for c in memory.grid()]
@@ -49,7 +49,7 @@ def test_every_item_has_a_name_of_its_own_and_a_model_that_can_be_made(tmp_path)
     makers = {model.item.name for model in models.by_label(rehearsed=False).values()}
     for item in items:
         assert set(item.needs) <= makers
-        json.dumps(item.arguments)  # so that a process can be given them
+        json.dumps(item.arguments)  # arguments must be JSON-serializable
 
 
 @pytest.mark.parametrize("one", memory.grid(), ids=lambda one: one.name)
@@ -68,7 +68,7 @@ def test_recipes_take_the_flags_of_every_scenario_on_an_h100(one, tmp_path, monk
     assert parse_config(METHODS[one.method], flags, find_card("H100")).method.name == one.method
 
 
-def test_models_are_those_of_the_catalogue_and_their_folders_hold_a_tokenizer(tmp_path):
+def test_models_come_from_the_catalogue_and_their_folders_have_a_tokenizer(tmp_path):
     label = "small-t5"
     source = models.by_label(rehearsed=True)[label].source
     (tmp_path / "models").mkdir()
@@ -85,7 +85,7 @@ def test_models_are_those_of_the_catalogue_and_their_folders_hold_a_tokenizer(tm
         assert models.config_of(model.source) is not None
 
 
-def test_a_model_whose_output_embedding_is_its_own_is_saved_with_it(tmp_path, monkeypatch):
+def test_a_model_with_a_separate_output_embedding_is_saved_with_it(tmp_path, monkeypatch):
     small = models.config_of(models.by_label(rehearsed=True)["small-t5"].source)
     monkeypatch.setattr(models, "config_of", lambda source: small)
     (tmp_path / "models").mkdir()
@@ -95,7 +95,7 @@ def test_a_model_whose_output_embedding_is_its_own_is_saved_with_it(tmp_path, mo
     assert not torch.equal(head, embedding) and 0.015 < head.std().item() < 0.025  # as it was drawn
 
 
-def test_every_batch_of_the_rows_has_padding_and_none_is_longer_than_asked(tmp_path):
+def test_every_batch_of_the_rows_has_padding_and_none_is_too_long(tmp_path):
     folder = models.write_rows(tmp_path)
     words = [len(json.loads(line)["dialogue"].split()) for line in (folder / "train.jsonl").open()]
     assert words[0] > 1024 and all(abs(a - b) > 1000 for a, b in itertools.pairwise(words))
@@ -104,13 +104,13 @@ def test_every_batch_of_the_rows_has_padding_and_none_is_longer_than_asked(tmp_p
 def test_a_batch_is_rebuilt_from_its_shapes_and_row_lengths():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     batch = {"input_ids": torch.tensor([[7, 8, 9], [7, 0, 0]]), "attention_mask": mask, "labels": mask.clone()}
-    told = json.loads(json.dumps(training.describe(batch)))
-    again = training.rebuilt(told)
+    described = json.loads(json.dumps(training.describe(batch)))
+    again = training.rebuilt(described)
     assert again.keys() == batch.keys() and torch.equal(again["attention_mask"], mask)
     assert all(again[name].shape == batch[name].shape and again[name].dtype == torch.int64 for name in batch)
 
 
-def test_kernels_are_told_by_their_names():
+def test_kernels_are_recognized_by_their_names():
     from on_gpu.fact_jobs import kind_of
 
     names = {
@@ -126,7 +126,7 @@ def test_kernels_are_told_by_their_names():
 # ---- time
 
 
-def test_what_was_learned_corrects_the_guesses_of_its_part():
+def test_measured_times_correct_the_guesses_of_a_part():
     known, other = Item("a", "memory", "", seconds=10), Item("b", "memory", "", seconds=20)
     estimates = Estimates([(known, 30.0)])
     assert (estimates.of(known), estimates.of(other)) == (30.0, 60.0)
@@ -140,7 +140,7 @@ def outcomes():
 
 @pytest.fixture
 def make_pool(tmp_path, outcomes, monkeypatch):
-    """A pool of forks of this process; `outcomes` gets what ended, by name."""
+    """A pool of forks of this process; `outcomes` gets the finished items by name."""
     for name in (
         "HF_HUB_OFFLINE",
         "OMP_NUM_THREADS",
@@ -148,7 +148,7 @@ def make_pool(tmp_path, outcomes, monkeypatch):
         "PYTORCH_NVML_BASED_CUDA_CHECK",
         "TOKENIZERS_PARALLELISM",
     ):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the pool sets is taken back
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that changes by the pool are undone
 
     def make(seconds, workers=3, gib=10.0, least=1.0):
         end = time.monotonic() + seconds
@@ -162,7 +162,7 @@ def item(name, job, seconds=0.5, gib=1.0, needs=(), **arguments):
     return Item(name, "test", f"gpu_jobs:{job}", arguments, seconds, gib, needs)
 
 
-def test_an_item_that_breaks_dies_or_hangs_stops_nothing_and_says_why(make_pool, outcomes):
+def test_an_item_that_fails_dies_or_hangs_stops_nothing_and_says_why(make_pool, outcomes):
     pool = make_pool(60)
     left = pool.run(
         [item("breaks", "breaks"), item("dies", "dies"), item("hangs", "hangs"), item("fine", "fine", value=3)]
@@ -181,7 +181,7 @@ def test_an_item_that_breaks_dies_or_hangs_stops_nothing_and_says_why(make_pool,
     assert outcomes["fine"].found == {"value": 3}
 
 
-def test_nothing_is_begun_that_cannot_end_in_time_and_what_runs_at_the_end_is_killed(make_pool, outcomes):
+def test_only_items_that_can_end_in_time_start_and_running_ones_are_killed_at_the_end(make_pool, outcomes):
     pool = make_pool(3, least=100)
     began = time.monotonic()
     left = pool.run([item("long", "fine", seconds=60, value=1), item("hangs", "hangs"), item("short", "fine", value=2)])
@@ -191,7 +191,7 @@ def test_nothing_is_begun_that_cannot_end_in_time_and_what_runs_at_the_end_is_ki
     assert list(outcomes) == ["short"] and 2.5 < time.monotonic() - began < 20
 
 
-def test_what_ran_out_of_memory_beside_others_is_tried_again_alone(make_pool, outcomes, tmp_path):
+def test_an_item_that_ran_out_of_memory_next_to_others_is_retried_alone(make_pool, outcomes, tmp_path):
     pool = make_pool(60)
     pool.run(
         [
@@ -205,7 +205,7 @@ def test_what_ran_out_of_memory_beside_others_is_tried_again_alone(make_pool, ou
     assert outcomes["never"].status == "out of memory" and "2000.00 GiB" in outcomes["never"].error
 
 
-def test_an_item_that_wants_the_card_for_itself_has_it(make_pool, outcomes, tmp_path):
+def test_an_item_that_needs_the_whole_card_gets_it(make_pool, outcomes, tmp_path):
     log = tmp_path / "order"
     pool = make_pool(60)
     pool.run(
@@ -234,7 +234,7 @@ def test_a_helper_is_run_once_before_the_first_that_needs_it(make_pool, outcomes
 # ---- results
 
 
-def test_results_go_on_from_earlier_ones_of_the_same_card_and_stack(tmp_path):
+def test_results_continue_earlier_ones_of_the_same_card_and_stack(tmp_path):
     results = Results.of(tmp_path, H100, VERSIONS)
     results.begin(9, "abc")
     results.put("a", "memory", status="ok")
@@ -249,7 +249,7 @@ def test_results_go_on_from_earlier_ones_of_the_same_card_and_stack(tmp_path):
     )
 
 
-def test_errors_are_percent_of_the_measured_value_and_what_failed_counts_in_no_mean():
+def test_errors_are_percent_of_the_measured_value_and_means_exclude_failures():
     assert (error_percent(101, 100), error_percent(190, 200)) == (1.0, -5.0)
     good = {"error_percent": {"allocated_bytes": -0.5, "reserved_bytes": 2.0}}
     assert summary([good, {"status": "failed"}]) == {
@@ -258,7 +258,7 @@ def test_errors_are_percent_of_the_measured_value_and_what_failed_counts_in_no_m
     }
 
 
-def test_the_table_tells_what_agreed_what_did_not_and_what_is_left():
+def test_the_table_lists_agreements_differences_and_items_left():
     rows = [
         {"name": "a", "part": "memory", "status": "ok", "agrees": True, "says": "fine"},
         {"name": "b", "part": "memory", "status": "ok", "agrees": False, "says": "allocated +9 %"},
@@ -288,7 +288,7 @@ def test_a_prediction_is_also_compared_with_the_steady_step_without_the_trace():
     assert not far["agrees"] and "untraced allocated -9.09 %" in far["says"]
 
 
-def test_the_table_says_where_the_trace_itself_made_the_difference():
+def test_the_table_says_if_the_trace_itself_caused_a_difference():
     predicted = {"peak": {"allocated_bytes": 1000, "reserved_bytes": 2000}, "phases": {"backward": [1000, 600]}}
     traced = {"peak": {"allocated_bytes": 1040, "reserved_bytes": 2080}, "phases": {"backward": [1040, 600]}}
     found = memory.compared(traced | {"untraced_allocated_bytes": 1001}, predicted)
@@ -306,7 +306,7 @@ def test_the_table_says_where_the_trace_itself_made_the_difference():
     assert not much_too_low["agrees"]
 
 
-def test_what_a_call_leaves_is_few_files_whatever_it_measured(tmp_path):
+def test_a_call_leaves_few_files_whatever_it_measured(tmp_path):
     for name in ("kept/a.json", "kept/b.json", "kept/a.pickle", "logs/a.log", "logs/b.log"):
         (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "work" / name).write_text(name)
@@ -318,7 +318,7 @@ def test_what_a_call_leaves_is_few_files_whatever_it_measured(tmp_path):
         assert archive.namelist() == ["a.json", "b.json"]
 
 
-def test_every_batch_of_a_plan_is_whole_in_two_steps(tmp_path):
+def test_two_steps_of_every_planned_batch_size_have_enough_rows(tmp_path):
     for rows, tried in ((fits.MOST, 2), (fits.MOST + 1, 0)):
         plan = {"lora llama-1b": {str(8 * 2**30): {"rows": rows}}}
         found = fits.items(plan, tmp_path, rehearsed=False)
@@ -335,8 +335,8 @@ def test_speeds_are_fractions_of_the_cards_own_rates():
 def test_a_plan_names_both_sides_of_each_limit(tmp_path):
     found = {"lora llama-1b": {str(8 * 2**30): {"rows": 5, "reserved": 1, "one_more": 2}}}
     items = fits.items(found, tmp_path, rehearsed=False)
-    told = [(one.arguments["rows"], one.arguments["expected"]) for one in items]
-    assert told == [(5, "fits"), (6, "runs out")]
+    sides = [(one.arguments["rows"], one.arguments["expected"]) for one in items]
+    assert sides == [(5, "fits"), (6, "runs out")]
 
 
 def test_the_committed_results_are_readable():
@@ -352,11 +352,11 @@ def test_the_committed_results_are_readable():
             assert Results.load(path).rows()
 
 
-# ---- all of it
+# ---- a whole rehearsal
 
 
-def test_importing_what_recipes_need_does_not_touch_a_gpu():
-    """On a machine with a GPU, an import that asked CUDA for anything would leave the process unable to fork."""
+def test_importing_what_recipes_need_does_not_initialize_cuda():
+    """On a machine with a GPU, an import that initializes CUDA would make forks unusable."""
     code = """
 import sys, torch
 def touched(*a, **k): raise SystemExit("CUDA was touched")
@@ -392,8 +392,8 @@ def test_a_scenario_under_fsdp2_runs_on_a_cpu(make_pool, outcomes, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_that_is_killed_goes_on_where_it_stopped_and_agrees_in_everything(tmp_path):
-    """The killed call is of the shortest part: what it had begun and not ended is done again, and `make test` is to be short."""
+def test_a_killed_rehearsal_continues_where_it_stopped_and_agrees_in_everything(tmp_path):
+    """The killed call runs only the shortest part: unfinished items are repeated, and `make test` must stay short."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--out", str(tmp_path / "out")]
     command += ["--work", str(tmp_path / "work")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

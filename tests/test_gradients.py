@@ -13,7 +13,7 @@ TOLERANCE = 1e-5  # relative, in fp32
 
 
 def difference(found, expected) -> float:
-    """Norm of the difference over the norm of the expected gradients, all parameters together."""
+    """The norm of the difference divided by the norm of the expected gradients, over all parameters."""
     assert found.keys() == expected.keys()
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     return float(torch.stack([(found[n] - g).norm() for n, g in expected.items()]).norm() / norm)
@@ -39,7 +39,7 @@ def test_one_whole_batch_gives_the_gradients_of_trainer(kind, whole):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("t5", 3.0), ("bart", 3.0), ("head", 3.0), ("llama", 0.0)])
-def test_trainer_alone_loses_the_scale_for_t5_and_bart_and_a_head(kind, expected, whole):
+def test_plain_trainer_loses_the_scale_for_t5_and_bart_and_a_head(kind, expected, whole):
     """Why `FineTuner.compute_loss` exists: without it, 4 accumulated batches give about 4 times the gradient."""
     off = difference(gradients(kind, batch_size=2, accumulation=4, ours=False), whole[kind])
     assert abs(off - expected) < (TOLERANCE if kind == "llama" else 1.0)
@@ -47,7 +47,7 @@ def test_trainer_alone_loses_the_scale_for_t5_and_bart_and_a_head(kind, expected
 
 @torch.no_grad()
 def mean_over_tokens(kind, tmp_path, number=7) -> float:
-    """What the model's own loss says of each row alone, weighted by label tokens."""
+    """The model's own loss of each row alone, averaged with label tokens as weights."""
     model = fine_tuner(kind, tmp_path, rows(kind), rows(kind)).model.eval()
     total, tokens = 0.0, 0
     for row in rows(kind).select(range(number)):
@@ -73,17 +73,17 @@ def test_a_smoothed_validation_loss_does_not_depend_on_batches_either(kind):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "prompt"])
-def test_a_smoothed_loss_is_trained_as_it_is_validated(kind, tmp_path):
+def test_training_and_validation_use_the_same_smoothed_loss(kind, tmp_path):
     smoothing = {"label_smoothing_factor": 0.2, "learning_rate": 0.0}
     trainer = fine_tuner(
         kind, tmp_path, rows(kind), rows(kind), per_device_train_batch_size=8, max_steps=1, **smoothing
     )
-    trainer.remove_callback(Guards)  # nothing is to move
+    trainer.remove_callback(Guards)  # they would require weights to change
     assert trainer.train().training_loss == pytest.approx(validation_loss(kind, 3, number=8, **smoothing), rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_resumed_run_takes_the_rows_that_the_interrupted_one_would_have_taken(strategy, tmp_path):
+def test_a_resumed_run_sees_the_same_rows_as_an_uninterrupted_one(strategy, tmp_path):
     checkpoints = {
         "save_strategy": "steps",
         "save_steps": 11,
@@ -92,12 +92,12 @@ def test_a_resumed_run_takes_the_rows_that_the_interrupted_one_would_have_taken(
     whole = order(strategy, tmp_path, **checkpoints)
     assert all(sorted(epoch) == list(range(20, 36)) for epoch in whole)
     assert whole[0] != whole[1] != whole[2]
-    torch.manual_seed(7)  # whatever another process has drawn
+    torch.manual_seed(7)  # another random state, as in another process
     again = order(strategy, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-11"), **checkpoints)
     assert again == [whole[1][6:], whole[2]]
 
 
-def test_rows_of_about_equal_length_are_together():
+def test_rows_of_similar_length_are_grouped():
     length = {row["input_ids"][0]: len(row["input_ids"]) for row in lengths_differ()}
 
     def padding(strategy, tmp):

@@ -1,4 +1,4 @@
-"""Each guard stops a real training that it is there to stop, and lets good ones pass."""
+"""Each guard stops a real training run with the fault that it checks for, and lets good runs pass."""
 
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -63,19 +63,20 @@ def test_a_good_run_passes_every_guard_and_keeps_its_weights(trainer, method, tm
     assert all(torch.equal(p, before[name]) for name, p in good.model.named_parameters())
 
 
-def test_a_prefix_that_generation_loses_is_found(trainer, monkeypatch):
+def test_a_prefix_that_generation_ignores_is_found(trainer, monkeypatch):
     run = trainer("prefix")
     run.model.prompt_encoder["default"].embedding.weight.data.mul_(4)
     check_generation(run, run.data)
     lost = lambda self, *args, **kwargs: self.base_model_prepare_inputs_for_generation(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(PeftModelForCausalLM, "prepare_inputs_for_generation", lost)
     with pytest.raises(
-        UserError, match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not fit"
+        UserError,
+        match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not be compatible",
     ):
         check_generation(run, run.data)
 
 
-def test_a_loss_that_does_not_depend_on_the_weights_is_stopped_by_the_third_step(trainer):
+def test_a_loss_that_does_not_depend_on_the_weights_stops_the_run_by_the_third_step(trainer):
     class Detached(FineTuner):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs) * 0.0
@@ -84,7 +85,7 @@ def test_a_loss_that_does_not_depend_on_the_weights_is_stopped_by_the_third_step
         trainer(kind=Detached, max_steps=100).train()
 
 
-def test_a_learning_rate_that_moves_no_weight_is_stopped(trainer):
+def test_a_learning_rate_that_changes_no_weight_stops_the_run(trainer):
     with pytest.raises(UserError, match="guard 'update': after 3 steps no trained weight has changed"):
         trainer("full", learning_rate=1e-30, max_steps=100).train()
 
@@ -95,7 +96,7 @@ def test_a_run_shorter_than_the_first_steps_is_checked_at_its_end(trainer):
     trainer("full", max_steps=1).train()
 
 
-def test_a_warm_up_whose_first_step_moves_nothing_passes(trainer):
+def test_a_warm_up_with_a_first_step_that_changes_nothing_passes(trainer):
     trainer("full", warmup_steps=3, lr_scheduler_type="linear").train()
 
 
@@ -119,7 +120,7 @@ def test_an_adapter_file_that_is_empty_incomplete_or_altered_is_refused(trainer,
     name = next(key for key in weights if "lora_B" in key)
 
     save_file({**weights, name: weights[name] * 1.5}, file)
-    with pytest.raises(UserError, match=r"guard 'saved': the adapter read back .* gives logits that differ"):
+    with pytest.raises(UserError, match=r"guard 'saved': the adapter loaded from .* gives logits that differ"):
         check_saved(run, run.config)
     save_file({key: tensor for key, tensor in weights.items() if key != name}, file)
     with pytest.raises(UserError, match="guard 'saved': 1 trained weights are not in"):
@@ -128,7 +129,7 @@ def test_an_adapter_file_that_is_empty_incomplete_or_altered_is_refused(trainer,
     with pytest.raises(UserError, match=r"guard 'saved': .* holds no weights"):
         check_saved(run, run.config)
     file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"guard 'saved': .* cannot be read back"):
+    with pytest.raises(UserError, match=r"guard 'saved': .* cannot be read"):
         check_saved(run, run.config)
 
 
@@ -156,8 +157,8 @@ def test_a_checksum_sees_one_changed_bit_a_scaling_and_a_tail(dtype):
         assert len(seen) == 3 and not checksums(module, trainable=True)
 
 
-def test_an_update_that_16_bits_round_away_is_judged_at_the_end_alone():
-    """DeepSpeed updates a copy in fp32, of which the model's weights are roundings."""
+def test_an_update_that_16_bits_round_away_is_only_checked_at_the_end():
+    """DeepSpeed updates a copy in fp32; the model's weights are that copy, rounded."""
     model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     guards, nothing = Guards(), SimpleNamespace()
     optimizer = SimpleNamespace(param_groups=[{"lr": 1e-4}])
@@ -173,7 +174,7 @@ def test_an_update_that_16_bits_round_away_is_judged_at_the_end_alone():
     guards.on_train_end(nothing, nothing, nothing, model=model)
 
 
-def test_the_run_folder_is_pushed_as_it_stands_by_rank_0_alone(monkeypatch, tmp_path):
+def test_only_rank_0_pushes_the_run_folder_unchanged(monkeypatch, tmp_path):
     pushed = []
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options))
     args = SimpleNamespace(output_dir=str(tmp_path), hub_token=None, hub_revision=None)

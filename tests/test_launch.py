@@ -1,4 +1,4 @@
-"""The files of launch/ as they stand, on two real processes: they train, save whole models, and end together."""
+"""The files of launch/ on two real processes: they train, save whole models, and end together."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from toolkit.runs.preflight import check_combination
 PRESETS = sorted(path.stem for path in (ROOT / "launch").glob("*.yaml"))
 TINY = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_steps", "2", "--per_device_train_batch_size", "2")
 SHORT = (*TINY, "--max_target_length", "8", "--logging_steps", "1", "--save_strategy", "no")
-ENGINES = {  # what each preset must turn into on two processes
+ENGINES = {  # the engine that each preset must give on two processes
     "ddp": Engine(2, "DDP"),
     "fsdp2": Engine(2, "FSDP2"),
     "fsdp2_qlora": Engine(2, "FSDP2"),
@@ -44,7 +44,7 @@ ENGINES = {  # what each preset must turn into on two processes
 
 
 def launched(preset, *command, timeout=400, **env) -> subprocess.CompletedProcess[str]:
-    """Runs a script on two processes under a preset; past its time the launcher is told to end them."""
+    """Runs a script on two processes under a preset; after the time limit the launcher ends them."""
     path = f"launch/{preset}.yaml"
     started = subprocess.Popen(
         [str(BIN / "accelerate"), "launch", "--config_file", path, "--num_processes", "2", *map(str, command)],
@@ -64,7 +64,7 @@ def launched(preset, *command, timeout=400, **env) -> subprocess.CompletedProces
 
 
 def on_cpu(preset, script):
-    """The script, wrapped where accelerate would not run the preset's engine without a GPU."""
+    """The script, wrapped if accelerate would not run the preset's engine without a GPU."""
     return ("tests/fsdp_on_cpu.py", script) if preset.startswith("fsdp2") else (script,)
 
 
@@ -105,8 +105,8 @@ def test_accelerate_reads_each_preset_and_none_fixes_a_precision_or_batch(name):
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("single",)])
-def test_what_a_preset_asks_for_is_what_its_name_says(name):
-    """The environment is the one that accelerate's own launcher prepares for the file."""
+def test_a_preset_requests_the_engine_of_its_name(name):
+    """Uses the environment that accelerate's own launcher prepares for the file."""
     assert read_launch_file(name, 2).engine == ENGINES[name]
 
 
@@ -114,7 +114,7 @@ def test_what_a_preset_asks_for_is_what_its_name_says(name):
 
 
 @pytest.mark.slow
-def test_lora_runs_under_zero2_and_only_rank_0_speaks_and_writes(tmp_path):
+def test_lora_runs_under_zero2_and_only_rank_0_prints_and_writes(tmp_path):
     folder = tmp_path / "run"
     argv = ("--use_cpu", *SHORT, "--output_dir", folder)
     run = Run("recipes/lora.py", *argv, log=tmp_path / "log", processes=2, preset="zero2")
@@ -128,7 +128,7 @@ def test_lora_runs_under_zero2_and_only_rank_0_speaks_and_writes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_launched_recipe_shows_what_each_of_its_processes_will_need_and_does_not_run(tmp_path):
+def test_predict_under_a_launcher_shows_the_memory_of_each_process_and_does_not_run(tmp_path):
     more = ("--use_cpu", "--predict", *SHORT, "--output_dir", tmp_path / "run")
     run = Run("recipes/full.py", *more, log=tmp_path / "log", processes=2, preset="zero3")
     assert run.wait() == [0, 0], run.text()
@@ -136,19 +136,19 @@ def test_a_launched_recipe_shows_what_each_of_its_processes_will_need_and_does_n
 
 
 @pytest.mark.slow
-def test_an_error_of_one_rank_ends_all_of_them_and_is_said_once(tmp_path):
+def test_an_error_on_one_rank_ends_all_of_them_and_is_printed_once(tmp_path):
     check_failing_rank("user", "error: rank 1: no room is left", tmp_path, "zero2")
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_bug_on_one_rank_ends_all_of_them_and_is_shown_once(tmp_path):
+def test_a_bug_on_one_rank_ends_all_of_them_and_is_printed_once(tmp_path):
     check_failing_rank("bug", "ZeroDivisionError: a bug", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_ranks_that_drift_apart_are_stopped_after_the_first_step_with_the_parameter_named(tmp_path):
+def test_diverging_ranks_are_stopped_after_the_first_step_with_the_parameter_named(tmp_path):
     check_failing_rank("drift", "error: after the first step the ranks hold different values of base_model.", tmp_path)
 
 
@@ -180,7 +180,7 @@ def test_a_world_in_which_nothing_is_wrapped_is_refused(tmp_path):
         pytest.skip("with GPUs, DDP is what runs")
     done = launched("ddp", "recipes/lora.py", "--ddp_backend", "gloo", *SHORT, "--output_dir", tmp_path / "run")
     assert done.returncode == 1
-    expected = "error: the launch asked for DDP on 2 processes, but what runs is no engine on 2 processes"
+    expected = "error: the launch requests DDP on 2 processes, but no engine runs on the 2 processes"
     assert done.stderr.count(expected) == 1, done.stderr[-4000:]
 
 
@@ -192,17 +192,17 @@ def test_fsdp_without_gpus_is_refused_before_anything_is_loaded(flags, tmp_path)
         pytest.skip("with GPUs, FSDP is what runs")
     done = launched("fsdp2", "recipes/lora.py", *flags, *SHORT, "--output_dir", tmp_path / "run")
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    expected = "error: the launch asked for FSDP2 on 2 processes, which accelerate runs on GPUs alone"
+    expected = "error: the launch requests FSDP2 on 2 processes, which accelerate only runs on GPUs"
     assert done.stderr.count(expected) == 1, done.stderr[-4000:]
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_two_processes_that_become_one_are_refused_before_anything_is_loaded(tmp_path):
+def test_a_launch_of_two_processes_that_starts_one_is_refused_before_anything_is_loaded(tmp_path):
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "2", "recipes/lora.py", *SHORT)
     done = run(*launch, "--output_dir", tmp_path / "run")
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert done.stderr.count("error: several processes were asked for, and 1 runs") == 1
+    assert done.stderr.count("error: several processes were requested, but 1 runs") == 1
 
 
 @pytest.mark.slow
@@ -221,8 +221,8 @@ def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv,
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
-def asking(model, method=None, **training):
-    """What `check_combination` looks at of a Config."""
+def config_with(model, method=None, **training):
+    """The parts of a Config that `check_combination` reads."""
     usual = {"optim": "adamw_torch", "bf16": False, "load_best_model_at_end": False}
     usual |= training
     return SimpleNamespace(
@@ -230,33 +230,33 @@ def asking(model, method=None, **training):
     )
 
 
-def combined(engine, asked, model_config):
-    check_combination(SimpleNamespace(**vars(asked), engine=engine, model_config=model_config))
+def combined(engine, config, model_config):
+    check_combination(SimpleNamespace(**vars(config), engine=engine, model_config=model_config))
 
 
-def test_rows_are_shared_only_by_models_that_can(monkeypatch):
-    told = {
+def test_rows_are_shared_only_for_models_that_support_it(monkeypatch):
+    env = {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
         "PARALLELISM_CONFIG_SP_SIZE": "2",
     }
-    for name, value in (told | {"WORLD_SIZE": "2"}).items():
+    for name, value in (env | {"WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    asked = requested_engine()
+    requested = requested_engine()
     model = SimpleNamespace(load_in_8bit=False, model_name_or_path="a-model")
     config = T5Config(num_heads=4)
     with pytest.raises(UserError, match="a-model is an encoder-decoder model; sharing rows among 2 processes"):
-        combined(asked, asking(model), config)
+        combined(requested, config_with(model), config)
     default = SimpleNamespace(load_in_8bit=False, model_name_or_path=None)
     with pytest.raises(UserError, match="the embedded tiny T5 is an encoder-decoder model"):
-        combined(asked, asking(default), config)
+        combined(requested, config_with(default), config)
     with pytest.raises(UserError, match="a model of 3 attention heads"):
-        combined(asked, asking(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
-    combined(asked, asking(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
-    with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be shared out"):
-        combined(Engine(2, "ZeRO-3"), asking(SimpleNamespace(load_in_8bit=True)), config)
-    pissa = asking(model, Lora(init_lora_weights="pissa"))
-    with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it starts from whole weights"):
+        combined(requested, config_with(model), LlamaConfig(num_attention_heads=3, hidden_size=48))
+    combined(requested, config_with(model), LlamaConfig(num_attention_heads=4, hidden_size=48))
+    with pytest.raises(UserError, match="--load_in_8bit under ZeRO-3: its integer weights cannot be sharded"):
+        combined(Engine(2, "ZeRO-3"), config_with(SimpleNamespace(load_in_8bit=True)), config)
+    pissa = config_with(model, Lora(init_lora_weights="pissa"))
+    with pytest.raises(UserError, match="--init_lora_weights pissa under FSDP2: it needs whole weights"):
         combined(Engine(2, "FSDP2"), pissa, config)
     combined(Engine(2, "ZeRO-2"), pissa, config)
 
@@ -269,29 +269,29 @@ def test_rows_are_shared_only_by_models_that_can(monkeypatch):
 def test_an_optimizer_that_an_engine_cannot_run_is_refused(kind, optim):
     model = SimpleNamespace(load_in_8bit=False)
     with pytest.raises(UserError, match=f"--optim {optim} under {kind}: .*use adamw_torch_fused"):
-        combined(Engine(2, kind), asking(model, optim=optim), LlamaConfig())
+        combined(Engine(2, kind), config_with(model, optim=optim), LlamaConfig())
 
 
 def test_the_best_of_several_checkpoints_is_not_read_back_from_a_disk():
     nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
     model = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
-    config = asking(model, load_best_model_at_end=True)
+    config = config_with(model, load_best_model_at_end=True)
     with pytest.raises(UserError, match=r"--load_best_model_at_end under ZeRO-3 .* reads back .* only a part"):
         combined(nvme, config, T5Config(num_heads=4))
 
 
-def test_a_4_bit_base_goes_to_a_disk_in_bf16_alone():
-    """In fp32 the matrices beside it would meet bf16 in the first product."""
+def test_a_4_bit_base_is_only_offloaded_to_a_disk_in_bf16():
+    """In fp32, the first matrix product would mix fp32 with the bf16 weights from the disk."""
     nvme = Engine(2, "ZeRO-3", "nvme", "nvme")
     model, config = SimpleNamespace(load_in_8bit=False, load_in_4bit=True), T5Config(num_heads=4)
     with pytest.raises(UserError, match=r"--load_in_4bit in fp32 under ZeRO-3 on 2 processes, .* add --bf16"):
         combined(
             nvme,
-            asking(model),
+            config_with(model),
             config,
         )
     combined(
         nvme,
-        asking(model, bf16=True),
+        config_with(model, bf16=True),
         config,
     )

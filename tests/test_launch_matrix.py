@@ -1,8 +1,8 @@
-"""Which recipe runs under which file of launch/. A cell is a run of the recipe itself on real ranks: two steps, saved whole,
-read back on one process, held to its prediction, and all ranks gone with exit code 0, or refused with the recipe's own reason.
+"""Which recipe runs under which file of launch/. A cell runs the recipe itself on real ranks: two steps, saved as a whole model,
+reloaded on one process, compared with its prediction, and exit code 0 on all ranks; or it is refused with the recipe's own message.
 
-`make matrix` runs every cell and writes benchmarks/results/launch_matrix.json, from which a table in launch/README.md is made; without
-`--matrix` a few cells that change daily are run and compared with that file.
+`make matrix` runs every cell and writes benchmarks/results/launch_matrix.json, which gives a table in launch/README.md. Without
+`--matrix` a few cells, different ones each day, are run and compared with that file.
 """
 
 import csv
@@ -64,7 +64,7 @@ CELLS = [
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """A tiny Llama, and a T5 so wide that a process's share of its embedding is more than `SWAPPED` bytes."""
+    """A tiny Llama, and a T5 so wide that a process's shard of its embedding has more than `SWAPPED` bytes."""
     place = tmp_path_factory.mktemp("models")
     save_with_tokenizer(tiny_config("llama"), place / "llama")
     save_with_tokenizer(T5Config(d_model=1536, d_kv=16, d_ff=64, num_layers=1, num_heads=4), place / "wide")
@@ -79,7 +79,7 @@ def flags(cell: Cell, models: Path, data: Path) -> tuple[str | Path, ...]:
 
 
 def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
-    """What the ranks' exit codes were, and the outcome: `runs`, where everything that is asked of a cell holds, or `refused`."""
+    """Returns the ranks' exit codes and the outcome: `runs` if every check of a cell passes, or `refused`."""
     folder, began = place / "run", time.time()
     script, *argv = on_cpu(cell.preset, f"recipes/{cell.method}.py")
     argv += [*flags(cell, models, data), "--output_dir", folder]
@@ -106,10 +106,10 @@ def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
         home = {what: "with the model" for what, where in moved.items() if where == "cpu"}  # of a CPU, the same memory
         engine = replace(engine, **home)
         assert re.findall(r"^ +engine  (.*)$", said, re.M) == [str(engine)], said
-    # rank 0's; gloo's threads let go of their buffers when they get to it
+    # rank 0's; gloo's threads free their buffers with a delay
     ledgers = (Ledger.load(folder / name) for name in ("predicted_memory.json", "memory.json"))
     assert_same(*ledgers, peaks=0.03)
-    alone = FinishedRun(folder)  # on this process, from what was saved
+    alone = FinishedRun(folder)  # loaded on this process
     with (folder / "completions.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert alone.generate([row["text"] for row in rows]) == [row["tuned"].strip() for row in rows]
@@ -128,7 +128,7 @@ def recorded() -> dict[str, dict]:
 
 
 def record(cell: Cell, outcome: dict) -> None:
-    """Puts the outcome of one cell into the results; what the others gave is kept."""
+    """Writes the outcome of one cell into the results and keeps the others."""
     known = recorded() | {cell.id: outcome | {"date": datetime.date.today().isoformat()}}
     content = {
         "what": "each cell is two steps of the recipe on CPU ranks with the launcher's environment, saved and read back on one",
@@ -156,7 +156,7 @@ def test_a_recipe_runs_under_a_launch_file_on_real_ranks_or_is_refused(cell, mod
     assert outcome["outcome"] != "fails", outcome["said"]
 
 
-def test_every_result_belongs_to_a_cell_and_no_rank_ended_badly():
+def test_every_result_belongs_to_a_cell_and_no_rank_failed():
     cells = recorded()
     assert set(cells) <= {cell.id for cell in CELLS}
     for name, cell in cells.items():

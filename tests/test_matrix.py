@@ -1,8 +1,8 @@
-"""What combines with what: each method on each architecture, in each form of the weights, with and without checkpointing, for
-text and for a class head. A cell is a run of the recipe itself: two steps, saved, read back, and held to its prediction.
+"""Which options combine: each method with each architecture and quantization, with and without checkpointing, for text and for a
+classification head. A cell runs the recipe itself: two steps, saved, reloaded, and compared with its prediction.
 
-`make matrix` runs every cell and writes benchmarks/results/matrix.json, from which the table in recipes/README.md is made; without `--matrix`
-a few cells that change daily are run and compared with that file.
+`make matrix` runs every cell and writes benchmarks/results/matrix.json, which gives the table in recipes/README.md. Without
+`--matrix` a few cells, different ones each day, are run and compared with that file.
 """
 
 import csv
@@ -31,7 +31,7 @@ WEIGHTS = {
     "nf4": ("--load_in_4bit",),
 }
 TASKS = {"generation": "summarization", "head": "sequence_classification"}
-OWN_FLAGS = {  # methods that need to be told what to do
+OWN_FLAGS = {  # flags of methods that need some
     "selective": ("--train_last_layers", "1"),
 }
 
@@ -87,12 +87,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_prediction_a_cell(monkeypatch) -> None:
-    """Half of a cell's time: the line before the run is a prediction too, of other batches than those that are compared."""
+    """Skips the prediction before the run, which takes half of a cell's time and is for other batches than the compared one."""
     monkeypatch.setattr(prediction, "say_prediction", lambda config: None)
 
 
 def run_cell(cell: Cell, folder: Path, output: Path) -> dict[str, str]:
-    """`trains`, where everything that is asked of a cell holds, or `refused` with the recipe's own reason."""
+    """Returns `trains` if every check of a cell passes, or `refused` with the recipe's own message."""
     done = recipe(
         cell.method,
         *("--model_name_or_path", folder / cell.architecture, "--dataset_name", folder / cell.task),
@@ -125,7 +125,7 @@ def run_cell(cell: Cell, folder: Path, output: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def results(request) -> dict:
-    """The committed outcomes by cell; with `--matrix` those of this session are written to the file at its end."""
+    """The committed outcomes by cell; with `--matrix` this session's outcomes are written to the file at its end."""
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"cells": {}}
     yield known
     if request.config.getoption("--matrix"):

@@ -1,4 +1,4 @@
-"""Every method on every architecture: what it trains, what it leaves alone, and that what is saved is what was trained."""
+"""Every method on every architecture: it trains its own weights, leaves the others unchanged, and saves what it trained."""
 
 import dataclasses
 import json
@@ -47,13 +47,13 @@ def batch(name: str) -> dict[str, torch.Tensor]:
 
 
 def logits(model, name: str) -> torch.Tensor:
-    """What an untouched or a tuned model says to a batch, without dropout: (2, length, vocabulary), less virtual tokens."""
+    """The logits of a base or tuned model on a batch, without dropout: (2, length, vocabulary), without virtual tokens."""
     with torch.no_grad():
         return model.eval()(**batch(name)).logits[:, -batch(name)["labels"].shape[1] :]
 
 
 def train(model, name: str, steps: int = 3) -> None:
-    """A few large steps of plain gradient descent by sign, so that everything with a gradient moves."""
+    """A few large steps of sign gradient descent, so that every weight with a gradient changes."""
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     for _ in range(steps):
@@ -73,7 +73,7 @@ def label(method) -> str:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", VARIANTS, ids=label)
-def test_what_is_trained_moves_the_rest_does_not_and_the_saved_part_is_all_of_it(method, name, tmp_path):
+def test_trained_weights_change_others_do_not_and_all_trained_ones_are_saved(method, name, tmp_path):
     base = tiny_model(name)
     untouched = logits(base, name)
     torch.manual_seed(0)
@@ -106,8 +106,8 @@ def test_a_model_without_weights_has_the_same_trainable_parameters(method, name)
     assert all(p.is_meta for p in empty.parameters())
 
 
-def test_trainable_parameters_are_those_of_the_published_comparison():
-    """mt0-large's shape, without weights; the figures are those of PEFT's own examples, with their settings."""
+def test_trainable_parameters_match_the_published_comparison():
+    """mt0-large's shape, without weights; the figures are from PEFT's own examples, with their settings."""
     cases = {
         2_359_296: Lora(lora_r=8),
         40_960: PromptTuning(),
@@ -160,7 +160,7 @@ def test_a_classification_head_is_trained_and_saved_with_the_method(name, method
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_over_a_base_of_16_bits_trains_in_fp32_and_reads_back(name, dtype, tmp_path):
+def test_a_head_over_a_16_bit_base_trains_in_fp32_and_reloads(name, dtype, tmp_path):
     def classifier():
         config = tiny_config(name)
         set_head(config, ["a", "b", "c"], pad_token_id=0)
@@ -193,9 +193,7 @@ def test_a_head_over_a_base_of_16_bits_trains_in_fp32_and_reads_back(name, dtype
     ("init", "name"),
     [("pissa", "t5"), ("pissa", "gpt2"), ("pissa_niter_4", "llama"), ("olora", "t5")],
 )
-def test_an_adapter_that_began_with_the_bases_principal_parts_is_saved_for_the_base_itself(
-    init, rslora, name, tmp_path
-):
+def test_an_adapter_that_starts_from_principal_components_is_saved_for_the_original_base(init, rslora, name, tmp_path):
     base = tiny_model(name)
     untouched = logits(base, name)
     model = Lora(lora_r=4, init_lora_weights=init, use_rslora=rslora).attach(base)
@@ -209,7 +207,7 @@ def test_an_adapter_that_began_with_the_bases_principal_parts_is_saved_for_the_b
     torch.testing.assert_close(logits(again, name), logits(model, name), rtol=0, atol=1e-4)
 
 
-def test_rslora_scales_by_the_root_of_the_rank():
+def test_rslora_divides_by_the_square_root_of_the_rank():
     scaling = {
         use: next(m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A"))
         for use in (False, True)
@@ -237,7 +235,7 @@ def test_lora_plus_gives_b_its_own_learning_rate(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["prodigy", "adamw_torch"])
-def test_prodigy_is_an_optimizer_by_name_whose_rate_is_1(name, tmp_path):
+def test_prodigy_is_an_optimizer_by_name_with_a_rate_of_1(name, tmp_path):
     flags = ("--optim", name, *(("--optim_args", "d_coef=2") if name == "prodigy" else ()))
     trainer = trainer_of(Lora().attach(tiny_model("t5")), tmp_path, *flags)
     optimizer = trainer.create_optimizer()
@@ -284,7 +282,7 @@ def quantized(name, folder, dtype=torch.bfloat16, **how):
     [(Lora, "none"), (Lora, "all"), (IA3, "all"), (Adapter, "none"), (PrefixTuning, "none"), (PromptTuning, "none")],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_a_4_bit_base_trains_and_generates_whatever_is_upcast(method, upcast, tmp_path):
+def test_a_4_bit_base_trains_and_generates_with_and_without_upcasting(method, upcast, tmp_path):
     model = method(kbit_upcast=upcast).attach(quantized("llama", tmp_path))
     held = {p.dtype for key, p in model.named_parameters() if not p.requires_grad and p.is_floating_point()}
     assert held == {torch.float32 if upcast == "all" else torch.bfloat16}
@@ -310,15 +308,15 @@ def test_upcasting_all_is_pefts_preparation(tmp_path, capsys):
     )
 
 
-def test_qlora_quantizes_to_4_bits_unless_told_8_and_pages_where_there_is_a_gpu():
+def test_qlora_quantizes_to_4_bits_by_default_and_pages_on_a_gpu():
     assert parse_config(QLora, []).model.load_in_4bit
     eight = parse_config(QLora, ["--load_in_8bit"])
     assert eight.model.load_in_8bit and not eight.model.load_in_4bit
     here, there = parse_config(QLora, ["--use_cpu"]), parse_config(QLora, [], find_card("RTX4090"))
     assert "paged" not in here.training.optim and "without a GPU" in here.optimizer_reason
     assert there.training.optim == "paged_adamw_8bit" and "GPU" in there.optimizer_reason
-    asked = parse_config(QLora, ["--optim", "adafactor"], find_card("RTX4090"))
-    assert (asked.training.optim, asked.optimizer_reason) == ("adafactor", "as asked for")
+    chosen = parse_config(QLora, ["--optim", "adafactor"], find_card("RTX4090"))
+    assert (chosen.training.optim, chosen.optimizer_reason) == ("adafactor", "as asked for")
 
 
 # ---- adapters and soft prompts
@@ -339,7 +337,7 @@ def test_an_adapter_changes_nothing_at_first_and_refuses_to_merge():
         model.merge_and_unload()
 
 
-def test_a_prompt_begins_with_words_of_the_vocabulary_or_of_a_text(data):
+def test_a_prompt_starts_as_words_of_the_vocabulary_or_of_a_text(data):
     model = PromptTuning().attach(tiny_model("t5"))
     words = {tuple(row) for row in model.get_base_model().shared.weight.tolist()}
     assert all(tuple(row) in words for row in model.prompt_encoder["default"].embedding.weight.tolist())
@@ -356,7 +354,7 @@ def test_a_prompt_begins_with_words_of_the_vocabulary_or_of_a_text(data):
     assert torch.equal(prompt, llama.get_input_embeddings().weight[ids])
 
 
-def test_p_tuning_begins_in_the_range_of_the_vocabulary():
+def test_p_tuning_starts_in_the_range_of_the_vocabulary():
     model = PTuning().attach(tiny_model("t5"))
     words = model.get_base_model().shared.weight
     with torch.no_grad():
@@ -365,7 +363,7 @@ def test_p_tuning_begins_in_the_range_of_the_vocabulary():
     assert (made - made.mean(0)).std().item() == pytest.approx(words.std().item(), rel=1e-3)
 
 
-def test_a_prefix_begins_as_the_keys_and_values_of_words():
+def test_a_prefix_starts_as_the_keys_and_values_of_words():
     model = PrefixTuning(num_virtual_tokens=3).attach(tiny_model("llama"))
     base = model.get_base_model()
     layer = base.model.layers[0]
@@ -395,7 +393,7 @@ def test_a_prefix_begins_as_the_keys_and_values_of_words():
     ],
     ids=lambda value: label(value) if isinstance(value, Selective) else None,
 )
-def test_selective_tuning_trains_what_was_chosen_alone(name, method, expected):
+def test_selective_tuning_only_trains_the_chosen_part(name, method, expected):
     model = method.attach(tiny_model(name))
     for key, p in model.named_parameters():
         inside = any(key.startswith(f"{part}.") or f".{part}." in key or key.endswith(f".{part}") for part in expected)
@@ -426,7 +424,7 @@ def test_each_method_of_peft_trains_or_is_refused_in_one_line(peft_type):
     assert any(not torch.equal(p, before[key]) for key, p in model.named_parameters() if key in before)
 
 
-def test_default_targets_that_a_model_lacks_are_said(capsys):
+def test_default_targets_that_a_model_lacks_are_reported(capsys):
     settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = AutoConfig.for_model("mixtral", num_key_value_heads=2, num_local_experts=4, vocab_size=64, **settings)
     IA3().attach(auto_class(config).from_config(config))
@@ -446,7 +444,7 @@ def test_a_file_configures_a_method_of_peft(tmp_path):
     assert model.peft_config["default"].r == 2
 
 
-# ---- what cannot be right
+# ---- flags and models that cannot be right
 
 
 @pytest.mark.parametrize(
@@ -458,13 +456,13 @@ def test_a_file_configures_a_method_of_peft(tmp_path):
         (Lora, "--init_lora_weights olora --use_dora", "exclude each other"),
         (Lora, "--init_lora_weights orthogonal --lora_r 3", "needs an even --lora_r"),
         (Lora, "--loraplus_lr_ratio 0.5", "give at least 1"),
-        (Lora, "--loraplus_lr_ratio 16 --optim prodigy", "one learning rate alone"),
+        (Lora, "--loraplus_lr_ratio 16 --optim prodigy", "only one learning rate"),
         (Lora, "--optim prodigy --optim_args d_coaf=2", "Prodigy has no argument d_coaf"),
         (QLora, "--load_in_4bit false", "use recipes/lora.py"),
         (QLora, "--init_lora_weights pissa", "changes the base's weights"),
-        (IA3, "--load_in_4bit --kbit_upcast none", "does not go with (IA)3"),
+        (IA3, "--load_in_4bit --kbit_upcast none", "does not work with (IA)3"),
         (AnyPeft, "--peft_type TRAINABLE_TOKENS", "needs token_indices"),
-        (IA3, "--ia3_target_modules k --ia3_feedforward_modules wo", "must be among --ia3_target_modules"),
+        (IA3, "--ia3_target_modules k --ia3_feedforward_modules wo", "must also be in --ia3_target_modules"),
         (Adapter, "--adapter_size 0", "--adapter_size 0 is not possible"),
         (Adapter, "--adapter_style pfeiffer --adapter_target_modules wo", "leave one of them out"),
         (PromptTuning, "--num_virtual_tokens 0", "--num_virtual_tokens 0 is not possible"),
@@ -477,7 +475,11 @@ def test_a_file_configures_a_method_of_peft(tmp_path):
         (Selective, "--train_norms --load_in_8bit", "quantized weights cannot be trained"),
         (AnyPeft, "--peft_type VARA", "did you mean VERA?"),
         (AnyPeft, "--peft_type XLORA", "mixes LoRA adapters"),
-        (AnyPeft, "--peft_type LOHA --load_in_4bit", "PEFT's LOHA takes a quantized weight for one of full precision"),
+        (
+            AnyPeft,
+            "--peft_type LOHA --load_in_4bit",
+            "PEFT's LOHA would treat a quantized weight as one of full precision",
+        ),
         (AnyPeft, "--peft_config nowhere.yaml", "nowhere.yaml: cannot be read"),
     ],
 )
@@ -502,7 +504,7 @@ def test_a_flag_that_cannot_be_right_is_one_clear_line(method, flags, expected):
     ],
     ids=lambda value: label(value) if dataclasses.is_dataclass(value) else None,
 )
-def test_a_method_that_does_not_fit_the_model_says_what_would(name, method, expected):
+def test_the_error_of_an_unsuitable_method_says_what_fits(name, method, expected):
     with pytest.raises(UserError) as caught:
         method.attach(tiny_model(name))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
@@ -512,7 +514,7 @@ EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_all_linear_says_where_it_leaves_out_experts(name, capsys):
+def test_all_linear_warns_if_it_leaves_out_experts(name, capsys):
     config = AutoConfig.for_model(name, **CONFIGS["llama"], **EXPERTS)
     model = Lora(lora_target_modules=["all-linear"], lora_dropout=0.0).attach(AutoModelForCausalLM.from_config(config))
     tuned = any(p.requires_grad and ".experts." in parameter for parameter, p in model.named_parameters())

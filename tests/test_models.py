@@ -1,4 +1,4 @@
-"""Weights that are read are the weights of the file, or the run is refused."""
+"""Loaded weights are the weights of the file, or the run is refused."""
 
 import json
 
@@ -40,7 +40,7 @@ EDITS = {
 @pytest.mark.parametrize("head", [False, True], ids=["text", "head"])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_a_body_whose_weights_are_not_in_the_file_is_refused(name, edit, head, flags, tmp_path):
+def test_a_file_without_the_weights_of_the_body_is_refused(name, edit, head, flags, tmp_path):
     save_with_tokenizer(tiny_config(name), tmp_path)
     loaded(tmp_path, head, **flags)
     change(tmp_path, edit)
@@ -50,7 +50,7 @@ def test_a_body_whose_weights_are_not_in_the_file_is_refused(name, edit, head, f
         loaded(tmp_path, head, **flags)
 
 
-def test_an_output_head_of_its_own_must_be_in_the_file_and_a_tied_one_need_not(tmp_path):
+def test_an_untied_output_head_must_be_in_the_file_and_a_tied_one_need_not(tmp_path):
     save_with_tokenizer(tiny_config("qwen2"), tmp_path / "tied")
     change(tmp_path / "tied", lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
     loaded(tmp_path / "tied")
@@ -71,7 +71,7 @@ def test_weights_of_another_shape_are_refused(head, tmp_path):
         loaded(tmp_path, head)
 
 
-def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):
+def test_a_model_folder_with_an_adapter_is_refused(tmp_path):
     save_with_tokenizer(tiny_config("llama"), tmp_path)
     get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="the folder holds an adapter"):
@@ -79,7 +79,7 @@ def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("architectures", [None, ["LlamaForReviews"]])
-def test_the_rows_of_a_head_for_other_classes_do_not_stay_whatever_class_the_config_names(architectures, tmp_path):
+def test_rows_of_a_head_for_other_classes_are_dropped_whatever_classes_the_config_names(architectures, tmp_path):
     config = tiny_config("llama")
     config.id2label = dict(enumerate("bca"))
     model = AutoModelForSequenceClassification.from_config(config)
@@ -99,7 +99,7 @@ def test_a_head_that_reads_padding_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["text", "head"])
-def test_layers_of_the_file_that_the_config_leaves_out_are_said(head, tmp_path, capsys):
+def test_layers_of_the_file_that_the_config_leaves_out_are_reported(head, tmp_path, capsys):
     save_with_tokenizer(tiny_config("llama"), tmp_path)
     loaded(tmp_path, head)
     assert "have no place" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`footprint predict` and `footprint report`: one JSON object, an exit code, and one line for what cannot be."""
+"""`footprint predict` and `footprint report`: one JSON object, an exit code, and one-line errors."""
 
 import json
 import resource
@@ -67,7 +67,7 @@ def test_a_card_that_is_not_here_is_predicted_with_its_allocator_and_context(con
     assert peak["process_bytes"] == peak["reserved_bytes"] + peak["context_bytes"]
 
 
-def test_without_a_name_the_card_is_that_of_this_machine(config_only, capfd, monkeypatch):
+def test_without_a_name_the_card_is_this_machines(config_only, capfd, monkeypatch):
     monkeypatch.setattr(prediction, "this_card", lambda: find_card("RTX 4070"))
     _, out, _ = run(capfd, "predict", "lora", *flags(config_only, "--json"))
     assert json.loads(out)["device"] == "RTX 4070"
@@ -75,7 +75,7 @@ def test_without_a_name_the_card_is_that_of_this_machine(config_only, capfd, mon
     assert json.loads(out)["device"] == "cpu"
 
 
-def test_what_a_model_cannot_do_without_data_is_one_line(config_only, capfd, monkeypatch):
+def test_an_error_inside_a_prediction_is_one_line(config_only, capfd, monkeypatch):
     def predict(*args):
         raise RuntimeError("a kernel\nrefuses")
 
@@ -87,7 +87,7 @@ def test_what_a_model_cannot_do_without_data_is_one_line(config_only, capfd, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("sees_a_gpu", [False, True])
 def test_one_of_several_gpus_is_predicted_under_a_launch_file(sees_a_gpu, config_only, capfd, monkeypatch):
-    """On a machine with a GPU by a process that does not see it."""
+    """On a machine with a GPU, a separate process that does not see it predicts."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_a_gpu)
     arguments = flags(config_only, "--launch", "zero2", "--num_processes", "3", "--bf16", "--gpu", "RTX 4090", "--json")
     code, out, _ = run(capfd, "predict", "full", *arguments)
@@ -101,7 +101,7 @@ def test_one_of_several_gpus_is_predicted_under_a_launch_file(sees_a_gpu, config
     assert sum(step["optimizer_state"].values()) == pytest.approx(3 * 4 * share, abs=64)
 
 
-def test_what_does_not_fit_exits_with_1(config_only, capfd):
+def test_a_run_that_does_not_fit_exits_with_1(config_only, capfd):
     code, out, _ = run(capfd, "predict", "full", *flags(config_only, "--gpu_memory", "16MiB", "--json"))
     assert (code, json.loads(out)["fits"]) == (1, False)
 
@@ -124,7 +124,7 @@ def test_what_does_not_fit_exits_with_1(config_only, capfd):
         ("lora", ["--launch", "sequence_parallel", "--num_processes", "3"], "set parallelism_config_sp_size: 3"),
         ("lora", ["--launch", "zero2_offload", "--optim", "sgd"], "--optim sgd"),
         ("qlora", ["--launch", "fsdp2_qlora", "--optim", "paged_adamw_8bit"], "--optim paged_adamw_8bit under FSDP2"),
-        ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be shared out"),
+        ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be sharded"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(method, more, says, config_only, capfd):
@@ -148,14 +148,14 @@ def test_report_puts_ledgers_side_by_side(config_only, tmp_path, capfd):
     assert "optimizer state -" in out
 
 
-def test_a_ledger_that_is_missing_is_the_users_mistake(tmp_path, capfd):
+def test_a_missing_ledger_is_a_user_error(tmp_path, capfd):
     code, _, err = run(capfd, "report", str(tmp_path / "none.json"))
     assert code == 2
     assert "none.json" in err
 
 
-def test_a_mask_of_long_rows_takes_no_memory_of_this_machine(config_only):
-    """8 rows of 32,768 tokens: as real numbers, the mask alone would take 8 GiB, and what is computed from it more."""
+def test_a_mask_of_long_rows_needs_no_memory_on_this_machine(config_only):
+    """8 rows of 32,768 tokens: with real numbers, the mask alone would take 8 GiB, and everything computed from it more."""
     arguments = ["--model_name_or_path", str(config_only), "--bf16", "--use_cpu", "--per_device_train_batch_size", "8"]
     settings = json.loads((config_only / "config.json").read_text()) | {"max_position_embeddings": 32768}
     (config_only.parent / "long").mkdir()
@@ -170,7 +170,7 @@ def test_a_mask_of_long_rows_takes_no_memory_of_this_machine(config_only):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_masks_that_are_fake_are_counted_as_real_ones_are(name, attention, tmp_path, monkeypatch):
+def test_fake_masks_are_counted_like_real_ones(name, attention, tmp_path, monkeypatch):
     save_with_tokenizer(tiny_config(name), tmp_path)
     arguments = ["--model_name_or_path", str(tmp_path), "--attn_implementation", attention, "--use_cpu"]
     config = parse_config(Lora, [*arguments, "--max_length", "100", "--per_device_train_batch_size", "3"])
@@ -182,7 +182,7 @@ def test_masks_that_are_fake_are_counted_as_real_ones_are(name, attention, tmp_p
     assert fake.phases == real.phases
 
 
-def test_experts_that_stay_unquantized_are_said_with_their_size(tmp_path, capfd):
+def test_experts_that_stay_unquantized_are_reported_with_their_size(tmp_path, capfd):
     settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     MixtralConfig(num_key_value_heads=2, num_local_experts=4, vocab_size=256, **settings).save_pretrained(tmp_path)
     targets = ("--lora_target_modules", "q_proj", "v_proj")

@@ -1,4 +1,4 @@
-"""The two benchmarks of write-ups: which flags they start with, and what they put beside the published figures."""
+"""The benchmarks of two write-ups: their flags, and the comparison with the published figures."""
 
 import sys
 
@@ -21,13 +21,13 @@ def started(monkeypatch, tmp_path):
     """Runs `redo` up to where the comparison would start; returns its methods and each method's flags."""
 
     def start(benchmark, *argv):
-        asked = []
-        monkeypatch.setattr(published, "compare", lambda args: asked.append(args) or 0)
+        calls = []
+        monkeypatch.setattr(published, "compare", lambda args: calls.append(args) or 0)
         published.redo("x", benchmark.METHODS, benchmark.SETTINGS, ["--output_dir", str(tmp_path / "x"), *argv])
-        (args,) = asked
+        (args,) = calls
         plan = new_plan(
             args.output_dir, args.methods, args.seeds, args.launch, args.flags
-        )  # refuses what is not possible
+        )  # raises for flags that cannot be right
         return {run.method: " ".join(run.argv) for run in plan.runs if run.seed == 0}
 
     return start
@@ -50,7 +50,7 @@ def test_the_users_flags_win_and_flags_of_methods_left_out_are_left_out(started)
     assert set(started(dialogsum, "--methods", "full")) == {"full"}
 
 
-def test_published_figures_stand_beside_ours_with_what_differs(tmp_path, monkeypatch):
+def test_published_figures_are_shown_next_to_ours_with_the_differences(tmp_path, monkeypatch):
     import argparse
 
     folder = write_comparison(tmp_path / "c", methods=("full", "lora", "ia3"), seeds=1)

@@ -1,4 +1,4 @@
-"""The READMEs: their commands run, their links and names are right, and their figures are those of the committed results."""
+"""The READMEs: their commands run, links and names are right, and figures match the committed results."""
 
 import itertools
 import json
@@ -17,43 +17,45 @@ from toolkit.cli import main
 from toolkit.config import parse_config
 from toolkit.distributed.launch_files import read_launch_file
 from toolkit.methods import METHODS
+from toolkit.runs import first_difference
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import readme  # a script of benchmarks/, which is no package
+import readme  # a script of benchmarks/, which is not a package
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.READMES}
 LINKED = [*readme.READMES, ".github/CONTRIBUTING.md", "toolkit/cli/README.md", "toolkit/embedded/model/README.md"]
 SHORT = ["--max_steps", "2", "--max_train_samples", "8", "--max_eval_samples", "2", "--max_length", "64"]
 SHORT += ["--max_target_length", "8", "--per_device_train_batch_size", "2"]
 
-# How each command in a bash block begins -> the test of this file that runs it, or reads what it would do.
+# The beginning of each command in a bash block -> the test in this file that runs it, or checks what it would do.
 COVERED = {
     "README.md": {
         "make demo": "test_make_demo_trains_and_its_result_generates",
         "make test": "test_make_test_runs_every_test",
-        "accelerate launch recipes/lora.py": "test_each_training_command_runs_with_local_stand_ins_for_the_hub",
-        "accelerate launch recipes/full.py": "test_each_training_command_runs_with_local_stand_ins_for_the_hub",
-        "accelerate launch --config_file": "test_each_training_command_runs_with_local_stand_ins_for_the_hub",
-        "footprint predict": "test_predict_and_report_run_as_they_stand",
-        "footprint report": "test_predict_and_report_run_as_they_stand",
+        "accelerate launch recipes/lora.py": "test_each_training_command_runs_with_local_replacements_for_the_hub",
+        "accelerate launch recipes/full.py": "test_each_training_command_runs_with_local_replacements_for_the_hub",
+        "accelerate launch --config_file": "test_each_training_command_runs_with_local_replacements_for_the_hub",
+        "footprint predict": "test_predict_and_report_run_unchanged",
+        "footprint report": "test_predict_and_report_run_unchanged",
     },
     "recipes/README.md": {
         "python recipes/lora.py --help": "test_the_help_of_a_recipe_lists_the_flags_of_its_method",
         'footprint generate RUN_DIR "': "test_make_demo_trains_and_its_result_generates",
         "footprint generate RUN_DIR RUN_B": "test_make_demo_trains_and_its_result_generates",
         "footprint merge": "test_make_demo_trains_and_its_result_generates",
-        "footprint compare --methods": "test_the_compare_commands_plan_every_run_and_show_what_is_there",
-        "footprint compare --show": "test_the_compare_commands_plan_every_run_and_show_what_is_there",
+        "footprint compare --methods": "test_the_compare_commands_plan_every_run_and_show_finished_ones",
+        "footprint compare --show": "test_the_compare_commands_plan_every_run_and_show_finished_ones",
     },
     "launch/README.md": {
-        "footprint predict full": "test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds",
+        "footprint predict full": "test_the_prediction_of_several_gpus_is_in_the_committed_table",
     },
     "benchmarks/README.md": {
-        "python benchmarks/readme.py": "test_the_generated_parts_are_what_the_committed_results_say",
+        "python benchmarks/readme.py": "test_the_generated_parts_match_the_committed_results",
     },
     "toolkit/README.md": {},
     "toolkit/memory/README.md": {
-        "footprint report": "test_predict_and_report_run_as_they_stand",
+        "footprint report": "test_predict_and_report_run_unchanged",
+        "python -m toolkit.runs.first_difference": "test_the_command_for_a_wrong_prediction_runs_unchanged",
     },
 }
 
@@ -74,7 +76,7 @@ def command(file: str, start: str) -> str:
 # ---- the generated parts
 
 
-def test_the_generated_parts_are_what_the_committed_results_say():
+def test_the_generated_parts_match_the_committed_results():
     words = command("benchmarks/README.md", "python benchmarks/readme.py").split()
     done = run(*words, "--check")
     assert done.returncode == 0, f"{done.stdout}run: make results (or benchmarks/readme.py)"
@@ -120,14 +122,14 @@ def test_every_committed_result_is_listed_with_its_command_and_its_date():
         ), name
 
 
-def test_a_result_that_nobody_described_is_an_error(monkeypatch, tmp_path):
+def test_a_result_without_a_description_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "new.json").write_text('{"date": "2026-11-27"}')
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match=r"benchmarks/results/new\.json is not described"):
         readme.results()
 
 
-# ---- what the pages say
+# ---- the content of the pages
 
 
 def test_the_first_page_is_short():
@@ -147,7 +149,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("file", LINKED)
-def test_links_lead_to_files_and_headings_that_are_there(file):
+def test_links_lead_to_existing_files_and_headings(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
     assert links or "embedded" in file
@@ -162,7 +164,7 @@ def test_links_lead_to_files_and_headings_that_are_there(file):
 
 
 @pytest.mark.parametrize("file", LINKED)
-def test_files_and_tests_that_are_named_are_there(file):
+def test_named_files_and_tests_exist(file):
     """Paths between backticks: from the repository's root, or from the page's own folder."""
     text = (ROOT / file).read_text(encoding="utf-8")
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
@@ -173,7 +175,7 @@ def test_files_and_tests_that_are_named_are_there(file):
             assert (ROOT / name).exists() or (ROOT / file).parent.joinpath(name).exists(), f"{file} names {name}"
 
 
-def test_flags_that_are_named_are_those_of_the_commands(capsys):
+def test_named_flags_exist(capsys):
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
     for method in METHODS.values():
         with pytest.raises(SystemExit):
@@ -191,7 +193,7 @@ def test_flags_that_are_named_are_those_of_the_commands(capsys):
         assert not unknown - ({"--output_dir", "--threads"} if "embedded" in file else set()), f"{file} names {unknown}"
 
 
-def test_the_file_tree_names_what_is_there_and_nothing_else():
+def test_the_file_tree_matches_the_files():
     tree = re.search(r"## Files\n\n```\n(.*?)```", TEXTS["toolkit/README.md"], re.DOTALL)[1]
     named, folders = set(), []
     for line in tree.splitlines():
@@ -242,7 +244,7 @@ def test_the_help_of_a_recipe_lists_the_flags_of_its_method():
 
 
 @pytest.mark.slow
-def test_make_setup_installs_nothing_a_second_time():
+def test_make_setup_installs_nothing_the_second_time():
     if not (ROOT / ".venv" / ".footprint").exists():
         pytest.skip("the environment was not made by make")
     done = subprocess.run(["make", "--dry-run", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -251,8 +253,8 @@ def test_make_setup_installs_nothing_a_second_time():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [start for start in COVERED["README.md"] if start.startswith("accelerate")])
-def test_each_training_command_runs_with_local_stand_ins_for_the_hub(start, data, tiny_t5, tmp_path):
-    """Hub ids become folders here, everything else is what README says; two steps, on a few rows."""
+def test_each_training_command_runs_with_local_replacements_for_the_hub(start, data, tiny_t5, tmp_path):
+    """Hub ids become folders here, everything else is as in the README; two steps on a few rows."""
     rows = [(f"Person {n} saw a cat.", f"Cat {n}.") for n in range(8)]
     renamed = write_csv(tmp_path / "articles", train=rows, validation=rows, test=rows)
     for file in renamed.iterdir():
@@ -280,7 +282,7 @@ def test_each_training_command_runs_with_local_stand_ins_for_the_hub(start, data
 
 
 @pytest.mark.slow
-def test_predict_and_report_run_as_they_stand(capfd, tmp_path):
+def test_predict_and_report_run_unchanged(capfd, tmp_path):
     def shown(words: list[str]) -> str:
         with pytest.raises(SystemExit) as caught:
             main(words[1:])
@@ -305,8 +307,26 @@ def test_predict_and_report_run_as_they_stand(capfd, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_command_for_a_wrong_prediction_runs_unchanged(capfd, tmp_path):
+    settings = {
+        "use_cpu": True,
+        "max_train_samples": 16,
+        "max_eval_samples": 2,
+        "max_length": 64,
+        "num_train_epochs": 1,
+    }
+    (tmp_path / "config.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    words = command("toolkit/memory/README.md", "python -m").replace("RUN_DIR", str(tmp_path)).split()
+    assert words[:3] == ["python", "-m", first_difference.__name__]
+    with pytest.raises(SystemExit) as caught:
+        first_difference.main(words[3:])
+    out = capfd.readouterr().out
+    assert caught.value.code == 0 and "events of 2 steps are predicted as they were measured" in out
+
+
+@pytest.mark.slow
 def test_make_demo_trains_and_its_result_generates(tmp_path):
-    """What `make demo` launches; make's own part is the test above."""
+    """Runs what `make demo` launches; the test above covers make itself."""
     launch = ("accelerate", "launch", "--config_file", "launch/single.yaml", "recipes/lora.py")
     assert " ".join(launch) in (ROOT / "Makefile").read_text()
     done = run(*launch, "--output_dir", tmp_path / "run")
@@ -322,8 +342,8 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
     assert (tmp_path / "run-merged" / "model.safetensors").exists()
 
 
-def test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds():
-    """It takes minutes, so here it is read, and its result is the one that was committed."""
+def test_the_prediction_of_several_gpus_is_in_the_committed_table():
+    """The prediction takes minutes, so this test only checks that its result is in the committed table."""
     words = shlex.split(command("launch/README.md", "footprint predict full"))
     given = dict(itertools.pairwise(words))
     launch = read_launch_file(given["--launch"], int(given["--num_processes"]))
@@ -335,8 +355,8 @@ def test_the_prediction_of_several_gpus_is_one_that_the_committed_table_holds():
     ]
 
 
-def test_the_compare_commands_plan_every_run_and_show_what_is_there(monkeypatch, tmp_path, capfd):
-    """The runs themselves are tested in test_compare.py; here what they leave is written in their stead."""
+def test_the_compare_commands_plan_every_run_and_show_finished_ones(monkeypatch, tmp_path, capfd):
+    """test_compare.py tests the runs themselves; here synthetic run folders replace them."""
 
     def leave_results(plan):
         assert len(plan.runs) == 12

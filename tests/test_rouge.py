@@ -1,4 +1,4 @@
-"""ROUGE as `evaluate` gives it, without its script from a hub."""
+"""ROUGE with the same values as `evaluate`, without its script from the hub."""
 
 import evaluate
 import pytest
@@ -29,7 +29,7 @@ def test_sentences_of_lsum_end_at_line_breaks():
     assert scores["rougeLsum"] == 1.0 and scores["rougeL"] < 1.0
 
 
-def test_the_mean_is_over_pairs_and_each_pair_can_be_had():
+def test_the_mean_is_over_pairs_and_scores_of_each_pair_are_available():
     metric = Rouge(keep_in_memory=True)
     assert isinstance(metric, evaluate.Metric)
     pairs = {"predictions": ["a b", "x"], "references": ["a b", "y"]}

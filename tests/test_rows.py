@@ -1,4 +1,4 @@
-"""Data files: what is read, and what is refused in one line."""
+"""Data files: how they are read, and which mistakes are one-line errors."""
 
 import csv
 import io
@@ -47,7 +47,7 @@ def test_csv_jsonl_and_parquet_give_the_same_rows(tmp_path):
     assert [list(t) for t in texts[0]] == [list(t) for t in texts[1]] == [list(t) for t in texts[2]]
 
 
-def test_missing_splits_are_held_out_of_train_and_said(tmp_path):
+def test_missing_splits_are_held_out_of_train_and_reported(tmp_path):
     splits, remarks = load_rows(str(write_csv(tmp_path / "d", train=ROWS)), None, COLUMNS)
     sizes = {split: len(rows) for split, rows in splits.items()}
     assert sizes == {"train": 32, "validation": 4, "test": 4}
@@ -70,7 +70,7 @@ def test_text_that_looks_like_a_missing_value_stays_text(tmp_path):
 
 
 def read(tmp_path, name, content, columns=COLUMNS):
-    """The cells of `columns` in a file with this content, without what is held out of it, and the remarks."""
+    """The cells of `columns` in a file with this content, without held-out rows, and the remarks."""
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}{name}").write_bytes(content.encode() if isinstance(content, str) else content)
     splits, remarks = load_rows(str(tmp_path), None, columns)
@@ -113,7 +113,7 @@ QUOTED = ['say "a"', '"a" said', '"a"', '""', '"', '5"', "a\nb", "a\r\nb", "a\rb
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "all quoted", "old line ends", "with a mark"])
-def test_cells_are_read_as_they_stand(kind, tmp_path):
+def test_cells_are_read_unchanged(kind, tmp_path):
     texts = [text for text in [*ODD, *QUOTED] if text.strip()]
     rows = [(text, f"{text}{number}") for number, text in enumerate(texts)]
     suffix, stream = ".csv", io.StringIO(newline="")
@@ -131,7 +131,7 @@ def test_cells_are_read_as_they_stand(kind, tmp_path):
     assert found == rows
 
 
-def test_quotation_marks_in_tabs_are_text_where_no_cell_was_written_with_them(tmp_path):
+def test_quotation_marks_in_tsv_are_text_unless_a_csv_writer_put_them(tmp_path):
     marks = ['"a', 'a"', '"a" b', 'a "b"', '"a"', '"', '""', "a b"]
     lines = ["dialogue\tsummary", *(f"{mark}\t{mark}{n}" for n, mark in enumerate(marks))]
     found, remarks = read(tmp_path, ".tsv", "\n".join(lines))
@@ -143,20 +143,23 @@ def test_quotation_marks_in_tabs_are_text_where_no_cell_was_written_with_them(tm
     assert read(tmp_path, ".tsv", '"dialogue"\t"summary"\n"a"\t"b"\n')[0] == [("a", "b")]
 
 
-def test_marks_that_close_no_cell_are_text_in_csv_too_or_refused(tmp_path):
+def test_quotation_marks_in_csv_that_wrap_no_cell_are_text_or_refused(tmp_path):
     found, remarks = read(tmp_path, ".csv", 'dialogue,summary\n"a,b\n"c" d,e\nf,g\n')
     assert found == [('"a', "b"), ('"c" d', "e"), ("f", "g")] and "are part of its text" in remarks[0]
     (tmp_path / "train.csv").write_text('dialogue,summary\n"a, b",c\n"d" e,f\n')
-    assert "train.csv: line 3: " in refusal(tmp_path) and "write each one in it twice" in refusal(tmp_path)
+    assert "train.csv: line 3: " in refusal(tmp_path) and "write each quotation mark in it twice" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("dialogue,summary\na,b\nc, d,e\n")
-    assert "train.csv: line 3 has 3 cells, and the header 2; put a cell that has a comma" in refusal(tmp_path)
+    assert (
+        "train.csv: line 3 has 3 cells, and the header 2; put quotation marks around a cell that has a comma"
+        in refusal(tmp_path)
+    )
     (tmp_path / "train.csv").write_text("dialogue,summary\na\nb,c\n")
     assert "line 2 has 1 cells, and the header 2" in refusal(tmp_path)
     (tmp_path / "train.csv").write_text("dialogue,summary,summary\na,b,c\n")
     assert "its header has the column 'summary' twice" in refusal(tmp_path)
 
 
-def test_values_in_json_are_the_files_own_spelling(tmp_path):
+def test_values_in_json_keep_the_files_own_spelling(tmp_path):
     values = ["1", "1.10", "1e3", "-0.0", "12345678901234567890", "true", "false", '"x"', "NaN"]
     lines = [f'{{"dialogue": {value}, "summary": "s", "other": [1.10, {{"a": null}}]}}' for value in [*values, "null"]]
     found, remarks = read(tmp_path, ".jsonl", "\r\n".join(lines))
@@ -197,7 +200,7 @@ def test_columns_may_change_their_type_and_differ_between_files(tmp_path):
     assert remarks == ["train is 2 files: train-1.csv, train-2.csv"]
 
 
-def test_a_line_of_sentences_ends_with_a_line_feed_alone(tmp_path):
+def test_only_a_line_feed_ends_a_line_of_sentences(tmp_path):
     odd = [f"a{mark}b {n}" for n, mark in enumerate("\u0085\u2028\x0b\x0c\x1c\r@")]
     (tmp_path / "rows.txt").write_bytes("".join(f"{text} @ up\r\n" for text in odd).encode("utf-8-sig"))
     splits, _ = load_rows(str(tmp_path / "rows.txt"), None, {"text_column": "sentence", "label_column": "label"})
@@ -212,7 +215,7 @@ def test_utf_16_is_refused(name, tmp_path):
     assert "not UTF-8 but UTF-16; convert it first: iconv -f utf-16" in refusal(tmp_path)
 
 
-def test_every_cell_of_dialogsum_is_as_the_csv_module_reads_it(data):
+def test_every_cell_of_dialogsum_matches_the_csv_module(data):
     splits, remarks = load_rows(str(data / "dialogsum"), None, COLUMNS)
     assert remarks == []
     for split, rows in splits.items():
@@ -222,7 +225,7 @@ def test_every_cell_of_dialogsum_is_as_the_csv_module_reads_it(data):
         assert all(rows[column][:] == [row[column] for row in expected] for column in expected[0])
 
 
-def test_rows_with_the_same_text_are_not_held_out_of_one_another(tmp_path):
+def test_rows_with_the_same_text_stay_in_one_split(tmp_path):
     rows = [(f"text {n % 40}", f"summary {n}") for n in range(120)]
     splits, _ = load_rows(str(write_csv(tmp_path / "d", train=rows)), None, COLUMNS)
     assert sum(map(len, splits.values())) == 120
@@ -231,8 +234,8 @@ def test_rows_with_the_same_text_are_not_held_out_of_one_another(tmp_path):
     assert all(6 <= len(splits[split]) <= 24 for split in ("validation", "test"))
 
 
-def test_answers_to_texts_of_any_length_are_read_back(tmp_path):
-    csv.field_size_limit(131_072)  # as it is in a new process
+def test_answers_to_texts_of_any_length_can_be_read_again(tmp_path):
+    csv.field_size_limit(131_072)  # the default in a new process
     long = 'a "word",\n' * 40_000
     (tmp_path / "completions.csv").write_text(csv_text(["text", "reference"], [(long, "short")]), encoding="utf-8")
     assert read_csv(tmp_path / "completions.csv") == {"text": [long], "reference": ["short"]}
@@ -240,7 +243,7 @@ def test_answers_to_texts_of_any_length_are_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("held", ["", "text,reference\nonly a text\n", 'text,reference\n"cut short', "\0"])
-def test_completions_that_are_no_table_are_refused(held, tmp_path):
+def test_completions_that_are_not_a_table_are_refused(held, tmp_path):
     (tmp_path / "completions.csv").write_text(held, encoding="utf-8")
     with pytest.raises(UserError, match=r"no readable completions\.csv"):
         FinishedRun.sample(SimpleNamespace(path=tmp_path), 9)
@@ -265,12 +268,12 @@ def test_an_empty_file(tmp_path):
 
 @pytest.mark.parametrize("held", [b"\xef\xbb\xbf", b"\n\n", b"\xef\xbb\xbf\r\n"])
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.jsonl", "train.json"])
-def test_a_file_with_no_more_than_a_mark_or_blank_lines(name, held, tmp_path):
+def test_a_file_with_only_a_byte_order_mark_or_blank_lines(name, held, tmp_path):
     (tmp_path / name).write_bytes(held)
     assert "the file " in refusal(tmp_path)
 
 
-def test_a_file_with_a_header_alone(tmp_path):
+def test_a_file_with_only_a_header(tmp_path):
     assert "a header but no row" in refusal(write_csv(tmp_path / "d", train=[]))
 
 
@@ -282,7 +285,7 @@ def test_a_missing_column_lists_those_that_exist(tmp_path):
 
 def test_rows_that_are_all_empty(tmp_path):
     (tmp_path / "train.csv").write_text("dialogue,summary\na,\nb,\n")
-    assert "in each of its 2 rows dialogue or summary is empty" in refusal(tmp_path)
+    assert "dialogue or summary is empty in each of its 2 rows" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -298,8 +301,8 @@ def test_broken_json_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
-def test_text_files_of_the_hub_are_read_as_local_ones(kind, tmp_path):
-    """The hub's library takes a folder for a data set of the hub."""
+def test_text_files_of_the_hub_are_read_like_local_ones(kind, tmp_path):
+    """The hub's library treats a folder like a hub data set."""
     between = "\t" if kind == "tsv" else ","
     line = '{"dialogue": 1.10, "summary": true}' if kind == "jsonl" else f"001{between}NA"
     head = [] if kind == "jsonl" else [between.join(COLUMNS.values())]
@@ -310,7 +313,7 @@ def test_text_files_of_the_hub_are_read_as_local_ones(kind, tmp_path):
     assert [rows[0] for rows in loaded.values()] == [row] * 3 and remarks == []
 
 
-def test_what_a_data_set_of_the_hub_says_of_its_files_holds(tmp_path):
+def test_the_settings_of_a_hub_data_set_are_used(tmp_path):
     (tmp_path / "train.csv").write_text("7;a\n8;b\n")
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n  names: [n, text]\n---\n"
@@ -319,10 +322,10 @@ def test_what_a_data_set_of_the_hub_says_of_its_files_holds(tmp_path):
     assert loaded["train"][:] == {"n": [7, 8], "text": ["a", "b"]}
 
 
-def test_a_hub_data_set_that_cannot_be_had():
-    assert "cannot be had from the hub" in refusal("nobody/nothing")
+def test_a_hub_data_set_that_cannot_be_loaded():
+    assert "cannot be loaded from the hub" in refusal("nobody/nothing")
 
 
 def test_files_that_are_not_read_are_named(tmp_path):
     write_csv(tmp_path, train=ROWS, validation=ROWS, test=ROWS, notes=ROWS)
-    assert load_rows(str(tmp_path), None, COLUMNS)[1] == ["not read, for no split has such a name: notes.csv"]
+    assert load_rows(str(tmp_path), None, COLUMNS)[1] == ["not read, because their names name no split: notes.csv"]

@@ -1,6 +1,7 @@
-"""Two processes train as one does, under every engine: the gradient, the loss of 20 steps, what is saved and what it writes.
+"""Two processes train like one, under every engine: the gradient, the loss of 20 steps, the saved model and its generated text.
 
-`make matrix` runs every cell and writes the differences to benchmarks/results/engines_equal.json, from which a table in launch/README.md is made.
+`make matrix` runs every cell and writes the differences to benchmarks/results/engines_equal.json, which gives a table in
+launch/README.md.
 """
 
 import datetime
@@ -23,9 +24,9 @@ from toolkit.memory.environment import stack_versions
 RESULTS = ROOT / "benchmarks" / "results" / "engines_equal.json"
 COMMAND = "python -m pytest tests/test_same_training.py --matrix"
 CELLS = [(preset, *case) for preset, case in product(("ddp", "zero1", "zero2", "zero3", "fsdp2"), same.CASES)]
-ALWAYS = ("zero3", "llama", "lora")  # no day without it: what shares out parameters can save an empty adapter
-FIRST, LATER = 1e-5, 1e-4  # relative, in fp32: of the gradient and the loss of the first step, and of any loss of 20
-SHARDED = ("zero3", "fsdp2")  # engines that share out parameters, and so take floating point alone
+ALWAYS = ("zero3", "llama", "lora")  # in every day's sample: engines that shard parameters may save an empty adapter
+FIRST, LATER = 1e-5, 1e-4  # relative, in fp32: for the first step's gradient and loss, and for any of the 20 losses
+SHARDED = ("zero3", "fsdp2")  # engines that shard parameters, and therefore need floating-point ones
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -39,7 +40,7 @@ def relative(found: float, expected: float) -> float:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """Runs a case on this process, once: the folder of the models that all begin with, that of what it saved, what it found."""
+    """Runs a case on this process, once: returns the folder of the initial models, the folder of its output, and its results."""
     bases, out = tmp_path_factory.mktemp("bases"), tmp_path_factory.mktemp("one")
     same.save_bases(bases)
     found: dict[tuple[str, str], same.Found] = {}
@@ -56,7 +57,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def together(request, alone, tmp_path_factory):
-    """Runs an engine on two processes, once, with all cells of it that this session has: the folder of what they saved."""
+    """Runs an engine on two processes, once, with all its cells in this session: returns the folder of their output."""
     folders: dict[str, Path] = {}
 
     def run(preset):
@@ -77,7 +78,7 @@ def together(request, alone, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def results(request):
-    """The committed differences by cell; with `--matrix` those of this session are written to the file at its end."""
+    """The committed differences by cell; with `--matrix` this session's differences are written to the file at its end."""
     cells = json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if RESULTS.is_file() else {}
     yield cells
     if request.config.getoption("--matrix") and cells:
@@ -96,7 +97,7 @@ def write_results(cells: dict[str, dict]) -> None:
 
 
 def gradient_difference(kind: str, method: str, bases: Path, one: Path, two: Path) -> float:
-    """||g2 - g1|| / ||g1|| of what one step of plain SGD changed: w - rate x g, saved in the folders `one` and `two`."""
+    """||g2 - g1|| / ||g1||, from weights after one step of plain SGD (w - rate x g) in the folders `one` and `two`."""
     first, second = weights(one), weights(two)
     start = same.attach(same.load(bases / kind, method, same.arguments(one, 1)), kind, method)
     start.save_pretrained(one / "before")
@@ -111,7 +112,7 @@ def gradient_difference(kind: str, method: str, bases: Path, one: Path, two: Pat
 def differences(
     kind: str, method: str, bases: Path, one: Path, two: Path, losses: tuple[list[float], list[float]]
 ) -> dict:
-    """How far two processes are from one: of the gradient, the first loss, and the loss of any step."""
+    """The differences between two processes and one: of the gradient, the first loss, and the loss of any step."""
     curve = [relative(*pair) for pair in zip(*losses, strict=True)]
     gradient = gradient_difference(kind, method, bases, one / "gradient", two / "gradient")
     return {"gradient": gradient, "first_loss": curve[0], "loss": max(curve)}
@@ -123,7 +124,7 @@ def differences(
     [pytest.param(cell, marks=[] if cell == ALWAYS else [pytest.mark.matrix]) for cell in CELLS],
     ids=map("-".join, CELLS),
 )
-def test_two_processes_train_as_one_does_and_save_what_one_process_reads(cell, alone, together, results, request):
+def test_two_processes_train_like_one_and_save_a_model_that_one_process_loads(cell, alone, together, results, request):
     preset, kind, method = cell
     folder = together(preset) / f"{kind}-{method}"
     bases, one, expected = alone(kind, method)
@@ -148,12 +149,12 @@ def test_two_processes_train_as_one_does_and_save_what_one_process_reads(cell, a
         results["-".join(cell)] = found | {"date": datetime.date.today().isoformat()}
 
 
-def test_fsdp2_with_qlora_is_fsdp2_so_that_what_holds_for_one_holds_for_the_other():
+def test_the_files_fsdp2_and_fsdp2_qlora_have_the_same_settings():
     plain, qlora = (yaml.safe_load((ROOT / "launch" / f"{name}.yaml").read_text()) for name in ("fsdp2", "fsdp2_qlora"))
     assert plain == qlora
 
 
-def test_each_file_of_zero3_has_the_model_shared_out_while_it_is_loaded():
+def test_each_file_of_zero3_shards_the_model_while_loading():
     stages = {
         path.stem: read_launch_file(path.stem, 2) for path in (ROOT / "launch").glob("*.yaml") if path.stem != "single"
     }

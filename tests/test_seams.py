@@ -158,7 +158,7 @@ def test_a_missing_text_in_a_librarys_source_is_reported():
         ("operators of CUDA's autocast", "memory.cuda.autocast:FP32", lambda old: [*old, "relu"], "has no relu"),
         ("attributes of ZeRO's optimizers", "memory.census:OFFLOADED", lambda old: (*old, "masters"), "have masters"),
         ("handle of a disk", "memory.shadow.simulated_rank:Disk", lambda old: object, "calls .*wait of a handle"),
-        ("names of methods", "runs.merge:CANNOT", lambda old: {**old, "GONE": ""}, "PEFT has no GONE any more"),
+        ("names of methods", "methods.peft_method:UNFIT", lambda old: {**old, "GONE": ""}, "PEFT has no GONE any more"),
         (
             "operators that stand-ins replace",
             "memory.cuda.quantized:STAND_INS",

@@ -1,4 +1,4 @@
-"""The oldest and the newest versions that pyproject.toml admits are those that `make stacks` tried last."""
+"""The last `make stacks` tested the oldest and the newest versions that pyproject.toml admits."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ FINE = {"passed": 9, "failed": 0, "skipped": 1, "recipe": True}
 
 
 @pytest.mark.parametrize("requirement", stacks.requirements(), ids=lambda requirement: requirement.name)
-def test_each_lower_bound_was_tried_and_the_newest_that_was_is_admitted(requirement):
+def test_each_lower_bound_was_tested_and_the_newest_tested_version_is_admitted(requirement):
     (bound,) = (one.version for one in requirement.specifier if one.operator == ">=")
     oldest, newest = (Version(TRIED[stack]["versions"][requirement.name]) for stack in ("oldest", "newest"))
     assert Version(oldest.public) == Version(bound), "run: make stacks"  # public: without the build, as in 2.13.0+cpu
@@ -26,9 +26,7 @@ def test_each_lower_bound_was_tried_and_the_newest_that_was_is_admitted(requirem
     ("oldest", "newest", "code"),
     [({}, {}, 0), ({"failed": 1}, {}, 1), ({}, {"failed": 1}, 1), ({}, {"recipe": False}, 1)],
 )
-def test_it_ends_with_1_where_a_test_or_the_recipe_failed_in_either(
-    oldest, newest, code, monkeypatch, tmp_path, capsys
-):
+def test_it_returns_1_if_a_test_or_the_recipe_failed_in_either(oldest, newest, code, monkeypatch, tmp_path, capsys):
     results = {"oldest": FINE | oldest, "newest": FINE | newest}
     monkeypatch.setattr(stacks, "install", lambda stack: tmp_path / stack)
     monkeypatch.setattr(stacks, "versions", lambda folder: TRIED[folder.name]["versions"])

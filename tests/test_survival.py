@@ -1,4 +1,4 @@
-"""Runs that are stopped in every way, and go on: whole checkpoints, kills, SIGTERM, a full disk, a rank that hangs."""
+"""Runs that are stopped in every way and resume: complete checkpoints, kills, SIGTERM, a full disk, a rank that hangs."""
 
 import datetime
 import json
@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from going_on import CASES
 from reliability import Run
+from resuming import CASES
 from safetensors.torch import load_file
 from same_training import save_bases
 
@@ -58,19 +58,19 @@ RESUME = "--resume_from_checkpoint"
 
 
 def checkpoint(folder, step, origin=ORIGIN):
-    """A checkpoint of two small files, one in a folder of its own."""
-    with atomic_folder(folder / f"checkpoint-{step}", origin, is_main=True, wait=lambda: None) as aside:
-        (aside / "trainer_state.json").write_text("{}")
-        (aside / "shards").mkdir()
-        (aside / "shards" / "rank0.pt").write_bytes(bytes(range(100)))
+    """A checkpoint with two small files, one of them in a subfolder."""
+    with atomic_folder(folder / f"checkpoint-{step}", origin, is_main=True, wait=lambda: None) as temporary:
+        (temporary / "trainer_state.json").write_text("{}")
+        (temporary / "shards").mkdir()
+        (temporary / "shards" / "rank0.pt").write_bytes(bytes(range(100)))
     return folder / f"checkpoint-{step}"
 
 
-def test_nothing_is_called_a_checkpoint_before_it_is_whole(tmp_path):
+def test_a_checkpoint_gets_its_name_only_when_it_is_complete(tmp_path):
     final = tmp_path / "checkpoint-2"
-    with atomic_folder(final, ORIGIN, is_main=True, wait=lambda: None) as aside:
-        (aside / "weights").write_bytes(b"1234")
-        assert aside.is_dir() and not final.exists() and not newest_first(tmp_path)
+    with atomic_folder(final, ORIGIN, is_main=True, wait=lambda: None) as temporary:
+        (temporary / "weights").write_bytes(b"1234")
+        assert temporary.is_dir() and not final.exists() and not newest_first(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     kept = json.loads((final / MANIFEST).read_text())
     # echo -n 1234 | sha256sum
@@ -78,14 +78,14 @@ def test_nothing_is_called_a_checkpoint_before_it_is_whole(tmp_path):
     assert kept["files"] == {"weights": {"bytes": 4, "sha256": sha256}} and kept["run"]["data"] == "rows"
     with (
         pytest.raises(KeyboardInterrupt),
-        atomic_folder(tmp_path / "checkpoint-4", ORIGIN, is_main=True, wait=lambda: None) as aside,
+        atomic_folder(tmp_path / "checkpoint-4", ORIGIN, is_main=True, wait=lambda: None) as temporary,
     ):
-        (aside / "weights").touch()
+        (temporary / "weights").touch()
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-def test_a_rank_that_is_not_the_first_waits_and_renames_nothing(tmp_path):
+def test_other_ranks_than_the_first_wait_and_rename_nothing(tmp_path):
     waited = []
 
     def first_rank_renames():
@@ -93,8 +93,8 @@ def test_a_rank_that_is_not_the_first_waits_and_renames_nothing(tmp_path):
         if len(waited) == 2:
             (tmp_path / ASIDE / "checkpoint-2").rename(tmp_path / "checkpoint-2")
 
-    with atomic_folder(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as aside:
-        (aside / "rank1.pt").touch()
+    with atomic_folder(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as temporary:
+        (temporary / "rank1.pt").touch()
     assert len(waited) == 2 and not (tmp_path / ASIDE).exists()
     assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["rank1.pt"]
 
@@ -117,7 +117,7 @@ def test_a_truncated_an_altered_and_a_missing_file_are_named(tmp_path):
     assert damage(whole) == "manifest.json is missing or was altered"
 
 
-def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named_and_moved(tmp_path, capsys):
+def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_named_and_moved(tmp_path, capsys):
     for step in (2, 4, 10):
         checkpoint(tmp_path, step)
     (tmp_path / ASIDE / "checkpoint-12").mkdir(parents=True)
@@ -128,11 +128,11 @@ def test_the_newest_whole_checkpoint_is_found_and_damaged_ones_are_named_and_mov
     capsys.readouterr()
     assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
     said = " ".join(capsys.readouterr().out.split())
-    assert "checkpoint-10: trainer_state.json has 3 bytes instead of 2; it is now damaged-checkpoint-10" in said
+    assert "checkpoint-10: trainer_state.json has 3 bytes instead of 2; renamed to damaged-checkpoint-10" in said
     assert newest_first(tmp_path) == [tmp_path / "checkpoint-4", tmp_path / "checkpoint-2"]
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    with pytest.raises(UserError, match=r"is whole \(checkpoint-4: trainer_state.json is missing\)"):
+    with pytest.raises(UserError, match=r"is complete \(checkpoint-4: trainer_state.json is missing\)"):
         resume_point("true", tmp_path)
     assert len(newest_first(tmp_path)) == 2
     with pytest.raises(UserError, match="no checkpoint there"):
@@ -152,7 +152,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
             resume_point("true", tmp_path / folder)
 
 
-def test_what_cannot_go_on_is_refused_before_a_model_is_loaded(tmp_path):
+def test_a_run_that_cannot_resume_is_refused_before_a_model_is_loaded(tmp_path):
     kept = checkpoint(tmp_path, 2)
     check_resumable(kept, ORIGIN, allow_changed_data=False)
     check_resumable(kept, replace(ORIGIN, engine="DDP", processes=4), allow_changed_data=False)
@@ -178,7 +178,7 @@ def test_what_cannot_go_on_is_refused_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="was written by FSDP2 on 2 processes, and cannot be read by DDP on 2"):
         check_resumable(kept, replace(fsdp, engine="DDP"), allow_changed_data=True)
     kept = checkpoint(tmp_path, 7, replace(fsdp, engine="FSDP1"))
-    with pytest.raises(UserError, match="FSDP1, whose checkpoints cannot be gone on from"):
+    with pytest.raises(UserError, match="FSDP1, and FSDP1's checkpoints cannot be resumed"):
         check_resumable(kept, replace(fsdp, engine="FSDP1"), allow_changed_data=True)
     nvme = replace(ORIGIN, engine="ZeRO-3", processes=2, state_on_disk=True)
     kept = checkpoint(tmp_path, 9, nvme)
@@ -202,19 +202,19 @@ def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
         check_resumable(kept, ORIGIN, allow_changed_data=False)
 
 
-def test_checkpoints_after_the_one_that_is_gone_on_from_are_set_aside(tmp_path, capsys):
+def test_checkpoints_later_than_the_resumed_one_are_renamed(tmp_path, capsys):
     for step in (2, 4, 6):
         checkpoint(tmp_path, step)
     set_later_checkpoints_aside(tmp_path / "checkpoint-6", tmp_path)
     set_later_checkpoints_aside(tmp_path / "checkpoint-2", tmp_path / "another")
     assert [path.name for path in newest_first(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
     set_later_checkpoints_aside(tmp_path / "checkpoint-4", tmp_path)
-    assert "checkpoint-6 is now abandoned-checkpoint-6" in " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-6 renamed to abandoned-checkpoint-6" in " ".join(capsys.readouterr().out.split())
     assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
     assert (tmp_path / "abandoned-checkpoint-6" / MANIFEST).is_file()
 
 
-def test_a_folder_that_only_some_machines_see_is_refused_where_all_must(tmp_path, monkeypatch):
+def test_a_folder_that_only_some_machines_see_is_refused_if_all_need_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     mark = tmp_path / ".claimed"
 
@@ -223,7 +223,7 @@ def test_a_folder_that_only_some_machines_see_is_refused_where_all_must(tmp_path
         run_folder._check_shared(mark, SimpleNamespace(training=training, engine=engine), resumes=False)
 
     check(NO_ENGINE)
-    with pytest.raises(UserError, match=r"is not what rank 1 finds by that name, and --load_best_model_at_end must"):
+    with pytest.raises(UserError, match=r"is not the folder that rank 1 sees, and --load_best_model_at_end must"):
         check(NO_ENGINE, best=True)
     zero = Engine(2, "ZeRO-2")
     with pytest.raises(UserError, match="checkpoints under ZeRO-2 must be"):
@@ -232,7 +232,7 @@ def test_a_folder_that_only_some_machines_see_is_refused_where_all_must(tmp_path
     check(zero)
 
 
-def test_the_metrics_of_a_run_that_was_ended_while_it_wrote_them_go_on(tmp_path):
+def test_metrics_continue_after_a_run_was_killed_while_writing_them(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
     state = SimpleNamespace(is_world_process_zero=True, global_step=2, num_input_tokens_seen=0)
@@ -270,7 +270,7 @@ def test_the_fingerprint_of_the_rows_sees_tokens_and_order():
         "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE, Timeout(ms)=25000) ran for 25001 ms",
     ],
 )
-def test_a_time_out_is_known_by_what_each_backend_says(said, monkeypatch):
+def test_a_timeout_is_recognized_by_each_backends_message(said, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     lost = ranks._time_out(RuntimeError(said))
     assert lost.startswith("the rank or launcher that keeps the store did not answer within --ddp_timeout")
@@ -286,7 +286,7 @@ def weights(folder):
 
 
 def furthest(one, two):
-    """The largest difference between two sets of weights, of the largest weight."""
+    """The largest difference between two sets of weights, relative to the largest weight."""
     one, two = weights(one), weights(two)
     assert one.keys() == two.keys()
     largest = max(tensor.abs().max() for tensor in one.values())
@@ -294,14 +294,14 @@ def furthest(one, two):
 
 
 def started(folder, *more, processes=1, preset="ddp", method="lora"):
-    """A run that begins."""
+    """Starts a run."""
     script = ("tests/fsdp_on_cpu.py", TRAIN) if preset.startswith("fsdp") else (TRAIN,)
     argv = (*script, method, *SMALL, "--output_dir", folder, *more)
     return Run(*argv, log=folder.with_suffix(".log"), processes=processes, preset=preset)
 
 
 def trained(folder, *more, codes=0, **settings):
-    """Runs to the end; returns what was written."""
+    """Runs to the end; returns the output."""
     run = started(folder, *more, **settings)
     assert run.wait() == [codes] * len(run.ranks), run.text()
     return run.text()
@@ -309,23 +309,23 @@ def trained(folder, *more, codes=0, **settings):
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
-    """The models that tests/going_on.py begins with."""
+    """The initial models of tests/resuming.py."""
     folder = tmp_path_factory.mktemp("bases")
     save_bases(folder)
     return folder
 
 
-def gone_on(preset, bases, out, *begun, processes=2):
-    """Runs tests/going_on.py."""
+def resumed_from(preset, bases, out, *begun, processes=2):
+    """Runs tests/resuming.py."""
     script = ("tests/fsdp_on_cpu.py",) if preset.startswith("fsdp") else ()
-    argv = (*script, "tests/going_on.py", bases, out, *begun)
+    argv = (*script, "tests/resuming.py", bases, out, *begun)
     run = Run(*argv, log=out.with_suffix(".log"), processes=processes, preset=preset)
     assert run.wait(1500) == [0] * processes, run.text()
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """Runs that nothing interrupts, by number of processes and launch file: folder, and seconds from its first file to its last."""
+    """Uninterrupted runs by number of processes and launch file: the folder, and the seconds from its first to its last file."""
     runs = {}
 
     def run_of(processes, preset="ddp"):
@@ -340,7 +340,7 @@ def whole(tmp_path_factory):
 
 
 def when(condition, run, seconds=300):
-    """Waits until `condition`, while `run` runs."""
+    """Waits until `condition()` is true, while `run` runs."""
     end = time.monotonic() + seconds
     while not condition():
         assert run.runs and time.monotonic() < end, run.text()
@@ -348,7 +348,7 @@ def when(condition, run, seconds=300):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_leaves_with_143_and_what_goes_on_ends_with_the_same_weights(whole, tmp_path):
+def test_sigterm_saves_and_exits_with_143_and_the_resumed_run_ends_with_the_same_weights(whole, tmp_path):
     folder = tmp_path / "run"
     run = Run("recipes/lora.py", *SMALL, "--output_dir", folder, log=tmp_path / "log")
     when((folder / "checkpoint-2").exists, run)
@@ -364,7 +364,7 @@ def test_sigterm_saves_and_leaves_with_143_and_what_goes_on_ends_with_the_same_w
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_in_one_line_and_earlier_checkpoints_stay(whole, tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_earlier_checkpoints_stay(whole, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
@@ -377,7 +377,7 @@ def test_a_full_disk_is_said_in_one_line_and_earlier_checkpoints_stay(whole, tmp
         assert len(lines) == 1 and "Traceback" not in said, said
         kept = newest_first(folder)
         assert f"could not be written to {folder}" in lines[0] and "are free there, and a checkpoint takes" in lines[0]
-        assert f"go on from {kept[0].name} with --resume_from_checkpoint true" in lines[0]
+        assert f"resume from {kept[0].name} with --resume_from_checkpoint true" in lines[0]
         assert len(kept) == 2 and [damage(one) for one in kept] == [None, None] and not (folder / ASIDE).exists()
         subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
         trained(folder, RESUME)
@@ -402,18 +402,18 @@ def test_a_rank_that_does_not_answer_is_named_and_all_end(tmp_path):
 
 
 def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages, preset="ddp"):
-    """Kills a run, at a random moment of the `seconds` that it takes or while it saves, spoils a file where asked to, and lets it go on to its end.
+    """Kills a run at a random moment of its `seconds` or while it saves, damages a file if `damages` says so, and resumes it.
 
-    Returns: what was killed when, whether a checkpoint was being written, which file was spoilt, and the bytes of
-    checkpoints that were whole and are not: those that a kill, not we, have spoilt.
+    Returns: which ranks were killed and when, whether a checkpoint was being written, the damaged file, and the bytes of
+    complete checkpoints that the kill itself damaged.
     """
     run = started(folder, processes=processes, preset=preset)
     when(folder.exists, run)
     began = time.monotonic()
     if while_saving:
         step = chance.randint(1, 6)
-        aside = folder / ASIDE / f"checkpoint-{step}"
-        when(lambda: aside.exists() or (folder / f"checkpoint-{step}").exists(), run)
+        temporary = folder / ASIDE / f"checkpoint-{step}"
+        when(lambda: temporary.exists() or (folder / f"checkpoint-{step}").exists(), run)
         time.sleep(chance.uniform(0, 0.1))
     else:
         time.sleep(chance.uniform(0, seconds))
@@ -449,14 +449,14 @@ def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_from_the_checkpoint_before_a_truncated_one(whole, tmp_path):
+def test_a_killed_process_resumes_from_the_checkpoint_before_a_truncated_one(whole, tmp_path):
     reference, seconds = whole(1)
     case = killed_and_resumed(tmp_path / "run", 1, seconds, random.Random(4), while_saving=True, damages="truncate")
     assert case["bytes_lost"] == 0 and furthest(reference, tmp_path / "run") == 0, case
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_some_were_killed_go_on_to_the_same_weights(whole, tmp_path):
+def test_two_processes_resume_to_the_same_weights_after_some_were_killed(whole, tmp_path):
     reference, seconds = whole(2)
     case = killed_and_resumed(tmp_path / "run", 2, seconds, random.Random(5), while_saving=True, damages=None)
     assert case["bytes_lost"] == 0 and furthest(reference, tmp_path / "run") <= 1e-6, case
@@ -465,7 +465,7 @@ def test_two_processes_of_which_some_were_killed_go_on_to_the_same_weights(whole
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(5400)
-def test_twenty_kills_lose_nothing_and_every_run_goes_on_to_the_same_weights(whole, tmp_path, request):
+def test_twenty_kills_lose_nothing_and_every_run_resumes_to_the_same_weights(whole, tmp_path, request):
     chance = random.Random(datetime.date.today().toordinal())
     cases: list[dict] = []
     while len(cases) < 20:
@@ -475,7 +475,7 @@ def test_twenty_kills_lose_nothing_and_every_run_goes_on_to_the_same_weights(who
         damages = (None, "alter", None, "truncate", None)[number % 5]
         folder = tmp_path / f"{number}"
         case = killed_and_resumed(folder, processes, seconds, chance, number % 2 == 0, damages, preset)
-        if not case["killed_ranks"]:  # it had come to its end before
+        if not case["killed_ranks"]:  # the run had already ended
             shutil.rmtree(folder)
             continue
         case["equal"] = furthest(reference, folder) <= (0.0 if processes == 1 else 1e-6)
@@ -498,8 +498,8 @@ def test_twenty_kills_lose_nothing_and_every_run_goes_on_to_the_same_weights(who
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_one_process_goes_on_from_a_checkpoint_of_two(tmp_path):
-    """Without dropout, whose random numbers each process has of its own; the rows of a step are the same."""
+def test_one_process_resumes_from_a_checkpoint_of_two(tmp_path):
+    """Without dropout, because each process has its own random numbers; the rows of a step are the same."""
     model = tmp_path / "model"
     shutil.copytree(MODEL_DIR, model)
     config = json.loads((model / "config.json").read_text())
@@ -516,7 +516,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_another_engine(tmp_path):
+def test_zero2_resumes_to_the_same_weights_after_sigterm_on_one_rank_but_not_under_another_engine(tmp_path):
     never, stopped = tmp_path / "never", tmp_path / "stopped"
     trained(never, processes=2, preset="zero2")
     run = Run(TRAIN, *SMALL, "--output_dir", stopped, log=tmp_path / "log", processes=2, preset="zero2")
@@ -532,7 +532,7 @@ def test_zero2_goes_on_to_the_same_weights_after_sigterm_on_one_rank_and_not_on_
 @pytest.mark.slow
 @pytest.mark.matrix(sample=1)
 @pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_two_processes_keep_the_weights_of_the_checkpoint_that_the_validation_split_chooses(preset, tmp_path):
+def test_two_processes_keep_the_weights_of_the_checkpoint_that_the_validation_split_selects(preset, tmp_path):
     chooses = ("--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--eval_strategy", "steps")
     worst = (
         "--greater_is_better",
@@ -553,23 +553,23 @@ def test_two_processes_keep_the_weights_of_the_checkpoint_that_the_validation_sp
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2"])
-def test_full_and_lora_of_t5_and_llama_go_on_to_the_same_weights_under(preset, bases, tmp_path):
+def test_full_and_lora_of_t5_and_llama_resume_to_the_same_weights_under(preset, bases, tmp_path):
     if preset.endswith("offload") and shutil.which("c++") is None:
         pytest.skip("offloading compiles C++ code, and there is no compiler")
-    gone_on(preset, bases, tmp_path / "two")
+    resumed_from(preset, bases, tmp_path / "two")
     for kind, method in CASES:
         case = f"{kind}-{method}"
-        # DeepSpeed's Adam for the CPU takes powers of its betas anew when it goes on, where it had multiplied them up (csrc,
-        # cpu_adam.h, IncrementStep): a rounding, which a ReLU of T5 at the edge of 0 magnifies.
+        # DeepSpeed's Adam for the CPU multiplies powers of its betas step by step, and computes them directly after a resume
+        # (csrc, cpu_adam.h, IncrementStep). The rounding differs, and a ReLU of T5 close to 0 magnifies it.
         limit = 1e-3 if preset.endswith("offload") and case == "t5-full" else 1e-6
         assert furthest(tmp_path / "two" / case, tmp_path / "two" / f"{case}-again") <= limit, case
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_four_processes_go_on_from_what_fsdp2_saved_on_two(bases, tmp_path):
-    gone_on("fsdp2", bases, tmp_path / "two")
-    gone_on("fsdp2", bases, tmp_path / "four", tmp_path / "two", processes=4)
+def test_four_processes_resume_from_a_checkpoint_of_fsdp2_on_two(bases, tmp_path):
+    resumed_from("fsdp2", bases, tmp_path / "two")
+    resumed_from("fsdp2", bases, tmp_path / "four", tmp_path / "two", processes=4)
     for kind, method in CASES:
         case = f"{kind}-{method}"
         assert furthest(tmp_path / "two" / case, tmp_path / "four" / f"{case}-again") <= 1e-6, case
@@ -578,7 +578,7 @@ def test_four_processes_go_on_from_what_fsdp2_saved_on_two(bases, tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(("preset", "method"), [("zero2", "lora"), ("zero3", "full"), ("fsdp2", "lora")])
-def test_two_processes_that_were_both_killed_go_on_to_the_same_weights_under(preset, method, tmp_path):
+def test_two_killed_processes_resume_to_the_same_weights_under(preset, method, tmp_path):
     settings = {"processes": 2, "preset": preset, "method": method}
     never, killed = tmp_path / "never", tmp_path / "killed"
     trained(never, **settings)

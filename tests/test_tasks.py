@@ -1,4 +1,4 @@
-"""Each task: what its rows become, how a model answers, how answers are scored, and what is refused in one line."""
+"""Each task: how rows are tokenized, how a model answers, how answers are scored, and which mistakes are one-line errors."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def tokenizer_of(data, chat_template=None):
 
 
 def labelled(folder, **splits):
-    """A data set folder with csv files of sentence and label."""
+    """A data set folder with csv files with the columns sentence and label."""
     folder.mkdir(exist_ok=True)
     for split, rows in splits.items():
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -129,7 +129,7 @@ def test_sentences_with_labels_are_read_in_latin_1_and_split_by_class(tmp_path, 
 
 
 @pytest.mark.parametrize("task", ["classification", "text"])
-def test_runs_of_several_seeds_are_scored_on_the_same_held_out_rows(task, tmp_path, llama):
+def test_runs_with_several_seeds_are_scored_on_the_same_held_out_rows(task, tmp_path, llama):
     rows = [(f"profit {n}", "up" if n % 3 else "down") for n in range(60)]
     arguments = DataArguments(task, labelled(tmp_path / "d", train=rows), text_column="sentence")
     torch.manual_seed(0)  # as a run's --seed would
@@ -155,11 +155,11 @@ def test_held_out_splits_have_their_size_however_small_the_classes(classes, rows
     assert sum(map(len, splits.values())) == len(rows)
     of_both = {*splits["validation"]["label"], *splits["test"]["label"]}
     assert len(of_both) >= min(classes, 0.15 * len(rows))
-    assert max(of_both) > f"class{classes // 2:02}"  # not the first classes alone
+    assert max(of_both) > f"class{classes // 2:02}"  # not only the first classes
 
 
 @pytest.mark.parametrize("kept_back", ["all", "one"])
-def test_rows_whose_class_is_kept_back_are_not_scored(kept_back, tmp_path):
+def test_rows_without_a_published_label_are_not_scored(kept_back, tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["down", "up"])})
@@ -197,13 +197,13 @@ def test_the_whole_financial_phrasebank(data):
 @pytest.mark.parametrize(
     ("splits", "flags", "expected"),
     [
-        ({"train": GOOD}, {}, "column label has one value alone ('up')"),
+        ({"train": GOOD}, {}, "column label has only one value ('up')"),
         (
             {"train": GOOD + BAD, "test": [("x", "flat")]},
             {},
-            "the test split has the label 'flat', which train has not",
+            "the test split has the label 'flat', which train does not have",
         ),
-        ({"train": GOOD + BAD}, {"max_target_length": 1}, "cuts labels off, the longest of which has"),
+        ({"train": GOOD + BAD}, {"max_target_length": 1}, "truncates labels: the longest has"),
         (
             {"train": GOOD + BAD},
             {"label_column": "mood"},
@@ -223,11 +223,11 @@ def test_a_line_without_a_label_is_named(tmp_path, llama):
         load_data(DataArguments("classification", str(tmp_path / "rows.txt")), *llama)
 
 
-def test_several_files_of_sentences_must_be_chosen_from(tmp_path, llama):
+def test_one_of_several_files_of_sentences_must_be_chosen(tmp_path, llama):
     for share in ("50Agree", "AllAgree"):
         (tmp_path / f"Sentences_{share}.txt").write_text("a@up\n")
     with pytest.raises(
-        UserError, match=r"several files of sentences \(Sentences_50Agree.txt, Sentences_AllAgree.txt\)"
+        UserError, match=r"several files hold the same sentences \(Sentences_50Agree.txt, Sentences_AllAgree.txt\)"
     ):
         load_data(DataArguments("classification", str(tmp_path)), *llama)
 
@@ -244,7 +244,7 @@ def test_the_prompt_names_the_classes_and_the_target_is_one(tmp_path, llama):
     assert "one of: down, up." in text and loaded.test_texts[0] in text
 
 
-def test_the_rows_of_a_head_are_the_text_alone_and_a_class(tmp_path, llama):
+def test_the_rows_of_a_head_are_only_the_text_and_a_class(tmp_path, llama):
     config, tokenizer = llama
     folder = labelled(tmp_path / "d", train=[*GOOD, ("word " * 90, "down")] * 3, validation=BAD, test=GOOD)
     loaded = load_data(DataArguments("sequence_classification", folder, max_length=64), config, tokenizer)
@@ -257,7 +257,7 @@ def test_the_rows_of_a_head_are_the_text_alone_and_a_class(tmp_path, llama):
     assert loaded.truncation["test"].rows == 0
 
 
-def test_a_head_classifies_a_batch_as_it_classifies_each_text(llama):
+def test_a_head_classifies_a_batch_like_single_texts(llama):
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
     )
@@ -281,7 +281,7 @@ MOODS = ["very bad", "good", "bad", "very good", "even"]  # in no order of the a
 
 
 def perfect_classifier(folder, data, id2label=None):
-    """A checkpoint with a head of five classes, and texts with the numbers of the classes that it gives them."""
+    """A checkpoint with a head of five classes, and texts with the class indices that it gives them."""
     tokenizer = load_tokenizer(ModelArguments(str(data / "models" / "stories260k")))
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512, num_labels=5
@@ -308,7 +308,7 @@ def perfect_classifier(folder, data, id2label=None):
 
 
 def loaded_with_head(folder, rows, path):
-    """The data and the model of a run on these rows, as it would begin."""
+    """The data and the initial model of a run on these rows."""
     name = labelled(path, train=rows, validation=rows, test=rows)
     flags = [
         "--task",
@@ -325,7 +325,7 @@ def loaded_with_head(folder, rows, path):
 
 
 @pytest.mark.parametrize(
-    ("shipped", "told", "expected"),
+    ("shipped", "labels", "expected"),
     [
         (MOODS, MOODS, MOODS),
         (
@@ -338,34 +338,34 @@ def loaded_with_head(folder, rows, path):
         (None, sorted(MOODS), sorted(MOODS)),  # LABEL_0, LABEL_1 ...
     ],
 )
-def test_a_checkpoints_own_head_keeps_the_order_of_its_classes(shipped, told, expected, data, tmp_path):
+def test_a_checkpoints_own_head_keeps_the_order_of_its_classes(shipped, labels, expected, data, tmp_path):
     texts, classes = perfect_classifier(tmp_path / "model", data, dict(enumerate(shipped)) if shipped else None)
-    rows = [(text, told[number]) for text, number in zip(texts, classes, strict=True) if told[number]]
+    rows = [(text, labels[number]) for text, number in zip(texts, classes, strict=True) if labels[number]]
     loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
     assert loaded.prompt_tokenizer.label_names == tuple(expected)
     assert loaded.task.answers(model, loaded.prompt_tokenizer, loaded.test_prompts, 4) == loaded.references
     assert any(remark.startswith("the checkpoint's own head is kept") for remark in loaded.remarks)
     numbers = {loaded.prompt_tokenizer.label_names[row["labels"]] for row in loaded.train}
-    assert numbers == {name for name in told if name}
+    assert numbers == {name for name in labels if name}
 
 
-@pytest.mark.parametrize("told", [["x", *MOODS[1:]], list("12345")])
-def test_a_head_for_other_classes_is_made_anew_and_said(told, data, tmp_path):
-    shipped = None if told[0] == "1" else dict(enumerate(MOODS))
+@pytest.mark.parametrize("labels", [["x", *MOODS[1:]], list("12345")])
+def test_a_new_head_is_made_for_other_classes_and_reported(labels, data, tmp_path):
+    shipped = None if labels[0] == "1" else dict(enumerate(MOODS))
     texts, _ = perfect_classifier(tmp_path / "model", data, shipped)
-    rows = [(text, told[n % len(told)]) for n, text in enumerate(texts)]
+    rows = [(text, labels[n % len(labels)]) for n, text in enumerate(texts)]
     loaded, model = loaded_with_head(tmp_path / "model", rows, tmp_path / "d")
-    assert set(loaded.prompt_tokenizer.label_names) == set(told)
+    assert set(loaded.prompt_tokenizer.label_names) == set(labels)
     own = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert torch.equal(model.model.embed_tokens.weight, own.model.embed_tokens.weight)
-    assert model.score.weight.shape[0] == len(told)
+    assert model.score.weight.shape[0] == len(labels)
     assert not any(torch.equal(row, other) for row in model.score.weight for other in own.score.weight)
     assert 0.01 < model.score.weight.std() < 0.04  # as a head that no checkpoint brings: 0.02
-    assert any("the checkpoint's head is for other classes" in remark for remark in loaded.remarks)
+    assert any("the checkpoint's head has other classes" in remark for remark in loaded.remarks)
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "t5", "gpt2", "deberta-v2"])
-def test_a_head_of_any_architecture_is_kept_or_made_anew_as_a_whole(architecture, tmp_path):
+def test_a_head_of_any_architecture_is_kept_or_replaced_as_a_whole(architecture, tmp_path):
     sizes = {
         "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64},
         "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64},
@@ -394,7 +394,7 @@ def test_a_head_of_any_architecture_is_kept_or_made_anew_as_a_whole(architecture
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("labels", "expected"),
     [
         ([str(n) for n in range(12)], [str(n) for n in range(12)]),
         (["10", "9", "-1"], ["-1", "9", "10"]),
@@ -402,14 +402,14 @@ def test_a_head_of_any_architecture_is_kept_or_made_anew_as_a_whole(architecture
         (["10", "9", "x"], ["10", "9", "x"]),
     ],
 )
-def test_classes_that_are_numbers_are_in_the_order_of_their_size(told, expected, tmp_path, llama):
-    rows = [(f"text {n}", name) for n, name in enumerate(told * 3)]
+def test_classes_that_are_numbers_are_sorted_as_numbers(labels, expected, tmp_path, llama):
+    rows = [(f"text {n}", name) for n, name in enumerate(labels * 3)]
     folder = labelled(tmp_path / "d", train=rows, validation=rows[:1], test=rows[:1])
     loaded = load_data(DataArguments("sequence_classification", folder), *llama)
     assert loaded.prompt_tokenizer.label_names == tuple(expected) == label_names(folder, None, "label")
 
 
-def test_classes_that_a_data_set_declares_keep_its_order(tmp_path, llama):
+def test_declared_classes_keep_the_data_sets_order(tmp_path, llama):
     from datasets import ClassLabel, Dataset, Features, Value
 
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["up", "even", "down"])})
@@ -444,7 +444,7 @@ def test_a_sample_of_a_sorted_file_has_each_class(task, tmp_path, llama):
     assert few.prompt_tokenizer.label_names == one.prompt_tokenizer.label_names == ("down", "even", "up")
 
 
-def test_labels_that_differ_by_case_alone_are_refused(tmp_path, llama):
+def test_labels_that_only_differ_in_case_are_refused(tmp_path, llama):
     folder = labelled(tmp_path / "d", train=[("a", "Up"), ("b", "up"), ("c", "down")] * 3)
     for task in ("classification", "sequence_classification"):
         with pytest.raises(UserError, match=r"has the labels 'Up' and 'up', .* without regard to case"):
@@ -463,14 +463,14 @@ def test_labels_that_the_tokenizer_cannot_write_are_refused_and_unknown_tokens_c
     assert "6 of 6 rows of test have a text that train has too" in loaded.remarks
 
 
-def test_a_column_of_lists_is_no_text(tmp_path, llama):
+def test_a_column_of_lists_is_not_text(tmp_path, llama):
     rows = jsonl(tmp_path / "d", [{"sentence": ["a", "b"], "label": "up"}, {"sentence": "c", "label": "down"}])
     with pytest.raises(
-        UserError, match=r"row 1 of train: its text_column has .* no text; name another with --text_column"
+        UserError, match=r"row 1 of train: its text_column has .* not text; name another column with --text_column"
     ):
         load_data(DataArguments("classification", rows), *llama)
     rows = jsonl(tmp_path / "e", [{"sentence": "a", "label": ["up"]}, {"sentence": "c", "label": "down"}])
-    with pytest.raises(UserError, match=r"column label has .*, which names no class"):
+    with pytest.raises(UserError, match=r"column label has .*, which is no class name"):
         load_data(DataArguments("classification", rows), *llama)
 
 
@@ -484,7 +484,7 @@ def test_a_model_that_does_not_fit_the_task_is_refused(tmp_path, tiny_t5):
         load_model_config(ModelArguments(str(tmp_path), random_weights=True), kind="head")
 
 
-def test_a_head_of_t5_is_predicted_though_it_looks_for_the_end_of_each_text(tmp_path):
+def test_a_head_of_t5_which_looks_for_the_end_of_each_text_is_predicted(tmp_path):
     folder = labelled(tmp_path / "d", train=[*GOOD, *BAD, ("even", "flat")])
     flags = ["--task", "sequence_classification", "--dataset_name", folder, "--max_length", "32"]
     ledger = predict_run(parse_config(Full, flags))
@@ -502,7 +502,7 @@ def chat(data, tmp_path, rows, template=CHATML, **flags):
     return load_data(arguments, config, tokenizer_of(data, template))
 
 
-def test_the_loss_is_on_every_turn_of_the_assistant_and_on_nothing_else(data, tmp_path):
+def test_the_loss_is_on_the_assistants_turns_only(data, tmp_path):
     loaded = chat(data, tmp_path, [{"messages": TALK}] * 3)
     tokenizer, row = loaded.prompt_tokenizer.tokenizer, loaded.train[0]
     spans, open_span = [], []
@@ -536,7 +536,7 @@ def test_prompt_and_response_make_a_conversation(data, tmp_path):
     assert loaded.references == ["Yes, it is."] * 3 and loaded.test_texts == ["Is it raining?"] * 3
 
 
-def test_a_conversation_that_is_too_long_loses_its_end_in_training_and_its_beginning_as_a_prompt(data, tmp_path):
+def test_a_too_long_conversation_loses_its_end_in_training_and_its_beginning_as_a_prompt(data, tmp_path):
     long = [{"role": "user", "content": "word " * 60}, *TALK[2:]]
     loaded = chat(data, tmp_path, [{"messages": TALK}, {"messages": long}], max_length=80, max_target_length=8)
     assert len(loaded.train) == 1 and "1 rows of train left out: no label within --max_length 80" in loaded.remarks
@@ -588,7 +588,7 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
         prompts_with_examples(ready, 2, seed=0)
 
 
-def test_a_turn_ends_with_the_token_that_ends_it_in_the_labels(data):
+def test_the_last_label_of_a_turn_ends_an_answer(data):
     tokenizer = tokenizer_of(data, CHAT_END)
     assert TASKS["chat"].prompt_tokenizer(tokenizer, "", False, 64, 8).end_tokens() == []  # words are no end
     tokenizer.add_tokens("<|im_end|>", special_tokens=True)
@@ -605,7 +605,7 @@ def test_a_turn_ends_with_the_token_that_ends_it_in_the_labels(data):
 
 
 def counting_llama(**settings):
-    """A Llama whose most probable token after n is n + 1 and whose second is n + 7, with a real `generate`."""
+    """A Llama with a real `generate`; after n its most probable token is n + 1, its second n + 7."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, pad_token_id=0
     )
@@ -621,7 +621,7 @@ def counting_llama(**settings):
 
 
 class Digits:
-    """Of a tokenizer, what `generate` asks for."""
+    """A tokenizer with only what `generate` needs."""
 
     eos_token_id, pad_token_id = 40, 0
 
@@ -637,7 +637,7 @@ class Digits:
     ("eos", "end_tokens", "last"),
     [(None, [], 40), ([30, 50], [], 30), (30, [], 30), (50, [25], 25)],
 )
-def test_an_answer_ends_with_the_models_the_tokenizers_or_the_chats_token(eos, end_tokens, last):
+def test_an_answer_ends_with_an_end_token_of_the_model_the_tokenizer_or_the_chat(eos, end_tokens, last):
     model = counting_llama(eos_token_id=eos)
     (text,) = generate(model, Digits(), [[20]], 1, 40, end_tokens=end_tokens)
     assert text.split() == [str(n) for n in range(21, last + 1)]
@@ -660,7 +660,7 @@ STEERING = {
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("wrapped", [lambda m: m, lambda m: get_peft_model(m, LoraConfig(target_modules=["q_proj"]))])
-def test_what_a_model_says_of_decoding_does_not_steer_it(num_beams, wrapped):
+def test_a_models_own_decoding_settings_are_ignored(num_beams, wrapped):
     from transformers.utils import logging as transformers_logging
 
     steering, said = wrapped(counting_llama(**STEERING)), []
@@ -680,7 +680,7 @@ def test_what_a_model_says_of_decoding_does_not_steer_it(num_beams, wrapped):
     assert all(getattr(steering.generation_config, name) == value for name, value in STEERING.items())
 
 
-# Chat: what the template makes of it is what is learned and scored
+# Chat: the text that the template writes is learned and scored
 
 SPACED = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 TOOLS = """{% if tools %}tools {{ tools | tojson }}
@@ -718,12 +718,12 @@ def chat_encoder(data, template, kind="models/stories260k"):
 
 
 def learned(prompt_tokenizer, messages, tools=None):
-    """The turns that the labels hold, decoded, the reference of the last one, and what was lost."""
+    """The turns in the labels, decoded, the reference of the last one, and the truncation."""
     text, target = TASKS["chat"].pair({"messages_column": messages, "tools_column": tools})
     lost = Truncation()
     row = prompt_tokenizer.row(text, target, lost)
     prompt, _ = prompt_tokenizer.prompt(text, 4_000)
-    assert row["input_ids"][: len(prompt)] == prompt  # what is scored is what is trained
+    assert row["input_ids"][: len(prompt)] == prompt  # scoring and training use the same prompt
     assert row["labels"][len(prompt) - 1] == IGNORE_INDEX != row["labels"][len(prompt)]
     turns, previous = [], IGNORE_INDEX
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
@@ -744,7 +744,7 @@ LONGER = [*PLAIN, {"role": "user", "content": "More?"}, {"role": "assistant", "c
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", [CHATML, SPACED, MARKED, TOOLS, OF_PARTS, TRIMMED, WITHOUT_SYSTEM, ASKS_MORE])
-def test_labels_hold_each_turn_after_the_very_ids_of_its_prompt(template, kind, data):
+def test_labels_hold_each_turn_after_exactly_the_ids_of_its_prompt(template, kind, data):
     prompt_tokenizer = chat_encoder(data, template, kind)
     turns, reference, lost = learned(prompt_tokenizer, LONGER)
     assert turns == ["One, two.</s>", "Three.</s>"] and reference == "Three."
@@ -763,24 +763,24 @@ def test_the_first_word_after_a_prompt_that_ends_in_a_space_is_learned(data):
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Z\u00fcrich", "days": 3}'}}
 SCHEMA = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-ASKED = {"role": "user", "content": "Weather?"}
-CALLS = [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+QUESTION = {"role": "user", "content": "Weather?"}
+CALLS = [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
 WRITTEN = '<call>{"name": "weather", "arguments": {"city": "Z\u00fcrich", "days": 3}}</call>'
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_calls_of_tools_are_learned_and_scored_as_the_template_writes_them(as_text, data):
+def test_tool_calls_are_learned_and_scored_as_the_template_writes_them(as_text, data):
     messages = [*CALLS, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "It is sunny."}]
-    told = (json.dumps(messages), json.dumps(SCHEMA)) if as_text else (messages, SCHEMA)
+    columns = (json.dumps(messages), json.dumps(SCHEMA)) if as_text else (messages, SCHEMA)
     prompt_tokenizer = chat_encoder(data, TOOLS, "tokenizers/gpt2")
-    turns, reference, lost = learned(prompt_tokenizer, *told)
+    turns, reference, lost = learned(prompt_tokenizer, *columns)
     assert turns == [f"{WRITTEN}</s>", "It is sunny.</s>"] and reference == "It is sunny." and lost == Truncation()
     assert learned(prompt_tokenizer, CALLS)[:2] == ([f"{WRITTEN}</s>"], WRITTEN)
-    text, _ = TASKS["chat"].pair({"messages_column": told[0], "tools_column": told[1]})
+    text, _ = TASKS["chat"].pair({"messages_column": columns[0], "tools_column": columns[1]})
     assert prompt_tokenizer.tokenizer.decode(prompt_tokenizer.prompt(text)[0]).startswith(f"tools {json.dumps(SCHEMA)}")
 
 
-def test_tools_come_from_their_column_and_need_not_be_there(data, tmp_path):
+def test_tools_come_from_an_optional_column(data, tmp_path):
     loaded = chat(
         data, tmp_path, [{"messages": CALLS, "tools": SCHEMA}, {"messages": CALLS}] * 2, TOOLS, max_target_length=100
     )
@@ -794,19 +794,19 @@ def test_tools_come_from_their_column_and_need_not_be_there(data, tmp_path):
 THOUGHT = {"role": "assistant", "content": "Two.", "reasoning_content": "It follows."}
 
 
-def test_thoughts_are_learned_where_the_template_writes_them(data):
-    turns, reference, _ = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT])
+def test_reasoning_is_learned_if_the_template_writes_it(data):
+    turns, reference, _ = learned(chat_encoder(data, THOUGHTS), [QUESTION, THOUGHT])
     assert turns == ["<think>It follows.</think>Two.</s>"] and reference == "<think>It follows.</think>Two."
-    turns, _, lost = learned(chat_encoder(data, THOUGHTS), [ASKED, THOUGHT, ASKED, THOUGHT])
+    turns, _, lost = learned(chat_encoder(data, THOUGHTS), [QUESTION, THOUGHT, QUESTION, THOUGHT])
     assert turns == ["<think>It follows.</think>Two.</s>"] and lost.masked_turns == 1
 
 
 def test_turns_that_are_not_learned_are_counted(data, tmp_path):
-    loaded = chat(data, tmp_path, [{"messages": [ASKED, THOUGHT, ASKED, THOUGHT]}] * 3, THOUGHTS)
+    loaded = chat(data, tmp_path, [{"messages": [QUESTION, THOUGHT, QUESTION, THOUGHT]}] * 3, THOUGHTS)
     assert any(remark.startswith("3 turns of the assistant in train are not learned: the") for remark in loaded.remarks)
 
 
-def test_a_token_that_closes_the_whole_conversation_leaves_earlier_turns_their_labels(data):
+def test_a_token_that_ends_the_whole_conversation_leaves_earlier_turns_their_labels(data):
     turns, _, lost = learned(chat_encoder(data, CLOSED, "tokenizers/gpt2"), LONGER)
     assert turns == ["One, two.</s>", "Three.</s>\n(closed)"] and lost == Truncation()
 
@@ -814,24 +814,24 @@ def test_a_token_that_closes_the_whole_conversation_leaves_earlier_turns_their_l
 @pytest.mark.parametrize(
     ("template", "messages", "expected"),
     [
-        (DROPS, [ASKED, {"role": "assistant", "content": "<think>So.</think>Two."}], r"leaves out .* \('<think>So.</think>Two.'\)"),
-        (CHATML, [ASKED, THOUGHT], r"leaves out .* \('It follows.'\)"),
+        (DROPS, [QUESTION, {"role": "assistant", "content": "<think>So.</think>Two."}], r"leaves out .* \('<think>So.</think>Two.'\)"),
+        (CHATML, [QUESTION, THOUGHT], r"leaves out .* \('It follows.'\)"),
         (CHATML, CALLS, r"leaves out .* \('weather'\)"),
         (TOOLS.replace("c.function", "c.function.name"), CALLS, r"leaves out .* \('city'\)"),
-        (CHATML, [ASKED, {"role": "assistant", "content": " "}], "no turn of the role assistant .* that says something"),
-        (CHATML, [{"role": "assistant", "content": "Hi."}, ASKED], "begins with the only turn of the role assistant"),
+        (CHATML, [QUESTION, {"role": "assistant", "content": " "}], "no turn of the role assistant .* with content"),
+        (CHATML, [{"role": "assistant", "content": "Hi."}, QUESTION], "begins with the only turn of the role assistant"),
         (CHATML, [{"role": "user", "content": [{"type": "image"}]}, TALK[2]], "a part of the type 'image', and only text"),
         (CHATML, [{"role": "user", "content": None}, TALK[2]], "is not a list of .* but has a message"),
         (CHATML.replace("m.content", "m.content + 1"), PLAIN, "refuses a conversation of system, user, assistant: "),
     ],
 )  # fmt: skip
-def test_what_a_template_leaves_out_of_an_answer_is_refused(template, messages, expected, data, tmp_path):
+def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused(template, messages, expected, data, tmp_path):
     with pytest.raises(UserError, match=expected) as caught:
         chat(data, tmp_path, [{"messages": messages}] * 2, template)
     assert str(caught.value).startswith("row 1 of t") and "\n" not in str(caught.value)
 
 
-def test_parts_of_text_are_the_text_and_turns_of_no_weight_are_not_learned(data):
+def test_text_parts_are_joined_and_turns_with_weight_0_are_not_learned(data):
     prompt_tokenizer = chat_encoder(data, CHATML)
     parts = [{"type": "text", "text": "Three"}, {"type": "text", "text": "."}]
     messages = [*PLAIN[:2], PLAIN[2] | {"weight": 0}, LONGER[3], {"role": "assistant", "content": parts}]
@@ -841,11 +841,11 @@ def test_parts_of_text_are_the_text_and_turns_of_no_weight_are_not_learned(data)
     assert learned(prompt_tokenizer, empty)[0] == ["Three.</s>"]
 
 
-def test_calls_in_parquet_have_the_arguments_that_each_of_them_has(data, tmp_path):
+def test_tool_calls_in_parquet_keep_their_own_arguments(data, tmp_path):
     from datasets import Dataset
 
     def calls(**arguments):
-        return [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+        return [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
 
     rows = [{"messages": calls(city="Rome")}, {"messages": calls(days="two")}] * 2
     (tmp_path / "d").mkdir()
@@ -862,7 +862,7 @@ def test_calls_in_parquet_have_the_arguments_that_each_of_them_has(data, tmp_pat
 # Plain text
 
 
-def test_every_token_of_a_text_is_learned_and_its_end(data, tmp_path, llama):
+def test_every_token_of_a_text_and_its_end_are_learned(data, tmp_path, llama):
     loaded = load_data(DataArguments("text", jsonl(tmp_path / "d", [{"text": "A cat sat."}] * 3)), *llama)
     row = loaded.train[0]
     assert row["labels"] == row["input_ids"] and row["input_ids"][-1] == llama[1].eos_token_id
@@ -871,7 +871,7 @@ def test_every_token_of_a_text_is_learned_and_its_end(data, tmp_path, llama):
     assert loaded.references == [str(len(row["labels"]) - 2)] * 3
 
 
-def test_the_loss_of_a_text_is_the_models_own_whatever_its_batch(llama):
+def test_the_loss_of_a_text_equals_the_models_own_in_any_batch(llama):
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
     )
@@ -887,8 +887,8 @@ def test_the_loss_of_a_text_is_the_models_own_whatever_its_batch(llama):
 
 
 @pytest.mark.slow
-def test_a_head_is_trained_predicted_saved_and_read_back_from_any_folder(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(data)  # paths that are relative to it must hold elsewhere
+def test_a_head_is_trained_predicted_saved_and_reloaded_from_any_folder(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)  # paths relative to it must also work from other folders
     arguments = ["--model_name_or_path", "models/stories260k", "--dataset_name", "financial_phrasebank"]
     size = ("--max_train_samples", "64", "--max_eval_samples", "24", "--max_steps", "4", "--learning_rate", "1e-2")
     done = recipe("lora", "--task", "sequence_classification", *arguments, *size, "--output_dir", tmp_path / "run")
@@ -908,7 +908,7 @@ def test_a_head_is_trained_predicted_saved_and_read_back_from_any_folder(data, t
 
 
 @pytest.mark.slow
-def test_a_checkpoints_own_head_is_scored_trained_and_read_back_in_its_order(data, tmp_path):
+def test_a_checkpoints_own_head_is_scored_trained_and_reloaded_in_its_order(data, tmp_path):
     texts, classes = perfect_classifier(tmp_path / "model", data, dict(enumerate(MOODS)))
     rows = [(text, MOODS[number]) for text, number in zip(texts, classes, strict=True)]
     name = labelled(tmp_path / "d", train=rows, validation=rows, test=rows)
@@ -933,7 +933,7 @@ def test_a_checkpoints_own_head_is_scored_trained_and_read_back_in_its_order(dat
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a_head_on_a_model_of_260k_parameters_learns_to_tell_sentiments_apart(data, tmp_path):
+def test_a_head_on_a_model_of_260k_parameters_learns_to_classify_sentiments(data, tmp_path):
     """0.857 of the test split when this was written; the majority class is 0.616 of it."""
     arguments = (
         "--model_name_or_path",
@@ -949,7 +949,7 @@ def test_a_head_on_a_model_of_260k_parameters_learns_to_tell_sentiments_apart(da
 
 
 @pytest.mark.slow
-def test_a_chat_is_trained_from_the_command_line(data, tmp_path):
+def test_a_chat_model_is_trained_from_the_command_line(data, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(data / "models" / "stories260k", model)
     settings = json.loads((model / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Token ids and labels: what carries the loss, and what is cut off."""
+"""Token ids and labels: which tokens count in the loss, and what is truncated."""
 
 import pytest
 from conftest import write_csv
@@ -30,7 +30,7 @@ def prompt_tokenizer(data, kind: str, max_length: int = 256, max_target_length: 
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_gpt_like_model_learns_the_target_alone(data, kind):
+def test_a_gpt_like_model_only_learns_the_target(data, kind):
     enc = prompt_tokenizer(data, kind)
     row = enc.row("Hello there.", TARGET, Truncation())
     first = next(i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
@@ -63,7 +63,7 @@ def test_truncation_shortens_the_text_and_never_the_instruction(data, kind):
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 @pytest.mark.parametrize("text", ["Hi.", "#Person1#: I saw nine cats. " * 7, TEXT, "{text} {labels} {}", "a\n\n b "])
-def test_the_prompt_that_is_scored_is_the_one_that_is_trained(text, kind, data):
+def test_scoring_and_training_use_the_same_prompt(text, kind, data):
     enc = prompt_tokenizer(data, kind, max_length=128, max_target_length=24)
     prompt, _ = enc.prompt(text)
     for target in ("Cats.", TARGET * 9):
@@ -74,7 +74,7 @@ def test_the_prompt_that_is_scored_is_the_one_that_is_trained(text, kind, data):
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_a_cut_target_keeps_its_end_and_is_counted(data, kind):
+def test_a_truncated_target_keeps_its_end_and_is_counted(data, kind):
     enc = prompt_tokenizer(data, kind, max_target_length=4)
     lost = Truncation()
     labels = [x for x in enc.row("Hi.", "one two three four five six", lost)["labels"] if x != IGNORE_INDEX]
@@ -82,7 +82,7 @@ def test_a_cut_target_keeps_its_end_and_is_counted(data, kind):
     assert lost.rows == 1 and lost.target_tokens == len(enc.target_ids("one two three four five six")) - 4
 
 
-def test_a_tokenizer_without_a_fast_form_cuts_the_text_as_far_as_it_must(data):
+def test_a_tokenizer_without_a_fast_form_truncates_no_more_than_necessary(data):
     tokenizer = ByT5Tokenizer()
     enc = PromptTokenizer(tokenizer, "Say: {text} End.", True, 64, 8)
     room = 64 - len(tokenizer("Say:  End.").input_ids)  # bytes
@@ -100,7 +100,7 @@ def test_a_tokenizer_without_a_fast_form_cuts_the_text_as_far_as_it_must(data):
 
 
 def closing(folder, data):
-    """The path of a tokenizer that closes each text, as RoBERTa's, and pads on the left."""
+    """The path of a tokenizer that ends each text with a special token, like RoBERTa's, and pads on the left."""
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers/gpt2", pad_token="<|pad|>", padding_side="left")
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
@@ -108,7 +108,7 @@ def closing(folder, data):
     return folder
 
 
-def test_a_tokenizer_that_closes_each_text_closes_it_where_nothing_is_written_after_it(data, tmp_path):
+def test_a_tokenizers_closing_token_is_kept_only_if_no_target_follows(data, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(closing(tmp_path, data))
     end = tokenizer.eos_token_id
     assert tokenizer("a cat").input_ids[-1] == end
@@ -121,7 +121,7 @@ def test_a_tokenizer_that_closes_each_text_closes_it_where_nothing_is_written_af
     assert writes.row("a cat", "up", Truncation())["input_ids"].count(end) == 1
 
 
-def test_a_tokenizer_that_pads_on_the_left_leaves_the_first_token_of_a_text_in_its_place(data, tmp_path):
+def test_a_tokenizer_that_pads_on_the_left_pads_batches_on_the_right(data, tmp_path):
     tokenizer = load_tokenizer(ModelArguments(str(closing(tmp_path, data))))
     prompt_tokenizer = TextPromptTokenizer(tokenizer, "{text}", False, 32, 0)
     rows = [prompt_tokenizer.row(text, "", Truncation()) for text in ("a cat", "a cat sat on the mat")]
@@ -131,7 +131,7 @@ def test_a_tokenizer_that_pads_on_the_left_leaves_the_first_token_of_a_text_in_i
     assert batch["attention_mask"][:, 0].tolist() == [1, 1]
 
 
-def test_a_tokenizer_without_tokens_to_pad_with_or_to_end_with_is_refused(data, tmp_path, small_csv):
+def test_a_tokenizer_without_padding_or_end_tokens_is_refused(data, tmp_path, small_csv):
     config = AutoConfig.from_pretrained(data / "models/stories260k")
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers/gpt2")
     tokenizer.eos_token = tokenizer.pad_token = None
@@ -145,7 +145,7 @@ def test_a_tokenizer_without_tokens_to_pad_with_or_to_end_with_is_refused(data, 
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_tokens_that_the_model_has_no_embedding_for_are_refused_where_they_are_used(data, small_csv, kind):
+def test_tokens_without_an_embedding_are_refused_if_they_are_used(data, small_csv, kind):
     source = data / ("tokenizers/t5-small" if kind == "t5" else "models/stories260k")
     tokenizer = AutoTokenizer.from_pretrained(source)
     config = AutoConfig.for_model("t5") if kind == "t5" else AutoConfig.from_pretrained(source)
@@ -156,7 +156,7 @@ def test_tokens_that_the_model_has_no_embedding_for_are_refused_where_they_are_u
     tokenizer.add_tokens(["Really"])
     last = len(tokenizer) - 1
     with pytest.raises(
-        UserError, match=rf"gives token {last:,} \(.?Really\), and the model has embeddings for"
+        UserError, match=rf"gives token {last:,} \(.?Really\), but the model has embeddings for"
     ) as caught:
         load_data(arguments, config, tokenizer)
     assert "\n" not in str(caught.value)
@@ -180,7 +180,7 @@ def load(data, kind: str, folder, **kwargs):
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_a_label_longer_than_the_model_can_take_is_refused_unless_cut_on_purpose(data, kind, tmp_path):
+def test_a_label_longer_than_the_model_can_take_is_refused_unless_truncated_on_purpose(data, kind, tmp_path):
     folder = write_csv(
         tmp_path / "d", train=[("a", "b"), ("c", "word " * 600)], validation=[("a", "b")], test=[("a", "b")]
     )
@@ -196,7 +196,7 @@ def test_lengths_beyond_the_model_are_refused(data, small_csv):
         load(data, "llama", small_csv, max_length=100, max_target_length=100)
 
 
-def test_a_data_set_whose_every_label_is_masked_is_refused(data, small_csv, monkeypatch):
+def test_a_data_set_with_only_masked_labels_is_refused(data, small_csv, monkeypatch):
     loaded = load(data, "llama", small_csv)
     counted = sum(label != IGNORE_INDEX for labels in loaded.train["labels"] for label in labels)
     assert loaded.supervised_tokens == counted > 0

@@ -1,4 +1,4 @@
-"""Two network namespaces as two machines: rendezvous by the flags of launch/two_machines.yaml, the loss of one, a restart of both."""
+"""Two network namespaces as two machines: rendezvous with the flags of launch/two_machines.yaml, loss of one, restart of both."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def ip(*words):
 
 @pytest.fixture
 def hosts():
-    """The names of two namespaces that are joined by one cable, `lan` in both; whatever runs there is killed in the end."""
+    """The names of two namespaces connected by one virtual cable, `lan` in both; all their processes are killed at the end."""
     names = [f"footprint{os.getpid()}-{number}" for number in (0, 1)]
     made = []
     try:
@@ -49,13 +49,13 @@ def hosts():
 
 
 def end(host):
-    """Kills whatever runs on `host`."""
+    """Kills all processes on `host`."""
     for pid in ip("netns", "pids", host).split():
         os.kill(int(pid), signal.SIGKILL)
 
 
 class LaunchEnvironment:
-    """The same command on both machines, but for the machine's rank, by accelerate's own launcher; `folder` gets what each writes."""
+    """Starts the same command on both machines with accelerate's launcher, except for the machine's rank; `folder` gets the output."""
 
     def __init__(self, hosts, folder, *argv):
         folder.mkdir()
@@ -82,11 +82,11 @@ class LaunchEnvironment:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.long)])
-def test_two_machines_of_which_one_is_lost_go_on_to_the_same_weights(lost, hosts, tmp_path):
-    """Whoever is left waits for the lost machine no longer than --ddp_timeout, and names its rank, or where it was the one
-    through which all have met, says that.
+def test_two_machines_resume_to_the_same_weights_after_one_was_lost(lost, hosts, tmp_path):
+    """The remaining machine waits for the lost one no longer than --ddp_timeout. Then it names the lost rank, or says that the
+    rendezvous machine was lost.
 
-    It is begun by accelerate's launcher on both, and begun again by forks, which need not import everything once more.
+    accelerate's launcher starts the first run on both machines. Forks resume it, because they do not repeat the imports.
     """
     folder, whole = tmp_path / "run", tmp_path / "whole"
     trained(whole, "--max_steps", "16", "--save_steps", "16", processes=2)

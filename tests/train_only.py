@@ -1,4 +1,4 @@
-"""A method as its recipe trains it, without the prediction before and the scores around it, which take most of a short run's time.
+"""Trains a method like its recipe, without prediction and scoring, which take most of a short run's time.
 
 python tests/train_only.py [full|lora] --use_cpu --max_steps 4 --output_dir runs/trained
 """

@@ -1,4 +1,4 @@
-"""What a `FineTuner` takes, made without flags: a configuration around training arguments, and rows around a tokenizer."""
+"""Arguments of a `FineTuner`, made without flags: a configuration from training arguments, and data from rows and a tokenizer."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +10,12 @@ from toolkit.methods import METHODS, Method
 
 
 def config_of(args: TrainArguments, method: Method | None = None, **others: Any) -> SimpleNamespace:
-    """As much of `Config` as training asks for, with the engine that was requested of the launcher."""
+    """The parts of `Config` that training needs, with the engine that the launcher requests."""
     engine = requested_engine(args.deepspeed, args.fsdp)
     return SimpleNamespace(training=args, engine=engine, method=method or METHODS["full"](), **others)
 
 
 def task_data(task: Any, train: Any, validation: Any, tokenizer: Any, test_prompts: Any = ()) -> TaskData:
-    """The rows `train` and `validation`, and prompts (token ids) of a test split."""
+    """Data with the rows `train` and `validation`, and prompts (token ids) of a test split."""
     prompts = SimpleNamespace(tokenizer=tokenizer)
     return TaskData(task, None, {}, prompts, train, validation, list(test_prompts), [], {}, [], {}, 0)

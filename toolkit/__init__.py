@@ -1,7 +1,7 @@
 """Footprint: fine-tune language models on consumer GPUs, and know where the memory goes before, during and after.
 
-For notebooks and scripts there are four functions and classes, and the exception that each of them raises for a mistake,
-`UserError`. PyTorch is imported when the first of them is used.
+Notebooks and scripts can use `predict`, `load_run`, `methods` and `Ledger`. Each raises `UserError` for a user's mistake.
+PyTorch is imported when the first of them is used.
 
     >>> import toolkit
     >>> ledger = toolkit.predict(
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger", "UserError", "__version__", "load_run", "methods", "predict"]
 
-# What stands behind the names above, imported when it is asked for (PEP 562).
+# The module of each name above; it is imported at first use (PEP 562).
 _HOMES = {"Ledger": "memory.ledger", "UserError": "errors", "load_run": "runs.api", "predict": "runs.api"}
 
-if not TYPE_CHECKING:  # a type checker would take every name for one of ours
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        if name == "methods":  # the package of that name, which can be called
+        if name == "methods":  # the package toolkit.methods, which is callable
             return importlib.import_module(f"{__name__}.methods")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -50,10 +50,10 @@ if not TYPE_CHECKING:  # a type checker would take every name for one of ours
         return sorted({*globals(), *__all__})
 
 
-# What libraries say that a user of this project can do nothing about; everything else is left to be seen.
+# Log messages of libraries that a user of this project can do nothing about. All others are shown.
 ADVICE = (
     "Setting accelerator to CPU",  # DeepSpeed, at each start without a GPU
-    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes, likewise
+    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes, at each start without a GPU
 )
 
 
@@ -63,8 +63,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).addFilter(_is_news)
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what failed in the end is said in one line
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; the final failure is our one-line error
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 on transformers 5.23
 warnings.filterwarnings("ignore", message="`gradient_checkpointing")  # its newer name does not exist in 5.17
-# torch 2.13 has new names for what DeepSpeed 0.19 calls under ZeRO-3 (and transformers where rows are shared), and says so each time.
+# torch 2.13 deprecates names that DeepSpeed 0.19 uses under ZeRO-3 (and transformers under sequence parallelism).
 warnings.filterwarnings("ignore", message=r"`?torch\.distributed\.[\w.]+`? is deprecated", category=FutureWarning)

@@ -1,15 +1,15 @@
-"""The one exception for a user's mistake, and the hint that goes with a misspelt name."""
+"""`UserError`, the one exception for a user's mistake, and hints for misspelt names."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake in flags, files or data: its message says what was got, what is valid and what to change, in one line."""
+    """A mistake in flags, files or data. The message is one line: what was got, what is valid, and what to change."""
 
 
 def did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """`" (did you mean --x?)"` for the valid name nearest to `got`, or an empty string where none is near."""
+    """`" (did you mean x?)"` with the valid name closest to `got`, or an empty string if none is close."""
     near = get_close_matches(got, list(valid), n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""
 

@@ -1,4 +1,4 @@
-"""Files that a reader never sees half-written, and tables whose cells may be whole documents."""
+"""Atomic writes, and CSV files whose cells may hold whole documents."""
 
 import csv
 import io
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Writes `text` to a file beside `path` and renames it there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    """Writes `text` to a temporary file next to `path` and renames it to `path`, so no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def csv_text(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """What a CSV file with the header `names` and these `rows` holds."""
+    """The text of a CSV file with the header `names` and these `rows`."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(names)
@@ -24,16 +24,16 @@ def csv_text(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def read_csv(path: Path) -> dict[str, list[str]]:
-    """The columns of a CSV file with a header, cells of any length.
+    """The columns of a CSV file with a header; cells may have any length.
 
-    Raises: OSError where it cannot be read; ValueError where it is not such a table, or a row of it is cut short.
+    Raises: OSError if the file cannot be read; ValueError if it is no such table, or a row has a wrong number of cells.
     """
-    csv.field_size_limit(2**31 - 1)  # the module's own, 131,072 characters, is less than a long text
+    csv.field_size_limit(2**31 - 1)  # the module's default, 131,072 characters, is too short for long texts
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             names, *rows = csv.reader(stream, strict=True)
     except csv.Error as error:
         raise ValueError(f"{path}: {error}") from error
     if any(len(row) != len(names) for row in rows):
-        raise ValueError(f"{path}: a row has not as many cells as there are columns: {', '.join(names)}")
+        raise ValueError(f"{path}: a row does not have one cell for each of the columns {', '.join(names)}")
     return {name: [row[at] for row in rows] for at, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Bytes to text and back. Inside the toolkit every size is an integer of bytes; only this module knows GiB = 2**30."""
+"""Bytes to text and back. Inside the toolkit every size is an integer number of bytes; only this module knows GiB = 2**30."""
 
 import re
 
@@ -10,7 +10,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def format_bytes(nbytes: int, signed: bool = False) -> str:
-    """`1320702444` -> `"1.23 GiB"`; three significant places at most, always with its unit; `signed` shows a plus."""
+    """`1320702444` -> `"1.23 GiB"`, always with its unit; `signed` adds a plus sign to positive sizes."""
     sign = "-" if nbytes < 0 else "+" if signed and nbytes > 0 else ""
     size = abs(nbytes)
     if size >= GIB:
@@ -26,7 +26,7 @@ def parse_bytes(text: str) -> int:
     """`"24GiB"`, `"24 GiB"`, `"512MiB"`, `"24GB"` (decimal: 24 x 10**9) or a bare number of bytes -> bytes.
 
     Raises:
-        UserError: where `text` is none of these, or not more than zero.
+        UserError: if `text` is none of these, or not above zero.
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].lower()) if match else None

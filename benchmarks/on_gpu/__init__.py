@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/gpu.py`: what it measures (`runs`, `memory`, `facts`, `speed`, `fits`), and how (`pool`, `results`)."""
+"""The parts of `benchmarks/gpu.py`: the measurements (`runs`, `memory`, `facts`, `speed`, `fits`), and `pool` and `results`."""

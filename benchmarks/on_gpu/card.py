@@ -1,4 +1,4 @@
-"""The card's counters, and stand-ins on a CPU so that a rehearsal runs the same lines."""
+"""The card's counters, and replacements on a CPU, so that a rehearsal runs the same code."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ class Gpu:
     type = "cuda"
 
     def allocated(self) -> int:
-        """What tensors hold."""
+        """Bytes allocated by tensors."""
         return torch.cuda.memory_allocated()
 
     def reserved(self) -> int:
-        """What PyTorch's caching allocator holds."""
+        """Bytes reserved by PyTorch's caching allocator."""
         return torch.cuda.memory_reserved()
 
     def peaks(self) -> tuple[int, int]:
-        """The most that was allocated and reserved since `reset`."""
+        """Peak allocated and peak reserved bytes since `reset`."""
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
     def reset(self) -> None:
-        """Peaks begin anew."""
+        """Resets the peaks."""
         torch.cuda.reset_peak_memory_stats()
 
     def empty_cache(self) -> None:
-        """Gives back what is not in use."""
+        """Frees unused reserved memory."""
         torch.cuda.empty_cache()
 
     def used(self) -> int:
-        """What all processes hold of the device, contexts included."""
+        """Bytes of the device that all processes use, contexts included."""
         free, total = torch.cuda.mem_get_info()
         return total - free
 
     def wait(self) -> None:
-        """Until all that was asked for is done."""
+        """Waits until all queued work is done."""
         torch.cuda.synchronize()
 
     def limit(self, nbytes: int) -> None:
-        """The allocator may reserve so much and no more; a context is not counted."""
+        """Limits the bytes that the allocator may reserve; the context is not included."""
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total))
 
     def profiled(self) -> Any:
-        """A profiler of kernels."""
+        """A profiler that records kernels."""
         return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
     def timed(self, function: Any, repeat: int) -> list[float]:
-        """Seconds that the device took for each of `repeat` calls, after three more."""
+        """Seconds of device time for each of `repeat` calls, after three warm-up calls."""
         for _ in range(3):
             function()
         pairs = []
@@ -68,7 +68,7 @@ class Gpu:
 
 
 class Cpu:
-    """The same on a CPU: it counts nothing, and times with a clock."""
+    """The same interface on a CPU: all counters are 0, and times are wall-clock times."""
 
     type = "cpu"
 
@@ -109,5 +109,5 @@ class Cpu:
 
 
 def device(rehearsed: bool) -> Gpu | Cpu:
-    """The card, or what stands for it in a rehearsal."""
+    """The card, or the CPU in a rehearsal."""
     return Cpu() if rehearsed else Gpu()

@@ -1,4 +1,4 @@
-"""What was inferred from sources so far, measured: one function a fact, each small, most with the card for itself."""
+"""Measures facts that were inferred from sources: one small function for each; most need the whole card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from on_gpu import models, training
 from on_gpu.card import device
 from on_gpu.machine import nvidia_smi
 
-KERNELS = {  # a part of a kernel's name -> what it is called in `toolkit.memory.cuda.attention`
+KERNELS = {  # a part of a kernel's name -> its name in `toolkit.memory.cuda.attention`
     "cudnn": "cudnn",
     "flash": "flash",
     "fmha_cutlass": "efficient",
@@ -27,7 +27,7 @@ BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}  # SDPBackend in 
 
 
 def card(rehearsed: bool) -> dict[str, Any]:
-    """What the card and the stack are: asked before anything else."""
+    """The facts about the card and the stack, which come before everything else."""
     from toolkit.memory.environment import stack_versions
 
     found: dict[str, Any] = {"versions": stack_versions() | {"torch": torch.__version__}}
@@ -47,7 +47,7 @@ def card(rehearsed: bool) -> dict[str, Any]:
 
 
 def context(rehearsed: bool) -> dict[str, Any]:
-    """Bytes of the CUDA context: what the device has in use beyond PyTorch's reserve, as more and more kernels were loaded."""
+    """Bytes of the CUDA context: used device memory minus PyTorch's reserve, while more and more kernels are loaded."""
     it = device(rehearsed)
     before = nvidia_smi("memory.used")  # MiB, of all processes
     found: dict[str, Any] = {"used_before_mib": None if before is None else float(before)}
@@ -80,7 +80,7 @@ def context(rehearsed: bool) -> dict[str, Any]:
     others = 0 if before is None else int(float(before) * 2**20)
     found["context_bytes"] = max(0, stages["embedding"] - others) if it.used() else None
     found["says"] = (
-        f"context {(found['context_bytes'] or 0) / 2**20:.0f} MiB beside {others / 2**20:.0f} MiB in use before"
+        f"context {(found['context_bytes'] or 0) / 2**20:.0f} MiB in addition to {others / 2**20:.0f} MiB in use before"
     )
     return found
 
@@ -90,7 +90,7 @@ def _heads(where: str, dtype: torch.dtype, size: int, heads: int = 8, length: in
 
 
 def workspaces(rehearsed: bool) -> dict[str, Any]:
-    """Bytes that cuBLAS's and cuBLASLt's workspaces take, in the main thread and in autograd's."""
+    """Bytes of cuBLAS's and cuBLASLt's workspaces, in the main thread and in autograd's."""
     from toolkit.memory.cuda.cards import find_card
 
     it = device(rehearsed)
@@ -103,7 +103,7 @@ def workspaces(rehearsed: bool) -> dict[str, Any]:
         own = sum(t.untyped_storage().nbytes() for t in kept if isinstance(t, torch.Tensor) and t.device.type == "cuda")
         return it.allocated() - before - own
 
-    size = 64 if rehearsed else 1024  # no result is rounded up
+    size = 64 if rehearsed else 1024  # so that the allocator rounds no result up
     a, b = (torch.ones(size, size, device=it.type, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     found["main thread, first product"] = grown(lambda: [a.detach() @ b.detach()])
     found["main thread, second product"] = grown(lambda: [a.detach() @ b.detach()])
@@ -125,7 +125,7 @@ def workspaces(rehearsed: bool) -> dict[str, Any]:
 
 
 def attention(rehearsed: bool) -> dict[str, Any]:
-    """Which kernel `scaled_dot_product_attention` chooses and runs, beside what `toolkit.memory.cuda.attention` expects."""
+    """Compares the kernel that `scaled_dot_product_attention` chooses with the one that `toolkit.memory.cuda.attention` expects."""
     from toolkit.memory.cuda.attention import choose_kernel
 
     it = device(rehearsed)
@@ -170,7 +170,7 @@ def _this_card() -> Any:
 def _attention_row(
     it: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is chosen, the names of the kernels, and the bytes that forward and backward take at their peaks."""
+    """The chosen backend, the names of the kernels, and the peak bytes of forward and backward."""
     row: dict[str, Any] = {}
     try:
         row["chosen"] = BACKENDS.get(int(torch._fused_sdp_choice(q, k, v, **options)), "none")
@@ -191,13 +191,13 @@ def _attention_row(
 
 
 def kind_of(kernel: str) -> str | None:
-    """`"flash"`, `"efficient"`, `"cudnn"` or `"math"` for the name of an attention kernel; None for another kernel."""
+    """`"flash"`, `"efficient"`, `"cudnn"` or `"math"` for the name of an attention kernel; None for other kernels."""
     low = kernel.lower()
     return next((kind for part, kind in KERNELS.items() if part in low), None)
 
 
 def kernels(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
-    """The attention kernels that a step of the real model runs, by implementation; flash-attn only where it is installed."""
+    """The attention kernels in a step of the real model, by implementation; flash-attn only if it is installed."""
     from transformers import AutoConfig
 
     from toolkit.models.heads import auto_class
@@ -209,7 +209,7 @@ def kernels(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
     for implementation in ("sdpa", "eager", "flash_attention_2"):
         try:
             model = auto_class(config).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=implementation)
-        except (ImportError, OSError, ValueError) as error:  # OSError: its kernels would come from the hub
+        except (ImportError, OSError, ValueError) as error:  # OSError: the kernels would come from the hub
             found[implementation] = {"failed": " ".join(str(error).split())[:200]}
             continue
         model = model.to(it.type).train()
@@ -237,7 +237,7 @@ def _kinds(row: dict[str, Any]) -> str:
 
 
 def evaluation(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
-    """Peaks of loading, of scoring by generation and of validation, which no prediction counts yet."""
+    """Peaks of loading, scoring by generation, and validation, which no prediction covers yet."""
     from toolkit.config import parse_config
     from toolkit.methods import METHODS
     from toolkit.runs.evaluation import evaluate_by_generation
@@ -271,7 +271,7 @@ def evaluation(label: str, work: str, rehearsed: bool) -> dict[str, Any]:
 
 
 def outliers(rehearsed: bool) -> dict[str, Any]:
-    """Bytes that an int8 layer takes with and without columns beyond the threshold, at the peak of forward and backward."""
+    """Peak bytes of an int8 layer in forward and backward, with and without columns above the outlier threshold."""
     import bitsandbytes as bnb
 
     it = device(rehearsed)
@@ -295,7 +295,7 @@ def outliers(rehearsed: bool) -> dict[str, Any]:
 
 
 def paged(rehearsed: bool) -> dict[str, Any]:
-    """Where the state of paged optimizers is: in PyTorch's allocator, elsewhere on the device, or in the host's memory."""
+    """Where paged optimizers keep their state: in PyTorch's allocator, elsewhere on the device, or in host memory."""
     import bitsandbytes as bnb
     import psutil
 
@@ -325,7 +325,7 @@ def paged(rehearsed: bool) -> dict[str, Any]:
 
 
 def scaler(rehearsed: bool) -> dict[str, Any]:
-    """Bytes that fp16's gradient scaler adds: its own tensors, and its temporaries while it unscales."""
+    """Bytes that fp16's gradient scaler adds: its own tensors, and temporaries during unscaling."""
     it = device(rehearsed)
     elements = 2**14 if rehearsed else 2**26
     weight = nn.Parameter(torch.zeros(elements, device=it.type))

@@ -1,4 +1,4 @@
-"""What was inferred from sources so far, measured: the list. `fact_jobs` holds what measures each."""
+"""The list of facts that were inferred from sources and are measured here. `fact_jobs` has the functions that measure them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from on_gpu.items import WHOLE, Item
 
 
 def items(work: Path, rehearsed: bool) -> list[Item]:
-    """Every fact, those that predictions need first."""
+    """The items of all facts; those that predictions need come first."""
     common = {"work": str(work), "rehearsed": rehearsed}
     plain = [
         Item(f"facts {name}", "facts", f"on_gpu.fact_jobs:{name}", {"rehearsed": rehearsed}, seconds, WHOLE)

@@ -1,8 +1,8 @@
-"""Does "fits" mean fits? Under a limit of the allocator, the largest batch predicted to fit runs, and the next one runs out.
+"""Checks "fits": under an allocator limit, the largest batch predicted to fit must run, and the next larger one must run out.
 
-The plan (which batch fits within which limit) is predicted without the card: by processors that have nothing else to do while
-the other parts run, or beforehand (`--plan`), in `results/gpu/fits.json`. No minute of a GPU is spent on it. The limit is on what PyTorch reserves: that is what
-`torch.cuda.set_per_process_memory_fraction` limits, and a context comes on top.
+The plan (which batch fits within which limit) is predicted without the card: by idle processors while the other parts run, or
+beforehand (`--plan`), into `results/gpu/fits.json`. It takes no GPU time. The limit is on memory that PyTorch reserves, as set by
+`torch.cuda.set_per_process_memory_fraction`; the CUDA context is not included.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from toolkit.files import atomic_write
 
 GIB, MIB = 2**30, 2**20
 PLAN = RESULTS / "fits.json"
-MOST = models.TRAIN_ROWS // 2 - 1  # rows that fit, so that two steps of one row more are whole batches too
+MOST = models.TRAIN_ROWS // 2 - 1  # rows; so that two steps with one row more are still whole batches
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Configurations that differ in their rows alone."""
+    """Configurations that only differ in their number of rows."""
 
     method: str
     model: str
@@ -50,17 +50,17 @@ LIMITS = (8, 12, 16, 24)  # GiB; MiB in a rehearsal
 
 
 def ladders(rehearsed: bool) -> tuple[Ladder, ...]:
-    """Those that are tried."""
+    """The ladders to try."""
     return REHEARSED if rehearsed else LADDERS
 
 
 def limits(rehearsed: bool) -> list[int]:
-    """Bytes."""
+    """The limits in bytes, ascending."""
     return [limit * (MIB if rehearsed else GIB) for limit in (LIMITS[:1] if rehearsed else LIMITS)]
 
 
 def plan_key(facts: dict[str, Any]) -> str:
-    """A plan holds for an architecture, the versions that memory depends on, and the toolkit's own code."""
+    """The key of a plan: GPU architecture, versions of the libraries that affect memory, and a hash of the toolkit's code."""
     names = ("torch", "transformers", "peft", "bitsandbytes")
     versions = {name: facts["versions"][name].split("+")[0] for name in names if name in facts["versions"]}
     capability = facts.get("capability")
@@ -72,7 +72,7 @@ def plan_key(facts: dict[str, Any]) -> str:
 
 
 def known_plan(facts: dict[str, Any], extra: Path | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Ladder -> limit -> {"rows": the most that fit, their "reserved" bytes, and those of one row more}, as far as planned."""
+    """The known plans: ladder -> limit -> {"rows": most rows that fit, "reserved": their bytes, "one_more": bytes of one row more}."""
     found: dict[str, Any] = {}
     for path in (PLAN, extra):
         if path is not None and path.is_file():
@@ -81,7 +81,7 @@ def known_plan(facts: dict[str, Any], extra: Path | None = None) -> dict[str, di
 
 
 def keep_plan(facts: dict[str, Any], ladder: str, plan: dict[str, Any], path: Path) -> None:
-    """Adds one ladder's plan to a file of plans."""
+    """Adds a ladder's plan to a file of plans."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     content.setdefault(plan_key(facts), {})[ladder] = plan
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def keep_plan(facts: dict[str, Any], ladder: str, plan: dict[str, Any], path: Pa
 
 
 def plan_item(ladder: Ladder, facts: dict[str, Any], work: Path, rehearsed: bool) -> Item:
-    """What plans one ladder."""
+    """The item that plans one ladder."""
     arguments = {"ladder": vars(ladder), "facts": facts, "work": str(work), "rehearsed": rehearsed}
     return Item(
         f"plan {ladder.name}",
@@ -102,12 +102,12 @@ def plan_item(ladder: Ladder, facts: dict[str, Any], work: Path, rehearsed: bool
 
 
 def items(plans: dict[str, dict[str, dict[str, int]]], work: Path, rehearsed: bool) -> list[Item]:
-    """For each limit, the most rows predicted to fit and one row more, of each ladder that has a plan."""
+    """For each planned ladder and limit, two items: the most rows that are predicted to fit, and one row more."""
     result = []
     for ladder in ladders(rehearsed):
         for limit, found in plans.get(ladder.name, {}).items():
             for rows, expected in ((found["rows"], "fits"), (found["rows"] + 1, "runs out")):
-                if rows == 0 or found["rows"] > MOST:  # where more rows might fit, there is no next one to try
+                if rows == 0 or found["rows"] > MOST:  # if even more rows might fit, the boundary is unknown
                     continue
                 unit, size = ("MiB", MIB) if rehearsed else ("GiB", GIB)
                 name = f"fits {int(limit) // size} {unit} {ladder.name} {rows}x{ladder.length}"
@@ -128,7 +128,7 @@ def _flags(ladder: Ladder, rows: int) -> tuple[str, ...]:
 
 
 def plan(ladder: dict[str, Any], facts: dict[str, Any], work: str, rehearsed: bool) -> dict[str, dict[str, int]]:
-    """For each limit, how many rows are predicted to fit, by bisection; 0: not one."""
+    """For each limit, the most rows that are predicted to fit (0: none), by bisection."""
     from on_gpu.memory import card_of
     from toolkit.config import parse_config
     from toolkit.memory.cuda.device import Cuda
@@ -167,7 +167,7 @@ def plan(ladder: dict[str, Any], facts: dict[str, Any], work: str, rehearsed: bo
 
     result = {}
     low = 0
-    for limit in limits(rehearsed):  # ascending: what fits less fits more
+    for limit in limits(rehearsed):  # ascending, so the last limit's rows fit too
         high = max(1, low)
         while low < MOST and reserved(high, limit) <= limit:
             low, high = high, min(high * 2, MOST + 1)
@@ -180,7 +180,7 @@ def plan(ladder: dict[str, Any], facts: dict[str, Any], work: str, rehearsed: bo
 
 
 def tried(ladder: dict[str, Any], rows: int, limit: int, expected: str, work: str, rehearsed: bool) -> dict[str, Any]:
-    """Trains two steps under the limit; whether it fitted as expected."""
+    """Trains two steps under the limit, and compares the outcome with the expected one."""
     one = Ladder(**ladder)
     it = device(rehearsed)
     output = str(Path(work) / "measured" / slug(f"fits {limit} {one.name} {rows}"))
@@ -192,7 +192,7 @@ def tried(ladder: dict[str, Any], rows: int, limit: int, expected: str, work: st
     try:
         found = training.measured(one.method, argv)[1]
         peak = found["peak"]["reserved_bytes"]
-        outcome = "fits" if peak <= limit else "runs out"  # a CPU has no limit: a rehearsal compares
+        outcome = "fits" if peak <= limit else "runs out"  # a CPU enforces no limit, so a rehearsal compares sizes
         found = {"peak": found["peak"], "allocator": found.get("allocator")}
     except Exception as error:
         if not is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""What is to be done: one `Item` is one process, which leaves one row of the results."""
+"""The work items: one `Item` is one process and one row of the results."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-WHOLE = float("inf")  # GiB: nothing else may be on the card meanwhile
+WHOLE = float("inf")  # GiB: the item needs the whole card
 
 
 @dataclass(frozen=True)
 class Item:
-    """A function, to be run in a process of its own with JSON-able `arguments`.
+    """A function to run in its own process, with JSON-serializable `arguments`.
 
-    `seconds` and `gib` are guesses for a data-centre card: how long it takes (what was learned corrects it), and how much
-    of the card it may take beside others. `needs` names the items that must have been done in the same folder before.
+    `seconds` and `gib` are guesses for a data-center card: its time (corrected by experience), and its share of the card's
+    memory next to other items. `needs` names the items that must have finished in the same folder before.
     """
 
     name: str
@@ -29,16 +29,16 @@ class Item:
 
     @property
     def alone(self) -> bool:
-        """Whether it has the card for itself."""
+        """Whether it needs the whole card."""
         return self.gib == WHOLE
 
     def made_alone(self) -> Item:
-        """The same with the whole card: for one that ran out of memory beside others."""
+        """The same item with the whole card, for a retry after it ran out of memory next to others."""
         return replace(self, gib=WHOLE)
 
 
 class Estimates:
-    """Seconds that items take: what the same one took before, else its guess, corrected by how wrong guesses of its part were."""
+    """The expected seconds of items: the last time of the same item, or its guess times the typical error of its part's guesses."""
 
     def __init__(self, known: Iterable[tuple[Item, float]] = ()) -> None:
         self._took: dict[str, float] = {}
@@ -47,12 +47,12 @@ class Estimates:
             self.learn(item, seconds)
 
     def learn(self, item: Item, seconds: float) -> None:
-        """`item` took so many seconds."""
+        """Records that `item` took `seconds`."""
         self._took[item.name] = seconds
         self._ratios.setdefault(item.part, []).append(seconds / item.seconds)
 
     def of(self, item: Item) -> float:
-        """How long `item` will take."""
+        """The expected seconds of `item`."""
         if item.name in self._took:
             return self._took[item.name]
         ratios = self._ratios.get(item.part)

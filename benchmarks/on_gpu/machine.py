@@ -1,4 +1,4 @@
-"""What is asked of the machine without touching CUDA."""
+"""Queries the machine without initializing CUDA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, str]:
-    """What the process that forks must find in its environment."""
+    """Environment variables for the fork server."""
     return {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
 
 
 def nvidia_smi(field: str) -> str | None:
-    """One field of the first card, as `nvidia-smi --query-gpu` gives it; None where it cannot be had."""
+    """One field of the first card, from `nvidia-smi --query-gpu`; None if that fails."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

@@ -1,7 +1,7 @@
-"""Is the prediction right? Each configuration trains two traced steps on the card; the same two are predicted without it.
+"""Checks predictions: each configuration trains two traced steps on the card; the same two steps are predicted without it.
 
-Measuring leaves the shapes of its batches in the results, so that the prediction, on any machine, is of the very same steps.
-A further step runs without the trace, since a traced one can hold more (see `toolkit.memory.measure`).
+The results keep the shapes of the measured batches, so that any machine can predict the same steps. One more step runs
+without the trace, because a traced step can hold more memory (see `toolkit.memory.measure`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from on_gpu.results import error_percent, slug
 
 SHAPES = ((4, 512), (1, 1024))  # rows x --max_length
 REHEARSED_SHAPE = (2, 64)
-METHODS = {"lora": "lora", "qlora": "qlora", "full": "full", "ia3": "ia3"}  # shown -> recipe
+METHODS = {"lora": "lora", "qlora": "qlora", "full": "full", "ia3": "ia3"}  # shown name -> recipe
 MODELS = ("llama-1b", "flan-t5-base", "llama-3b", "qwen-1.5b", "mt0-large", "llama-8b")
-# GiB that it may take with full fine-tuning, LoRA in bf16, and a quantized base; seconds that it may take
+# Guesses: GiB with full fine-tuning, with LoRA in bf16, and with a quantized base; seconds
 NEEDS = {
     "small-llama": (2, 2, 2, 6),
     "small-t5": (2, 2, 2, 6),
@@ -36,12 +36,12 @@ TOLERANCE_PERCENT = {
     "allocated_bytes": 1.0,
     "reserved_bytes": 3.0,
     "untraced_allocated_bytes": 1.0,
-}  # beyond which a row is shown as one that differs
+}  # a row with a larger error counts as different
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One point of the grid: a recipe and its flags on a model; `allocator` is what PYTORCH_ALLOC_CONF would say."""
+    """One point of the grid: a recipe and its flags on a model; `allocator` has the settings of PYTORCH_ALLOC_CONF."""
 
     name: str
     method: str
@@ -51,7 +51,7 @@ class Configuration:
     snapshot: bool = False
 
     def item(self, work: Path, artifacts: Path, rehearsed: bool) -> Item:
-        """What measures it."""
+        """The item that measures it."""
         full, frozen, quantized, seconds = NEEDS[self.model]
         bits = self.method == "qlora" or "--load_in_8bit" in self.flags
         gib = full if self.method == "full" else quantized if bits else frozen
@@ -65,7 +65,7 @@ class Configuration:
 
 
 def grid(rehearsed: bool = False) -> list[Configuration]:
-    """All configurations, the most telling first: every model with every method, each option turned once, the other shape."""
+    """All configurations, the most informative first: every model with every method, each option once, then the other shape."""
     first, second = SHAPES
     result = [_plain(model, method, first) for method, model in product(METHODS, MODELS)]
     result += _turned("llama-1b", ("lora", "full"))
@@ -74,7 +74,7 @@ def grid(rehearsed: bool = False) -> list[Configuration]:
     result += [_plain(model, method, second) for method, model in product(METHODS, MODELS)]
     result = [
         c for c in result if (c.model, c.method) != ("llama-8b", "full")
-    ]  # 16 bytes a weight and more: on no card
+    ]  # needs at least 16 bytes per weight, more than any card has
     return _small(result) if rehearsed else result
 
 
@@ -109,7 +109,7 @@ def _turned(model: str, methods: tuple[str, ...]) -> list[Configuration]:
 
 
 def _single() -> list[Configuration]:
-    """What is tried on one model alone."""
+    """Configurations that only run on one model."""
     half, eight = _sizes((2, 512), "--fp16"), _sizes((2, 512), "--bf16", "--load_in_8bit")
     plain = _sizes((2, 512), "--bf16")
     return [
@@ -134,7 +134,7 @@ KEPT = ("", "expandable", "8-bit", "snapshot")  # options that a rehearsal tries
 
 
 def _small(whole: list[Configuration]) -> list[Configuration]:
-    """Each method once on a small Llama, LoRA on a T5 and a BART too, and the options in `KEPT`."""
+    """Each method once on a small Llama, LoRA also on a T5 and a BART, and the options in `KEPT`."""
     result: dict[str, Configuration] = {}
     for one in whole:
         seq2seq = {"flan-t5-base": "small-t5", "bart-base": "bart-base"}
@@ -154,7 +154,7 @@ def _small(whole: list[Configuration]) -> list[Configuration]:
 
 
 def measure(configuration: Mapping[str, Any], work: str, artifacts: str, rehearsed: bool) -> dict[str, Any]:
-    """Trains the configuration's two steps on the card; the ledger goes beside the results too, whole."""
+    """Trains the configuration's two steps on the card, and saves the whole ledger to `artifacts`."""
     one = Configuration(**{**configuration, "flags": tuple(configuration["flags"])})
     output = Path(work) / "measured" / slug(one.name)
     argv = training.flags(work, one.model, one.flags, str(output), rehearsed, training.UNTRACED_STEPS)
@@ -170,7 +170,7 @@ def measure(configuration: Mapping[str, Any], work: str, artifacts: str, rehears
 
 
 def card_of(facts: Mapping[str, Any]) -> Any:
-    """The measured card for a prediction; None for a CPU. Its context is what was measured, where that has been."""
+    """The measured card for a prediction; None for a CPU. Uses the measured context if there is one."""
     from toolkit.memory.cuda.cards import Card, card_of_device
 
     if facts.get("capability") is None:
@@ -183,13 +183,13 @@ def card_of(facts: Mapping[str, Any]) -> Any:
 
 
 def predict(row: Mapping[str, Any], source: str | dict[str, Any], facts: dict[str, Any], work: str) -> dict[str, Any]:
-    """Predicts the very steps of a measured row, for the card of `facts`, in a process that sees no GPU."""
+    """Predicts the steps of a measured row for the card of `facts`, in a process without visible GPUs."""
     from toolkit.distributed.launch_files import ONE_PROCESS
     from toolkit.runs.prediction import PredictionJob
 
     if isinstance(source, str):
         name = source
-    else:  # no catalogue knows it: a folder with a config alone will do
+    else:  # not in the catalogue: a folder with only a config is enough
         folder = Path(work) / "configs" / row["model"]
         models.config_of(source).save_pretrained(folder)
         name = str(folder)
@@ -203,18 +203,19 @@ def predict(row: Mapping[str, Any], source: str | dict[str, Any], facts: dict[st
 
 
 def prediction_item(row: dict[str, Any], facts: dict[str, Any], work: Path, rehearsed: bool) -> Item:
-    """What predicts a measured row."""
+    """The item that predicts a measured row."""
     env = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_ALLOC_CONF": row.get("allocator_settings") or ""}
-    told = {name: row[name] for name in ("method", "model", "flags", "batches")}
+    needed = {name: row[name] for name in ("method", "model", "flags", "batches")}
     source = models.by_label(rehearsed)[row["model"]].source
-    arguments = {"row": told, "source": source, "facts": facts, "work": str(work)}
+    arguments = {"row": needed, "source": source, "facts": facts, "work": str(work)}
     return Item(f"predict {row['name']}", "predictions", "on_gpu.memory:predict", arguments, 20.0, env=env)
 
 
 def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
-    """What a prediction adds to a measured row: errors, and whether the trace itself made the difference.
+    """The fields that a prediction adds to a measured row: errors, and whether the trace itself caused the difference.
 
-    The step without the trace is compared with the predicted steady step, for loading and the first step are not in it.
+    The step without the trace is compared with the predicted steady step, because it does not include loading and the
+    first step.
     """
     error = {
         kind: error_percent(predicted["peak"][kind], row["peak"][kind])
@@ -240,5 +241,5 @@ def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any
 
 
 def steady_peak(row: Mapping[str, Any]) -> int:
-    """The most bytes allocated in the phases of the step that is like all that follow."""
+    """The peak allocated bytes over the phases of the steady step."""
     return max(peak for name, (peak, _) in row["phases"].items() if name != "load")

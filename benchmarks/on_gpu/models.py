@@ -1,4 +1,4 @@
-"""Model folders without a hub: configs of the catalogue, random weights made on the card, the embedded tokenizer; and rows."""
+"""Makes model folders without the hub (configs of the catalogue, random weights, the embedded tokenizer), and data rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TINY_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its label: an architecture of the catalogue, or the fields of a config; GiB and seconds to make its folder."""
+    """A model: its label, its source (a catalogue id or config fields), and the GiB and seconds for making its folder."""
 
     label: str
     source: str | dict[str, Any]
@@ -51,7 +51,7 @@ class Model:
 
     @property
     def item(self) -> Item:
-        """What makes its folder."""
+        """The item that makes its folder."""
         return Item(
             f"model {self.label}",
             "models",
@@ -81,7 +81,7 @@ REHEARSED = (
 
 
 def by_label(rehearsed: bool) -> dict[str, Model]:
-    """The models that are there: in a rehearsal the small ones, which stand for all."""
+    """The models by label; in a rehearsal only small ones."""
     return {model.label: model for model in (REHEARSED if rehearsed else REAL)}
 
 
@@ -95,7 +95,7 @@ def config_of(source: str | dict[str, Any]) -> Any:
 
 
 def make(label: str, source: str | dict[str, Any], work: str, rehearsed: bool) -> dict[str, Any]:
-    """Makes the folder `work`/models/`label`: config, bf16 weights drawn on the card, generation config, tokenizer."""
+    """Makes the folder `work`/models/`label`: config, random bf16 weights, generation config, tokenizer."""
     import torch
 
     from toolkit.models import catalogue
@@ -113,21 +113,21 @@ def make(label: str, source: str | dict[str, Any], work: str, rehearsed: bool) -
     if model.generation_config is not None:
         model.generation_config.eos_token_id = 1
     folder = Path(work) / "models" / label
-    aside = folder.with_name(f".{label}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, max_shard_size="4GB")
+    temporary = folder.with_name(f".{label}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, max_shard_size="4GB")
     embedded = Path(ModelArguments().source)
-    shutil.copy(embedded / "tokenizer.json", aside)
+    shutil.copy(embedded / "tokenizer.json", temporary)
     settings = json.loads((embedded / "tokenizer_config.json").read_text(encoding="utf-8"))
-    del settings["model_max_length"]  # 512, which longer rows would be cut to
-    (aside / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    del settings["model_max_length"]  # 512 would truncate longer rows
+    (temporary / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    aside.replace(folder)
+    temporary.replace(folder)
     return {"seconds": round(time.monotonic() - began, 1)}
 
 
 def folder_of(work: str, label: str) -> Path:
-    """Where `make` leaves it."""
+    """The folder that `make` writes."""
     return Path(work) / "models" / label
 
 
@@ -135,7 +135,7 @@ TRAIN_ROWS = 256
 
 
 def write_rows(work: Path) -> Path:
-    """A data set folder: rows longer and much shorter than any --max_length in turn, so that every batch has padding."""
+    """Writes a data set folder. Rows longer and much shorter than any --max_length alternate, so that every batch has padding."""
     words = [
         "the",
         "quick",

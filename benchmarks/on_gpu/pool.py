@@ -1,8 +1,8 @@
-"""Runs items in processes of their own, several at a time, and never longer than there is time.
+"""Runs items in separate processes, several at a time, within the time limit.
 
-Processes are forked from one that has imported everything (`preload`) and never touched CUDA; where that turns out not to
-hold, new ones are started instead, which is slower. Each is the leader of a process group, which is killed at its deadline.
-What a process finds it leaves in a file, so whatever way it ends, the pool goes on.
+Processes are forked from one that has imported everything (`preload`) and never initialized CUDA. If it did initialize CUDA, new
+processes are started instead, which is slower. Each leads its own process group, which is killed at its deadline. A process writes
+its result to a file, so the pool continues however a process ends.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from typing import Any
 from on_gpu import machine
 from on_gpu.items import Estimates, Item
 
-PATIENCE = 3.0  # an item is killed after so many times its estimate, but not before `least` seconds
+PATIENCE = 3.0  # an item is killed after this many times its estimate, but not before `least` seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
 class Outcome:
-    """How an item ended: `status` is "ok", "out of memory", "failed", "cut off" where there was no more time, or "try again"."""
+    """How an item ended: `status` is "ok", "out of memory", "failed", "cut off" (the time limit was reached), or "try again"."""
 
     item: Item
     status: str
     seconds: float
     found: dict[str, Any]
-    error: str = ""  # the whole traceback, or the end of what it printed
+    error: str = ""  # the whole traceback, or the end of its output
     cpu_seconds: float = 0.0
 
 
 def _both_ends(text: str) -> str:
-    """A long output without its middle; where a killed item stood is many lines."""
+    """A long output without its middle: the stack of a killed item has many lines."""
     return text if len(text) < 16000 else f"{text[:4000]}\n[...]\n{text[-12000:]}"
 
 
@@ -53,14 +53,14 @@ class _Running:
     process: Any
     began: float
     deadline: float
-    beside: bool  # whether others were on the card too
+    beside: bool  # whether other items were on the card too
 
 
 class Pool:
-    """At most `workers` processes at a time that use the card, which together may take `gib` of it, and `behind` that do not.
+    """Runs at most `workers` processes at a time on the card, within `gib` together, and at most `behind` without the card.
 
-    `work` holds what items leave for each other; `finished` is called with each `Outcome` as it comes. Nothing is begun that
-    cannot end before `deadline` (of `time.monotonic`), and what still runs then is killed.
+    `work` is the folder that items share; `finished` is called with each `Outcome`. An item only starts if it can end before
+    `deadline` (of `time.monotonic`); items that still run then are killed.
     """
 
     def __init__(
@@ -78,22 +78,22 @@ class Pool:
         self.work, self.workers, self.most_behind, self.gib = work, workers, behind, gib
         self.deadline, self.least = deadline, least
         self.estimates, self.finished = estimates, finished
-        self.behind: list[Item] = []  # items that need no card, for whichever processor is free
-        self.helpers: dict[str, Item] = {}  # items that others need; run when the first that needs them is due
+        self.behind: list[Item] = []  # items without the card, for idle processors
+        self.helpers: dict[str, Item] = {}  # items that others need; they run when the first of these is due
         self.logs = work / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         (work / "made").mkdir(exist_ok=True)
         os.environ |= machine.environment()
         self._context: Any = multiprocessing.get_context(method)
         self._context.set_forkserver_preload(["on_gpu.preload"])
-        self.cut_off: list[Item] = []  # killed because there was no more time: still to be done
+        self.cut_off: list[Item] = []  # killed at the deadline: still to be done
         self._running: list[_Running] = []
         self._failed: dict[str, str] = {}  # helper -> why
 
     def run(self, items: Iterable[Item], until: float | None = None) -> list[Item]:
-        """Runs `items` in their order, as long as they can end before `until`; returns those that were not begun.
+        """Starts `items` in their order, as long as they can end before `until`; returns those that were not started.
 
-        Items may still run when it returns: a later call, or `drain`, looks after them.
+        Items may still run when this returns: a later call or `drain` collects them.
         """
         until = self.deadline if until is None else min(until, self.deadline)
         waiting = list(items)
@@ -106,7 +106,7 @@ class Pool:
         return waiting
 
     def drain(self) -> list[Item]:
-        """Waits for what runs, and runs what is behind; returns what there was no time for."""
+        """Waits for running items and runs those in `behind`; returns those for which no time was left."""
         waiting: list[Item] = []
         while self._running or any(self._fits_in_time(item, self.deadline) for item in (*self.behind, *waiting)):
             waiting = self._look_after(waiting)
@@ -115,15 +115,15 @@ class Pool:
         return [*waiting, *self.behind]
 
     def look_after_the_rest(self) -> None:
-        """One round without items of the card: hands on what has ended, and begins what is behind."""
+        """One round without new items for the card: collects finished items, and starts those in `behind`."""
         self._start(self._look_after([]), self.deadline)
 
     def has(self, part: str) -> bool:
-        """Whether items of `part` run, or are behind."""
+        """Whether items of `part` are running or waiting in `behind`."""
         return any(item.part == part for item in (*self.behind, *(running.item for running in self._running)))
 
     def close(self) -> None:
-        """Kills what still runs."""
+        """Kills all running items."""
         for running in self._running:
             _kill(running.process.pid)
         self._running = []
@@ -131,7 +131,7 @@ class Pool:
     # ---- starting
 
     def _start(self, waiting: list[Item], until: float) -> list[Item]:
-        """Starts whatever has room; returns the items that were not started."""
+        """Starts every item for which there is room; returns the others."""
         left: list[Item] = []
         for at, item in enumerate(waiting):
             lacks = [name for name in item.needs if not self._made(name).exists()]
@@ -146,7 +146,7 @@ class Pool:
             if not started:
                 left.append(item)
                 if item.alone and not lacks and self._fits_in_time(item, until):
-                    left += waiting[at + 1 :]  # it would never have the card if others went on ahead of it
+                    left += waiting[at + 1 :]  # if later items went first, it would never get the whole card
                     break
         quiet = not any(running.item.alone for running in self._running)
         for item in list(self.behind):
@@ -184,7 +184,7 @@ class Pool:
     # ---- ending
 
     def _look_after(self, waiting: list[Item]) -> list[Item]:
-        """Hands on what has ended; returns `waiting` with the items that are to be tried again."""
+        """Reports finished items; returns `waiting` with the items to retry."""
         for outcome in self._reap():
             item = outcome.item
             if outcome.status == "try again":
@@ -212,7 +212,7 @@ class Pool:
                 continue
             if process.is_alive():
                 _kill(process.pid, signal.SIGUSR1)
-                time.sleep(0.2)  # until it has written where it was
+                time.sleep(0.2)  # gives it time to write its stack
                 _kill(process.pid)
                 process.join()
             self._running.remove(running)
@@ -223,27 +223,25 @@ class Pool:
         item = running.item
         log, answer = self._files(item)
         try:
-            told = json.loads(answer.read_text(encoding="utf-8"))
+            result = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             if late and running.deadline >= self.deadline:
                 return Outcome(item, "cut off", seconds, {})
             why = f"killed after {seconds:.0f} s" if late else f"ended with exit code {running.process.exitcode}"
             text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-            return Outcome(
-                item, "failed", seconds, {}, f"{why}, and left no answer; what it printed:\n{_both_ends(text)}"
-            )
-        if told["status"] == "cannot fork":
+            return Outcome(item, "failed", seconds, {}, f"{why}, and left no answer; its output:\n{_both_ends(text)}")
+        if result["status"] == "cannot fork":
             self._context = multiprocessing.get_context("spawn")
             self.least = max(self.least, 150.0)  # each imports everything
             print(
-                "the process that forks has touched CUDA: new processes are started instead, which is slower",
+                "the fork server has initialized CUDA: new processes are started instead, which is slower",
                 flush=True,
             )
             return Outcome(item, "try again", seconds, {})
-        if told["status"] == "ok":
+        if result["status"] == "ok":
             self._made(item.name).touch()
-        found = told["found"] | ({"beside": running.beside} if told["status"] == "out of memory" else {})
-        return Outcome(item, told["status"], seconds, found, told["error"], told["cpu_seconds"])
+        found = result["found"] | ({"beside": running.beside} if result["status"] == "out of memory" else {})
+        return Outcome(item, result["status"], seconds, found, result["error"], result["cpu_seconds"])
 
     def _files(self, item: Item) -> tuple[Path, Path]:
         name = item.name.replace("/", "-").replace(" ", "_")
@@ -263,37 +261,37 @@ def _kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def work(job: str, arguments: dict[str, Any], env: dict[str, str], log: str, answer: str) -> None:
-    """Runs `job` and leaves what it returns in `answer`: status, what it found, and the traceback where it failed."""
+    """Runs `job` and writes its result to the file `answer`: status, return value, and traceback if it failed."""
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever forks ends with whoever asks for items
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the item ends when its parent ends
     with Path(log).open("w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
-    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)  # where it was, for one that is to be killed
+    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)  # prints the stack before the item is killed
     os.environ |= env | {"ITEM_LOG": log}
-    told: dict[str, Any] = {"status": "ok", "found": {}, "error": ""}
+    result: dict[str, Any] = {"status": "ok", "found": {}, "error": ""}
     try:
         import torch
 
         if torch.cuda.is_available() and torch.cuda._is_in_bad_fork():
-            told["status"] = "cannot fork"
+            result["status"] = "cannot fork"
         else:
             module, _, function = job.partition(":")
-            told["found"] = getattr(importlib.import_module(module), function)(**arguments)
-    except BaseException as error:  # a SystemExit of the toolkit's too
-        told |= {"status": "out of memory" if is_out_of_memory(error) else "failed", "error": traceback.format_exc()}
-    told["cpu_seconds"] = round(sum(os.times()[:4]), 2)  # its own and its children's
-    aside = Path(f"{answer}.partial")
-    aside.write_text(json.dumps(told), encoding="utf-8")
-    aside.replace(answer)
+            result["found"] = getattr(importlib.import_module(module), function)(**arguments)
+    except BaseException as error:  # also the toolkit's SystemExit
+        result |= {"status": "out of memory" if is_out_of_memory(error) else "failed", "error": traceback.format_exc()}
+    result["cpu_seconds"] = round(sum(os.times()[:4]), 2)  # its own and its children's
+    temporary = Path(f"{answer}.partial")
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    temporary.replace(answer)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # without tearing down what libraries hold: nothing of it is needed
+    os._exit(0)  # skips the teardown of libraries
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the card's memory was full: torch's own error, or what CUDA and its libraries say of it."""
+    """Whether the card ran out of memory: torch's own error, or messages of CUDA and its libraries."""
     said = str(error)
     phrases = ("CUDA out of memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "GPU's memory is full")
     return type(error).__name__ == "OutOfMemoryError" or any(phrase in said for phrase in phrases)

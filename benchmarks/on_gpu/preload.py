@@ -1,8 +1,8 @@
-"""Imported once by the process that forks (multiprocessing's forkserver): everything that a recipe imports, and no CUDA.
+"""Imported once by multiprocessing's fork server: imports everything that a recipe imports, without initializing CUDA.
 
-A fork of a process that has a CUDA context cannot use CUDA. Two things would make one here: `torch.cuda.is_available`,
-unless it asks NVML, and bitsandbytes, which asks each card for its compute capability as it is imported. The first is told
-to ask NVML (`environment`), the second is given the capability that `nvidia-smi` knows.
+A fork of a process with a CUDA context cannot use CUDA. Two things would create a context here: `torch.cuda.is_available`, unless
+it uses NVML, and bitsandbytes, which queries each card's compute capability on import. So `machine.environment` makes torch use
+NVML, and bitsandbytes gets the capability from `nvidia-smi`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import traceback
 
 from on_gpu.machine import ROOT, nvidia_smi
 
-LATER = (  # what a recipe imports once it knows that it needs it; DeepSpeed is left to those that use it
+LATER = (  # modules that a recipe imports on demand; DeepSpeed is left to the runs that use it
     "evaluate",
     "peft.tuners.lora.bnb",
     "rouge_score.rouge_scorer",
@@ -28,7 +28,7 @@ LATER = (  # what a recipe imports once it knows that it needs it; DeepSpeed is 
 
 
 def preload() -> None:
-    """Imports, and forgets the project's own modules again: they read the rank of the process that they are imported in."""
+    """Imports everything, then removes the project's own modules: on import they read the rank of the importing process."""
     from toolkit.seams import patched
 
     capability = nvidia_smi("compute_cap")
@@ -36,7 +36,7 @@ def preload() -> None:
         if capability is not None:
             known = tuple(int(number) for number in capability.split("."))
             stack.enter_context(patched("torch.cuda.get_device_capability", lambda *_: known))
-        with contextlib.suppress(ImportError):  # its own message comes where it is used
+        with contextlib.suppress(ImportError):  # the run that needs it reports the error
             import bitsandbytes  # noqa: F401
         runpy.run_path(str(ROOT / "recipes" / "lora.py"), run_name="imported")
         for name in LATER:
@@ -44,10 +44,10 @@ def preload() -> None:
                 importlib.import_module(name)
     for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
         del sys.modules[name]
-    gc.freeze()  # a fork that collected what was imported would copy all of its memory
+    gc.freeze()  # garbage collection of imported objects in a fork would copy all their memory
 
 
 try:
     preload()
-except Exception:  # the process that forks must not end: each item meets the same error, and leaves it in the results
+except Exception:  # the fork server must not end: each item runs into the same error and reports it
     traceback.print_exc()

@@ -1,4 +1,4 @@
-"""One results file a card: rows by name and stack, written after each item, and the table that is made of them."""
+"""One results file for each card: rows by name and stack, written after each item, and a table of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from toolkit.files import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
-DONE = ("ok", "out of memory")  # statuses that a later call does not try again; others it does
+DONE = ("ok", "out of memory")  # a later call retries items with any other status
 PARTS = ("runs", "facts", "memory", "speed", "fits")
 
 
 class Results:
-    """The rows of one card. `stack` is the key of the versions and the driver of the rows that are meant."""
+    """The rows of one card. `stack` is the key of library versions and driver; only rows with this key are used."""
 
     def __init__(self, path: Path, content: dict[str, Any], stack: str) -> None:
         self.path, self.content, self.stack = path, content, stack
@@ -29,13 +29,13 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """What the last call left in `path`."""
+        """The results of the last call in `path`."""
         content = json.loads(path.read_text(encoding="utf-8"))
         return cls(path, content, content["calls"][-1]["stack"])
 
     @classmethod
     def of(cls, folder: Path, card: dict[str, Any], versions: dict[str, str]) -> Results:
-        """The results of a card, which go on from those in `folder`, or else from the committed ones."""
+        """The results of a card; continues those in `folder`, or otherwise the committed ones."""
         path = folder / f"{slug(card['name'])}.json"
         earlier = path if path.is_file() else RESULTS / path.name
         content: dict[str, Any] = {"card": card, "stacks": {}, "calls": [], "rows": []}
@@ -46,34 +46,34 @@ class Results:
         return cls(path, content, key)
 
     def begin(self, minutes: float, commit: str) -> None:
-        """Notes that a call begins."""
+        """Records the start of a call."""
         now = datetime.datetime.now(datetime.UTC)
         self.content["calls"].append(
             {"date": f"{now:%Y-%m-%d %H:%M}", "minutes": minutes, "stack": self.stack, "commit": commit, "seconds": 0.0}
         )
 
     def elapsed(self, seconds: float) -> None:
-        """Notes how long the call has taken so far."""
+        """Records how long the call has taken so far."""
         self.content["calls"][-1]["seconds"] = round(seconds, 1)
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """The row of that name on this stack."""
+        """The row with this name on this stack."""
         return next((r for r in self.content["rows"] if (r["name"], r["stack"]) == (name, self.stack)), None)
 
     def is_done(self, name: str) -> bool:
-        """Whether it need not be measured again."""
+        """Whether the row is finished and need not be measured again."""
         found = self.row(name)
         return found is not None and found["status"] in DONE
 
     def put(self, name: str, part: str, **found: Any) -> None:
-        """Adds a row, in place of the one that had its name and stack, and writes the file."""
+        """Adds a row, or replaces the one with the same name and stack, and writes the file."""
         rows = [r for r in self.content["rows"] if (r["name"], r["stack"]) != (name, self.stack)]
         row = {"name": name, "part": part, "stack": self.stack, "date": datetime.date.today().isoformat(), **found}
         self.content["rows"] = [*rows, row]
         self.write()
 
     def update(self, name: str, **more: Any) -> None:
-        """Adds to a row, and writes the file."""
+        """Adds fields to a row, and writes the file."""
         found = self.row(name)
         assert found is not None, name
         found |= more
@@ -84,17 +84,17 @@ class Results:
         return [r for r in self.content["rows"] if r["stack"] == self.stack and part in (None, r["part"])]
 
     def pack(self, work: Path) -> None:
-        """Puts the ledgers, snapshots and logs in `work` into an archive each: few files are easier to take along."""
+        """Packs the ledgers, snapshots and logs in `work` into one archive each, because few files are easier to transfer."""
         for name, pattern in (("ledgers", "kept/*.json"), ("snapshots", "kept/*.pickle"), ("logs", "logs/*.log")):
             if files := sorted(work.glob(pattern)):
-                aside = self.artifacts / f"{name}.zip.partial"
-                with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
+                temporary = self.artifacts / f"{name}.zip.partial"
+                with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
                     for file in files:
                         archive.write(file, file.name)
-                aside.replace(self.artifacts / f"{name}.zip")
+                temporary.replace(self.artifacts / f"{name}.zip")
 
     def write(self) -> None:
-        """Writes the file whole, or not at all."""
+        """Writes the file atomically."""
         atomic_write(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
@@ -109,12 +109,12 @@ def stack_key(versions: dict[str, str]) -> str:
 
 
 def error_percent(predicted: float, measured: float) -> float:
-    """By how much a prediction is off, in percent of what was measured."""
+    """The error of a prediction, in percent of the measured value."""
     return round(100 * (predicted / measured - 1), 3)
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Measure -> number of rows, mean and worst absolute error in percent, over the rows that have an error."""
+    """Measure -> number of rows, mean and worst absolute error in percent, over rows with a prediction."""
     errors = [row["error_percent"] for row in rows if "error_percent" in row]
     result: dict[str, dict[str, float]] = {}
     for name in ("allocated_bytes", "reserved_bytes", "untraced_allocated_bytes"):
@@ -126,14 +126,14 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """`"agrees"`, `"differs"`, `"failed"`, or `"measured"` where there is nothing to compare with yet."""
+    """`"agrees"`, `"differs"`, `"failed"`, or `"measured"` if there is nothing to compare with yet."""
     if row["status"] == "failed":
         return "failed"
     return {True: "agrees", False: "differs", None: "measured"}[row.get("agrees")]
 
 
 def table(rows: list[dict[str, Any]], left: list[str]) -> str:
-    """What agreed, what did not, and what was left: a line a row that needs a look, and counts of the others."""
+    """A text table: counts of verdicts by part, a line for each row that needs attention, and the items that are left."""
     lines = []
     for part in PARTS:
         own = [row for row in rows if row["part"] == part]

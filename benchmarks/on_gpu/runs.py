@@ -1,6 +1,6 @@
-"""Does it run? Recipes as users run them: trained, killed, resumed, read back, generated from, merged; under the engines too.
+"""Runs recipes as users do: train, kill, resume, reload, generate, merge; also under the engines.
 
-A scenario is one item. It forks a process for each step, so that each has a CUDA context of its own as a command has.
+A scenario is one item. It forks a process for each step, so that each step has its own CUDA context, as a command has.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from on_gpu.results import slug
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the quick brown fox jumps over a lazy dog"
-UNMERGED = ("prefix_tuning", "adapter", "full")  # `footprint merge` refuses them with a reason
+UNMERGED = ("prefix_tuning", "adapter", "full")  # `footprint merge` refuses these
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A recipe on a model; `launch` is a file of launch/, on one process; `killed`: by SIGKILL in the middle.
+    """A recipe on a model. `launch` is a file of launch/, with one process; `killed`: training is killed by SIGKILL.
 
-    `whole` scenarios are resumed, generated from and merged; others are only trained.
+    `whole` scenarios also resume, generate and merge; others only train.
     """
 
     method: str
@@ -53,13 +53,13 @@ class Scenario:
         ).strip()
 
     def item(self, work: Path, rehearsed: bool) -> Item:
-        """What runs it."""
+        """The item that runs it."""
         arguments = {"scenario": vars(self), "work": str(work), "rehearsed": rehearsed}
         return Item(self.name, "runs", "on_gpu.runs:play", arguments, self.seconds, 3.0, (f"model {self.model}",))
 
 
 def scenarios(rehearsed: bool = False) -> list[Scenario]:
-    """The most used first. In a rehearsal each kind once."""
+    """All scenarios, the most common first; in a rehearsal one of each kind."""
     llama, t5, bf16 = "small-llama", "small-t5", ("--bf16",)
     eight = ("--bf16", "--load_in_8bit")
     if rehearsed:
@@ -89,9 +89,9 @@ def scenarios(rehearsed: bool = False) -> list[Scenario]:
 
 
 def play(scenario: dict[str, Any], work: str, rehearsed: bool) -> dict[str, Any]:
-    """Runs the steps one after the other, up to the first that fails.
+    """Runs the steps one after the other, until one fails.
 
-    Raises: RuntimeError with the whole output of the step that failed, or of what its folder lacks.
+    Raises: RuntimeError with the output of the failed step, or with what is wrong in the run folder.
     """
     one = Scenario(**{**scenario, "flags": tuple(scenario["flags"])})
     folder = Path(work) / "runs" / slug(one.name)
@@ -143,7 +143,7 @@ def _flags(one: Scenario, work: str, run: Path, rehearsed: bool) -> list[str]:
 
 
 def _environment(one: Scenario) -> dict[str, str]:
-    """What `accelerate launch` leaves in the environment, for one process."""
+    """The environment variables that `accelerate launch` sets, for one process."""
     if one.launch is None:
         return {}
     from toolkit.distributed.launch_files import read_launch_file
@@ -155,9 +155,7 @@ def _environment(one: Scenario) -> dict[str, str]:
 
 
 def _script(path: Path, argv: Sequence[str]) -> None:
-    if (
-        os.environ.get("ACCELERATE_USE_FSDP") and "--use_cpu" in argv
-    ):  # accelerate makes a process group FSDP for GPUs alone
+    if os.environ.get("ACCELERATE_USE_FSDP") and "--use_cpu" in argv:  # accelerate sets up FSDP only on GPUs
         from accelerate.state import AcceleratorState
 
         from toolkit.memory.shadow.simulated_rank import begin_as_on_gpus
@@ -177,7 +175,7 @@ def _footprint(*argv: str) -> None:
 
 
 def _check(run: Path, steps: int) -> None:
-    """Raises RuntimeError where the finished run's folder is not what it should be."""
+    """Raises RuntimeError if the run is not finished, has another number of steps, or a bad loss."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -188,9 +186,10 @@ def _check(run: Path, steps: int) -> None:
 def forked(
     script: Callable[[], Any], env: dict[str, str], kill_when: Callable[[], bool] | None = None
 ) -> tuple[int, str]:
-    """Runs `script` in a fork of this process, which must not have touched CUDA: exit code (-9: killed) and output.
+    """Runs `script` in a fork of this process; returns its exit code (-9: killed) and output.
 
-    It prints to the item's log, as this process does. `kill_when` is asked again and again; once it is true, the fork is killed.
+    This process must not have initialized CUDA. The fork prints to the item's log, as this process does. `kill_when` is polled;
+    once it is true, the fork is killed.
     """
     log = Path(os.environ["ITEM_LOG"])
     before = log.stat().st_size
@@ -201,7 +200,7 @@ def forked(
             os.environ |= env
             os.chdir(ROOT)
             for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
-                del sys.modules[name]  # they read the rank of the process that imports them
+                del sys.modules[name]  # on import they read the rank of the importing process
             try:
                 script()
                 code = 0

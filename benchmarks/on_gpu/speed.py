@@ -1,10 +1,10 @@
-"""How fast: tokens a second and the peak of each step of the ladder, beside a bare loop and plain Trainer with PEFT.
+"""Speed: tokens per second and peak memory of each step of a ladder, compared with a bare loop and with plain Trainer and PEFT.
 
-Each contender is a process of its own, in the same order for each model, on batches of the same shape; the first steps warm
-up, the others give the median. What the card itself can do is measured in the same call: a step's fraction of its matrix
-products counts 2 operations a weight and token forward, 2 backward for the gradients of activations, and 2 for those of
-weights that train (scores of attention, 3 % at these lengths, and what checkpointing computes again are not counted); its
-fraction of the copy rate counts each weight read twice a step.
+Each contender runs in its own process, in the same order for each model, on batches of the same shape. The first steps are warm-up;
+the others give the median. The card's own rates are measured in the same call. The fraction of the matrix product rate counts, per
+weight and token, 2 operations in the forward pass, 2 in the backward pass for gradients of activations, and 2 for gradients of
+trained weights. It does not count attention scores (3 % at these lengths) and recomputation by checkpointing. The fraction of the
+copy rate counts two reads of each weight per step.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class Step:
     flags: tuple[str, ...] = ()
 
 
-LADDER = (  # add a step here, and it is measured
+LADDER = (  # every step added here is measured
     Step("lora", "lora"),
     Step("lora, checkpointing", "lora", ("--gradient_checkpointing",)),
     Step("qlora, checkpointing", "qlora", ("--gradient_checkpointing",)),
     Step("full", "full"),
     Step("full, 8-bit AdamW", "full", ("--optim", "adamw_bnb_8bit")),
 )
-BESIDE = ("bare loop", "Trainer + PEFT")  # of the ladder's first step
+BESIDE = ("bare loop", "Trainer + PEFT")  # compared with the ladder's first step
 SHAPES = {"llama-1b": (4, 1024), "flan-t5-base": (8, 512), "small-llama": (2, 64), "small-t5": (2, 64)}  # rows x length
 
 
 def items(work: Path, rehearsed: bool) -> list[Item]:
-    """The card's own rates, then the first step beside its rivals, then the rest of the ladder."""
+    """Items for the card's own rates, the first step and its contenders, and the rest of the ladder."""
     labels = ("small-llama",) if rehearsed else ("llama-1b", "flan-t5-base")
     result = [Item("speed card", "speed", "on_gpu.speed_jobs:rates", {"rehearsed": rehearsed}, 6, WHOLE)]
     common = {"work": str(work), "rehearsed": rehearsed}
@@ -54,7 +54,7 @@ def items(work: Path, rehearsed: bool) -> list[Item]:
 
 
 def fractions(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Row's name -> its fractions of the card's matrix products and copy rate, once the card's own rates are there."""
+    """Row's name -> its fractions of the card's matrix product rate and copy rate; empty before those are measured."""
     card = next((row for row in rows if row["name"] == "speed card" and row["status"] == "ok"), None)
     if card is None:
         return {}

@@ -1,4 +1,4 @@
-"""The contenders of `speed`, each in a process of its own."""
+"""The contenders of `speed`, each in its own process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WARM, TIMED = 3, 8  # steps
 
 
 def rates(rehearsed: bool) -> dict[str, Any]:
-    """The best of ten: bf16 matrix products, operations a second; copies on the card, bytes read and written a second."""
+    """The best of ten: operations per second of bf16 matrix products; bytes read and written per second by copies on the card."""
     it = device(rehearsed)
     size = 128 if rehearsed else 8192
     a, b = (torch.randn(size, size, device=it.type, dtype=torch.bfloat16) for _ in range(2))
@@ -31,7 +31,7 @@ def rates(rehearsed: bool) -> dict[str, Any]:
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each optimizer step, the device waited for at both ends; peaks are those of the steps after the warm ones."""
+    """Records the seconds of each optimizer step, with the device synchronized at both ends; resets peaks after the warm-up."""
 
     def __init__(self, it: Any) -> None:
         self.it, self.seconds = it, []  # type: ignore[var-annotated]
@@ -48,7 +48,7 @@ class Stopwatch(TrainerCallback):
 
 
 def measure(label: str, step: dict[str, Any], contender: str, work: str, rehearsed: bool) -> dict[str, Any]:
-    """Median tokens a second, and the peaks, of one contender."""
+    """Median tokens per second and peak memory of one contender."""
     from toolkit.config import parse_config
     from toolkit.methods import METHODS
     from toolkit.runs.preflight import prepare
@@ -78,7 +78,7 @@ def measure(label: str, step: dict[str, Any], contender: str, work: str, rehears
     taken = watch.seconds[warm:]
     batch = [len(ids) for ids in ready.data.train[:rows]["input_ids"]]
     targets = [len(ids) for ids in ready.data.train[:rows]["labels"]] if ready.model_config.is_encoder_decoder else [0]
-    tokens = sum(batch) + sum(targets)  # real ones; the rows repeat
+    tokens = sum(batch) + sum(targets)  # real tokens; the rows repeat
     padded = rows * (max(batch) + max(targets))
     weights, trained = _weights(model)
     seconds = median(taken)
@@ -104,14 +104,14 @@ def _footprint(config: Any, ready: Any, watch: Stopwatch) -> Any:
 
 
 def _plain_arguments(ours: TrainingArguments) -> TrainingArguments:
-    """The run's settings as plain transformers takes them."""
+    """The run's settings as plain `TrainingArguments`."""
     names = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "bf16", "use_cpu", "optim")
     given = {name: getattr(ours, name) for name in names} | {"train_sampling_strategy": "sequential"}
     return TrainingArguments(**given, save_strategy="no", report_to="none", disable_tqdm=True)
 
 
 def _plain_model(config: Any, ready: Any, it: Any) -> Any:
-    """A bf16 base with PEFT's LoRA of the recipe's own rank and targets."""
+    """A bf16 base with PEFT's LoRA, with the recipe's rank and targets."""
     from peft import LoraConfig, get_peft_model
 
     from toolkit.models.heads import auto_class
@@ -158,7 +158,7 @@ def _bare_loop(model: Any, collator: Any, data: Any, rows: int, steps: int, rate
 
 
 def _weights(model: Any) -> tuple[int, int]:
-    """Weights in matrix products, and those of them that train; a quantized weight counts as what it stands for."""
+    """The number of weights in matrix products, and of trained ones among them; quantized weights count unpacked."""
     every = trained = 0
     for name, parameter in model.named_parameters():
         looked_up = any(part in name for part in ("embed", "shared", "wte")) and "lora" not in name
@@ -170,5 +170,5 @@ def _weights(model: Any) -> tuple[int, int]:
         trained += count if parameter.requires_grad else 0
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None and any(head.weight is p for n, p in model.named_parameters() if "embed" in n or "shared" in n):
-        every += head.weight.numel()  # tied: it stands among the embeddings
+        every += head.weight.numel()  # tied to the embeddings, which were skipped above
     return every, trained

@@ -1,4 +1,4 @@
-"""Training as a recipe does it, without the prediction before and the scores around it; and what it leaves in the results."""
+"""Trains as a recipe does, without prediction and scoring, and extracts the fields for the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def flags(
     steps: int = 2,
     target: int | None = None,
 ) -> list[str]:
-    """The recipe's flags: rows in their order, the model's folder, two steps, nothing saved."""
+    """The recipe's flags: the model's folder, rows in order, `steps` steps, nothing saved."""
     known = models.by_label(rehearsed)[model]
     target = target or (128 if known.is_seq2seq else 16)
     if rehearsed:
@@ -35,24 +35,24 @@ def flags(
 
 
 def allocator_settings(settings: str | None) -> None:
-    """Sets what PYTORCH_ALLOC_CONF would: the process that this one was forked from may have read that variable already."""
+    """Sets the allocator as PYTORCH_ALLOC_CONF would; the fork server may already have read that variable."""
     if settings is not None:
         import torch
 
         torch.cuda.memory._set_allocator_settings(settings)
 
 
-UNTRACED_STEPS = 12  # --max_steps that leaves room for steps that fp16 skips, and for one without the trace
+UNTRACED_STEPS = 12  # --max_steps with room for steps that fp16 skips, and for one without the trace
 
 
 def measured(
     method: str, argv: Sequence[str], snapshot: str | None = None, allocator: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """Trains two steps under the measuring callback; the callback, and what the results hold of its ledger.
+    """Trains two steps with the measuring callback; returns the callback and the fields for the results.
 
-    Where `--max_steps` leaves room for more steps, a further one shows the peak without the trace (`Untraced`).
+    If `--max_steps` leaves room for more steps, one of them shows the peak without the trace (`Untraced`).
 
-    Raises: whatever training raises, an out-of-memory error among it; RuntimeError where no ledger was left.
+    Raises: every exception of training, also out-of-memory errors; RuntimeError if there is no ledger.
     """
     import torch
 
@@ -99,7 +99,7 @@ STATISTICS = (
 
 
 def ledger_row(ledger: Any) -> dict[str, Any]:
-    """Of a ledger what the results hold: peaks, each phase's peak and end, and categories at the peak. Bytes."""
+    """The ledger's fields for the results, in bytes: peaks, each phase's peak and end, and categories at the peak."""
     whole = ledger.to_json()
     phases = {
         steps: {
@@ -111,7 +111,7 @@ def ledger_row(ledger: Any) -> dict[str, Any]:
 
 
 def describe(batch: dict[str, Any]) -> dict[str, list[int]]:
-    """A batch by its shapes, and for the mask how many tokens each row has: all that memory depends on."""
+    """A batch's shapes, and the number of tokens in each row's mask: memory depends on nothing else."""
     found = {name: list(tensor.shape) for name, tensor in batch.items()}
     if "attention_mask" in batch:
         found["tokens"] = batch["attention_mask"].sum(-1).tolist()
@@ -119,7 +119,7 @@ def describe(batch: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def rebuilt(description: dict[str, list[int]]) -> dict[str, Any]:
-    """A batch of the shapes that `describe` told, padded on the right as the collator does."""
+    """A batch with the shapes from `describe`, padded on the right as the collator does."""
     import torch
 
     from toolkit.runs.prediction import UNMARKED

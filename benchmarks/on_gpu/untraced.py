@@ -1,4 +1,4 @@
-"""The peak of a step that is not traced, beside those that are."""
+"""Measures the peak of a step without the trace, for comparison with traced steps."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from transformers import TrainerCallback
 
 
 class Untraced(TrainerCallback):
-    """Of the second step after those that `memory` traces: what the allocator holds at its peak, without the trace.
+    """Measures the allocator's peak in the second step after those that `memory` traces, then ends training.
 
-    The second, because rows are long and short in turn: where a batch is one row, it is like the last that was traced.
-    Then training ends. A step that fp16 skipped, as it overflowed, does not count.
+    It is the second step because long and short rows alternate: with one row per batch, it is like the last traced step. A step
+    that fp16 skips because of an overflow does not count.
     """
 
     def __init__(self, it: Any, memory: Any) -> None:
         self.it, self.memory = it, memory
-        self.after = 0  # steps begun since the last that was traced
-        self.step: int | None = None  # the number of the one that was measured
+        self.after = 0  # steps started since the last traced one
+        self.step: int | None = None  # the number of the measured step
         self.allocated_bytes: int | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

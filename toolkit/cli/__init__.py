@@ -1,4 +1,4 @@
-"""The `footprint` command: what is done with runs besides training, which is `accelerate launch recipes/METHOD.py`."""
+"""The `footprint` command: everything except training, which is `accelerate launch recipes/METHOD.py`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from toolkit.version import __version__
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse with one clear line instead of a usage page."""
+    """argparse with one-line errors instead of a usage page."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -28,22 +28,22 @@ def parser() -> CommandParser:
 
     command = add(
         "predict",
-        "show what memory a run will need, on this machine, or on a GPU or several that are not in it",
+        "show the memory that a run will need, on this machine or on GPUs that are not in it",
         usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB]\n"
         "                         [--launch zero3 | --launch FILE.yaml] [--num_processes N] [--json]",
-        epilog="Every other flag is one of the recipe's own: python recipes/METHOD.py --help lists them, for instance python "
-        "recipes/lora.py --help. The exit code is 0 where the run fits, 1 where it does not, and 2 for a mistake.",
+        epilog="All other flags are the recipe's own: python recipes/METHOD.py --help lists them, for instance python "
+        "recipes/lora.py --help. The exit code is 0 if the run fits, 1 if it does not, and 2 for a mistake.",
         allow_abbrev=False,
     )
     command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora; footprint methods lists them")
     command.add_argument(
         "--gpu",
         metavar="NAME",
-        help="a GPU that need not be in this machine, such as 'RTX 4090'; footprint gpus lists them (default: the GPU of "
-        "this machine, else its CPU)",
+        help="a GPU that need not be in this machine, such as 'RTX 4090'; footprint gpus lists them (default: this "
+        "machine's GPU, or its CPU without one)",
     )
     command.add_argument(
-        "--gpu_memory", metavar="SIZE", help="instead of --gpu: a GPU of so much usable memory, such as 24GiB"
+        "--gpu_memory", metavar="SIZE", help="instead of --gpu: a GPU with this much usable memory, such as 24GiB"
     )
     command.add_argument(
         "--launch",
@@ -54,7 +54,7 @@ def parser() -> CommandParser:
         "--num_processes",
         metavar="N",
         type=int,
-        help="how many processes are started (default: what the launch file says)",
+        help="number of processes (default: the launch file's own number)",
     )
     command.add_argument("--json", action="store_true", help="print the ledger as one JSON object")
     command.set_defaults(flags=[])
@@ -64,16 +64,18 @@ def parser() -> CommandParser:
         "run methods side by side, each in its own process, and compare quality, memory and time",
         usage="footprint compare --methods full,lora,... [--seeds 3] [any flag of the recipes] --output_dir DIR\n"
         "       footprint compare --show --output_dir DIR",
-        epilog="The exit code is 0 where every run is done, 1 where one failed, and 2 for a mistake.",
+        epilog="The exit code is 0 if every run finished, 1 if one failed, and 2 for a mistake.",
         allow_abbrev=False,
     )
-    command.add_argument("--methods", help="names of recipes, with commas; a flag goes to those that have it")
+    command.add_argument("--methods", help="names of recipes, with commas; each flag goes to the recipes that have it")
     command.add_argument(
         "--seeds", type=int, default=3, help="runs of each method, with the seeds 0, 1, ... (default: 3)"
     )
-    command.add_argument("--output_dir", type=Path, required=True, help="what is done there already is not done again")
+    command.add_argument(
+        "--output_dir", type=Path, required=True, help="folder of the comparison; finished runs in it are not repeated"
+    )
     command.add_argument("--launch", type=Path, help="accelerate's configuration (default: launch/single.yaml)")
-    command.add_argument("--show", action="store_true", help="run nothing: write and show the results that are there")
+    command.add_argument("--show", action="store_true", help="run nothing; write and show the results of finished runs")
     command.set_defaults(flags=[])
 
     command = add("report", "show where the memory of one run went, or of several side by side")
@@ -88,25 +90,25 @@ def parser() -> CommandParser:
         "arguments",
         nargs="+",
         metavar="RUN_DIR ... TEXT",
-        help="folders that recipes left, then what goes into the prompt",
+        help="output folders of recipes, then the texts to answer",
     )
-    command.add_argument("--interactive", action="store_true", help="answer each line that is typed, until Ctrl-D")
+    command.add_argument("--interactive", action="store_true", help="answer each typed line, until Ctrl-D")
     command.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy (default: %(default)s)")
 
-    command = add("merge", "fold a run's adapter into its base, for use without PEFT")
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder that a recipe left")
+    command = add("merge", "merge a run's adapter into its base, for use without PEFT")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output folder of a recipe")
     command.add_argument("--output_dir", type=Path, help="a new folder (default: RUN_DIR-merged)")
     command.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="type of the merged weights (default: that of the run's base)",
+        help="type of the merged weights (default: auto, the type of the run's base)",
     )
 
     for name, help in (
         ("gpus", "list the GPUs that --gpu knows: memory, compute capability, other names"),
-        ("models", "list the models whose architecture is known without the hub"),
-        ("methods", "list the methods of fine-tuning"),
+        ("models", "list the models that can be predicted without the hub"),
+        ("methods", "list the fine-tuning methods"),
     ):
         add(name, help).add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return top

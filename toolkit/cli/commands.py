@@ -1,4 +1,4 @@
-"""The commands: one function each, by its name. What it imports on top is what it needs alone, so that a listing is quick."""
+"""The commands: one function each, of the same name. Each imports what it needs itself, so that listings start quickly."""
 
 import argparse
 import itertools
@@ -13,7 +13,7 @@ __all__ = ["compare", "generate", "gpus", "merge", "methods", "models", "predict
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Shows the memory that a recipe's flags will need; 1 where it is more than the card has."""
+    """Shows the memory that a run with these flags will need. Returns 1 if the GPU has less, otherwise 0."""
     from toolkit.cli.output import clean_stdout
     from toolkit.runs import api
 
@@ -40,14 +40,14 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Runs methods side by side, and shows how they compare; 1 where a run failed."""
+    """Runs methods side by side and compares them. Returns 1 if a run failed, otherwise 0."""
     from toolkit.compare.command import compare
 
     return compare(args)
 
 
 def report(args: argparse.Namespace) -> None:
-    """Puts ledgers side by side."""
+    """Shows one ledger, or several side by side."""
     from toolkit.console import console
     from toolkit.memory.report import load_all, print_ledger, print_side_by_side
 
@@ -59,14 +59,14 @@ def report(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Prints what the models of one or several runs answer to each of the given texts, or to each line that is typed."""
+    """Prints the answers of one or several runs' models to the given texts, or to each typed line."""
     from toolkit.runs.finished_run import FinishedRun, Models, is_run_folder
 
     paths = list(itertools.takewhile(is_run_folder, map(Path, args.arguments)))
     texts = args.arguments[len(paths) :]
     if not paths:
         raise UserError(
-            f"{args.arguments[0]} is not a run folder: it has no run.json and config.yaml; give one that a recipe left"
+            f"{args.arguments[0]} is not a run folder: it has no run.json and config.yaml; give the output folder of a recipe"
         )
     if not texts and not args.interactive:
         raise UserError("no text was given; write it after the run folders, or add --interactive")
@@ -91,7 +91,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Folds a run's adapter into its base."""
+    """Merges a run's adapter into its base."""
     from toolkit.runs.merge import merge
 
     merge(args.run_dir, args.output_dir, args.dtype)

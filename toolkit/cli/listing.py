@@ -1,11 +1,11 @@
-"""The commands that list what is known: GPUs, models and methods."""
+"""The commands that list known GPUs, models and methods."""
 
 import argparse
 from typing import Any
 
 
 def gpus(args: argparse.Namespace) -> None:
-    """Lists the GPUs that `footprint predict --gpu` knows by name; imports no PyTorch."""
+    """Lists the GPUs that `footprint predict --gpu` knows. Does not import PyTorch."""
     from toolkit.memory.cuda.cards import CARDS, short_names
     from toolkit.units import format_bytes
 
@@ -32,14 +32,14 @@ def gpus(args: argparse.Namespace) -> None:
     ]
     columns = ("name", ">memory", ">compute capability", "architecture", "or just")
     caption = (
-        "memory: what the driver offers to CUDA; ~ marks an estimate, where no public report of it is cited. In a name, case, "
-        "spaces, NVIDIA, GeForce and forms such as SXM4 do not matter."
+        "memory: the size that the driver reports to CUDA; ~ marks an estimate, for which no public report is cited. In a name, "
+        "case, spaces, NVIDIA, GeForce and form factors such as SXM4 do not matter."
     )
     _show("gpus", entries, columns, rows, caption, args.json)
 
 
 def models(args: argparse.Namespace) -> None:
-    """Lists the models whose memory is predicted without the hub."""
+    """Lists the models that can be predicted without the hub."""
     from toolkit.cli.output import clean_stdout
 
     with clean_stdout():
@@ -50,12 +50,12 @@ def models(args: argparse.Namespace) -> None:
         for name in entry.names
     ]
     rows = [[entry["id"], entry["architecture"], f"{entry['parameters']:,}"] for entry in entries]
-    caption = "Every other model of the hub needs its config.json: a network, or --model_name_or_path FOLDER."
+    caption = "Other models need their config.json, from the hub or from a folder: --model_name_or_path FOLDER."
     _show("models", entries, ("id", "architecture", ">parameters"), rows, caption, args.json)
 
 
 def methods(args: argparse.Namespace) -> None:
-    """Lists the methods of fine-tuning, each with its recipe's name."""
+    """Lists the fine-tuning methods, each with its recipe's name."""
     from toolkit.cli.output import clean_stdout
     from toolkit.runs import api
 
@@ -65,7 +65,7 @@ def methods(args: argparse.Namespace) -> None:
             for name, method in api.methods().items()
         ]
     rows = [[entry["name"], _without_paper(entry), entry["paper"] or "-"] for entry in entries]
-    caption = "accelerate launch recipes/NAME.py trains with one; python recipes/NAME.py --help lists its flags."
+    caption = "To train: accelerate launch recipes/NAME.py. To list a recipe's flags: python recipes/NAME.py --help."
     _show("methods", entries, ("name", "what it does", "paper"), rows, caption, args.json)
 
 
@@ -74,7 +74,7 @@ def _first_paragraph(documented: type) -> str:
 
 
 def _without_paper(entry: dict[str, Any]) -> str:
-    """The summary of a method, without the paper that has a column of its own."""
+    """The summary of a method, without the paper, which has its own column."""
     return entry["summary"].replace(f", {entry['paper']}", "") if entry["paper"] else entry["summary"]
 
 
@@ -86,7 +86,7 @@ def _show(
     caption: str,
     as_json: bool,
 ) -> None:
-    """Prints `entries` as one JSON object, or `rows` as a table; a column whose title begins with > holds numbers."""
+    """Prints `entries` as one JSON object, or `rows` as a table. Columns with a title that begins with > hold numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Standard output of commands that print one JSON object or one table, and nothing else."""
+"""Standard output for commands that must print nothing but one JSON object or one table."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import TextIO
 
 @contextmanager
 def clean_stdout() -> Iterator[TextIO]:
-    """Gives a stream to the real stdout; what libraries write to stdout meanwhile, from C too, goes to stderr."""
+    """Yields a stream to the real stdout. Meanwhile everything that libraries write to stdout, also from C, goes to stderr."""
     sys.stdout.flush()
     kept = os.dup(1)
     stdout = sys.stdout

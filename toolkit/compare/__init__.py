@@ -1,10 +1,10 @@
-"""`footprint compare`: methods side by side, each run in a process of its own, and whether they differ by more than noise.
+"""`footprint compare`: runs methods side by side, each in its own process, and tests whether they differ by more than noise.
 
 command.py     the subcommand: plan, run, collect, write, show
-plan.py        which runs there are, which flag goes to which method, and what makes a folder another comparison
-launch.py      the processes, with progress and the time left
-results.py     run folders become one plain object: what compare.json holds
-statistics.py  Student's interval over seeds, and differences against the noise of test rows and seeds
+plan.py        which runs a comparison has, and which flag goes to which method
+runner.py      runs the processes, with progress and time left
+results.py     turns run folders into one plain object, the content of compare.json
+statistics.py  Student's interval over seeds, and significance of differences, over test rows and seeds
 tables.py      that object as tables, for terminal, Markdown and CSV
 page.py        that object as one HTML page with plots
 """

@@ -17,9 +17,9 @@ from toolkit.files import atomic_write
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Runs what is not done, then writes and shows the results; 1 where a run failed.
+    """Runs what is missing, then writes and shows the results. Returns 1 if a run failed, otherwise 0.
 
-    Raises: UserError for flags that cannot be right, before anything is run.
+    Raises: UserError for flags that cannot be right, before the first run starts.
     """
     if args.show:
         if args.methods or args.flags or args.launch:

@@ -1,6 +1,6 @@
-"""compare.html: one file without network, in light and dark, with a table under every plot's figures.
+"""compare.html: one file that loads nothing from the network, for light and dark themes, with plots and tables.
 
-Plots are SVG of a few kinds of marks; colours are CSS variables of the page, so that they follow the reader's theme.
+Plots are SVG with a few kinds of marks. Colours are CSS variables of the page, so that they follow the reader's theme.
 """
 
 import html
@@ -142,14 +142,14 @@ def _memory(data: dict[str, Any]) -> dict[str, Any] | None:
             kind = "name" if source == "measured" else "muted small"
             parts.append(_text(x(done) + 6, y + offset + (13 if source == "measured" else 7), text, kind))
     caption = (
-        "What was reserved at the peak, by what it was for: the thick bar is measured, in the first two steps of the seed that "
-        "needed most; the thin one below it is what was predicted for the very same batches."
+        "Reserved memory at the peak, by category. The thick bar is measured in the first two steps of the seed that needed the "
+        "most; the thin bar below it is the prediction for the same batches."
     )
     return _plot("Memory at the peak", parts, top + row * len(found) + 4, caption)
 
 
 def _curves(data: dict[str, Any]) -> dict[str, Any] | None:
-    """A panel for each method: its seeds over the others' in grey."""
+    """A panel for each method: its seeds' curves, with the other methods' in grey behind them."""
     curves = {
         entry["method"]: lines
         for entry in data["entries"]
@@ -279,7 +279,10 @@ def _losses(lines: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float
 
 
 def _free_place(x: float, y: float, width: float, taken: list[Box], most: float) -> tuple[float, float, str]:
-    """Where a point's name stands without covering another: right, left, above or below it, else right; noted in `taken`."""
+    """A place for a point's name that covers no other: right, left, above or below it (right if none is free).
+
+    The place is added to `taken`.
+    """
     places = [(x + 10, y + 4, "start"), (x - 10, y + 4, "end"), (x, y - 11, "middle"), (x, y + 21, "middle")]
     places += [(x + 10, y - 10, "start"), (x + 10, y + 18, "start"), (x - 10, y - 10, "end"), (x - 10, y + 18, "end")]
     boxes = []

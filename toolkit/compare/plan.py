@@ -1,4 +1,4 @@
-"""Which runs a comparison has, which flag goes to which method, and what makes a folder that of another comparison."""
+"""The runs of a comparison, the flags of each method, and the check that a folder does not hold another comparison."""
 
 import itertools
 import json
@@ -11,7 +11,6 @@ from toolkit.config import RecipeParser, TrainArguments, parse_config
 from toolkit.errors import UserError, did_you_mean
 from toolkit.files import atomic_write
 from toolkit.methods import METHODS
-from toolkit.methods.in_context import USED
 from toolkit.runs.finished_run import read_json
 from toolkit.version import __version__
 
@@ -31,7 +30,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed, in a process of its own."""
+    """One method with one seed, in its own process."""
 
     method: str
     seed: int
@@ -40,7 +39,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What its process wrote to the terminal."""
+        """The file with the process's terminal output."""
         return self.folder.with_suffix(".log")
 
     @property
@@ -54,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs of a comparison, in the order in which they are started: all methods with one seed, then the next."""
+    """All runs of a comparison, in starting order: all methods with the first seed, then with the next."""
 
     folder: Path
     methods: tuple[str, ...]
@@ -68,9 +67,9 @@ class Plan:
 
 
 def new_plan(folder: Path, methods: str | None, seeds: int, launch: Path | None, flags: Sequence[str]) -> Plan:
-    """The comparison that the command line describes, added to what `folder` already holds; nothing is run.
+    """The comparison that the command line describes, plus what `folder` already holds; starts nothing.
 
-    Raises: UserError for an unknown method or flag, a setting that no run can have, and a folder of other settings.
+    Raises: UserError for an unknown method or flag, an impossible setting, and a folder with other settings.
     """
     names = _methods(methods)
     if seeds < 1:
@@ -106,9 +105,9 @@ def new_plan(folder: Path, methods: str | None, seeds: int, launch: Path | None,
 
 
 def read_plan(folder: Path) -> Plan:
-    """The comparison that `folder` holds.
+    """The comparison in `folder`.
 
-    Raises: UserError where it holds none.
+    Raises: UserError if there is none.
     """
     if not (folder / FILE).is_file():
         raise UserError(f"--output_dir {folder} holds no comparison; start one with --methods")
@@ -120,7 +119,7 @@ def read_plan(folder: Path) -> Plan:
 
 
 def claim(plan: Plan, flags: Sequence[str]) -> None:
-    """Makes the comparison's folder, and writes down what it is."""
+    """Makes the comparison's folder, and writes its settings into it."""
     try:
         (plan.folder / "runs").mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {"footprint": __version__, "methods": list(plan.methods), "seeds": plan.seeds}
@@ -135,7 +134,7 @@ def claim(plan: Plan, flags: Sequence[str]) -> None:
 def recipe_of(method: str) -> Path:
     """The script of a method.
 
-    Raises: UserError where the package was installed without the repository that holds the recipes.
+    Raises: UserError if the package was installed without the repository, which holds the recipes.
     """
     path = REPOSITORY / "recipes" / f"{method}.py"
     if not path.is_file():
@@ -175,9 +174,9 @@ def _plan(folder: Path, methods: Sequence[str], seeds: int, launch: str, flags: 
 
 
 def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]:
-    """Each method's share of `flags`: those that its recipe has.
+    """For each method, those of `flags` that its recipe has.
 
-    Raises: UserError for a flag that none of them has, and for one that means nothing in a comparison.
+    Raises: UserError for a flag that no recipe has, and for one without meaning in a comparison.
     """
     known = {name: _flags(name) for name in methods}
     shares: dict[str, list[str]] = {name: [] for name in methods}
@@ -200,13 +199,13 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
 
 
 def _flags(method: str) -> set[str]:
-    """The flags that have an effect with a method: where nothing is trained, not those of training."""
-    flags = set(RecipeParser(METHODS[method]).flags())
-    return flags if METHODS[method].trains else flags - {f.name for f in fields(TrainArguments)} | USED
+    """The flags that have an effect with a method. A method that trains nothing ignores most training flags."""
+    flags, used = set(RecipeParser(METHODS[method]).flags()), METHODS[method].used_training_flags
+    return flags if used is None else flags - {f.name for f in fields(TrainArguments)} | used
 
 
 def _check(run: Run) -> None:
-    """Raises UserError where the recipe would refuse its flags, with the method's name before the recipe's own words."""
+    """Raises UserError, with the method's name in front, if the recipe would refuse its flags."""
     try:
         parse_config(METHODS[run.method], run.argv)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Run folders become one plain object: what compare.json holds, and every table and plot is made from."""
+"""Turns run folders into one plain object: the content of compare.json, from which every table and plot is made."""
 
 import json
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from toolkit.version import __version__
 
 
 def collect(plan: Plan) -> dict[str, Any]:
-    """The comparison of all runs that are done. Sizes are bytes, times seconds, scores as in each run.json.
+    """The comparison of all finished runs. Sizes are in bytes, times in seconds, scores as in each run.json.
 
-    An entry is what was scored: base, each method, and each number of examples that in-context learning tried.
+    There is an entry for the base model, for each method, and for each number of examples of in-context learning.
 
-    Raises: UserError where no run is done, or runs were scored on different rows.
+    Raises: UserError if no run is finished, or runs were scored on different rows.
     """
     records = {run: read_json(run.folder / "run.json") for run in plan.runs if run.is_done}
     if not records:
@@ -33,7 +33,7 @@ def collect(plan: Plan) -> dict[str, Any]:
         if record["data"]["sha256"]["test"] != first["data"]["sha256"]["test"]:
             raise UserError(f"{run.folder} was scored on other rows than {begun.folder}; start a new comparison")
     completions = {run: read_completions(run.folder) for run in records}
-    scored: dict[str, dict[Run, str]] = {"base": {}}  # what -> run -> its column in completions.csv, its key in scores
+    scored: dict[str, dict[Run, str]] = {"base": {}}  # entry -> run -> column in completions.csv and key in scores
     for run, record in records.items():
         for column in record["scores"]:
             scored.setdefault(_name(run.method, column), {})[run] = column
@@ -72,19 +72,19 @@ def collect(plan: Plan) -> dict[str, Any]:
 
 
 def _name(method: str, column: str) -> str:
-    """What a column of completions.csv holds the answers of."""
+    """The entry to which a column of completions.csv belongs."""
     return {"base": "base", "tuned": method}.get(column, f"{method}, {column}")
 
 
 def _entry(
     name: str, runs: Sequence[Run], scored: dict[Run, str], records: dict[Run, dict[str, Any]]
 ) -> dict[str, Any]:
-    """`runs` are those of the method (none for base), `scored` those that are done."""
+    """One entry; `runs` are the method's runs (none for base), `scored` the finished ones."""
     scores = [records[run]["scores"][column] for run, column in scored.items()]
     values = {metric: [one[metric] for one in scores] for metric in (scores[0] if scores else ())}
     failed = [{"seed": run.seed, "why": why_failed(run)} for run in runs if run not in records]
     entry: dict[str, Any] = {"method": name, "seeds": [run.seed for run in scored], "failed": failed}
-    if name == "base":  # of every run: one value where all agree, as they do without a random head
+    if name == "base":  # all runs score the base model; their scores agree, unless a random head depends on the seed
         values = {metric: each if len(set(each)) > 1 else each[:1] for metric, each in values.items()}
         return entry | {"seeds": [], "scores": _intervals(values)}
     entry["scores"] = _intervals(values)
@@ -118,7 +118,7 @@ def _intervals(values: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _memory(folders: list[Path]) -> dict[str, Any] | None:
-    """The measured peak of the seed that needed most, and what was predicted for that seed's very batches."""
+    """The measured peak of the seed that needed the most memory, and the prediction for the same batches."""
     measured = {f: Ledger.load(f / "memory.json") for f in folders if (f / "memory.json").is_file()}
     if not measured:
         return None
@@ -157,12 +157,12 @@ def _curve(folder: Path) -> list[dict[str, Any]]:
 def _row_scores(
     task: Task, completions: dict[Run, dict[str, list[str]]], scored: dict[str, dict[Run, str]]
 ) -> tuple[dict[str, list[list[float]]], list[str]]:
-    """The scores (seeds, rows) of all that was scored, and the rows' texts.
+    """The scores (seeds, rows) of every entry, and the rows' texts.
 
-    A pair of answer and reference is scored once: the base model's answers are the same in all runs.
+    Each pair of answer and reference is scored once, because the base model's answers are the same in all runs.
     """
-    told = next(iter(completions.values()))
-    references, rows = told["reference"], {}
+    first = next(iter(completions.values()))
+    references, rows = first["reference"], {}
     known: dict[tuple[str, str], float] = {}
     for name, runs in scored.items():
         answers = [list(zip(completions[run][column], references, strict=True)) for run, column in runs.items()]
@@ -170,4 +170,4 @@ def _row_scores(
             known.update(zip(new, task.row_scores(*zip(*new, strict=True)), strict=True))
         if answers:
             rows[name] = [[known[pair] for pair in pairs] for pairs in answers]
-    return rows, told["text"]
+    return rows, first["text"]

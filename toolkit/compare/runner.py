@@ -1,4 +1,4 @@
-"""The runs of a comparison, one process after the other, with overall progress; one that fails does not stop the rest."""
+"""Runs a comparison, one process after the other, with overall progress; a failed run does not stop the others."""
 
 import os
 import re
@@ -22,7 +22,7 @@ _SIGNAL = re.compile(r"died with <Signals\.(\w+)")
 
 
 def run_all(plan: Plan) -> None:
-    """Runs what is not done yet. Runs that failed or were stopped before are run anew, in an empty folder."""
+    """Starts every run that is not finished. Runs that failed or were stopped start again, in an empty folder."""
     todo = [run for run in plan.runs if not run.is_done]
     took = {run: read_json(run.folder / "run.json")["seconds"] for run in plan.runs if run not in todo}
     total, before = len(plan.runs), len(plan.runs) - len(todo)
@@ -37,28 +37,28 @@ def run_all(plan: Plan) -> None:
                 say("run", f"{before + number + 1} of {total}: {name}")
             expected = _expected(took, todo[number:])
 
-            def tell(spent: float, run: Run = run, name: str = name, expected: float | None = expected) -> None:
+            def report(spent: float, run: Run = run, name: str = name, expected: float | None = expected) -> None:
                 bar.update(task, note=f"{_left(expected, spent)}  {f'{name}: {_last_line(run.log)}':.60}")
 
-            spent = _run(run, plan.launch, tell)
+            spent = _run(run, plan.launch, report)
             bar.update(task, advance=1)
             if run.is_done:
                 took[run] = spent
                 say("done", f"{name}: {spent:.0f} s, {_left(_expected(took, todo[number + 1 :]))}")
             else:
-                say("failed", f"{name}: {spent:.0f} s, {why_failed(run)} (all of it: {run.log})")
+                say("failed", f"{name}: {spent:.0f} s, {why_failed(run)} (full output: {run.log})")
 
 
-def _run(run: Run, launch: str, tell: Callable[[float], None]) -> float:
-    """Runs one to its end, with `tell` called every second with the seconds so far, which it returns in the end.
+def _run(run: Run, launch: str, report: Callable[[float], None]) -> float:
+    """Runs one to its end and returns its seconds; calls `report` every second with the seconds so far.
 
-    Whatever ends this process in an orderly way (Ctrl-C too) ends the run's.
+    If this process ends in an orderly way (also by Ctrl-C), so does the run's.
     """
     began = time.monotonic()
     process = _start(run, launch)
     try:
         while process.poll() is None:
-            tell(time.monotonic() - began)
+            report(time.monotonic() - began)
             time.sleep(1)
     finally:
         if process.poll() is None:
@@ -68,25 +68,25 @@ def _run(run: Run, launch: str, tell: Callable[[float], None]) -> float:
 
 
 def command(run: Run, launch: str) -> list[str]:
-    """What starts a run: accelerate's launcher with the file `launch`, its recipe and the run's flags."""
+    """The command that starts a run: accelerate's launcher with the file `launch`, the recipe and the run's flags."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
     return [*launcher, str(recipe_of(run.method)), *run.argv]
 
 
 def _start(run: Run, launch: str) -> subprocess.Popen:
-    shutil.rmtree(run.folder, ignore_errors=True)  # of a run that failed or was stopped: its figures are not whole
+    shutil.rmtree(run.folder, ignore_errors=True)  # a failed or stopped run left incomplete results
     with run.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             command(run, launch),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that the launcher and what it launched end together
+            start_new_session=True,  # so that the launcher and its processes end together
         )
 
 
 def _expected(took: Mapping[Run, float], todo: Sequence[Run]) -> float | None:
-    """How many seconds `todo` will take, from the runs that are done: those of the same method, or else all of them."""
+    """The expected seconds for `todo`: for each run the mean of finished runs of its method, or of all if there is none."""
     if not took:
         return None
     same = {run.method: [seconds for one, seconds in took.items() if one.method == run.method] for run in todo}
@@ -108,7 +108,7 @@ def _last_line(log: Path) -> str:
 
 
 def why_failed(run: Run) -> str:
-    """The last error in the log of a run that is not done: the recipe's own, not that of the launcher around it."""
+    """The last error in the log of an unfinished run: the recipe's own, not the launcher's."""
     try:
         lines = [line.rstrip() for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
@@ -119,8 +119,8 @@ def why_failed(run: Run) -> str:
         return own[-1].removeprefix("error: ")
     if killed := next((found[1] for line in errors if (found := _SIGNAL.search(line))), None):
         return (
-            f"the process was killed ({killed}), often for want of memory"
+            f"the process was killed ({killed}), often because memory ran out"
             if killed == "SIGKILL"
             else f"killed by {killed}"
         )
-    return "stopped before it was done" if not errors else errors[-1]
+    return "stopped before it finished" if not errors else errors[-1]

@@ -1,4 +1,4 @@
-"""How sure a figure is: Student's interval over seeds, and differences held against the noise of test rows and seeds."""
+"""Uncertainty: Student's interval over seeds, and whether a difference is more than the noise of test rows and seeds."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ RESAMPLES = 10_000
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean of `values` (one a seed) and the half width of its 95 % interval: t(0.975, n - 1) s / sqrt(n).
+    """The mean of `values` (one for each seed) and the half width of its 95 % interval: t(0.975, n - 1) s / sqrt(n).
 
-    One value has no interval: `half` is None. The interval is over seeds alone: it assumes that runs differ normally, and says nothing
-    of other test rows.
+    One value has no interval: `half` is None. The interval only covers seeds, not other test rows. It assumes that scores
+    are normally distributed over seeds.
     """
     number, mean = len(values), float(np.mean(values))
     if number < 2:
@@ -31,22 +31,22 @@ def paired_bootstrap(
 ) -> dict[str, float | bool | str]:
     """Whether the mean of `ours` differs from that of `theirs` by more than noise; each is (seeds, test rows) of scores.
 
-    Test rows, Koehn 2004 (https://aclanthology.org/W04-3250): test sets are drawn anew from the rows, with replacement,
-    and both systems, averaged over their seeds, are scored on each. Rows of one group (the same text with several
-    references) are drawn together, since their scores are not independent.
+    Test rows (Koehn 2004, https://aclanthology.org/W04-3250): test sets are resampled from the rows with replacement, and
+    both systems, averaged over their seeds, are scored on each. Rows of one group (the same text with several references)
+    are drawn together, because their scores are not independent.
 
-    Seeds: to each draw is added what other seeds might have given: Student's t, scaled by the standard error of both means
-    over seeds, with Welch's degrees of freedom (1947, https://doi.org/10.1093/biomet/34.1-2.28). Drawing again from so few
-    seeds as two or three, as from the rows, would give too narrow a spread: of 400 simulated pairs of equal methods (200 rows,
-    a deviation of 0.03 over seeds), 26, 14 and 11 % then seemed different with 2, 3 and 5 seeds; with t, 3, 3 and 4 %. With
-    one seed on a side its spread is unknown: then test rows alone are covered, and `covers` says so.
+    Seeds: each draw also gets a random term for other seeds: Student's t, scaled by the standard error of both means over
+    seeds, with Welch's degrees of freedom (1947, https://doi.org/10.1093/biomet/34.1-2.28). Resampling two or three seeds
+    as well would give too narrow a spread: in a simulation of 400 pairs of equal methods (200 rows, a standard deviation of
+    0.03 over seeds), 26, 14 and 11 % seemed different with 2, 3 and 5 seeds; with t, 3, 3 and 4 %. If a side has only one
+    seed, the spread over seeds is unknown: then only test rows are covered, and `covers` says so.
 
-    The draws' 2.5 and 97.5 percentiles are the interval; p is two-sided, and never below 1 / (resamples + 1).
+    The interval runs from the 2.5th to the 97.5th percentile of the draws; p is two-sided, and at least 1 / (resamples + 1).
 
-    What remains with 3 seeds: the spread over seeds is itself known to a factor of about 2, so intervals are wide,
-    and real differences of less than some 3 standard errors are called noise; runs are taken to differ normally. What
-    a seed changes in single rows is counted on both levels, which widens the interval a little. Nothing is corrected
-    for the number of methods that are compared: of 20 that are equal, one is expected to seem different.
+    Limits with 3 seeds: the spread over seeds is only known to a factor of about 2, so intervals are wide, and real
+    differences of less than about 3 standard errors count as noise. Scores are assumed to be normally distributed over
+    seeds. A seed's effect on single rows is counted twice, which widens the interval a little. There is no correction for
+    the number of compared methods: of 20 equal methods, one is expected to seem different.
     """
     sides = [np.atleast_2d(np.asarray(side, dtype=float)) for side in (ours, theirs)]
     differences = sides[0].mean(0) - sides[1].mean(0)
@@ -75,7 +75,7 @@ def paired_bootstrap(
 
 
 def _seed_noise(scores: Sequence[np.ndarray], rng: np.random.Generator, draws: int) -> np.ndarray:
-    """`draws` of what other seeds would add to the difference of two means; `scores` are those of each side's seeds."""
+    """`draws` random terms for other seeds, to add to the difference of two means; `scores` holds each side's mean per seed."""
     squares = np.array([np.var(side, ddof=1) / len(side) for side in scores])  # squared standard error of each mean
     if squares.sum() < 1e-24:
         return np.zeros(draws)  # all seeds agree

@@ -13,7 +13,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Plain text cells under a title, and what a reader has to know about them."""
+    """Plain text cells with a title and a caption that explains them."""
 
     title: str
     columns: list[str]
@@ -22,20 +22,20 @@ class Table:
 
 
 def tables(data: dict[str, Any]) -> list[Table]:
-    """Quality, differences, cost and memory; and what failed, where something did."""
+    """The tables of quality, differences, cost, in-context learning and memory, without empty ones."""
     made = [_quality(data), *_differences(data), _cost(data), _context(data), _memory(data)]
     return [table for table in made if table.rows]
 
 
 def failures(data: dict[str, Any]) -> list[str]:
-    """A sentence for each run that is not done."""
+    """A line for each run that is not finished."""
     return [
         f"{entry['method']}, seed {one['seed']}: {one['why']}" for entry in data["entries"] for one in entry["failed"]
     ]
 
 
 def with_half(value: dict[str, Any] | None, digits: int = 4) -> str:
-    """`0.5291 ± 0.0460`; without the interval where there is one seed."""
+    """`0.5291 ± 0.0460`; without the interval if there is only one seed."""
     if not value:
         return NONE
     half = value.get("half")
@@ -53,7 +53,7 @@ def _quality(data: dict[str, Any]) -> Table:
     rows_of_test = data["data"]["rows"]["test"]
     caption = (
         f"Scores on the test split of {data['data']['name']} ({rows_of_test:,} rows); mean ± 95 % interval over seeds "
-        "(Student's t), which needs two seeds at least. base: the model before training."
+        "(Student's t), which needs at least two seeds. base: the model before training."
     )
     return Table("Quality", ["method", "seeds", *map(score_title, data["metrics"])], rows, caption)
 
@@ -71,10 +71,10 @@ def _differences(data: dict[str, Any]) -> list[Table]:
                 rows.append([entry["method"], f"{found['mean']:+.4f}", span, p, verdict])
         direction = "" if data["higher_is_better"] else " (lower is better)"
         caption = (
-            f"{score_title(data['headline'])}{direction} less that of {meaning}. Paired bootstrap over "
-            f"{data['data']['different_texts']:,} different test texts (Koehn 2004), 10,000 resamples of scores averaged over "
-            "seeds, each with what other seeds might have given (Student's t, Welch); more than noise: the interval leaves out 0. "
-            "With one seed what another would give is unknown: `of test rows only`."
+            f"{score_title(data['headline'])}{direction} minus that of {meaning}. Paired bootstrap over "
+            f"{data['data']['different_texts']:,} different test texts (Koehn 2004): 10,000 resamples of scores averaged over "
+            "seeds, each with a random term for other seeds (Student's t, Welch). more than noise: the interval excludes 0. "
+            "With one seed the spread over seeds is unknown: `of test rows only`."
         )
         columns = ["method", "difference", "95 % interval", "p", "more than noise"]
         made.append(Table(f"Against {meaning}", columns, rows, caption))
@@ -116,9 +116,9 @@ def _cost(data: dict[str, Any]) -> Table:
             ]
         )
     caption = (
-        f"On {data['device'] or 'an unknown device'}. saved: weights on disk. peak: what was reserved, measured in the first two "
-        "steps of the seed that needed most; predicted: for its very batches. tokens/s: real tokens while training, after those "
-        "two steps; train: within steps; total: with loading and both evaluations. ± is the 95 % interval over seeds."
+        f"On {data['device'] or 'an unknown device'}. saved: weights on disk. peak: reserved memory, measured in the first two "
+        "steps of the seed that needed the most; predicted: for the same batches. tokens/s: real tokens while training, after "
+        "those two steps; train: within steps; total: with loading and both evaluations. ± is the 95 % interval over seeds."
     )
     return Table("Cost", columns, rows, caption)
 
@@ -130,7 +130,7 @@ def _context(data: dict[str, Any]) -> Table:
         if (cost := entry.get("context"))
     ]
     caption = (
-        "What the examples in the prompt cost with every answer: tokens read, and seconds a row of the test split."
+        "The cost of the examples in the prompt for every answer: prompt tokens, and seconds per row of the test split."
     )
     return Table("In-context learning", ["method", "prompt tokens", "seconds a row"], rows, caption)
 
@@ -152,7 +152,7 @@ def _memory(data: dict[str, Any]) -> Table:
         for method, memory in found.items()
         for source, peak in memory.items()
     ]
-    caption = "Where the memory is at the peak, measured and predicted for the same batches."
+    caption = "Memory at the peak by category, measured and predicted for the same batches."
     return Table("Memory at the peak", ["method", "", *used, "reserved"], rows, caption)
 
 
@@ -170,7 +170,7 @@ def to_markdown(data: dict[str, Any]) -> str:
 
 
 def title(data: dict[str, Any]) -> str:
-    """`LoRA, full on DialogSum`: what was compared on what."""
+    """The methods and the data set, such as `lora, full on DialogSum`."""
     methods = [entry["method"] for entry in data["entries"] if entry["method"] != "base"]
     return f"{', '.join(methods)} on {data['data']['name']}"
 

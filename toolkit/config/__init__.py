@@ -1,8 +1,8 @@
-"""Flags and YAML become one checked `Config`, before anything is loaded.
+"""Turns flags and YAML into one checked `Config`, before anything is loaded.
 
-A recipe is described by four flat dataclasses: its method's own, `ModelArguments`, `DataArguments` and `TrainArguments`
-(all of Hugging Face's `TrainingArguments`, by its own flag names). Each field is a flag and a YAML key of the same name.
-`--config FILE` reads YAML whose keys are flags; flags on the command line win.
+Four flat dataclasses describe a recipe: the method's own, `ModelArguments`, `DataArguments` and `TrainArguments` (all of
+Hugging Face's `TrainingArguments`, under its own flag names). Each field is a flag, and a YAML key of the same name.
+`--config FILE` reads such a YAML file; flags on the command line win.
 """
 
 from toolkit.config.arguments import TrainArguments

@@ -1,4 +1,4 @@
-"""The flags of training: Hugging Face's `TrainingArguments`, our defaults, and what is refused."""
+"""The training flags: Hugging Face's `TrainingArguments`, our defaults, and which values are refused."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,10 +8,10 @@ from transformers import TrainingArguments
 from toolkit.config import optimizers
 from toolkit.errors import UserError
 
-# TrainingArguments that have no effect here, because this project or accelerate decides them. Giving one is an error.
+# TrainingArguments without effect here, because this project or accelerate decides them. Giving one is an error.
 OVERRIDDEN = {
     "accelerator_config": "accelerate's settings come from its own configuration file: `accelerate launch --config_file FILE`",
-    "auto_find_batch_size": "the batch size that runs must be the one that was asked for and accounted for",
+    "auto_find_batch_size": "the run must use the batch size that was requested and predicted",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all processes",
     "batch_eval_metrics": "metrics are computed from generated text, once, at the end",
     "bf16_full_eval": "evaluation computes in the precision of training: --bf16",
@@ -29,23 +29,23 @@ OVERRIDDEN = {
     "label_names": "the labels of every task here are in `labels`",
     "length_column_name": "lengths are taken from the tokenized rows",
     "liger_kernel_config": "it cannot be written as a flag; --use_liger_kernel takes the defaults",
-    "local_rank": "accelerate launch tells each process its rank",
-    "log_on_each_node": "rank 0 alone logs",
+    "local_rank": "accelerate launch gives each process its rank",
+    "log_on_each_node": "only rank 0 logs",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "parallelism_config": "it comes from accelerate's own configuration file: `accelerate launch --config_file FILE`",
     "prediction_loss_only": "evaluation never keeps logits",
     "remove_unused_columns": "the tokenized rows have no unused columns",
-    "save_on_each_node": "rank 0 alone writes the run folder",
-    "skip_memory_metrics": "memory is accounted for by the project itself: see memory.json in the run folder",
+    "save_on_each_node": "only rank 0 writes the run folder",
+    "skip_memory_metrics": "footprint measures memory itself: see memory.json in the run folder",
 }
 
 
-NEWEST = "true"  # what --resume_from_checkpoint holds where it names no folder
+NEWEST = "true"  # the value of --resume_from_checkpoint when it names no folder
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """Hugging Face's `TrainingArguments` with defaults for one consumer GPU, and early stopping by flags."""
+    """Hugging Face's `TrainingArguments`, with defaults for one consumer GPU and flags for early stopping."""
 
     _argument_group_name = "training (all of transformers.TrainingArguments)"
 
@@ -66,12 +66,12 @@ class TrainArguments(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Go on from a checkpoint-N folder, or (true, or no value) from the newest whole one in --output_dir."
+            "help": "Resume from a checkpoint-N folder, or (true, or no value) from the newest complete one in --output_dir."
         },
     )
     allow_changed_data: bool = field(
         default=False,
-        metadata={"help": "Resume although rows, their order or the rows of a step changed since the checkpoint."},
+        metadata={"help": "Resume even if the rows, their order or the rows per step changed since the checkpoint."},
     )
     optim: str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
@@ -89,7 +89,7 @@ class TrainArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Lets optimizers of our own past the closed list of names."""
+        """Accepts our own optimizers, which transformers' list of names does not have."""
         name = optimizers.name_of(self)
         own = optimizers.OWN.get(name)
         if own is not None:
@@ -100,12 +100,15 @@ class TrainArguments(TrainingArguments):
             own.arguments(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What Trainer pickles into training_args.bin, which is pushed with the weights: all but the hub's token."""
+        """Leaves the hub's token out of the pickle: Trainer writes it to training_args.bin, which is pushed with the weights."""
         return self.__dict__ | {"hub_token": None}
 
 
 def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuses numbers that no run can have. `settings` holds what was given and the recipe's defaults."""
+    """Raises UserError for impossible or useless training flags.
+
+    `given` holds the flags that the user set, `settings` those and the recipe's defaults.
+    """
     for name, least in (
         ("per_device_train_batch_size", 1),
         ("per_device_eval_batch_size", 1),
@@ -119,7 +122,7 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if steps == 0 or steps < -1:
         raise UserError(f"--max_steps {steps} trains nothing; give at least 1, or leave it out to train by epochs")
     if steps > 0 and "num_train_epochs" in given:
-        raise UserError(f"--num_train_epochs has no effect beside --max_steps {steps}; leave one of them out")
+        raise UserError(f"--num_train_epochs has no effect together with --max_steps {steps}; leave one of them out")
     epochs = settings.get("num_train_epochs", 3.0)
     if epochs <= 0:
         raise UserError(f"--num_train_epochs {epochs:g} trains nothing; give a number above 0")
@@ -147,13 +150,13 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if "run_name" in given and not reports:
         raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
     for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"):
-        trackio = name == "hub_private_repo" and reports  # which has a use for it
+        trackio = name == "hub_private_repo" and reports  # trackio reads this flag too
         if name in given and not settings.get("push_to_hub") and not trackio:
             raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
 
 
 def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuses settings of evaluations and checkpoints that would have no effect, or fail at the first evaluation."""
+    """Raises UserError for evaluation and checkpoint flags without effect, and for those that fail at the first evaluation."""
     evaluates, saves = str(settings.get("eval_strategy", "no")), str(settings.get("save_strategy", "epoch"))
     for what, strategy in (("save", saves), ("eval", evaluates)):
         if f"{what}_steps" in given and strategy != "steps":
@@ -171,6 +174,6 @@ def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
             )
         if given["metric_for_best_model"] not in ("loss", "eval_loss"):
             raise UserError(
-                f"--metric_for_best_model {given['metric_for_best_model']} is not known while training: the validation split is "
-                "evaluated by its loss alone (scores of generated text come once, at the end); give loss, or leave it out"
+                f"--metric_for_best_model {given['metric_for_best_model']} is not known while training: validation only "
+                "computes the loss (generated text is scored once, at the end); give loss, or leave it out"
             )

@@ -1,4 +1,4 @@
-"""Optimizers beside those that transformers' Trainer knows by name. `OWN` is their registry: one entry adds one to --optim."""
+"""Optimizers that transformers' Trainer does not know by name. `OWN` is their registry: each entry adds a name to --optim."""
 
 import ast
 import inspect
@@ -14,19 +14,19 @@ from transformers import TrainingArguments
 
 
 def name_of(training: TrainingArguments) -> str:
-    """The optimizer that `--optim` names, which transformers holds as an enum where it is one of its own."""
+    """The name that `--optim` gives; transformers stores its own optimizers as enum members."""
     return str(getattr(training.optim, "value", training.optim))
 
 
 class Prodigy(prodigyopt.Prodigy):
     """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101): Adam that finds its own step size; leave its rate at 1.
 
-    It keeps four numbers for each weight: Adam's two, the weight's first value, and a sum of gradients. The library leaves
-    out the first value of a tensor that begins at zero; here it is always kept, so that memory does not depend on values.
+    The state has four numbers per weight: Adam's two, the initial weight, and a sum of gradients. The library does not store
+    the initial weight of a tensor that starts at zero. We always store it, so that memory does not depend on values.
     """
 
     def step(self, closure: Any = None) -> Any:
-        """One optimizer step; in the shadow step too, where no number has a value and 1 is as good as any."""
+        """One optimizer step. It also runs in the shadow step: fake tensors have no values, so each number is read as 1."""
         fake = False
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             fake = fake or isinstance(p.data, FakeTensor)
@@ -41,7 +41,7 @@ class Prodigy(prodigyopt.Prodigy):
 
 
 class ReadAsOne(TorchDispatchMode):
-    """Reading a number out of a fake tensor gives 1."""
+    """Reading a number from a fake tensor returns 1."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if op is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -50,9 +50,9 @@ class ReadAsOne(TorchDispatchMode):
 
 
 def prodigy_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The keyword arguments of `Prodigy`; `--optim_args "d_coef=2,safeguard_warmup=True"` adds to them.
+    """The keyword arguments of `Prodigy`; `--optim_args "d_coef=2,safeguard_warmup=True"` adds more.
 
-    Raises: ValueError for an argument that it does not have.
+    Raises: ValueError for an argument that Prodigy does not have.
     """
     known = set(inspect.signature(prodigyopt.Prodigy).parameters) - {"params", "lr", "weight_decay", "slice_p"}
     chosen: dict[str, Any] = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
@@ -70,13 +70,13 @@ def prodigy_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OwnOptimizer:
-    """An optimizer that `--optim` takes beside Trainer's own."""
+    """An optimizer that `--optim` accepts in addition to Trainer's own."""
 
     optimizer: type[torch.optim.Optimizer]
     arguments: Callable[[TrainingArguments], dict[str, Any]]  # its keyword arguments; ValueError for a bad --optim_args
     paper: str  # arXiv id
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # training flags where the user names none
-    one_learning_rate: bool = False  # whether it refuses groups of parameters with learning rates of their own
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of training flags that the user does not set
+    one_learning_rate: bool = False  # whether all parameter groups must have the same learning rate
 
 
 OWN: dict[str, OwnOptimizer] = {

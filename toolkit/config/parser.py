@@ -1,4 +1,4 @@
-"""Flags and YAML files, as they were typed: each is read by the flag of its name, and none is answered yet."""
+"""Reads the command line and YAML files into `Flags`: typed values by flag name, without defaults."""
 
 import dataclasses
 import json
@@ -21,10 +21,10 @@ from toolkit.models.arguments import ModelArguments
 
 @dataclass(frozen=True)
 class Flags:
-    """What a user says of a run, by flag name, with values of the flags' types; without defaults."""
+    """The settings that a user gives, by flag name, with values of the flags' types; without defaults."""
 
     given: Mapping[str, Any]  # on the command line
-    from_file: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in YAML, where `given` does not say else
+    from_file: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # in the YAML file; `given` wins
     predict: bool = False  # show the predicted memory instead of training
 
 
@@ -40,7 +40,7 @@ def read_flags(method: type[methods.Method], argv: Sequence[str] | None = None) 
 
 
 class RecipeParser(HfArgumentParser):
-    """Hugging Face's parser, with one clear line instead of a usage page, and no guessing of abbreviated flags."""
+    """Hugging Face's parser, with one-line errors instead of a usage page, and without abbreviated flags."""
 
     def __init__(self, method: type[methods.Method], **kwargs: Any) -> None:
         super().__init__([method, ModelArguments, DataArguments, TrainArguments], allow_abbrev=False, **kwargs)
@@ -52,7 +52,7 @@ class RecipeParser(HfArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
     def given(self, argv: Sequence[str], where: str = "") -> dict[str, Any]:
-        """The settings that `argv` names, as field name to typed value, without defaults.
+        """The settings in `argv`, as field name to typed value, without defaults.
 
         Raises: UserError for an unknown flag (with the nearest valid one), a missing or a mistyped value.
         """
@@ -86,7 +86,7 @@ class RecipeParser(HfArgumentParser):
 
 
 def _from_yaml(parser: RecipeParser, path: Path) -> dict[str, Any]:
-    """The settings of a YAML file. Each goes through the flag of its name, so types are checked by the same rules."""
+    """The settings of a YAML file. Each is parsed as the flag of its name, so the same type checks apply."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -107,7 +107,9 @@ def _from_yaml(parser: RecipeParser, path: Path) -> dict[str, Any]:
             parser._refuse_unknown(f"--{name}", where)
         if value is None:
             continue  # as if the key were not there
-        if name == "report_to" and isinstance(value, list):  # as a run's own config.yaml has it; the flag takes one
+        if name == "report_to" and isinstance(
+            value, list
+        ):  # a run's own config.yaml has a list; the flag takes one value
             given[name] = [str(one) for one in value]
             continue
         given |= parser.given(_as_argv(name, value, flags[name], where), where)

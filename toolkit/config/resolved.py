@@ -1,8 +1,8 @@
-"""Flags become one frozen `Config`, in which every question about a run is answered once, before anything is loaded."""
+"""Resolves flags into one frozen `Config`: every decision about a run is made here, once, before anything is loaded."""
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -17,7 +17,7 @@ from toolkit.config import optimizers
 from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
 from toolkit.config.parser import Flags, RecipeParser, read_flags
 from toolkit.data.loading import DataArguments
-from toolkit.distributed.engine import Engine
+from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.launch_files import LaunchEnvironment, current_launch_environment
 from toolkit.distributed.ranks import broadcast_from_main
 from toolkit.distributed.request import requested_engine
@@ -30,9 +30,9 @@ from toolkit.tasks import TASKS, Task
 
 @dataclass(frozen=True)
 class Config:
-    """What one run is: its method, model, data and training, how it is launched, and what follows from them, with the reason.
+    """One run: method, model, data, training and launch, and the decisions that follow from them, each with its reason.
 
-    Preflight, prediction, training and the run folder take this and ask nothing again.
+    Preflight, prediction, training and the run folder all read this; none of them decides again.
     """
 
     method: methods.Method
@@ -40,7 +40,7 @@ class Config:
     data: DataArguments
     training: TrainArguments
     launch: LaunchEnvironment = field(repr=False)  # of this process
-    engine: Engine  # the one that was requested
+    engine: Engine  # the requested one
     dtype: torch.dtype  # of the weights as loaded
     dtype_reason: str
     precision_reason: str
@@ -55,7 +55,7 @@ class Config:
 
     @cached_property
     def model_config(self) -> PreTrainedConfig:
-        """The model's own configuration, without the head of a classification task, whose classes the data names.
+        """The model's own configuration, without the head of a classification task: the head's classes come from the data.
 
         Raises: UserError as `toolkit.models.loading.load_model_config` does.
         """
@@ -64,13 +64,13 @@ class Config:
 
     @property
     def snapshot_file(self) -> Path | None:
-        """Where the GPU's allocations of the first steps are recorded for PyTorch's memory viewer, if they are to be."""
+        """Where to record the first steps' allocations for PyTorch's memory viewer; None without --memory_snapshot."""
         return Path(self.training.output_dir) / "memory_snapshot.pickle" if self.training.memory_snapshot else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Every setting as flag name to plain value: what `config.yaml` in the run folder holds, and `--config` reads.
+        """Every setting as flag name to plain value: the content of the run folder's `config.yaml`, which `--config` reads.
 
-        Left out are the folder that the run is in, secrets, and whatever is unset.
+        The run's folder, secrets and unset values are left out.
         """
         flat: dict[str, Any] = {}
         for part in (self.method, self.model, self.data):
@@ -80,24 +80,41 @@ class Config:
         return {name: value for name, value in flat.items() if value not in (None, "", [], {})}
 
     def as_flags(self) -> Flags:
-        """The flags from which another process makes the same configuration, to predict it."""
+        """Flags that give another process the same configuration, for a prediction."""
         return Flags({}, self.as_dict() | {"memory_snapshot": False}, predict=True)
 
 
-def parse_config(method: type[methods.Method], argv: Sequence[str] | None = None, card: Card | None = None) -> Config:
+def parse_config(
+    method: type[methods.Method],
+    argv: Sequence[str] | None = None,
+    card: Card | None = None,
+    used: Collection[str] | None = None,
+    engines: Collection[EngineKind] | None = None,
+) -> Config:
     """Reads the command line (and `--config FILE`) of the recipe for `method` into a checked `Config`.
 
-    Raises: UserError for anything that cannot be right, before data or model are touched.
+    A recipe with its own training loop names what that loop supports: `used`, the training flags that have an effect, and the
+    `engines` under which it runs. None: all of them.
+
+    Raises: UserError for flags that cannot be right, before data or model are read.
     """
-    return configure(method, read_flags(method, argv), card)
+    flags, other = read_flags(method, argv), f"recipes/{method.name}.py"
+    if used is not None:
+        training = {f.name for f in dataclasses.fields(TrainArguments)}
+        for name in sorted(training.intersection(_merged(method, flags)[0]).difference(used)):
+            raise UserError(f"--{name} has no effect in this recipe's own loop; leave it out, or use {other}")
+    config = configure(method, flags, card)
+    if engines is not None and config.engine.kind not in engines:
+        raise UserError(f"this recipe's own loop does not run under {config.engine}; use launch/ddp.yaml, or {other}")
+    return config
 
 
 def configure(method: type[methods.Method], flags: Flags, card: Card | None = None) -> Config:
     """The configuration of a run of `method` with `flags`, launched as this process is.
 
-    With a `card`, it is the one for that card, which need not be in this machine: it can be predicted.
+    With a `card`, the configuration is for that GPU, which need not be in this machine. Such a run can only be predicted.
 
-    Raises: UserError for anything that cannot be right, before data or model are touched.
+    Raises: UserError for flags that cannot be right, before data or model are read.
     """
     given, named = _merged(method, flags)
     launch, engine = current_launch_environment(), requested_engine(named.get("deepspeed"), named.get("fsdp"))
@@ -116,11 +133,11 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
         part.check(given)
     if own_optimizer is not None and own_optimizer.one_learning_rate and own.learning_rates_flag:
         name = settings["optim"]
-        raise UserError(f"--optim {name} knows one learning rate alone; leave out {own.learning_rates_flag}")
+        raise UserError(f"--optim {name} allows only one learning rate; leave out {own.learning_rates_flag}")
     bf16, fp16, reason = choose_precision(settings, card)
     settings |= {"bf16": bf16, "fp16": fp16}
     if settings.get("memory_snapshot") and (flags.predict or card is not None or not _on_gpu(settings, None)):
-        raise UserError("--memory_snapshot has no effect here: it records a run on a GPU, as it trains; leave it out")
+        raise UserError("--memory_snapshot has no effect here: it records a training run on a GPU; leave it out")
     if card is not None:
         settings["use_cpu"] = True  # the prediction runs here
     training = _build_training(settings, own, model)
@@ -142,16 +159,17 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
 
 
 def _merged(method: type[methods.Method], flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the user says that differs from the defaults (`given`), and all that the user says (`named`).
+    """The user's settings that differ from the defaults (`given`), and all of the user's settings (`named`).
 
-    A key of a file at its default says nothing: a run's own config.yaml, which names every setting, can be run again.
+    A key of the file with its default value is not in `given`. So a run's own config.yaml, which has every setting, can
+    be used as `--config` again.
     """
     given, from_file = dict(flags.given), dict(flags.from_file)
     if not from_file:
         return given, given
     for flag, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
         if flag in given and other not in given:
-            from_file.pop(other, None)  # the file's length of the run is overruled
+            from_file.pop(other, None)  # the flag replaces the run length of the file
     for what in ("save", "eval"):
         if given.get(f"{what}_strategy", "steps") != "steps":
             from_file.pop(f"{what}_steps", None)
@@ -162,7 +180,7 @@ def _merged(method: type[methods.Method], flags: Flags) -> tuple[dict[str, Any],
 
 
 def _choose_optimizer(method: type[methods.Method], engine: Engine, on_gpu: bool) -> tuple[str | None, str]:
-    """The optimizer where none is asked for (None: Trainer's own default), and why."""
+    """The default optimizer (None: Trainer's own default), and why."""
     optim, why = method.optimizer(on_gpu)
     if optim and engine.kind.is_zero and engine.optimizer_state != "with the model":
         return None, "its state is offloaded, so that it need not be small or paged"
@@ -172,7 +190,7 @@ def _choose_optimizer(method: type[methods.Method], engine: Engine, on_gpu: bool
 
 
 def _check_gpus() -> None:
-    """Raises UserError where two processes of this machine would take the same GPU."""
+    """Raises UserError if two processes of this machine would use the same GPU."""
     local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if 0 < there < local:
         raise UserError(
@@ -186,7 +204,7 @@ def _on_gpu(settings: dict[str, Any], card: Card | None) -> bool:
 
 
 def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tuple[bool, bool, str]:
-    """Whether to compute in bf16 or fp16 (neither: fp32), and why: bf16 wherever the card has it, unless flags say else.
+    """Whether to compute in bf16 or fp16 (neither: fp32), and why. Without flags: bf16 on every card that supports it.
 
     Raises: UserError for flags that exclude each other, and for fp16 without a GPU.
     """
@@ -207,7 +225,8 @@ def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tupl
     if card is not None:
         (major, minor), has_bf16 = card.capability, card.has_bf16
     else:
-        major, minor = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))  # not chosen yet
+        # The process has not selected its device yet.
+        major, minor = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))
         has_bf16 = major >= 8  # Ampere and later
     return has_bf16, False, f"{'bf16' if has_bf16 else 'fp32'}: compute capability {major}.{minor}"
 
@@ -229,10 +248,10 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
             "use_reentrant": False
         }
     usual = {"dataloader_pin_memory": torch.cuda.is_available()}
-    if "per_device_train_batch_size" in settings:  # for Trainer's own 8 may need more memory than training does
+    if "per_device_train_batch_size" in settings:  # Trainer's default of 8 may need more memory than training does
         usual["per_device_eval_batch_size"] = settings["per_device_train_batch_size"]
     settings = usual | settings | ours
-    if settings.get("save_strategy") == "best":  # Trainer's own default where --load_best_model_at_end asks
+    if settings.get("save_strategy") == "best":  # the default that Trainer itself uses with --load_best_model_at_end
         settings.setdefault("metric_for_best_model", "loss")
     resume = settings.get("resume_from_checkpoint")
     if resume is not None and resume.lower() in ("true", "1", "false", "0"):
@@ -244,13 +263,13 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         training = _build(TrainArguments, settings)
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
-    training.output_dir = broadcast_from_main(lambda: training.output_dir)  # its time stamp must be one for all ranks
+    training.output_dir = broadcast_from_main(lambda: training.output_dir)  # all ranks must use the same time stamp
     if training.use_cpu and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # TrainingArguments passes it on for GPUs alone; before torch 2.14 the function is private
+        # TrainingArguments passes the timeout on only for GPUs; before torch 2.14 the function is private
         c10d = torch.distributed.distributed_c10d
         set_timeout = c10d.set_timeout if hasattr(c10d, "set_timeout") else c10d._set_pg_timeout
         set_timeout(timedelta(seconds=training.ddp_timeout))
-    training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; torch's DataParallel is never what runs
+    training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU, so torch's DataParallel never runs
     return training
 
 

@@ -1,1 +1,1 @@
-"""Data sets: read from files or the hub, and made into rows of token ids."""
+"""Data sets: reads them from files or the hub, and turns them into rows of token ids."""

@@ -34,14 +34,14 @@ BY_TASK = sorted({flag for task in TASKS.values() for flag in task.flags})  # th
 
 
 def _by_task(flag: str) -> str:
-    """For the help of a flag: its default in each task that has it."""
+    """For the help of a flag: its default in each task that uses it."""
     defaults = [f"{task.flags[flag]!r} ({name})" for name, task in sorted(TASKS.items()) if task.flags.get(flag)]
     return f"Default: {', '.join(defaults)}." if defaults else ""
 
 
 @dataclass
 class DataArguments:
-    """What is learned, from which rows, how they become prompts, and how long they may be."""
+    """The task, the data set, how its rows become prompts, and how long they may be."""
 
     _argument_group_name: ClassVar[str] = "data"
 
@@ -49,14 +49,14 @@ class DataArguments:
         default=DEFAULT_TASK,
         metadata={
             "choices": sorted(TASKS),
-            "help": "What is learned. classification writes the label; sequence_classification puts a head on the model; "
-            "chat learns the assistant's turns; text is plain language modelling.",
+            "help": "What is learned. classification generates the label as text; sequence_classification puts a head on the "
+            "model; chat learns the assistant's turns; text is plain language modelling.",
         },
     )
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, a file, or a folder of csv / jsonl / parquet; a .txt file has lines sentence@label. "
+            "help": "Hub id, a file, or a folder of csv / jsonl / parquet files; a .txt file has lines sentence@label. "
             "Default: the dialogues that come with footprint."
         },
     )
@@ -74,60 +74,63 @@ class DataArguments:
     )
     tools_column: str | None = field(
         default=None,
-        metadata={
-            "help": f"Column with lists of the JSON schemas of tools; it need not be there. {_by_task('tools_column')}"
-        },
+        metadata={"help": f"Column with lists of the tools' JSON schemas; optional. {_by_task('tools_column')}"},
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Column with what the user says, where there are no messages."}
+        default=None, metadata={"help": "Column with the user's turn, for data without a messages column."}
     )
     response_column: str | None = field(
-        default=None, metadata={"help": "Column with what the assistant answers, beside --prompt_column."}
+        default=None, metadata={"help": "Column with the assistant's answer; goes with --prompt_column."}
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "The prompt; {text} stands for the text, {labels} for the classes. " + _by_task("prompt_template")
+            "help": "The prompt; {text} is replaced by the text, {labels} by the classes. "
+            + _by_task("prompt_template")
         },
     )
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of the prompt (T5-like) or of prompt and target together (GPT-like); activations grow "
-            f"with it. Default: {DEFAULT_MAX_LENGTH}, or the model's own limit where that is smaller."
+            "help": "Maximum number of tokens of the prompt (T5-like) or of prompt and target together (GPT-like); activation "
+            f"memory grows with it. Default: {DEFAULT_MAX_LENGTH}, or the model's own limit if that is smaller."
         },
     )
     max_target_length: int | None = field(
         default=None,
-        metadata={"help": f"Most tokens of the target, also when generating. {_by_task('max_target_length')}"},
+        metadata={
+            "help": f"Maximum number of tokens of the target, also when generating. {_by_task('max_target_length')}"
+        },
     )
     max_train_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Train on N rows only: the first ones, or with a label column the same share of each class, the same for every "
-            "--seed."
+            "help": "Train on N rows only: the first ones, or, with a label column, a sample with the same share of each class. The "
+            "rows are the same for every --seed."
         },
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use N rows only of validation, and of test, chosen as by --max_train_samples."}
+        default=None,
+        metadata={"help": "Use only N rows of validation and N rows of test, chosen as with --max_train_samples."},
     )
     num_beams: int | None = field(
-        default=None, metadata={"help": f"Beams when generating for the scores; 1 is greedy. {_by_task('num_beams')}"}
+        default=None,
+        metadata={"help": f"Beams for the generated answers that are scored; 1 is greedy. {_by_task('num_beams')}"},
     )
 
     def __post_init__(self) -> None:
         self.dataset_name = lasting_path(self.dataset_name)
         for flag in BY_TASK:
             if flag not in TASKS[self.task].flags:
-                setattr(self, flag, None)  # a method's default, which has no effect here; `check` refuses a user's
+                setattr(self, flag, None)  # a method's default, without effect here; `check` refuses a user's flag
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for values that are not possible or would have no effect."""
+        """Raises UserError for impossible values and for flags without effect."""
         task = TASKS[self.task]
         for flag in BY_TASK:
             if flag in given and flag not in task.flags:
                 others = ", ".join(f"--task {name}" for name, other in sorted(TASKS.items()) if flag in other.flags)
-                raise UserError(f"--{flag} has no effect with --task {task.name} (but with {others}); leave it out")
+                raise UserError(f"--{flag} has no effect with --task {task.name} (only with {others}); leave it out")
         for name in ("max_length", "max_target_length", "max_train_samples", "max_eval_samples", "num_beams"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -148,38 +151,38 @@ class DataArguments:
         task.check(given)
 
     def get(self, flag: str) -> Any:
-        """The value of a flag that depends on the task: what was given, or the task's default, or None."""
+        """The value of a flag that depends on the task: the user's value, the task's default, or None."""
         value = getattr(self, flag)
         return TASKS[self.task].flags.get(flag) if value is None else value
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns that the task reads, by the flags that name them."""
+        """The columns that the task reads, by flag name."""
         return {flag: self.get(flag) for flag in TASKS[self.task].column_flags(vars(self))}
 
     @property
     def is_local(self) -> bool:
-        """Whether the rows come from files of this machine."""
+        """Whether the rows come from local files."""
         return self.dataset_name is not None and looks_like_path(self.dataset_name)
 
 
 @dataclass
 class TaskData:
-    """A data set, ready for one model: token ids to train and validate on, and the test split as prompts."""
+    """A data set, ready for one model: tokenized train and validation splits, and the test split as prompts."""
 
     task: Task
     rows: DatasetDict  # train, validation and test, with the columns of the source
-    columns: dict[str, str]  # those that the task reads, by the flags that name them
+    columns: dict[str, str]  # those that the task reads, by flag name
     prompt_tokenizer: PromptTokenizer
-    train: Dataset  # columns input_ids, attention_mask, labels: token ids, or the number of a class
+    train: Dataset  # columns input_ids, attention_mask, labels (token ids, or a class index)
     validation: Dataset
-    test_prompts: list[list[int]]  # token ids, one list a row of the test split
-    references: list[str]  # what the answers to `test_prompts` are scored against
+    test_prompts: list[list[int]]  # token ids, one list for each row of the test split
+    references: list[str]  # the answers to `test_prompts` are scored against these
     truncation: dict[str, Truncation]
     remarks: list[str]
     fingerprint: dict[str, str]  # split: SHA-256 over the columns that are read
-    supervised_tokens: int  # labels of the train split that the loss sees
-    is_collated: ClassVar[bool] = False  # rows, of which `collator` makes batches
+    supervised_tokens: int  # labels of the train split that count in the loss
+    is_collated: ClassVar[bool] = False  # `collator` makes batches of these rows
 
     @property
     def test(self) -> Dataset:
@@ -188,13 +191,13 @@ class TaskData:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that made the token ids."""
+        """The tokenizer behind `prompt_tokenizer`."""
         return self.prompt_tokenizer.tokenizer
 
     def collator(self, model: PreTrainedModel, sequence_parallel_size: int = 1) -> Any:
-        """Makes batches of rows, padded to the longest: labels are (rows, length), or (rows,) for a head.
+        """The data collator. It pads each batch to its longest row: labels are (rows, length), or (rows,) for a head.
 
-        Where several processes share the tokens of a row, all batches are as long as the longest row.
+        Under sequence parallelism every batch is padded to the longest row of the data set.
         """
         if self.task.model_kind == "head":
             return DataCollatorWithPadding(self.tokenizer)
@@ -211,7 +214,7 @@ class TaskData:
 
     @cached_property
     def train_fingerprint(self) -> str:
-        """SHA-256 over the rows that are trained on, as token ids, in their order."""
+        """SHA-256 over the train split as token ids, in order."""
         digest = hashlib.sha256()
         for rows in self.train.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
             digest.update(json.dumps(rows, sort_keys=True).encode())
@@ -219,7 +222,7 @@ class TaskData:
 
     @cached_property
     def test_texts(self) -> list[str]:
-        """The test split's texts, as `completions.csv` shows them."""
+        """The texts of the test split, as in `completions.csv`."""
         return [self.task.shown(text) for text, _ in self.pairs("test")]
 
 
@@ -231,12 +234,12 @@ def load_data(
 ) -> TaskData:
     """Reads, checks and tokenizes the data set of `args` for the model of `config`.
 
-    Raises: UserError for whatever is wrong with the files, the columns, the lengths or the labels.
+    Raises: UserError for mistakes in the files, the columns, the lengths or the labels.
     """
     task, columns = TASKS[args.task], args.columns
     if tokenizer.eos_token_id is None and task.model_kind != "head" and not config.is_encoder_decoder:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, so the model could not learn where to stop; name "
+            f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, so the model could not learn where to stop; give "
             "another with --tokenizer_name, or set eos_token in its tokenizer_config.json"
         )
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
@@ -269,7 +272,7 @@ def load_data(
                 *_, column = columns.values()
                 raise UserError(
                     f"row {number:,} of {split}: its {column} has {needed} tokens, more than the {limit} that "
-                    "the model can take; shorten it, or have such labels cut with --max_target_length "
+                    "the model can take; shorten it, or truncate such labels with --max_target_length "
                     f"{min(max_target_length, limit // 2)}"
                 )
             try:
@@ -316,7 +319,7 @@ def load_data(
 
 @cache
 def label_names(dataset_name: str | None, dataset_config_name: str | None, label_column: str) -> tuple[str, ...]:
-    """The classes of a data set, for predicting a head's size without a tokenizer."""
+    """The classes of a data set: a prediction needs their number for the head, and has no tokenizer."""
     columns = {"label_column": label_column}
     return _names(load_rows(dataset_name, dataset_config_name, columns)[0], columns)
 
@@ -327,10 +330,10 @@ def lengths(
     tokenizer: PreTrainedTokenizerBase | None = None,
     virtual_tokens: int = 0,
 ) -> tuple[int, int, list[str]]:
-    """The most tokens of a prompt and of a target that the model can take, and a remark for each that its limit lowered.
+    """The maximum tokens of prompt and target, and a remark for each that the model's limit lowered.
 
-    The target's is 0 where nothing is written. Without a tokenizer its limit is not known. `virtual_tokens` are positions
-    that the method takes.
+    The target's maximum is 0 if the task generates nothing. The tokenizer's own limit only counts if `tokenizer` is given.
+    `virtual_tokens` is the number of positions that the method needs.
 
     Raises: UserError for lengths that the model cannot take.
     """
@@ -360,7 +363,7 @@ def lengths(
 
 
 def check_supervision(supervised_tokens: int, split: str = "train") -> None:
-    """Raises UserError where no label token is left for the loss."""
+    """Raises UserError if no label token is left for the loss."""
     if supervised_tokens == 0:
         raise UserError(
             f"every label of the {split} split is masked, so there is nothing to learn from; check the columns, and that "
@@ -384,7 +387,7 @@ def _remarks(
     tokenized: dict[str, Dataset],
     truncation: dict[str, Truncation],
 ) -> list[str]:
-    """What rows lose, or have too much, without being refused."""
+    """Remarks on duplicates, unknown tokens and masked turns, none of which is an error."""
     texts = {split: [task.shown(text) for text, _ in _pairs(task, splits[split], columns, split)] for split in splits}
     known = {*texts["train"]}
     remarks = [
@@ -405,8 +408,8 @@ def _remarks(
     for split, lost in truncation.items():
         if lost.masked_turns:
             remarks.append(
-                f"{lost.masked_turns:,} turns of the assistant in {split} are not learned: the chat template rewrites them, or "
-                "leaves out a part, once other turns follow"
+                f"{lost.masked_turns:,} turns of the assistant in {split} are not learned: the chat template rewrites or shortens "
+                "them once other turns follow"
             )
         if lost.unwritten_turns:
             remarks.append(f"{lost.unwritten_turns:,} turns or tools in {split} are left out by the chat template")
@@ -414,29 +417,32 @@ def _remarks(
 
 
 def _check_embedded(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]]) -> None:
-    """Raises UserError where padding or `rows` (token ids) have a token for which the model has no embedding.
+    """Raises UserError if padding or `rows` (token ids) contain a token for which the model has no embedding.
 
-    A tokenizer may have more tokens than the model, as Gemma 3's has one for images, while no text brings them up.
+    A tokenizer may have more tokens than the model, as long as no text uses them: Gemma 3's has one for images.
     """
     embedded = getattr(config.get_text_config(), "vocab_size", None)
     highest = max((max(ids, default=0) for ids in rows), default=0)
     highest = max(highest, tokenizer.pad_token_id or 0)
     if embedded and highest >= embedded:
         raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer gives token {highest:,} ({tokenizer.convert_ids_to_tokens(highest)}), and the "
+            f"{tokenizer.name_or_path}: its tokenizer gives token {highest:,} ({tokenizer.convert_ids_to_tokens(highest)}), but the "
             f"model has embeddings for {embedded:,} tokens, numbered from 0; give the model's own tokenizer with --tokenizer_name"
         )
 
 
 def _supervised(labels: list[int] | int, is_encoder_decoder: bool) -> int:
-    """How many labels of a row the loss sees: one class, or tokens, of which a GPT-like model never predicts the first."""
+    """How many labels of a row count in the loss: 1 for a class, or its tokens. A GPT-like model never predicts the first."""
     if isinstance(labels, int):
         return 1
     return sum(label != IGNORE_INDEX for label in (labels if is_encoder_decoder else labels[1:]))
 
 
 def _sample(rows: Dataset, size: int, label: str | None) -> tuple[Dataset, list[str]]:
-    """The first `size` of `rows`, or with a label column the same share of each class, and a remark on classes without a row."""
+    """The first `size` of `rows`, or, with a `label` column, a sample with the same share of each class.
+
+    The second value is a remark on classes that got no row, if there are any.
+    """
     if label is None:
         return rows.select(range(size)), []
     chosen = sample_of_classes(rows, label, size)
@@ -445,7 +451,7 @@ def _sample(rows: Dataset, size: int, label: str | None) -> tuple[Dataset, list[
 
 
 def _names(splits: Splits, columns: dict[str, str]) -> tuple[str, ...]:
-    """The classes of train, as the data set orders them; else numbers by their size, and names by the alphabet."""
+    """The classes of train: in the data set's own order if it declares one, otherwise sorted (as numbers, if all are)."""
     if "label_column" not in columns:
         return ()
     there = splits["train"][columns["label_column"]]
@@ -456,12 +462,12 @@ def _names(splits: Splits, columns: dict[str, str]) -> tuple[str, ...]:
 
 
 def _check_names(splits: Splits, columns: dict[str, str], names: Sequence[str]) -> None:
-    """Raises UserError for classes that cannot be told apart, or that train does not have."""
+    """Raises UserError for classes that differ only in case, and for classes that train does not have."""
     if not names:
         return
     column = columns["label_column"]
     if len(names) == 1:
-        raise UserError(f"column {column} has one value alone ({names[0]!r}); classification needs at least two")
+        raise UserError(f"column {column} has only one value ({names[0]!r}); classification needs at least two")
     if len(names) > 1000:
         raise UserError(
             f"column {column} has {len(names):,} different values, so it holds no classes; name another with --label_column"
@@ -469,16 +475,18 @@ def _check_names(splits: Splits, columns: dict[str, str], names: Sequence[str]) 
     for one, other in pairwise(sorted(names, key=normalized)):
         if normalized(one) == normalized(other):
             raise UserError(
-                f"column {column} has the labels {one!r} and {other!r}, and answers are compared without regard to case; write "
+                f"column {column} has the labels {one!r} and {other!r}, but answers are compared without regard to case; use "
                 "one of them everywhere"
             )
     for split in splits:
         if unknown := sorted(set(splits[split][column]) - set(names)):
-            raise UserError(f"the {split} split has the label {unknown[0]!r}, which train has not ({', '.join(names)})")
+            raise UserError(
+                f"the {split} split has the label {unknown[0]!r}, which train does not have ({', '.join(names)})"
+            )
 
 
 def _check_written(columns: dict[str, str], prompt_tokenizer: PromptTokenizer) -> None:
-    """Raises UserError for classes that are too long to write, or for which the tokenizer has no tokens."""
+    """Raises UserError for class names that are too long to generate, or that the tokenizer cannot encode."""
     if not prompt_tokenizer.label_names or not prompt_tokenizer.max_target_length:
         return
     column, ids = (
@@ -488,15 +496,15 @@ def _check_written(columns: dict[str, str], prompt_tokenizer: PromptTokenizer) -
     needed = max(map(len, ids.values()))
     if needed > prompt_tokenizer.max_target_length:
         raise UserError(
-            f"--max_target_length {prompt_tokenizer.max_target_length} cuts labels off, the longest of which has {needed} tokens; "
+            f"--max_target_length {prompt_tokenizer.max_target_length} truncates labels: the longest has {needed} tokens; "
             f"give at least {needed}"
         )
     for name in ids:
         written = prompt_tokenizer.tokenizer.decode(ids[name], skip_special_tokens=True)
         if normalized(written) != normalized(name):
             raise UserError(
-                f"the tokenizer cannot write the label {name!r} of column {column}: it would be {written.strip()!r}; give another "
-                "model or other names, or --task sequence_classification"
+                f"the tokenizer cannot write the label {name!r} of column {column}: it becomes {written.strip()!r}; use another "
+                "model, other names, or --task sequence_classification"
             )
 
 

@@ -1,6 +1,6 @@
-"""Reads one data file as it stands: each cell and each value is the text that the file has for it.
+"""Reads one data file without guessing types: each cell becomes exactly the text in the file.
 
-The readers of pandas and pyarrow guess a type for each column, and then `001` is 1, `1.10` is 1.1 and `TRUE` is True.
+pandas and pyarrow guess a type for each column: they turn `001` into 1, `1.10` into 1.1 and `TRUE` into True.
 """
 
 import codecs
@@ -15,18 +15,18 @@ from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_dat
 
 from toolkit.errors import UserError
 
-RETURN = "\udc0d"  # stands for a carriage return in a cell; no file in UTF-8 has it
+RETURN = "\udc0d"  # stands for a carriage return in a cell; no UTF-8 file contains it
 
 
 class _BrokenTable(ValueError):
-    """Cells that do not make a table."""
+    """The cells do not form a table."""
 
 
 def read_file(file: Path, suffix: str) -> tuple[Dataset, list[str]]:
-    """The rows of a file that is .csv, .tsv, .json, .jsonl or .parquet by its `suffix`, and remarks on how it was read.
+    """The rows of a .csv, .tsv, .json, .jsonl or .parquet file (by `suffix`), and remarks on how it was read.
 
-    Cells of csv and tsv are text. So are numbers, `true` and `false` in JSON, by the file's own spelling; a column with
-    lists or objects keeps them. Parquet brings its own types.
+    Cells of csv and tsv files are text. Numbers, `true` and `false` in JSON are text too, in the file's own spelling; a
+    column with lists or objects keeps them. Parquet files have their own types.
 
     Raises: UserError for a file that is empty, damaged, or not in UTF-8.
     """
@@ -34,7 +34,7 @@ def read_file(file: Path, suffix: str) -> tuple[Dataset, list[str]]:
     if suffix == ".parquet":
         try:
             return load_dataset("parquet", data_files={"train": str(file)}, split="train"), []
-        except Exception as error:  # the readers raise their own kinds: pyarrow's, datasets'
+        except Exception as error:  # pyarrow and datasets raise exceptions of their own
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UserError(f"{file}: a .parquet file cannot be read ({reason})") from None
     if suffix in (".json", ".jsonl"):
@@ -50,11 +50,11 @@ def read_file(file: Path, suffix: str) -> tuple[Dataset, list[str]]:
 
 
 def read_sentences(file: Path) -> Dataset:
-    """The rows `sentence`, `label` of a file with lines `sentence@label`, as financial_phrasebank (Malo et al. 2014).
+    """The rows (`sentence`, `label`) of a file with lines `sentence@label`, as financial_phrasebank has (Malo et al. 2014).
 
-    Read as UTF-8, or as Latin-1 (which the published files are in) where that fails. A line ends with a line feed.
+    The file is read as UTF-8, or as Latin-1 if that fails (the published files are Latin-1). A line ends with a line feed.
 
-    Raises: UserError for a line without a label, and for a file without a line.
+    Raises: UserError for a line without a label, and for an empty file.
     """
     content = file.read_bytes()
     _check_mark(file, content)
@@ -77,9 +77,9 @@ def read_sentences(file: Path) -> Dataset:
 
 
 def as_text(rows: Dataset, column: str) -> Dataset:
-    """`rows` with the values of `column` as text: a class by its name, a number by its digits.
+    """`rows` with the values of `column` as text: a class becomes its name, a number its digits.
 
-    Lists and objects stay, as JSON: Arrow gives each object all the fields that any of them has.
+    Lists and objects are kept, as JSON without null fields: Arrow adds to each object the fields of all others.
     """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
@@ -90,7 +90,7 @@ def as_text(rows: Dataset, column: str) -> Dataset:
         nested = {column: [_without_nulls(value) for value in rows[column]]}
         rest = rows.remove_columns(column)
         return concatenate_datasets([rest, Dataset.from_dict(nested, features=Features({column: Json()}))], axis=1)
-    elif feature.dtype.startswith("float"):  # arrow would write 5.0 as 5
+    elif feature.dtype.startswith("float"):  # Arrow would write 5.0 as 5
         kind = np.dtype(feature.dtype).type
         names = [None if number is None or number != number else str(kind(number)) for number in rows[column]]
     else:
@@ -106,10 +106,10 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _table(file: Path, tabs: bool) -> tuple[list[str], list[list[str]], list[str]]:
-    """The header and the rows of a csv or tsv file, and a remark where its quotation marks can be taken in two ways.
+    """The header and the rows of a csv or tsv file, and a remark if its quotation marks are ambiguous.
 
-    In csv they stand around cells (RFC 4180); where that cannot be, no cell being wrapped in them, they are text. In tsv
-    they are text (IANA's text/tab-separated-values), unless the file was written as csv is, with tabs.
+    In csv, quotation marks wrap cells (RFC 4180). If the file cannot be parsed that way, and no cell is wrapped in them,
+    they are text. In tsv they are text (IANA's text/tab-separated-values), unless a csv writer wrote the file with tabs.
     """
     quoted, problem = _tried(_rows_quoted, file, tabs)
     if quoted is None:
@@ -139,7 +139,7 @@ def _tried(
 
 
 def _rows_with_returns(file: Path, delimiter: str) -> list[list[str]]:
-    """As `_rows_quoted`, where a carriage return ends no line: writers that end theirs with a line feed do not quote it."""
+    """Like `_rows_quoted`, but a carriage return does not end a line: writers that end lines with a line feed do not quote it."""
     rows: list[list[str]] = []
     with file.open(newline="\n", encoding="utf-8-sig") as stream:
         for row, number in _parsed_rows((line.replace("\r", RETURN) for line in stream), delimiter):
@@ -158,15 +158,15 @@ def _rows_quoted(file: Path, delimiter: str) -> list[list[str]]:
 
 
 def _parsed_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[list[str], int]]:
-    csv.field_size_limit(2**31 - 1)  # the module's own, 131,072 characters, is less than a long text
+    csv.field_size_limit(2**31 - 1)  # the module's default, 131,072 characters, is too short for long texts
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         for row in reader:
             yield row, reader.line_num
     except csv.Error as error:
         raise _BrokenTable(
-            f"line {reader.line_num}: {error}; put a cell that has quotation marks, line breaks or {delimiter!r} in "
-            "quotation marks, and write each one in it twice"
+            f"line {reader.line_num}: {error}; put quotation marks around a cell that has quotation marks, line breaks or "
+            f"{delimiter!r}, and write each quotation mark in it twice"
         ) from None
 
 
@@ -180,7 +180,7 @@ def _rows_plain(file: Path, delimiter: str) -> list[list[str]]:
 
 
 def _add(rows: list[list[str]], row: list[str], line: int) -> None:
-    """Appends a row; an empty line is none, and a row of blanks alone has as many as there are columns."""
+    """Appends a row. Empty lines are skipped; a row with only blank cells becomes one empty cell for each column."""
     if not row:
         return
     width = len(rows[0]) if rows else len(row)
@@ -188,8 +188,8 @@ def _add(rows: list[list[str]], row: list[str], line: int) -> None:
         row = [""] * width
     if len(row) != width:
         raise _BrokenTable(
-            f"line {line} has {len(row)} cells, and the header {width}; put a cell that has a comma, a tab or a line break in "
-            "quotation marks, and write quotation marks in it twice"
+            f"line {line} has {len(row)} cells, and the header {width}; put quotation marks around a cell that has a comma, a "
+            "tab or a line break, and write quotation marks in it twice"
         )
     rows.append(row)
 
@@ -199,14 +199,14 @@ def _is_wrapped(cell: str) -> bool:
 
 
 def _was_written_quoted(plain: list[list[str]]) -> bool:
-    """Whether quotation marks in cells that were read as they stand are a writer's: doubled in a wrapped cell, or around all."""
+    """Whether a csv writer put the quotation marks: all header cells are wrapped, or a wrapped cell has doubled marks."""
     if all(map(_is_wrapped, plain[0])):
         return True
     return any(_is_wrapped(cell) and '""' in cell[1:-1] for row in plain for cell in row)
 
 
 def _objects(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file that has one a line, or a list of them."""
+    """The objects of a file that holds one object per line, or one list of objects."""
     text = file.read_bytes().decode("utf-8-sig")
     if text.lstrip().startswith("["):
         objects = _parsed(text, str(file))
@@ -217,17 +217,17 @@ def _objects(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file}: the file has no row; give one with rows")
     for number, row in enumerate(objects, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{file}: row {number} is no object but {str(row)[:60]!r}; give one object a row")
+            raise UserError(f"{file}: row {number} is not an object but {str(row)[:60]!r}; give one object per row")
     return objects
 
 
 def _parsed(text: str, where: str) -> Any:
-    """What `text` holds, with numbers, true and false at the top of a row in the file's own spelling."""
+    """`text` parsed as JSON. Numbers, true and false at the top level of a row become text, in the file's own spelling."""
     try:
         value, spelled = json.loads(text), json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except ValueError as error:
         raise UserError(
-            f"{where} cannot be read as JSON ({error}); give one object a line, or a list of objects"
+            f"{where} cannot be read as JSON ({error}); give one object per line, or a list of objects"
         ) from None
     if isinstance(value, list):
         return [_spelled(*pair) for pair in zip(value, spelled, strict=True)]
@@ -245,7 +245,7 @@ def _spelled(row: Any, spelled: Any) -> Any:
 
 
 def _of_objects(objects: list[dict[str, Any]], file: Path) -> Dataset:
-    """The columns of `objects`: text, or JSON where one of its values is a list or an object."""
+    """The columns of `objects`: text, or JSON if one of the values is a list or an object."""
     names = list(dict.fromkeys(name for row in objects for name in row))
     columns = {name: [row.get(name) for row in objects] for name in names}
     nested = {name for name in names if any(isinstance(value, list | dict) for value in columns[name])}
@@ -254,12 +254,12 @@ def _of_objects(objects: list[dict[str, Any]], file: Path) -> Dataset:
         return Dataset.from_dict(columns, features=features)
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{file}: {error.object[:60]!r} has half of a surrogate pair, which is no text; correct it"
+            f"{file}: {error.object[:60]!r} has half of a surrogate pair, which is not valid text; correct it"
         ) from None
 
 
 def _check_text(file: Path, suffix: str) -> None:
-    """Raises UserError for an empty file, and for text that is not UTF-8 (which readers report without a place)."""
+    """Raises UserError for an empty file, and, with the line, for text that is not UTF-8."""
     if file.stat().st_size == 0:
         raise UserError(f"{file}: the file is empty; give one with a header line and rows")
     if suffix == ".parquet":
@@ -281,6 +281,6 @@ def _check_text(file: Path, suffix: str) -> None:
 
 
 def _check_mark(file: Path, content: bytes) -> None:
-    """Raises UserError where `content`, the beginning of `file`, has the byte order mark of UTF-16."""
+    """Raises UserError if `content`, the beginning of `file`, has the byte order mark of UTF-16."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{file}: not UTF-8 but UTF-16; convert it first: iconv -f utf-16 -t utf-8 {file.name}")

@@ -1,6 +1,6 @@
 """Reads the rows of a data set: the embedded dialogues, csv / jsonl / parquet / `sentence@label` files, or a hub id.
 
-Whatever the source, the result is three splits of plain columns, and every mistake in a file is found here.
+The result always has three splits of plain columns. Every mistake in a file is found here.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -35,13 +35,13 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 SPLIT_NAMES |= {"val": "validation", "dev": "validation", "test": "test", "testing": "test"}
 READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
-HELD_OUT_SHARE = 0.1  # of the train split, where a data set brings no validation or test split of its own
+HELD_OUT_SHARE = 0.1  # of the train split, if a data set has no validation or test split of its own
 HELD_OUT_MOST = 500
-HELD_OUT_SEED = 42  # not the run's: runs of several seeds are scored on the same rows, or they could not be compared
+HELD_OUT_SEED = 42  # not the run's seed: runs with several seeds must be scored on the same rows to be comparable
 
 
 class Splits(DatasetDict):
-    """The splits train, validation and test; `classes` are the names that the data set declares, in its order."""
+    """The splits train, validation and test; `classes` are the class names that the data set declares, in its order."""
 
     classes: tuple[str, ...] = ()
 
@@ -49,11 +49,11 @@ class Splits(DatasetDict):
 def load_rows(
     name: str | None, config_name: str | None, columns: dict[str, str], optional: Collection[str] = ()
 ) -> tuple[Splits, list[str]]:
-    """The splits train, validation and test with at least `columns`, and remarks for the user about how they came to be.
+    """The splits train, validation and test with at least `columns`, and remarks for the user on how they were made.
 
-    `columns` maps the flag that names a column to the column; those of the flags in `optional` need not be there. What is
-    read is text, but for lists and objects. Splits that are missing are held out of train, the same rows in each run, and
-    with the same share of each class where there is a `label_column`.
+    `columns` maps flags to column names; the columns of the flags in `optional` may be missing. Values are text, except
+    lists and objects. A missing split is held out of train: the same rows in each run, with the same share of each class
+    if there is a `label_column`.
 
     Raises: UserError for a missing, empty or unreadable file, a missing column, or rows that are all empty.
     """
@@ -80,9 +80,9 @@ def load_rows(
         rows = loaded[split]
         for column in {*columns.values()} & {*rows.column_names}:
             rows = as_text(rows, column)
-        if label and split != "train" and label in rows.column_names and not any(_told(rows, label)):
+        if label and split != "train" and label in rows.column_names and not any(_filled(rows, label)):
             remarks.append(f"the {split} split is not used: none of its rows has a label")
-            continue  # as the test splits of GLUE, whose labels are kept back
+            continue  # GLUE, for example, does not publish the labels of its test splits
         rows, dropped = _check_rows(rows, needed, f"{name or 'embedded'} ({split})")
         if dropped:
             remarks.append(f"{dropped:,} rows of {split} left out: empty {' or '.join(needed.values())}")
@@ -106,10 +106,10 @@ def load_rows(
 
 
 def _stripped(rows: Dataset, label: str) -> Dataset:
-    """`rows` without blanks around the names in column `label`; raises UserError where they are no names."""
+    """`rows` without blanks around the class names in column `label`; raises UserError for lists and objects."""
     if other := next((value for value in rows[label] if not isinstance(value, str)), None):
         raise UserError(
-            f"column {label} has {str(other)[:60]!r}, which names no class; name another with --label_column"
+            f"column {label} has {str(other)[:60]!r}, which is no class name; name another column with --label_column"
         )
     names = [value.strip() for value in rows[label]]
     with _no_progress_bars():
@@ -117,10 +117,10 @@ def _stripped(rows: Dataset, label: str) -> Dataset:
 
 
 def _hold_out(rows: Dataset, size: int, text: str | None, label: str | None) -> tuple[Dataset, Dataset]:
-    """`rows` as train and test, the latter of `size` rows; of fewer where a class would lose its last row to it.
+    """Splits `rows` into train and test; test has `size` rows, or fewer if a class would lose its last train row.
 
-    Rows with the same `text` stay together, on the side of the first of them, as long as each side has what it needs:
-    some row in test, and of each class one in train.
+    Rows with the same `text` stay together, in the split of the first of them, unless test would then be empty or train
+    would lose a class.
     """
     if label is None:
         numbers = Dataset.from_dict({"number": range(len(rows))}).train_test_split(test_size=size, seed=HELD_OUT_SEED)
@@ -140,27 +140,31 @@ def _hold_out(rows: Dataset, size: int, text: str | None, label: str | None) -> 
 
 
 def _draw_classes(labels: Sequence[str], size: int, spared: int) -> tuple[list[int], set[int]]:
-    """The numbers of all rows, mixed, and of `size` of them, with the same share of each class but its last `spared` rows."""
+    """All row numbers, shuffled, and a set of `size` row numbers with the same share of each class.
+
+    The last `spared` rows of each class are not drawn.
+    """
     numbers: dict[str, list[int]] = {}
     for number, value in enumerate(labels):
         numbers.setdefault(value, []).append(number)
     random = np.random.default_rng(HELD_OUT_SEED)
     drawn = {name: random.permutation(numbers[name]).tolist() for name in sorted(numbers)}
-    mixed = random.permutation(len(labels)).tolist()  # so that the first N of either are a fair sample
+    mixed = random.permutation(len(labels)).tolist()  # so that the first N rows of either split are a fair sample
     shares = _shares({name: len(of_class) for name, of_class in drawn.items()}, size, random, spared)
     return mixed, {number for name, of_class in drawn.items() for number in of_class[: shares[name]]}
 
 
 def sample_of_classes(rows: Dataset, label: str, size: int) -> Dataset:
-    """`size` of `rows`, in their order, with the same share of each class, the same ones in each run."""
+    """A sample of `size` of `rows` with the same share of each class, in their order; the same rows in each run."""
     _, drawn = _draw_classes(rows[label], size, spared=0)
     return rows.select(sorted(drawn))
 
 
 def _shares(counts: dict[str, int], size: int, random: np.random.Generator, spared: int) -> dict[str, int]:
-    """How many of `size` rows each class gives: in proportion to its `counts`, by largest remainder, but for its last `spared` rows.
+    """How many of `size` rows to draw from each class: in proportion to `counts`, by largest remainder.
 
-    `random` draws among equal remainders, so that of many small classes not only the first ones give a row.
+    The last `spared` rows of a class are not drawn. `random` decides between equal remainders, so that among many small
+    classes not always the first ones are drawn.
     """
     exact = {name: size * count / sum(counts.values()) for name, count in counts.items()}
     shares = {name: min(int(exact[name]), count - spared) for name, count in counts.items()}
@@ -182,13 +186,11 @@ def _load_local(path: Path) -> tuple[dict[str, Dataset], list[str]]:
     if sentences := [file for file in found if file.suffix == ".txt" and (path.is_file() or "Sentences" in file.stem)]:
         if len(sentences) > 1:
             names = ", ".join(file.name for file in sentences)
-            raise UserError(
-                f"--dataset_name {path}: several files of sentences ({names}), which hold the same ones; name one of them"
-            )
+            raise UserError(f"--dataset_name {path}: several files hold the same sentences ({names}); name one of them")
         return {"train": read_sentences(sentences[0])}, []
     found = [file for file in found if file.suffix != ".txt"]
     if not found:
-        raise UserError(f"--dataset_name {path}: no data file there; valid are {', '.join(READABLE)}")
+        raise UserError(f"--dataset_name {path}: no data file there; valid types are {', '.join(READABLE)}")
     for file in found:
         split = "train" if path.is_file() else SPLIT_NAMES.get(file.stem.split("-")[0].split("_")[0].lower())
         if split:
@@ -207,12 +209,12 @@ def _load_local(path: Path) -> tuple[dict[str, Dataset], list[str]]:
             {split: [(file, file.suffix) for file in group] for split, group in files.items()}
         )
     if others := [file.name for file in found if file not in read]:
-        remarks.append(f"not read, for no split has such a name: {', '.join(others)}")
+        remarks.append(f"not read, because their names name no split: {', '.join(others)}")
     return splits, remarks
 
 
 def _read_splits(files: dict[str, list[tuple[Path, str]]]) -> tuple[dict[str, Dataset], list[str]]:
-    """The rows of each split, whose files come with what their names end in, and remarks on how they were read."""
+    """The rows of each split, and remarks on how they were read; `files` has (path, suffix) pairs for each split."""
     splits: dict[str, Dataset] = {}
     remarks: list[str] = []
     for split, group in files.items():
@@ -237,7 +239,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _joined(parts: list[Dataset]) -> Dataset:
-    """The rows of several files, with the columns that all of them have."""
+    """The rows of several files, with the columns that all files have."""
     if len(parts) == 1:
         return parts[0]
     shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
@@ -249,7 +251,7 @@ def _joined(parts: list[Dataset]) -> Dataset:
 
 
 def _load_hub(name: str, config_name: str | None) -> tuple[dict[str, Dataset], list[str]]:
-    """The splits of a data set of the hub, and remarks on how they were read; its text files are read as local ones are."""
+    """The splits of a hub data set, and remarks on how they were read; text files are read like local files."""
     try:
         builder = load_dataset_builder(name, config_name)
         if files := _text_files(builder):
@@ -267,14 +269,14 @@ def _load_hub(name: str, config_name: str | None) -> tuple[dict[str, Dataset], l
     except (DatasetNotFoundError, GatedRepoError, ConnectionError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--dataset_name {name}: no such folder, and it cannot be had from the hub ({reason}); check the spelling "
+            f"--dataset_name {name}: no such folder, and it cannot be loaded from the hub ({reason}); check the spelling "
             "of user/name, log in with `hf auth login` if it is gated, or give a local folder"
         ) from None
     return {SPLIT_NAMES[split]: rows for split, rows in loaded.items() if split in SPLIT_NAMES}, []
 
 
 def _text_files(builder: DatasetBuilder) -> dict[str, list[str]]:
-    """The csv, tsv and json files of a data set that says no more of them than where they are; none for any other."""
+    """The csv, tsv and json files of a data set that configures nothing but their location; otherwise none."""
     config = builder.config
     if builder.info.features is not None or not config.data_files or not isinstance(config, CsvConfig | JsonConfig):
         return {}
@@ -282,13 +284,13 @@ def _text_files(builder: DatasetBuilder) -> dict[str, list[str]]:
     suffixes = {Path(url).suffix for urls in files.values() for url in urls}
     if len(suffixes) != 1 or not suffixes <= {".csv", ".tsv", ".jsonl", ".json"}:
         return {}
-    asked = {"data_files": config.data_files, "name": config.name, "version": config.version}
-    asked |= {"sep": "\t" if suffixes == {".tsv"} else ","} if isinstance(config, CsvConfig) else {}
-    return files if replace(type(config)(), **asked) == replace(config, data_dir=None, description=None) else {}
+    plain = {"data_files": config.data_files, "name": config.name, "version": config.version}
+    plain |= {"sep": "\t" if suffixes == {".tsv"} else ","} if isinstance(config, CsvConfig) else {}
+    return files if replace(type(config)(), **plain) == replace(config, data_dir=None, description=None) else {}
 
 
 def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dataset, int]:
-    """The rows in which every one of `columns` holds text, and how many were left out."""
+    """The rows in which none of `columns` is empty, and how many rows were left out."""
     for flag, column in columns.items():
         if column not in rows.column_names:
             raise UserError(
@@ -297,16 +299,16 @@ def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dat
             )
     if len(rows) == 0:
         raise UserError(f"{where}: there is a header but no row")
-    full = [all(row) for row in zip(*(_told(rows, column) for column in columns.values()), strict=True)]
+    full = [all(row) for row in zip(*(_filled(rows, column) for column in columns.values()), strict=True)]
     if not any(full):
         raise UserError(
-            f"{where}: in each of its {len(rows):,} rows {' or '.join(columns.values())} is empty; fill them in"
+            f"{where}: {' or '.join(columns.values())} is empty in each of its {len(rows):,} rows; fill them in"
         )
     if all(full):
         return rows, 0
     return rows.select([i for i, ok in enumerate(full) if ok]), full.count(False)
 
 
-def _told(rows: Dataset, column: str) -> list[bool]:
-    """Whether each row has something in `column`: not nothing, nor blanks."""
+def _filled(rows: Dataset, column: str) -> list[bool]:
+    """For each row, whether `column` holds something other than blanks."""
     return [value is not None and bool(str(value).strip()) for value in rows[column]]

@@ -1,4 +1,4 @@
-"""Batches whose rows are shared out among processes (sequence parallelism)."""
+"""Batches for sequence parallelism: several processes share the tokens of each row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 
 
 class SharedRows:
-    """Collates rows whose tokens `processes` ranks share (Ulysses): a batch is (rows, length), right-padded for an even cut.
+    """Collates rows that `processes` ranks share (Ulysses): a batch is (rows, length), right-padded so that it splits evenly.
 
-    The length is that of the `longest` row, in tokens, for ranks gather each other's batches, and must agree on it.
-    Positions are those in the whole row, and there is no mask: what follows the text is seen by none of its tokens.
+    Every batch has the length of the `longest` row in tokens, because ranks gather each other's batches and must agree on
+    it. Positions count within the whole row. There is no mask: padding follows the text, so no token of the text attends to it.
     """
 
     def __init__(self, collator: Any, processes: int, longest: int) -> None:
@@ -27,12 +27,12 @@ class SharedRows:
 
     @staticmethod
     def with_positions(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`batch` with the positions (rows, length) of its tokens, and without a mask."""
+        """`batch` without its mask, and with `position_ids` (rows, length)."""
         shape = batch["input_ids"].shape
         kept = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
         return kept | {"position_ids": torch.arange(shape[1]).expand(shape).contiguous()}
 
 
 def shared_length(length: int, processes: int) -> int:
-    """The tokens of a row that `processes` can share evenly: no less than `length`."""
+    """The smallest multiple of `processes` that is at least `length` tokens."""
     return -(-length // processes) * processes

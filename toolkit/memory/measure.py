@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
 from toolkit.memory.recording import Counter, Meter, Recording
 from toolkit.memory.replay import replay_without_offloaded
 from toolkit.memory.resizing import resizes_seen_by
-from toolkit.memory.trace import Trace
+from toolkit.memory.trace import Sink, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class MemoryCallback(TrainerCallback):
 
     `ledger` is None until the last of these steps is over (or training ends). It stays None if the parts do not add up to
     the device's total: the run goes on, `problem` holds the reason, and a warning is logged. `batches` holds the arguments
-    of each traced forward pass, so that the same steps can be predicted.
+    of each traced forward pass, so that the same steps can be predicted. `sinks` receive the trace's events too.
     """
 
     def __init__(
@@ -62,10 +62,12 @@ class MemoryCallback(TrainerCallback):
         steps: tuple[int, ...] = (1, 2),
         config: Mapping[str, Any] | None = None,
         snapshot: str | Path | None = None,
+        sinks: Sequence[Sink] = (),
     ):
         self.steps = frozenset(steps)
         self.config = dict(config or {})
         self.snapshot = snapshot
+        self.sinks = tuple(sinks)
         self.ledger: Ledger | None = None
         self.problem: str | None = None
         self.batches: list[dict[str, torch.Tensor]] = []
@@ -93,7 +95,7 @@ class MemoryCallback(TrainerCallback):
             torch.cuda.memory._record_memory_history()
         self._meter, new_trace = self.new_trace(model)
         self._recording = Recording(self._meter)
-        self._trace = new_trace(self._meter, self._recording)
+        self._trace = new_trace(self._meter, self._recording, *self.sinks)
         self.load(self._trace, model)
         self._trace.on_phase = self._on_phase
 

@@ -1,4 +1,4 @@
-"""How a model is fine-tuned. One file a family; `METHODS` finds them, so a new method is one file here and one recipe."""
+"""How a model is fine-tuned: one file for each method. `METHODS` finds them, so a new method is one file here and one recipe."""
 
 import importlib
 import pkgutil
@@ -21,10 +21,10 @@ METHODS = _find()
 
 
 class _CallablePackage(ModuleType):
-    """Lets `toolkit.methods()` be a function beside the package `toolkit.methods`, whose name it shares."""
+    """Makes the package `toolkit.methods` callable, so that `toolkit.methods()` is a function of the Python API."""
 
     def __call__(self) -> dict[str, type[Method]]:
-        """As `toolkit.runs.api.methods`."""
+        """The same as `toolkit.runs.api.methods`."""
         return dict(METHODS)
 
 

@@ -1,7 +1,6 @@
-"""Bottleneck adapters: a small network after each sublayer, as a method of PEFT's that PEFT does not come with.
+"""Bottleneck adapters: a small network after each sublayer. PEFT does not have this method, so it is registered here.
 
-An adapter is saved by `PeftModel.save_pretrained` and loaded by `PeftModel.from_pretrained` wherever this module has been
-imported: `import toolkit.methods.adapter`.
+`PeftModel.save_pretrained` saves such an adapter. `PeftModel.from_pretrained` loads it after `import toolkit.methods.adapter`.
 """
 
 from dataclasses import dataclass, field
@@ -18,20 +17,20 @@ from transformers import PreTrainedModel
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, check_names, linear_names, task_type
 
-# The linear layers that a sublayer ends with, by the names that architectures give them.
+# Names that architectures give to the last linear layer of a sublayer.
 ATTENTION_OUTPUTS = ("o", "o_proj", "out_proj", "attn.c_proj", "self_attn.dense", "attention.dense")
 FEED_FORWARD_OUTPUTS = ("wo", "down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "fc_out")
 
 
 class AdapterType(StrEnum):
-    """What `PeftType` would say, which is closed to methods from outside: PEFT's tables take any name."""
+    """The name of this method in PEFT's tables, which accept any name; PEFT's own enum `PeftType` cannot be extended."""
 
     BOTTLENECK = "BOTTLENECK"
 
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """Adapters of inner width `bottleneck_size` on the outputs of `target_modules`."""
+    """Adapters with inner width `bottleneck_size` on the outputs of `target_modules`."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -46,7 +45,7 @@ class BottleneckConfig(PeftConfig):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """y + up(relu(down(y))), where y (..., out) is the wrapped layer's output; `up` begins at zero, so y is unchanged."""
+    """y + up(relu(down(y))), where y (..., out) is the wrapped layer's output. `up` starts at zero, so y is unchanged at first."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
 
@@ -59,7 +58,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Adds one more adapter by its name."""
+        """Adds an adapter named `adapter_name`."""
         _, width = _get_in_out_features(self.get_base_layer())
         self.bottleneck_down[adapter_name] = nn.Linear(width, config.bottleneck_size)
         self.bottleneck_up[adapter_name] = nn.Linear(config.bottleneck_size, width)
@@ -80,7 +79,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
 
 class BottleneckModel(BaseTuner):
-    """Puts a `BottleneckLayer` around each target."""
+    """Wraps each target in a `BottleneckLayer`."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
@@ -108,10 +107,10 @@ PEFT_TYPE_TO_PREFIX_MAPPING[AdapterType.BOTTLENECK] = BottleneckModel.prefix
 
 @dataclass
 class Adapter(PeftBased):
-    """Bottleneck adapters after attention and feed-forward (Houlsby et al. 2019, arXiv:1902.00751), or after the
-    feed-forward alone (Pfeiffer et al. 2020, arXiv:2005.00247).
+    """Bottleneck adapters after attention and feed-forward (Houlsby et al. 2019, arXiv:1902.00751), or only after the
+    feed-forward (Pfeiffer et al. 2020, arXiv:2005.00247).
 
-    2 x width x size parameters for each. They stay apart from the weights, so generating costs a little more.
+    Each has 2 x width x size parameters. They cannot be merged into the weights, so generation is a little slower.
     """
 
     _argument_group_name: ClassVar[str] = "bottleneck adapters"
@@ -124,26 +123,33 @@ class Adapter(PeftBased):
     adapter_style: Literal["houlsby", "pfeiffer"] = field(
         default="houlsby",
         metadata={
-            "help": "houlsby: after attention and feed-forward; pfeiffer: after the feed-forward, at half the cost."
+            "help": "houlsby: after attention and feed-forward; pfeiffer: only after the feed-forward, at half the cost."
         },
     )
     adapter_size: int = field(default=64, metadata={"help": "Inner width: trainable parameters grow with it."})
     adapter_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the linear layers to put an adapter after. Default: those that end a sublayer."},
+        metadata={"help": "Names of the linear layers that get an adapter. Default: the last layer of each sublayer."},
     )
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for a size that is not possible, and for a style that is overruled by names."""
+        """Raises UserError for an impossible size, and for a style without effect because target modules are named."""
         super().check(given)
         check_least(self, 1, "adapter_size")
         if "adapter_style" in given and self.adapter_target_modules:
-            raise UserError("--adapter_style has no effect beside --adapter_target_modules; leave one of them out")
+            raise UserError(
+                "--adapter_style has no effect together with --adapter_target_modules; leave one of them out"
+            )
+
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """An adapter has a nonlinearity between its two matrices."""
+        return "a bottleneck adapter is not linear, so no weight can stand for it"
 
     def configure(self, model: PreTrainedModel) -> BottleneckConfig:
         """The configuration for PEFT.
 
-        Raises: UserError where the model's sublayers end with layers of names that are not known.
+        Raises: UserError if the names of the last layers of the model's sublayers are not known.
         """
         targets = self.adapter_target_modules
         if targets:
@@ -154,7 +160,7 @@ class Adapter(PeftBased):
             found = [[n for n in group if any(name.endswith(f".{n}") for name in names)] for group in both]
             if not all(found):
                 raise UserError(
-                    f"it is not known which layers end the sublayers of {model.config.model_type!r}; "
+                    f"the last layers of the sublayers of {model.config.model_type!r} are not known; "
                     f"name them with --adapter_target_modules, from: {', '.join(linear_names(model))}"
                 )
             targets = [name for group in found for name in group]

@@ -1,4 +1,4 @@
-"""What every method offers to the recipes, and what those over a frozen base share: PEFT, its errors, quantized bases."""
+"""The interface of a method, and the shared parts of methods over a frozen base: PEFT, its errors, quantized bases."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -11,16 +11,16 @@ from peft import PeftConfig, TaskType, get_peft_model, prepare_model_for_kbit_tr
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainingArguments
 
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean
 from toolkit.models.heads import has_head, head_modules
 from toolkit.models.quantization import is_packed
-from toolkit.models.soft_prompts import fit_head
+from toolkit.models.soft_prompts import IN_THE_CACHE, fit_head
 from toolkit.units import format_bytes
 
-# For the tiny embedded model and its dialogues, on top of each method's own learning rate.
+# Defaults for the tiny embedded model and its dialogues; each method adds its learning rate.
 EMBEDDED = {
     "num_train_epochs": 2.0,
     "per_device_train_batch_size": 16,
@@ -37,75 +37,90 @@ NORMS = "Norm"  # in the class name of every normalization layer: LayerNorm, T5L
 
 @dataclass
 class Method(ABC):
-    """A way to fine-tune: its fields are its flags, its class says what it is and what suits it."""
+    """A way to fine-tune. Its fields are its flags; its class variables are its name, paper and defaults."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""  # arXiv id
     freezes_base: ClassVar[bool]
     trains: ClassVar[bool] = True  # in-context learning does not
-    needs_import: ClassVar[str] = ""  # the module of ours without which PEFT cannot load the result
-    training_defaults: ClassVar[dict[str, Any]]  # by flag name, for real models
-    embedded_defaults: ClassVar[dict[str, Any]]  # on top of them, for the tiny embedded one
+    needs_import: ClassVar[str] = ""  # a module of this package that PEFT needs to load the result
+    used_training_flags: ClassVar[frozenset[str] | None] = None  # those with an effect; None: all
+    training_defaults: ClassVar[dict[str, Any]]  # by flag name
+    embedded_defaults: ClassVar[dict[str, Any]]  # override those for the tiny embedded model
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the method takes beside those of the text."""
+        """Number of positions that the method adds to those of the text."""
         return 0
 
     @property
     def changes_base(self) -> str:
-        """The setting by which attaching it changes the model's own weights, such as `--init_lora_weights pissa`; else empty."""
+        """The flag that makes `attach` change the base's weights, such as `--init_lora_weights pissa`; empty if none does."""
         return ""
 
     @property
     def learning_rates_flag(self) -> str:
-        """The flag that gives some weights a learning rate of their own; else empty."""
+        """The flag that gives some weights a learning rate of their own; empty if none is set."""
         return ""
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Settings where the user (`given`: the flags that were named) says nothing."""
+        """Default settings, by flag name; `given` holds the user's flags."""
         embedded = given.get("model_name_or_path") is None
         return cls.training_defaults | (cls.embedded_defaults if embedded else {})
 
     @classmethod
     def optimizer(cls, on_gpu: bool) -> tuple[str | None, str]:
-        """The optimizer where none is asked for (None: Trainer's own default), and why."""
+        """The default optimizer (None: Trainer's own default), and why."""
         return None, "the default"
 
     def check(self, given: dict[str, Any]) -> None:  # noqa: B027 - most methods have something to check, not all
-        """Raises UserError for flags (`given`: those that the user named) that cannot be right together."""
+        """Raises UserError if the user's flags (`given`) contradict each other."""
 
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Returns `model` with this method in place and `requires_grad` set; works on the meta device too.
+        """Returns `model` with this method attached and `requires_grad` set. It must also work on the meta device.
 
-        Raises: UserError where the method does not fit the model.
+        Raises: UserError if the method does not fit the model.
         """
 
-    def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
-        """The optimizer over parameter groups of the method's own, of the class that `--optim` names; None: Trainer makes it."""
+    def make_optimizer(
+        self, model: PreTrainedModel, args: TrainingArguments, kind: type[Optimizer], options: dict[str, Any]
+    ) -> Optimizer | None:
+        """An optimizer with the method's own parameter groups; None: with those of `transformers.Trainer`.
+
+        `kind` is the class that `--optim` names, `options` its keyword arguments, with the learning rate.
+        """
         return None
 
     def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:  # noqa: B027 - few methods have something to do
-        """Called by rank 0 when the trained weights are in `folder`: rewrites what another base than the saved one needs."""
+        """Rank 0 calls this after the trained weights were saved to `folder`. Adapts the files if `attach` changed the base."""
 
     @classmethod
     def adapter_changes_base(cls, config: PeftConfig) -> bool:
-        """Whether a saved adapter with `config` changes the base's weights as it is loaded: such a base is not shared."""
+        """Whether loading a saved adapter with `config` changes the base's weights; runs do not share such a base."""
         return False
+
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """Why a saved adapter with `config` cannot be merged into the base's weights; empty if PEFT may try."""
+        if not config.is_prompt_learning:
+            return ""
+        if config.peft_type in IN_THE_CACHE:
+            return "its keys and values stand before those of the text, they change no weight"
+        return "its virtual tokens are inputs to the model, not changes of its weights"
 
 
 @dataclass
 class PeftBased(Method):
-    """A method of PEFT's over a frozen base, which may be quantized."""
+    """A PEFT method over a frozen base, which may be quantized."""
 
     freezes_base: ClassVar[bool] = True
 
     kbit_upcast: Literal["none", "all"] = field(default="all", metadata={"help": KBIT_UPCAST})
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for flags that cannot be right together."""
+        """Raises UserError if the user's flags (`given`) contradict each other."""
         if "kbit_upcast" in given and not (self._quantizes(given)):
             raise UserError("--kbit_upcast has no effect without --load_in_4bit or --load_in_8bit; leave it out")
 
@@ -117,16 +132,16 @@ class PeftBased(Method):
         """The configuration for PEFT."""
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Returns `model` wrapped by PEFT, its own weights frozen.
+        """Returns `model` wrapped by PEFT, with the base's weights frozen.
 
-        Raises: UserError with PEFT's reason where the method does not fit the model.
+        Raises: UserError with PEFT's reason if the method does not fit the model.
         """
         prepare_quantized(model, self.kbit_upcast)
         return wrap(model, self.configure(model), self.name)
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedModel:
-    """`get_peft_model`, with PEFT's reason for a refusal as one line; a classification head is trained and saved as well."""
+    """`get_peft_model`, with PEFT's errors as a one-line UserError. A classification head is trained and saved as well."""
     if has_head(model.config) and config.is_prompt_learning and model.config.is_encoder_decoder:
         raise UserError(
             f"{name} does not fit the head of this {model.config.model_type} model, which takes token ids alone; "
@@ -145,10 +160,10 @@ def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedMod
 
 
 def _train_heads_in_float32(model: nn.Module) -> None:
-    """Holds a head that trains in fp32 over a base of 16 bits, as PEFT (0.21) does with adapters, but not with whole modules.
+    """Keeps a trained head in fp32 over a 16-bit base. PEFT (0.21) does this for adapters, but not for whole modules.
 
-    In 16 bits small updates would be rounded away, and the scaler of --fp16 refuses such gradients. DeepSpeed, which keeps a copy in
-    fp32 itself, may make it 16 bits again.
+    In 16 bits small updates would be rounded away, and the gradient scaler of --fp16 refuses 16-bit gradients. DeepSpeed
+    keeps its own fp32 copy, so it may convert the head to 16 bits again.
     """
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -164,20 +179,20 @@ def _as_its_weights(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def task_type(model: PreTrainedModel) -> TaskType:
-    """PEFT's name for what the model does; with SEQ_CLS its new head is trained and saved with the adapter."""
+    """PEFT's task type for the model. With SEQ_CLS, PEFT trains the new head and saves it with the adapter."""
     if has_head(model.config):
         return TaskType.SEQ_CLS
     return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
 def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
-    """Freezes a quantized base, and says what is upcast to fp32 and what that costs.
+    """Freezes a quantized base, upcasts the rest to fp32 if `upcast` is "all", and prints what that costs.
 
-    PEFT's `prepare_model_for_kbit_training` holds every weight that is not quantized in fp32: norms, but also embeddings
-    and the output head, which then cost twice as much, and make each layer's input fp32 as well. None of it must be:
-    the weights are frozen, so no small update can be rounded away, and norms compute in fp32 by themselves
-    (T5LayerNorm and LlamaRMSNorm in their code, `nn.LayerNorm` inside its kernel). So QLoRA's recipe leaves them; elsewhere
-    PEFT's preparation is the default, since it is what published runs over quantized bases did.
+    PEFT's `prepare_model_for_kbit_training` upcasts every weight that is not quantized to fp32: norms, but also embeddings
+    and the output head. These then need twice the memory, and make each layer's input fp32 too. None of this is necessary:
+    the weights are frozen, so no small update can be rounded away, and norms compute in fp32 by themselves (T5LayerNorm
+    and LlamaRMSNorm in their code, `nn.LayerNorm` inside its kernel). So QLoRA's recipe does not upcast. For other methods
+    PEFT's preparation is the default, because published runs over quantized bases used it.
     """
     if not getattr(model, "is_quantized", False):
         return
@@ -198,7 +213,7 @@ def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
 
 
 def refuse_quantized(given: dict[str, Any], what: str) -> None:
-    """Raises UserError where a method that trains the base's own weights meets a quantized base."""
+    """Raises UserError for flags that quantize the base, which a method that trains the base's weights cannot use."""
     for flag in ("load_in_4bit", "load_in_8bit"):
         if given.get(flag):
             raise UserError(
@@ -208,7 +223,7 @@ def refuse_quantized(given: dict[str, Any], what: str) -> None:
 
 
 def refuse_quantized_model(model: PreTrainedModel) -> None:
-    """The same, for a checkpoint that is already quantized."""
+    """Raises UserError for a checkpoint that is already quantized."""
     if getattr(model, "is_quantized", False):
         raise UserError("this model is already quantized, and quantized weights cannot be trained; use recipes/lora.py")
 
@@ -222,7 +237,7 @@ def check_least(method: Method, least: int, *names: str) -> None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The distinct last names of the model's linear layers, such as `q` or `o_proj`: what a target may be."""
+    """The valid targets: the distinct last names of the model's linear layers, such as `q` or `o_proj`."""
     return sorted(
         {
             name.rsplit(".", 1)[-1]
@@ -233,7 +248,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def _say_absent(model: nn.Module, flag: str, names: Any) -> None:
-    """Says which of PEFT's default targets this model does not have, as where its experts are one stacked tensor."""
+    """Warns about default targets of PEFT that this model lacks, for example because its experts are one stacked tensor."""
     if isinstance(names, str) or any(p.is_meta for p in model.parameters()):
         return  # a pattern; or a count or prediction, not a run
     there = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
@@ -245,7 +260,7 @@ def _say_absent(model: nn.Module, flag: str, names: Any) -> None:
 
 
 def check_names(model: nn.Module, flag: str, names: Iterable[str], valid: list[str]) -> None:
-    """Raises UserError for a name that no module has or ends with (`valid`: what the message lists)."""
+    """Raises UserError for a name that matches no module; the message lists the names in `valid`."""
     there = [name for name, _ in model.named_modules()]
     for wanted in names:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in there):
@@ -255,9 +270,9 @@ def check_names(model: nn.Module, flag: str, names: Iterable[str], valid: list[s
 
 
 def targets_of(model: PreTrainedModel, flag: str, names: list[str] | None, mapping: dict[str, Any]) -> Any:
-    """What PEFT's `target_modules` takes: the names given by `flag` if they exist, or None for PEFT's choice.
+    """The value of PEFT's `target_modules`: the user's `names`, or None for PEFT's default targets (`mapping`).
 
-    Raises: UserError for a name that does not exist, and where PEFT has no choice for this architecture.
+    Raises: UserError for a name that does not exist, and if PEFT has no default targets for this architecture.
     """
     if names == ["all-linear"]:
         return "all-linear"

@@ -10,7 +10,7 @@ from toolkit.methods.base import EMBEDDED, Method, refuse_quantized, refuse_quan
 
 @dataclass
 class Full(Method):
-    """Trains all parameters: the reference for quality, and the most memory (weights, gradients and optimizer state)."""
+    """Trains all parameters: the reference for quality, with the largest memory (weights, gradients and optimizer state)."""
 
     _argument_group_name: ClassVar[str] = "full fine-tuning"
     name: ClassVar[str] = "full"

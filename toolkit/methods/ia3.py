@@ -1,4 +1,4 @@
-"""(IA)3: each chosen activation is multiplied by a learned vector."""
+"""(IA)3: multiplies chosen activations by learned vectors."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from toolkit.methods.base import EMBEDDED, PeftBased, targets_of, task_type
 class IA3(PeftBased):
     """Rescales keys, values and the feed-forward's inner activations (Liu et al. 2022, arXiv:2205.05638).
 
-    One number for each channel of a target: the smallest adapter of all, which merges into the weights without a trace.
+    One number for each channel of a target: the smallest adapter of all. It can be merged into the weights.
     """
 
     _argument_group_name: ClassVar[str] = "(IA)3"
@@ -30,21 +30,23 @@ class IA3(PeftBased):
     )
     ia3_feedforward_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Those of them whose input is rescaled, not their output. Default: none, or PEFT's choice."},
+        metadata={
+            "help": "Those of --ia3_target_modules whose input is rescaled instead of the output. Default: none, or PEFT's choice."
+        },
     )
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for feed-forward modules that are no targets."""
+        """Raises UserError for feed-forward modules that are not targets, and for --kbit_upcast none."""
         super().check(given)
         if self.kbit_upcast == "none":
             raise UserError(
-                "--kbit_upcast none does not go with (IA)3: PEFT's layers over quantized weights give fp32, beside which the "
-                "rest must be fp32 too; leave it out"
+                "--kbit_upcast none does not work with (IA)3: PEFT's layers over quantized weights return fp32, so the rest "
+                "must be fp32 too; leave it out"
             )
         strange = set(self.ia3_feedforward_modules or ()) - set(self.ia3_target_modules or ())
         if strange:
             raise UserError(
-                f"--ia3_feedforward_modules {' '.join(sorted(strange))}: each of them must be among --ia3_target_modules too"
+                f"--ia3_feedforward_modules {' '.join(sorted(strange))}: each of them must also be in --ia3_target_modules"
             )
 
     def configure(self, model: PreTrainedModel) -> IA3Config:

@@ -1,4 +1,4 @@
-"""LoRA: two thin matrices beside each chosen weight are trained, the weight itself is not; and its variants by flags."""
+"""LoRA: trains two thin matrices next to each chosen weight, and freezes the weight itself; flags select its variants."""
 
 import copy
 import math
@@ -16,15 +16,15 @@ from peft.tuners.lora import dora
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_CHOICE
 from safetensors.torch import save_file
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainingArguments
 
 from toolkit.console import say
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
 from toolkit.seams import patched
 
-# Initializations that take what the adapter starts with out of the base: such an adapter is right on a base that was
-# altered in the same way alone.
+# Initializations that subtract the adapter's initial product from the base. Such an adapter only works on a base that was
+# altered in the same way.
 ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITS = "default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
 
@@ -33,8 +33,8 @@ INITS = "default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
 class Lora(PeftBased):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W x + (alpha / r) B A x, with A (r, in) and B (out, r).
 
-    Trains r x (in + out) parameters for each target instead of in x out, so gradients and optimizer state all but
-    vanish. Activations do not: the gradient still passes through the whole frozen model.
+    Trains r x (in + out) parameters for each target instead of in x out, so gradients and optimizer state become very
+    small. Activations do not: the gradient still passes through the whole frozen model.
     """
 
     _argument_group_name: ClassVar[str] = "LoRA"
@@ -61,15 +61,15 @@ class Lora(PeftBased):
     use_dora: bool = field(
         default=False,
         metadata={
-            "help": "DoRA: train the weights' magnitude apart from their direction (arXiv:2402.09353); slower, and "
-            "it keeps a merged weight of each target among the activations."
+            "help": "DoRA: train the weights' magnitude and direction separately (arXiv:2402.09353); slower, and it keeps "
+            "a merged weight of each target among the activations."
         },
     )
     init_lora_weights: str = field(
         default="default",
         metadata={
-            "help": f"{INITS}. PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) begin with the weights' principal parts; "
-            "niter_N finds them by N rounds of a fast SVD."
+            "help": f"{INITS}. PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from the principal components of the "
+            "weights; niter_N finds them with N iterations of a fast SVD."
         },
     )
     loraplus_lr_ratio: float | None = field(
@@ -77,7 +77,7 @@ class Lora(PeftBased):
     )
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for a rank, scale, dropout or initialization that is not possible."""
+        """Raises UserError for an impossible rank, scale, dropout or initialization."""
         super().check(given)
         check_least(self, 1, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
@@ -105,16 +105,18 @@ class Lora(PeftBased):
 
     @property
     def changes_base(self) -> str:
-        """PiSSA and OLoRA take the weights' principal parts out of them."""
+        """PiSSA and OLoRA subtract the principal components from the weights."""
         changes = self.init_lora_weights.startswith(("pissa", "olora"))
         return f"--init_lora_weights {self.init_lora_weights}" if changes else ""
 
     def configure(self, model: PreTrainedModel) -> LoraConfig:
-        """The configuration for PEFT; on the meta device, where there are no weights to start from, the default init."""
+        """The configuration for PEFT. On the meta device it uses the default init, because there are no weights to start from."""
         empty = any(p.is_meta for p in model.parameters())
         init: bool | str = True if empty or self.init_lora_weights == "default" else self.init_lora_weights
         targets = targets_of(model, "lora_target_modules", self.lora_target_modules, PEFTS_CHOICE)
-        if targets is None:  # told, as PEFT (0.21) does not look for its own choice where it knows a model's experts
+        if (
+            targets is None
+        ):  # set explicitly: PEFT (0.21) skips its own default targets for models with experts that it knows
             targets = PEFTS_CHOICE[model.config.model_type]
         return LoraConfig(
             r=self.lora_r,
@@ -128,9 +130,9 @@ class Lora(PeftBased):
         )
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Returns `model` wrapped by PEFT, its own weights frozen.
+        """Returns `model` wrapped by PEFT, with the base's weights frozen.
 
-        Raises: UserError where a target matches no module (the message lists those that exist).
+        Raises: UserError if a target matches no module (the message lists those that exist).
         """
         if self.changes_base and getattr(model, "is_quantized", False):
             raise UserError(f"--init_lora_weights {self.init_lora_weights} needs a base that is not quantized")
@@ -141,7 +143,7 @@ class Lora(PeftBased):
         if self.lora_target_modules == ["all-linear"] and not any(p.is_meta for p in model.parameters()):
             _say_left_out(model)
         if self.changes_base and not any(p.is_meta for p in model.parameters()):
-            # on the host, and not as a dictionary, in which a memory account would find tensors of the model's
+            # On the host, and not in a dictionary: the memory census would count a dictionary's tensors as the model's.
             model.initial_adapter = tuple(
                 (k, v.detach().cpu().clone()) for k, v in get_peft_model_state_dict(model).items()
             )
@@ -149,34 +151,35 @@ class Lora(PeftBased):
 
     @property
     def learning_rates_flag(self) -> str:
-        """LoRA+ has two learning rates."""
+        """The flag of LoRA+, which has two learning rates."""
         return "" if self.loraplus_lr_ratio is None else "--loraplus_lr_ratio"
 
-    def make_optimizer(self, trainer: Trainer) -> Optimizer | None:
-        """With LoRA+, an optimizer with B's parameters in groups of a higher learning rate."""
+    def make_optimizer(
+        self, model: PreTrainedModel, args: TrainingArguments, kind: type[Optimizer], options: dict[str, Any]
+    ) -> Optimizer | None:
+        """For LoRA+, an optimizer whose parameter groups for B have a higher learning rate."""
         if self.loraplus_lr_ratio is None:
             return None
-        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        options |= {"loraplus_weight_decay": trainer.args.weight_decay, "loraplus_lr_ratio": self.loraplus_lr_ratio}
-        return create_loraplus_optimizer(trainer.model, kind, **options)
+        own = {"loraplus_weight_decay": args.weight_decay, "loraplus_lr_ratio": self.loraplus_lr_ratio}
+        return create_loraplus_optimizer(model, kind, **options, **own)
 
     def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:
-        """Rewrites the adapter for the base as it is on the hub, where PiSSA or OLoRA changed the one in memory."""
+        """Rewrites the adapter for the original base, if PiSSA or OLoRA changed the one in memory."""
         save_over_original_base(model, folder)
 
     @classmethod
     def adapter_changes_base(cls, config: PeftConfig) -> bool:
-        """Whether PEFT takes what the adapter starts with out of the base."""
+        """Whether PEFT subtracts the adapter's initial product from the base."""
         return takes_from_base(config)
 
 
 def takes_from_base(config: PeftConfig) -> bool:
-    """Whether PEFT takes what an adapter of `config` starts with out of the base when it is loaded."""
+    """Whether PEFT, when it loads an adapter with `config`, subtracts the adapter's initial product from the base."""
     return str(getattr(config, "init_lora_weights", "")).startswith(ALTERS_BASE)
 
 
 def _say_left_out(model: PeftModel) -> None:
-    """Says where all-linear takes no experts: those that are one stacked tensor, in architectures whose PEFT does not know them."""
+    """Warns if all-linear leaves out experts: stacked tensors in architectures that PEFT does not know are not adapted."""
     weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
     left = [p.numel() for name, p in weights.items() if re.search(r"\.experts\.(?!base_layer)", name) and p.dim() == 3]
     if left:
@@ -189,7 +192,7 @@ def _say_left_out(model: PeftModel) -> None:
 
 @contextmanager
 def _dora_on_meta() -> Iterator[None]:
-    """While open, DoRA's magnitudes (out,) over a 4-bit weight on the meta device, which is not packed there, are made from its shape."""
+    """Makes DoRA's magnitudes (out,) from the weight's shape for 4-bit weights on the meta device, which are not packed there."""
     plain = dora.DoraLinearLayer.update_layer
 
     def update_layer(self: Any, *, base_layer: torch.nn.Module, lora_B: torch.Tensor, **rest: Any) -> None:
@@ -203,10 +206,10 @@ def _dora_on_meta() -> Iterator[None]:
 
 
 def save_over_original_base(model: PreTrainedModel, folder: Path) -> None:
-    """Rewrites the adapter in `folder` for the base as it is on the hub, where PiSSA or OLoRA changed the one in memory.
+    """Rewrites the adapter in `folder` for the original base, if PiSSA or OLoRA changed the one in memory.
 
-    They train W' + s B A, where W' = W - s B0 A0 and A0, B0 are the initial values. The same is W + s [B, -B0] [A; A0]:
-    a plain LoRA of twice the rank, which loads, merges and is switched like any other.
+    They train W' + s B A, where W' = W - s B0 A0 and A0, B0 are the initial values. That equals W + s [B, -B0] [A; A0]: a
+    plain LoRA of twice the rank, which loads, merges and switches like any other.
     """
     initial = getattr(model, "initial_adapter", None)
     if not isinstance(model, PeftModel) or initial is None:

@@ -1,4 +1,4 @@
-"""P-tuning: the soft prompt's embeddings come out of a small network that is trained with them."""
+"""P-tuning: a small network, trained with the soft prompt, produces the prompt's embeddings."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,8 +14,8 @@ from toolkit.methods.base import EMBEDDED, PeftBased, check_least, task_type
 class PTuning(PeftBased):
     """P-tuning (Liu et al. 2021, arXiv:2103.10385): virtual tokens through a three-layer perceptron.
 
-    The network ties the tokens together, so that they learn at ordinary learning rates; after training its output is
-    all that is kept. Its last layer begins at the vocabulary's mean and spread, where the model expects embeddings.
+    The network connects the virtual tokens, so that they train at ordinary learning rates. After training only its output
+    is kept. Its last layer starts with the mean and spread of the vocabulary's embeddings, as the model expects.
     """
 
     _argument_group_name: ClassVar[str] = "P-tuning"
@@ -31,11 +31,11 @@ class PTuning(PeftBased):
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the method takes beside those of the text."""
+        """Number of positions that the method adds to those of the text."""
         return self.num_virtual_tokens
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for sizes that are not possible."""
+        """Raises UserError for impossible sizes."""
         super().check(given)
         check_least(self, 1, "num_virtual_tokens", "encoder_hidden_size")
 
@@ -49,7 +49,7 @@ class PTuning(PeftBased):
 
     @torch.no_grad()
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Returns `model` wrapped by PEFT, its own weights frozen, the prompts in the vocabulary's range."""
+        """Returns `model` wrapped by PEFT, with frozen weights and prompts scaled like the vocabulary's embeddings."""
         model = super().attach(model)
         encoder = model.prompt_encoder["default"]
         if model.word_embeddings.weight.is_meta or encoder.embedding.weight.is_meta:

@@ -1,4 +1,4 @@
-"""Any other of PEFT's methods, from its name and a file with its configuration."""
+"""Any other PEFT method, by its name and a file with its configuration."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,19 +11,20 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError, did_you_mean
+from toolkit.methods.adapter import Adapter, AdapterType
 from toolkit.methods.base import EMBEDDED, PeftBased, task_type
 from toolkit.methods.lora import takes_from_base
 
-# Methods that need more than a model, a configuration and rows, by PEFT's own description of them.
+# Methods that need more than a model, a configuration and rows, according to PEFT's documentation.
 UNFIT = {
-    "ADAPTION_PROMPT": "it fits Llama-like models alone and is not saved with their task's head",
+    "ADAPTION_PROMPT": "it only fits Llama-like models and is not saved with their task's head",
     "CARTRIDGE": "it is distilled from a text, not trained on rows",
     "CPT": "it needs the token ids of its context prompt for each model",
     "MULTITASK_PROMPT_TUNING": "it needs a task id with each row",
     "POLY": "it needs a task id with each row",
     "XLORA": "it mixes LoRA adapters that were trained before",
 }
-# Those that know bitsandbytes' layers, or never touch a linear layer.
+# Methods that support bitsandbytes' layers, or do not change linear layers.
 OVER_QUANTIZED = {"ADALORA", "BOFT", "BOTTLENECK", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS", "OFT", "PREFIX_TUNING"}
 OVER_QUANTIZED |= {"PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VERA"}
 
@@ -32,7 +33,7 @@ OVER_QUANTIZED |= {"PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SH
 class AnyPeft(PeftBased):
     """PEFT's method `--peft_type`, configured by `--peft_config FILE`.
 
-    What a method costs and needs is said in PEFT's own documentation of its configuration class.
+    PEFT's documentation of the configuration class says what each method needs and costs.
     """
 
     _argument_group_name: ClassVar[str] = "a method of PEFT"
@@ -46,7 +47,7 @@ class AnyPeft(PeftBased):
     )
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for a method that is not known or needs more than rows, and a file that does not configure it."""
+        """Raises UserError for a method that is unknown or needs more than rows, and for a file that does not configure it."""
         super().check(given)
         types = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
         if self.peft_type not in types:
@@ -58,8 +59,8 @@ class AnyPeft(PeftBased):
             raise UserError(f"--peft_type {self.peft_type} cannot be trained here: {UNFIT[self.peft_type]}")
         if self._quantizes(given) and self.peft_type not in OVER_QUANTIZED:
             raise UserError(
-                f"PEFT's {self.peft_type} takes a quantized weight for one of full precision; leave out quantized loading, or "
-                f"give one of: {', '.join(sorted(OVER_QUANTIZED))}"
+                f"PEFT's {self.peft_type} would treat a quantized weight as one of full precision; leave out quantized loading, "
+                f"or give one of: {', '.join(sorted(OVER_QUANTIZED))}"
             )
         settings = self._settings()
         if self.peft_type == "TRAINABLE_TOKENS" and not settings.get("token_indices"):
@@ -72,11 +73,18 @@ class AnyPeft(PeftBased):
 
     @classmethod
     def adapter_changes_base(cls, config: PeftConfig) -> bool:
-        """As LoRA's: its type may be LORA."""
+        """The same as LoRA's, because `--peft_type` may be LORA."""
         return takes_from_base(config)
 
+    @classmethod
+    def merge_refusal(cls, config: PeftConfig) -> str:
+        """As that of our adapters, where it is their type."""
+        if config.peft_type == AdapterType.BOTTLENECK:
+            return Adapter.merge_refusal(config)
+        return super().merge_refusal(config)
+
     def _settings(self) -> dict[str, Any]:
-        """The fields in the file of `--peft_config`."""
+        """The fields in the file `--peft_config`."""
         if self.peft_config is None:
             return {}
         try:

@@ -1,4 +1,4 @@
-"""Prefix tuning: learned keys and values stand before those of the input, in every layer."""
+"""Prefix tuning: learned keys and values precede those of the input in every layer."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,8 +16,8 @@ from toolkit.methods.base import EMBEDDED, PeftBased, check_least, task_type
 class PrefixTuning(PeftBased):
     """Prefix tuning (Li and Liang 2021, arXiv:2101.00190): virtual tokens x layers x 2 x key width parameters.
 
-    The prefix begins as the keys and values that the model itself computes for words of its vocabulary, as the paper
-    advises: random ones drown the input at first. In T5-like models it stands in the decoder's self-attention.
+    The prefix starts as the keys and values that the model computes for words of its vocabulary, as the paper advises:
+    random values would dominate the input at first. In T5-like models it is in the decoder's self-attention.
     """
 
     _argument_group_name: ClassVar[str] = "prefix tuning"
@@ -29,16 +29,16 @@ class PrefixTuning(PeftBased):
     num_virtual_tokens: int = field(default=20, metadata={"help": "Learned keys and values in each layer."})
     prefix_init: Literal["vocabulary", "zero", "random"] = field(
         default="vocabulary",
-        metadata={"help": "What they begin as: those of random words, zeros, or random numbers."},
+        metadata={"help": "Initial values: keys and values of random words, zeros, or random numbers."},
     )
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the method takes beside those of the text."""
+        """Number of positions that the method adds to those of the text."""
         return self.num_virtual_tokens
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for a number of tokens that is not possible, and for gradient checkpointing."""
+        """Raises UserError for an impossible number of tokens, and for gradient checkpointing."""
         super().check(given)
         check_least(self, 1, "num_virtual_tokens")
         if given.get("gradient_checkpointing") or given.get("activation_checkpointing"):
@@ -57,7 +57,7 @@ class PrefixTuning(PeftBased):
 
     @torch.no_grad()
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Returns `model` wrapped by PEFT, its own weights frozen, the prefix as words would have it."""
+        """Returns `model` wrapped by PEFT, with frozen weights and the prefix initialized as `--prefix_init` says."""
         model = super().attach(model)
         if self.prefix_init != "vocabulary" or any(p.is_meta for p in model.parameters()):
             return model
@@ -65,7 +65,7 @@ class PrefixTuning(PeftBased):
         words = torch.randint(0, text.vocab_size, (1, self.num_virtual_tokens), device=model.device)
         decoder = {"decoder_input_ids": words} if model.config.is_encoder_decoder else {}
         was_training = base.training
-        base.train()  # when not training, bitsandbytes would repack 4-bit weights for a CPU, for good
+        base.train()  # in evaluation mode bitsandbytes would repack 4-bit weights for a CPU, permanently
         cache = base(input_ids=words, use_cache=True, **decoder).past_key_values
         base.train(was_training)
         cache = getattr(cache, "self_attention_cache", cache)

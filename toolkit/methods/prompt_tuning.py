@@ -1,4 +1,4 @@
-"""Prompt tuning: a few learned embeddings are put before the input's own."""
+"""Prompt tuning: a few learned embeddings precede those of the input."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -12,11 +12,11 @@ from toolkit.methods.base import EMBEDDED, PeftBased, check_least, task_type
 
 @dataclass
 class PromptTuning(PeftBased):
-    """Soft prompts (Lester et al. 2021, arXiv:2104.08691): virtual tokens x width parameters, beside a frozen model.
+    """Soft prompts (Lester et al. 2021, arXiv:2104.08691): virtual tokens x width parameters, with a frozen model.
 
-    The prompt begins as embeddings of the model's own vocabulary, for random numbers train badly, and T5 worst of all;
-    and it needs a learning rate a hundred times that of LoRA. PEFT holds as many virtual tokens again for a T5-like
-    model's decoder, and counts them, though it uses the encoder's alone.
+    The prompt starts as embeddings of the model's own vocabulary, because random numbers train badly, worst of all on T5.
+    It needs a learning rate a hundred times that of LoRA. For a T5-like model PEFT stores (and counts) the same number of
+    virtual tokens again for the decoder, but only uses those of the encoder.
     """
 
     _argument_group_name: ClassVar[str] = "prompt tuning"
@@ -30,21 +30,19 @@ class PromptTuning(PeftBased):
     )
     prompt_tuning_init: Literal["vocabulary", "text", "random"] = field(
         default="vocabulary",
-        metadata={
-            "help": "What the virtual tokens begin as: random words, --prompt_tuning_init_text, or random numbers."
-        },
+        metadata={"help": "Initial virtual tokens: random words, --prompt_tuning_init_text, or random numbers."},
     )
     prompt_tuning_init_text: str | None = field(
-        default=None, metadata={"help": "A text in words of the model's vocabulary, such as an instruction."}
+        default=None, metadata={"help": "Initial text, such as an instruction; needs --prompt_tuning_init text."}
     )
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the method takes beside those of the text."""
+        """Number of positions that the method adds to those of the text."""
         return self.num_virtual_tokens
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for a number of tokens that is not possible, and a text that is missing or unused."""
+        """Raises UserError for an impossible number of tokens, and for an initial text that is missing or unused."""
         super().check(given)
         check_least(self, 1, "num_virtual_tokens")
         if self.prompt_tuning_init == "text" and not self.prompt_tuning_init_text:
@@ -53,7 +51,7 @@ class PromptTuning(PeftBased):
             raise UserError("--prompt_tuning_init_text has no effect without --prompt_tuning_init text; add it")
 
     def configure(self, model: PreTrainedModel) -> PromptTuningConfig:
-        """The configuration for PEFT; on the meta device, where no embedding can be copied, random numbers."""
+        """The configuration for PEFT. On the meta device, where no embedding can be copied, it starts from random numbers."""
         kinds = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
         empty = any(p.is_meta for p in model.parameters())
         from_text = self.prompt_tuning_init == "text" and not empty

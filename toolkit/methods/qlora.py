@@ -1,4 +1,4 @@
-"""QLoRA: LoRA over a base of 4 (or 8) bits, with an optimizer whose state can leave the GPU."""
+"""QLoRA: LoRA over a 4-bit (or 8-bit) base, with an optimizer whose state can move to the host's memory."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,7 @@ from toolkit.methods.lora import Lora
 class QLora(Lora):
     """LoRA over a frozen base in NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314).
 
-    About 0.52 bytes a weight of the base instead of 2. Each layer is dequantized whenever it is used, so a step takes longer.
+    The base needs about 0.52 bytes per weight instead of 2. Each layer is dequantized whenever it is used, so a step takes longer.
     """
 
     _argument_group_name: ClassVar[str] = "QLoRA"
@@ -24,19 +24,19 @@ class QLora(Lora):
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """4 bits, unless 8 are asked for."""
+        """4 bits, unless --load_in_8bit is given."""
         chosen = super().defaults(given)
         return chosen | {"load_in_4bit": False} if given.get("load_in_8bit") else chosen
 
     @classmethod
     def optimizer(cls, on_gpu: bool) -> tuple[str | None, str]:
-        """8-bit AdamW in unified memory where there is a GPU whose memory may run out."""
+        """Paged 8-bit AdamW on a GPU, whose memory may run out; otherwise Trainer's default."""
         if on_gpu:
             return "paged_adamw_8bit", "8-bit state that moves to the host's memory when the GPU's runs out"
         return None, "not the paged 8-bit AdamW of QLoRA, for without a GPU there is nothing to page from"
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for flags that cannot be right together, and where nothing is quantized."""
+        """Raises UserError if the user's flags (`given`) contradict each other, or nothing is quantized."""
         if given.get("load_in_4bit") is False and not given.get("load_in_8bit"):
             raise UserError("QLoRA with neither 4 nor 8 bits is LoRA: use recipes/lora.py")
         super().check(given)

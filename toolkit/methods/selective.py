@@ -1,4 +1,4 @@
-"""Selective fine-tuning: a part of the model's own weights is trained, and the rest is frozen."""
+"""Selective fine-tuning: trains a part of the model's own weights and freezes the rest."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,14 +26,14 @@ CHOICES = ("train_last_layers", "train_modules", "train_biases", "train_norms")
 class Selective(Method):
     """Trains the last layers, chosen modules, the biases (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199) or the norms.
 
-    Gradients and optimizer state are for what is trained alone. With the last layers alone, the layers before them keep no
-    activations either, which no adapter saves. What is trained needs no module of its own, so the result is a plain model.
+    Only the trained part needs gradients and optimizer state. If only the last layers are trained, the earlier layers keep no
+    activations either, which no adapter can save. No modules are added, so the result is a plain model.
     """
 
     _argument_group_name: ClassVar[str] = "selective fine-tuning"
     name: ClassVar[str] = "selective"
     paper: ClassVar[str] = "arXiv:2106.10199"
-    freezes_base: ClassVar[bool] = False  # what is trained is held in fp32, and so is the rest, beside which it stands
+    freezes_base: ClassVar[bool] = False  # so that all weights are held in fp32: the trained part, and the rest with it
     training_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-4}
     embedded_defaults: ClassVar[dict[str, Any]] = EMBEDDED | {"learning_rate": 3e-3}
 
@@ -41,11 +41,11 @@ class Selective(Method):
         default=None,
         metadata={
             "help": "Train the N layers nearest to the output; in a T5-like model the decoder's come before the encoder's. "
-            f"Default where nothing else is chosen: {LAST_LAYERS}."
+            f"Default, if nothing else is chosen: {LAST_LAYERS}."
         },
     )
     train_modules: list[str] | None = field(
-        default=None, metadata={"help": "Train the modules of these names, such as lm_head or q."}
+        default=None, metadata={"help": "Train the modules with these names, such as lm_head or q."}
     )
     train_biases: bool = field(default=False, metadata={"help": "Train the biases only (BitFit)."})
     train_norms: bool = field(default=False, metadata={"help": "Train the normalization layers only."})
@@ -59,9 +59,9 @@ class Selective(Method):
             raise UserError(f"{' and '.join(chosen)} exclude each other; give one of them")
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Returns `model` with the chosen part trainable, and a classification head, which is new, as well.
+        """Returns `model` with the chosen part trainable, and also a classification head, because that is new.
 
-        Raises: UserError for names and numbers of layers that the model does not have, and where nothing is chosen.
+        Raises: UserError for names or numbers of layers that the model does not have, and for --train_biases without biases.
         """
         refuse_quantized_model(model)
         model.requires_grad_(False)
@@ -101,7 +101,7 @@ class Selective(Method):
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers from input to output: the outermost lists of modules of one class, encoder before decoder.
+    """The model's layers from input to output: the outermost ModuleLists with modules of one class, encoder before decoder.
 
     T5 has `encoder.block` and `decoder.block`, BART `encoder.layers` and `decoder.layers`, Llama and Qwen2 `layers`, GPT-2 `h`.
     """

@@ -256,6 +256,18 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 BEAMS = ("early_stopping", "length_penalty")
 
 
+def end_as_the_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives `model` the tokenizer's padding, as Trainer would, and makes its generation settings fit to be saved.
+
+    Raises: UserError for settings that cannot be mended.
+    """
+    generation = getattr(model, "generation_config", None)
+    for settings in filter(None, (model.config, generation)):
+        settings.pad_token_id = tokenizer.pad_token_id
+    if generation is not None:
+        make_saveable(generation)
+
+
 def make_saveable(settings: GenerationConfig) -> None:
     """Repairs contradictory settings of some published models, which transformers loads with a warning but refuses to save.
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    EvalPrediction,
-)
+from transformers import EvalPrediction
+
+from toolkit.models.soft_prompts import has_virtual_tokens
 
 
 def row_losses(
@@ -27,6 +28,15 @@ def row_losses(
         for row, targets in zip(logits, labels, strict=True)
     ]
     return torch.stack(sums), labels.ne(IGNORE_INDEX).view(len(labels), -1).sum(1)
+
+
+def label_tokens(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """How many of `labels` the loss of `model` sees: all classes (batch,), or the tokens (batch, length) that are not masked.
+
+    A GPT-like model never predicts the first position, unless virtual tokens stand before it.
+    """
+    shifted = labels.dim() == 2 and not model.config.is_encoder_decoder and not has_virtual_tokens(model)
+    return (labels[:, 1:] if shifted else labels).ne(IGNORE_INDEX).sum()
 
 
 def mean_loss(rows: EvalPrediction) -> dict[str, float]:

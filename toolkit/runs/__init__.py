@@ -1,1 +1,1 @@
-"""One run from preflight to model card, its prediction, and finished runs read back."""
+"""A run from preflight to model card, its prediction, and loading finished runs."""

@@ -1,4 +1,4 @@
-"""What `import toolkit` offers to notebooks and scripts. Each function imports what it needs when it is called."""
+"""The Python API behind `import toolkit`. Each function imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ def predict(
     num_processes: int | None = None,
     **settings: Setting,
 ) -> Ledger:
-    """The memory that a run of `recipes/METHOD.py` will need, without weights, data or GPU: what `footprint predict` shows.
+    """Predicts the memory of a run of `recipes/METHOD.py`, without weights, data or GPU. `footprint predict` shows the same.
 
         predict("lora", gpu="RTX 4090", model_name_or_path="meta-llama/Llama-3.2-1B", max_length=512, bf16=True)
 
     Args:
-        method: a recipe's name; `methods()` has them.
+        method: a recipe's name; `methods()` lists them.
         flags: the recipe's flags, word by word as on the command line (`"--max_length", "512"`).
-        gpu: a GPU that need not be in this machine, by its usual name. Default: this machine's GPU, else its CPU.
-        gpu_memory: a GPU of that much usable memory instead: `"24GiB"`, or a number of bytes.
-        launch: one of several processes is predicted: a file of launch/ by its name (`"zero3"`), or the path of one.
-        num_processes: how many processes the launch file starts, instead of its own number.
-        settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping is passed
-            on as JSON, and None is as if the flag were not there. They win over `flags`.
+        gpu: the usual name of a GPU, which need not be in this machine. Default: this machine's GPU, or its CPU without one.
+        gpu_memory: instead of `gpu`, a GPU with this much usable memory: `"24GiB"`, or a number of bytes.
+        launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
+        num_processes: the number of processes, instead of the launch file's own.
+        settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping becomes JSON,
+            and None leaves the flag out. They override `flags`.
 
     Returns:
-        The ledger of the process that needs most. Sizes in bytes; `fits` compares it with the GPU's memory.
+        The ledger of the process that needs the most memory. Sizes are bytes; `fits` compares it with the GPU's memory.
 
     Raises:
-        UserError: for what cannot be predicted, an unknown method, card, launch file or flag, and for values that cannot be right.
+        UserError: for an unknown method, card, launch file or flag, for values that cannot be right, and for a run whose
+            memory cannot be predicted.
     """
     if gpu and gpu_memory:
         raise UserError("--gpu and --gpu_memory exclude each other; give one of them")
@@ -69,24 +70,24 @@ def predict(
         )
     named = find_card(gpu) if gpu else generic_card(str(gpu_memory)) if gpu_memory else None
     environment = ONE_PROCESS if launch is None else read_launch_file(str(launch), num_processes)
-    told = read_flags(METHODS[method], [*flags, *_as_flags(settings)])
-    on_cpu = {**told.from_file, **told.given}.get("use_cpu")
-    job = PredictionJob(method, told, environment, named or (None if on_cpu else this_card()))
+    parsed = read_flags(METHODS[method], [*flags, *_as_flags(settings)])
+    on_cpu = {**parsed.from_file, **parsed.given}.get("use_cpu")
+    job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()))
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
     return job.predict_apart() if apart else job.predict()
 
 
 def load_run(path: str | Path) -> FinishedRun:
-    """The finished run in the folder `path`: its settings, scores and measured memory, and its model, which answers texts.
+    """Loads the finished run in the folder `path`: settings, scores, measured memory, and the model, for generation.
 
         run = load_run("runs/lora-embedded-20250101-120000")
         run.scores["tuned"]
         run.generate(["#Person1#: Is it raining?"])
 
-    The model is loaded when it is first asked for, on the GPU where there is one.
+    The model is loaded at its first use, on the GPU if there is one.
 
     Raises:
-        UserError: where the folder is not that of a finished run, or its files are damaged.
+        UserError: if the folder is not that of a finished run, or its files are damaged.
     """
     from toolkit.runs.finished_run import FinishedRun
 
@@ -94,7 +95,7 @@ def load_run(path: str | Path) -> FinishedRun:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method of fine-tuning by the name of its recipe. A method's fields are its flags; `paper` is where it is from."""
+    """Every fine-tuning method, by its recipe's name. A method's fields are its flags; `paper` is its source."""
     from toolkit.methods import METHODS
 
     return dict(METHODS)

@@ -12,16 +12,16 @@ from toolkit.memory.cuda.meter import excluded_from_peak
 
 @dataclass
 class Completions:
-    """What one model answered for the test split, and its scores (rank 0 alone)."""
+    """One model's answers to the test split, and their scores (only on rank 0)."""
 
     texts: list[str]
     scores: dict[str, float]
 
 
 def evaluate_by_generation(model: PreTrainedModel, data: TaskData, config: Config, title: str) -> Completions:
-    """Has the model answer every row of the test split, as its task answers, and scores that against the references.
+    """The model's answers to every row of the test split, scored against the references.
 
-    Rows with the same text (DialogSum's test split has three references a dialogue) are answered once.
+    Rows with the same text are answered once: DialogSum's test split has three references for each dialogue.
     """
     prompts = [tuple(ids) for ids in data.test_prompts]
     unique = list(dict.fromkeys(prompts))

@@ -1,4 +1,4 @@
-"""Run folders read back: their models, ready to write, from the folders alone; runs over one base share it."""
+"""Loads finished runs, and their models, from run folders; runs over the same base share it."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArg
 from toolkit.errors import UserError
 from toolkit.files import read_csv
 from toolkit.memory.ledger import Ledger
-from toolkit.methods import METHODS, Method  # with them, tuners of ours are known to PEFT
+from toolkit.methods import METHODS, Method  # importing them also registers our own adapters with PEFT
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import auto_class, set_head
 from toolkit.models.loading import check_weights, load_model, load_model_config
@@ -25,15 +25,16 @@ from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
 from toolkit.tasks.tokenization import PromptTokenizer
 
-TOLD = ("method", "task", "seed", "weights", "prompt_template", "label_names", "max_length", "max_target_length")
+# The keys of run.json that are needed to load a run.
+NEEDED = ("method", "task", "seed", "weights", "prompt_template", "label_names", "max_length", "max_target_length")
 
 
 class FinishedRun:
     """The run in `path`: `settings` by flag name, `record` (run.json), `scores`, measured `ledger`, and the model.
 
-    `generate` loads the model when it is first needed.
+    The model is loaded at its first use.
 
-    Raises: UserError where the folder is not that of a finished run, or its files are damaged.
+    Raises: UserError if the folder is not that of a finished run, or its files are damaged.
     """
 
     def __init__(self, path: Path, must_be_finished: bool = True) -> None:
@@ -42,7 +43,7 @@ class FinishedRun:
         self.settings = _read_yaml(path / "config.yaml")
         if must_be_finished and not self.record.get("finished"):
             raise UserError(f"{path}: the run did not finish; continue it with --resume_from_checkpoint true")
-        if missing := [name for name in TOLD if name not in self.record]:
+        if missing := [name for name in NEEDED if name not in self.record]:
             raise UserError(f"{path / 'run.json'} is damaged: it has no {missing[0]!r}; run the recipe again")
         if self.record["task"] not in TASKS:
             raise UserError(
@@ -51,26 +52,26 @@ class FinishedRun:
 
     @property
     def task(self) -> Task:
-        """What the run learned."""
+        """The task that the run learned."""
         return TASKS[self.record["task"]]
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
-        """The scores on the test split by model (base, tuned; or by number of shots), then by metric."""
+        """The scores on the test split: by model (base, tuned) or number of shots, then by metric."""
         return self.record.get("scores", {})
 
     @cached_property
     def ledger(self) -> Ledger | None:
-        """The measured memory of its training steps; None where none was measured.
+        """The measured memory of the training steps; None if none was measured.
 
-        Raises: UserError where memory.json is damaged.
+        Raises: UserError if memory.json is damaged.
         """
         path = self.path / "memory.json"
         return Ledger.load(path) if path.is_file() else None
 
     @cached_property
     def adapter(self) -> PeftConfig | None:
-        """The configuration of the saved adapter; None where a whole model was saved."""
+        """The configuration of the saved adapter; None if a whole model was saved."""
         if not (self.path / "adapter_config.json").is_file():
             return None
         try:
@@ -81,7 +82,7 @@ class FinishedRun:
 
     @cached_property
     def base(self) -> ModelArguments:
-        """The model that was tuned."""
+        """The arguments of the base model."""
         names = {f.name for f in dataclasses.fields(ModelArguments)}
         return ModelArguments(**{name: value for name, value in self.settings.items() if name in names})
 
@@ -91,7 +92,7 @@ class FinishedRun:
         return self.base.load_in_4bit or self.base.load_in_8bit
 
     def load_base(self) -> PreTrainedModel:
-        """The untuned model, as the run held it; or the whole tuned one where that was saved."""
+        """The base model in the run's precision, or the whole tuned model if that was saved."""
         if self.adapter is None and any(self.path.glob("*.safetensors")):
             config = AutoConfig.from_pretrained(self.path)
             model, found = auto_class(config).from_pretrained(self.path, config=config, output_loading_info=True)
@@ -105,7 +106,7 @@ class FinishedRun:
 
     @property
     def shares_with(self) -> str:
-        """Runs of which this is the same take the same base, each with its own adapter."""
+        """A key: runs with an equal key can share one loaded base, each with its own adapter."""
         method = METHODS.get(self.record["method"], Method)
         if self.adapter is None or method.adapter_changes_base(self.adapter) or self.base.random_weights:
             return str(self.path)
@@ -119,7 +120,7 @@ class FinishedRun:
 
     @cached_property
     def prompt_tokenizer(self) -> PromptTokenizer:
-        """Makes prompts as the run did."""
+        """Makes the same prompts as the run did."""
         config = load_model_config(self.base, needs_weights=False, kind=self.task.model_kind)
         return self.task.prompt_tokenizer(
             AutoTokenizer.from_pretrained(self.path),
@@ -131,9 +132,9 @@ class FinishedRun:
         )
 
     def generate(self, texts: Sequence[str], model: PreTrainedModel | None = None, num_beams: int = 1) -> list[str]:
-        """What the run's model answers to each of `texts`, put into the run's prompt; for a head, the label.
+        """The answers of the run's model to `texts`, each in the run's prompt; with a classification head, the labels.
 
-        Raises: UserError where `texts` is one text, or the model cannot be loaded.
+        Raises: UserError if `texts` is a single text, or the model cannot be loaded.
         """
         if isinstance(texts, str):
             raise UserError("generate takes a list of texts and got one text; write [text]")
@@ -142,21 +143,21 @@ class FinishedRun:
         return self.task.continuations(model, self.prompt_tokenizer, prompts, 8, num_beams)
 
     def sample(self, rows: int) -> list[tuple[str, str]]:
-        """(text, reference) of the first `rows` different texts of the test split."""
+        """(text, reference) of the first `rows` distinct texts of the test split."""
         columns = read_completions(self.path)
         return list(dict(zip(columns["text"], columns["reference"], strict=True)).items())[:rows]
 
     def score(self, model: PreTrainedModel, sample: Sequence[tuple[str, str]]) -> dict[str, float]:
-        """The scores of the run's task for what `model` answers to the texts of `sample`."""
+        """The scores of `model`'s answers to the texts of `sample`."""
         prompts = [self.prompt_tokenizer.prompt(text)[0] for text, _ in sample]
         answers = self.task.answers(model, self.prompt_tokenizer, prompts, 8)
         return self.task.score(answers, [reference for _, reference in sample], self.prompt_tokenizer.label_names)
 
     @torch.inference_mode()
     def logits(self, model: PreTrainedModel, sample: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """The logits (tokens of all rows, vocabulary) or (rows, classes) of `model` while it reads each prompt, fp32.
+        """The fp32 logits of `model` on each prompt: (tokens of all rows, vocabulary), or (rows, classes) for a head.
 
-        A T5-like model that writes text reads the reference as its decoder's input.
+        A T5-like model that generates text gets the reference as its decoder's input.
         """
         found = []
         for text, reference in sample:
@@ -169,14 +170,14 @@ class FinishedRun:
 
 
 class Models:
-    """The models of several runs: a base is loaded once, and adapters over it are switched without loading it again."""
+    """The models of several runs. A shared base is loaded once, and adapters are switched without loading it again."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, PreTrainedModel | PeftModel] = {}
 
     def of(self, run: FinishedRun) -> PreTrainedModel:
-        """The tuned model of `run`, its adapter active; the one that an earlier call gave is no longer of its run."""
-        key, name = run.shares_with, str(run.path.resolve()).replace(".", "_")  # a name of a module has no dots
+        """The tuned model of `run`, with its adapter active. A model from an earlier call may have lost its adapter."""
+        key, name = run.shares_with, str(run.path.resolve()).replace(".", "_")  # module names have no dots
         model = self.loaded[key] if key in self.loaded else run.load_base()
         try:
             if run.adapter is None:
@@ -190,7 +191,7 @@ class Models:
                 if name not in model.peft_config and (lost := model.load_adapter(run.path, name).missing_keys):
                     raise ValueError(f"it lacks {len(lost)} tensors, {lost[0]} among them")
                 model.set_adapter(name, inference_mode=True)
-        except Exception as error:  # PEFT, safetensors and torch raise their own kinds
+        except Exception as error:  # PEFT, safetensors and torch raise exceptions of their own
             raise UserError(
                 f"{run.path}: its adapter cannot be loaded ({' '.join(str(error).split())[:200]})"
             ) from None
@@ -211,7 +212,7 @@ def _device() -> torch.device:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether `path` looks like a folder that a recipe left, finished or not; a text may be longer than any path."""
+    """Whether `path` looks like a run folder, finished or not; also safe for texts that are too long to be a path."""
     try:
         return (path / "run.json").is_file() or (path / "config.yaml").is_file()
     except (OSError, ValueError):
@@ -221,7 +222,7 @@ def is_run_folder(path: Path) -> bool:
 def read_completions(folder: Path) -> dict[str, list[str]]:
     """The columns of the run's completions.csv: text, reference, and the answers of each model.
 
-    Raises: UserError where there is none, or it is damaged.
+    Raises: UserError if the file is missing or damaged.
     """
     try:
         columns = read_csv(folder / "completions.csv")
@@ -229,13 +230,13 @@ def read_completions(folder: Path) -> dict[str, list[str]]:
             return columns
     except (OSError, ValueError):
         pass
-    raise UserError(f"{folder} has no readable completions.csv; give a folder that a recipe left")
+    raise UserError(f"{folder} has no readable completions.csv; give the folder of a finished run")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in one of a run folder's files.
+    """The object in a JSON file of a run folder.
 
-    Raises: UserError where it is missing or damaged.
+    Raises: UserError if the file is missing or damaged.
     """
     return _mapping(path, json.loads, json.JSONDecodeError)
 
@@ -249,7 +250,7 @@ def _mapping(path: Path, parse: Any, damage: type[Exception]) -> dict[str, Any]:
         content = parse(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
-            f"{path.parent} is not a run folder: it has no {path.name}; give one that a recipe left"
+            f"{path.parent} is not a run folder: it has no {path.name}; give the output folder of a recipe"
         ) from None
     except (damage, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -1,4 +1,4 @@
-"""Examples in the prompt: what they gain in quality, and what they cost in context and time."""
+"""In-context learning: examples in the prompt, their gain in quality, and their cost in context and time."""
 
 import json
 import random
@@ -25,23 +25,23 @@ from toolkit.tasks.metrics import score_title
 
 @dataclass
 class Shots:
-    """What the model answers with this many examples, and what a row of the test split costs."""
+    """The model's answers with this number of examples, and the cost of a row of the test split."""
 
     number: int
     completions: Completions
-    prompt_tokens: float  # the mean
-    seconds: float  # a row, of this rank's wall clock
+    prompt_tokens: float  # mean per row
+    seconds: float  # wall-clock time per row on this rank
 
     @property
     def name(self) -> str:
-        """As it stands in tables and in run.json."""
+        """The name in tables and in run.json."""
         return f"{self.number}-shot"
 
 
 def answer_in_context(model: PreTrainedModel, ready: Preflight, config: Config) -> list[Shots]:
-    """Has the model answer the test split with each number of examples.
+    """The model's answers to the test split with each number of examples.
 
-    Raises: UserError where the examples do not fit into the model, before it answers anything.
+    Raises: UserError before any generation, if the examples do not fit into the model's context.
     """
     numbers = config.method.num_shots  # type: ignore[attr-defined]
     prompts = {number: prompts_with_examples(ready, number, config.training.seed) for number in numbers}
@@ -56,19 +56,19 @@ def answer_in_context(model: PreTrainedModel, ready: Preflight, config: Config) 
 
 
 def prompts_with_examples(ready: Preflight, number: int, seed: int) -> list[list[int]]:
-    """The test split's prompts (token ids), each after the same `number` rows of the train split with their answers.
+    """The prompts (token ids) of the test split, each after the same `number` answered rows of the train split.
 
-    Fewer examples are the first of more. Tokens that open or close a text stay where they were: at the ends of the whole.
-    In a chat the examples are earlier turns, after what the system says to the question, and the template writes them all.
+    A smaller number uses the first examples of a larger one. Special tokens at the ends of a text stay at the ends of the
+    whole prompt. In a chat the examples are earlier turns, after the question's system message, in the chat template.
 
-    Raises: UserError where there are not as many rows, or the model cannot take so long a prompt.
+    Raises: UserError if the train split has too few rows, or the prompt is too long for the model.
     """
     data, tokenizer = ready.data, ready.tokenizer
     if number > len(data.train):
         raise UserError(f"--num_shots {number}: the train split has {len(data.train)} rows; give at most that")
     if number and not data.prompt_tokenizer.max_target_length:
         raise UserError(
-            f"--task {data.task.name} writes no answer, so examples in a prompt show nothing; use another task"
+            f"--task {data.task.name} generates no answer, so examples in a prompt have no use; use another task"
         )
     if isinstance(data.prompt_tokenizer, ChatPromptTokenizer):
         prompts = _conversations(data, number, seed) if number else data.test_prompts
@@ -91,12 +91,12 @@ def prompts_with_examples(ready: Preflight, number: int, seed: int) -> list[list
 
 
 def _conversations(data: TaskData, number: int, seed: int) -> list[list[int]]:
-    """The prompts (token ids) of a chat: each conversation of the test split after `number` of the train split, uncut."""
-    told = data.pairs("train")
+    """The prompts (token ids) of a chat: each conversation of the test split after `number` of the train split, not truncated."""
+    pairs = data.pairs("train")
     examples: list[Message] = []
-    for index in _drawn(len(told), number, seed):
-        asked, answer = told[index]
-        examples += [*_without_system(asked.messages), answer]
+    for index in _drawn(len(pairs), number, seed):
+        question, answer = pairs[index]
+        examples += [*_without_system(question.messages), answer]
     prompts = []
     for question, _ in data.pairs("test"):
         system = [message for message in question.messages if message["role"] == "system"]
@@ -106,7 +106,7 @@ def _conversations(data: TaskData, number: int, seed: int) -> list[list[int]]:
 
 
 def _drawn(rows: int, number: int, seed: int) -> list[int]:
-    """The indices of `number` of `rows`; fewer are the first of more."""
+    """`number` random row indices below `rows`; a smaller number gives the first ones of a larger number."""
     return random.Random(seed).sample(range(rows), rows)[:number]
 
 
@@ -124,16 +124,16 @@ def _check_fit(ready: Preflight, number: int, longest: int) -> None:
     config, prompt_tokenizer = ready.model_config, ready.data.prompt_tokenizer
     limit = longest_input(config)
     if limit is None or config.model_type in T5_FAMILY:
-        return  # T5's relative positions have no end
+        return  # T5's relative positions have no limit
     needed = longest + (0 if config.is_encoder_decoder else prompt_tokenizer.max_target_length)
     advice = (
         "give fewer"
         if isinstance(prompt_tokenizer, ChatPromptTokenizer)
-        else "give fewer, or lower --max_length, which cuts each"
+        else "give fewer, or lower --max_length, which truncates each example"
     )
     if needed > limit:
         raise UserError(
-            f"--num_shots {number} makes a prompt of {longest:,} tokens, and with the answer {needed:,}: more than the {limit:,} "
+            f"--num_shots {number} makes a prompt of {longest:,} tokens, with the answer {needed:,}: more than the {limit:,} "
             f"that the model can take; {advice}"
         )
 

@@ -1,4 +1,4 @@
-"""`footprint merge RUN_DIR`: an adapter folded into its base, as a model that transformers loads without PEFT."""
+"""`footprint merge RUN_DIR`: merges an adapter into its base, to a model that transformers loads without PEFT."""
 
 import json
 import os
@@ -11,36 +11,27 @@ from peft import PeftModel
 
 from toolkit.console import say, table
 from toolkit.errors import UserError
+from toolkit.methods import METHODS, Method
 from toolkit.runs.finished_run import FinishedRun
 from toolkit.runs.run_folder import without_secrets
 from toolkit.tasks.metrics import score_title
 
 SAMPLE = 16  # rows of the test split on which logits and scores are compared
 
-# Largest root mean square of (merged - adapter) logits, as a share of the adapter's own spread. The sum of weight and
-# update is rounded once: to 24 bits in fp32, 8 in bf16, 11 in fp16, over some tens of layers. A quantized base multiplies in a shorter
-# type than its dequantized weights do, and LLM.int8() rounds activations too.
+# Largest root mean square of (merged - adapter) logits, relative to the spread of the adapter's logits. The sum of weight and
+# update is rounded once, to 24 bits in fp32, 8 in bf16 or 11 in fp16, in each of some tens of layers. A quantized base multiplies
+# in a shorter type than its dequantized weights, and LLM.int8() also rounds activations.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 TOLERANCE_4BIT, TOLERANCE_8BIT = 1e-1, 2e-1
-SURVIVES = 0.5  # of what the adapter does to the logits: with less, rounding has erased the tune
-
-_TOKENS = "its virtual tokens are inputs to the model, not changes of its weights"
-CANNOT = {
-    "PROMPT_TUNING": _TOKENS,
-    "MULTITASK_PROMPT_TUNING": _TOKENS,
-    "P_TUNING": _TOKENS,
-    "CPT": _TOKENS,
-    "PREFIX_TUNING": "its keys and values stand before those of the text, they change no weight",
-    "BOTTLENECK": "a bottleneck adapter is not linear, so no weight can stand for it",
-}
+SURVIVES = 0.5  # of the adapter's effect on the logits: with less, rounding has erased the fine-tuning
 
 
 def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") -> None:
-    """Merges the run in `run_dir` into `output_dir` (default: its name with `-merged`), and shows that it is the same.
+    """Merges the run in `run_dir` into `output_dir` (default: its name with `-merged`), and compares logits and scores.
 
-    `dtype` is that of the merged weights; auto: that in which the run held its base.
+    `dtype` is the type of the merged weights; auto: the type of the run's base.
 
-    Raises: UserError where the method cannot merge, the merged model's logits do not agree, or the folder exists.
+    Raises: UserError if the method cannot be merged, the merged model's logits do not agree, or the folder is not empty.
     """
     run = FinishedRun(run_dir)
     folder = output_dir or run_dir.resolve().with_name(f"{run_dir.resolve().name}-merged")
@@ -106,8 +97,7 @@ def _check_mergeable(run: FinishedRun) -> None:
     if run.adapter is None:
         kept = "it is a whole model already" if any(run.path.glob("*.safetensors")) else "it trains nothing"
         raise UserError(f"{run.path}: {method} leaves no adapter, so there is nothing to merge: {kept}")
-    reason = CANNOT.get(str(getattr(run.adapter.peft_type, "value", run.adapter.peft_type)))
-    if reason is not None:
+    if reason := METHODS.get(method, Method).merge_refusal(run.adapter):
         raise UserError(f"{run.path}: {method} cannot be merged: {reason}; use the run folder as it is")
 
 
@@ -118,10 +108,10 @@ def _untuned(run: FinishedRun, model: PeftModel, sample: list[tuple[str, str]]) 
 
 
 def _dequantized(run: FinishedRun, dtype: torch.dtype) -> Any:
-    """The base with weights of `dtype` that hold what its quantized ones stood for."""
+    """The base with its quantized weights dequantized to `dtype`."""
     base = run.load_base().dequantize(dtype).to(dtype)
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = (
-        False  # dequantizing leaves them, and IA3 refuses to merge by them
+        False  # dequantize() does not reset these flags, and IA3 refuses to merge while they are set
     )
     return base
 
@@ -137,7 +127,7 @@ def _tolerance(run: FinishedRun, dtype: str) -> float:
 
 
 def _save(model: Any, run: FinishedRun, folder: Path, about: dict[str, Any]) -> None:
-    """Writes model, tokenizer and `merge.json` beside `folder`, and renames them there."""
+    """Writes model, tokenizer and `merge.json` to a temporary folder and renames it to `folder`."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from huggingface_hub import ModelCardData
 
 from toolkit.config import Config
 from toolkit.memory.ledger import Ledger
+from toolkit.methods.base import PeftBased
 from toolkit.tasks import TASKS
 from toolkit.tasks.metrics import score_title
 from toolkit.units import format_bytes
@@ -14,10 +15,9 @@ from toolkit.units import format_bytes
 def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) -> str:
     """The README.md of a run folder, with the metadata block that the hub reads."""
     base = config.model.model_name_or_path
-    is_peft = config.method.freezes_base
     metadata = ModelCardData(
         base_model=base if base and not config.model.is_local else None,
-        library_name="peft" if is_peft else "transformers",
+        library_name="peft" if isinstance(config.method, PeftBased) else "transformers",
         datasets=[config.data.dataset_name]
         if config.data.dataset_name and "/" in config.data.dataset_name and not config.data.is_local
         else None,
@@ -59,7 +59,7 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
         "```",
         "",
         *(
-            [f"Elsewhere PEFT loads it after `import {config.method.needs_import}`.", ""]
+            [f"To load it with PEFT, first `import {config.method.needs_import}`.", ""]
             if config.method.needs_import
             else []
         ),

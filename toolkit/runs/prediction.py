@@ -1,4 +1,4 @@
-"""Memory before the run: the ledger of the training that a `Config` describes, found without weights, data or GPU."""
+"""Predicts the memory of the run that a `Config` describes, without weights, data or GPU."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow.simulated_rank import processes, swapped_bytes, world
 from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
+from toolkit.memory.trace import Sink
 from toolkit.methods import METHODS
 from toolkit.models import catalogue
 from toolkit.models.heads import has_head, set_head
@@ -43,23 +44,28 @@ from toolkit.units import format_bytes
 
 Batch = dict[str, torch.Tensor]
 PREDICTED = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
-UNMARKED = 5  # a token that no tokenizer in use gives to padding, to a beginning or to an end
+UNMARKED = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
 
-def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | None = None) -> Ledger:
+def predict_run(
+    config: Config, device: Device = CPU, batches: list[Batch] | None = None, sinks: Sequence[Sink] = ()
+) -> Ledger:
     """The ledger of two optimizer steps over `batches` (one for each forward pass), by default over the worst batch.
 
-    In a `simulated_rank.world` it is that of the world's rank, which takes those batches like every other.
+    Inside `simulated_rank.world` it is the ledger of that rank; every rank gets the same batches. `sinks` receive the trace of
+    the steps.
 
     Raises: UserError for a model or an option whose memory cannot be predicted.
     """
-    config = config if config.predict else replace(config, predict=True)  # so that no weights are needed
+    config = config if config.predict else replace(config, predict=True)  # predict=True needs no weights
     training, engine = config.training, config.engine
     if not config.method.trains:
         raise UserError(f"{config.method.name} trains nothing, so there is no training step to predict")
     model_config = config.model_config
     if getattr(model_config, "quantization_config", None) is not None:
-        raise UserError("a checkpoint that is already quantized cannot be predicted; name the original model")
+        raise UserError(
+            "the memory of a checkpoint that is already quantized cannot be predicted; give the original model"
+        )
     if config.task.model_kind == "head":
         data = config.data
         names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"])
@@ -68,7 +74,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
     check_combination(config)
     passes = STEPS * training.gradient_accumulation_steps
     batches = batches or [worst_batch(config, model_config, engine.sequence_parallel_size)] * passes
-    batches = [batch for batch in batches for _ in range(processes())]  # ranks take turns
+    batches = [batch for batch in batches for _ in range(processes())]  # the data loader deals batches to ranks in turn
 
     warnings: set[str] = set()
 
@@ -77,7 +83,7 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.dtype)):
             warnings.add(warning)
-        if not config.model.random_weights:  # which are made from the config alone, as this model is
+        if not config.model.random_weights:  # a model with random weights has no checkpoint to take a head from
             catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
             return config.method.attach(model)
@@ -86,11 +92,11 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         return FineTuner(model, replace(config, training=of_batches(arguments)), Batches(batches), [callback])
 
     try:
-        ledger = predict(build, trainer, training, device, config.as_dict())
+        ledger = predict(build, trainer, training, device, config.as_dict(), sinks)
     except LedgerError:
         raise
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # a model's or an engine's on fake tensors; DeepSpeed asserts where buffers are too few, and so would a run
+        # From a model or an engine on fake tensors. DeepSpeed asserts if there are too few buffers; a real run would too.
         where = "" if engine.kind is EngineKind.NONE else f" under {engine}"
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -98,27 +104,27 @@ def predict_run(config: Config, device: Device = CPU, batches: list[Batch] | Non
         ) from error
     notes = ledger.notes + tuple(warnings)
     if engine.kind is not EngineKind.NONE and device is not CPU:
-        notes += ("what NCCL and other streams hold is not counted: it was not measured",)
+        notes += ("memory of NCCL and of other streams is not counted, because it was not measured",)
         if ledger.host_bytes:
-            notes += ("pinned host memory is counted as asked for; PyTorch may round each buffer up to a power of two",)
+            notes += ("pinned host memory is counted as requested; PyTorch may round each buffer up to a power of two",)
     if device is not CPU and "paged" in config.optimizer:
-        notes += ("a paged optimizer's state is counted as on the card, from which the driver can move it to the host",)
+        notes += ("a paged optimizer's state is counted on the GPU; the driver can move it to the host",)
     return replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes(), notes=notes)
 
 
 @dataclass(frozen=True)
 class PredictionJob:
-    """A recipe under a launch file: what is needed to predict it, in any process."""
+    """A recipe under a launch file: everything that any process needs to predict it."""
 
     method: str
     flags: Flags  # of the recipe
     launch: LaunchEnvironment
     card: Card | None = None  # None: the processes compute on CPUs
-    batches: list[Batch] | None = None  # of rank 0, whose ledger is meant then; else that of the rank that needs most
+    batches: list[Batch] | None = None  # of rank 0, which is then predicted; None: the rank that needs the most memory
 
     @classmethod
     def of(cls, method: str, argv: Sequence[str], launch: LaunchEnvironment, card: Card | None, **others: Any) -> Self:
-        """That of a command line, without the program's name.
+        """The job of a command line, without the program's name.
 
         Raises: UserError for an unknown flag, a missing or a mistyped value.
         """
@@ -127,10 +133,11 @@ class PredictionJob:
     def predict(self) -> Ledger:
         """The ledger of one rank.
 
-        Under ZeRO-1 and ZeRO-2 the last rank needs most: it keeps the gradients of the last layers, which come first in the
-        backward pass, when most activations are still there. Else ranks differ by padding alone, and none has more than the first.
+        Under ZeRO-1 and ZeRO-2 the last rank needs the most: it keeps the gradients of the last layers, which come first in
+        the backward pass, when most activations are still alive. Otherwise ranks only differ in padding, and none needs more
+        than the first.
 
-        Raises: UserError for what cannot be predicted or is no configuration.
+        Raises: UserError for flags that cannot be right, and for memory that cannot be predicted.
         """
         device = CPU if self.card is None else Cuda(self.card)
         method, engine = METHODS[self.method], self.launch.engine
@@ -143,9 +150,9 @@ class PredictionJob:
             return predict_run(config, device, self.batches)
 
     def predict_apart(self) -> Ledger:
-        """`predict` in a process of its own that sees no GPU: a rank has a process group already, and engines use GPUs they see.
+        """`predict` in a separate process without visible GPUs: this process may have a process group, and engines use visible GPUs.
 
-        Raises: UserError as `predict` does, and where that process comes to another end.
+        Raises: UserError as `predict` does, and if that process fails in another way.
         """
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -157,12 +164,12 @@ class PredictionJob:
                 return Ledger.load(folder / "ledger.json")
             if (folder / "refused").exists():
                 raise UserError((folder / "refused").read_text(encoding="utf-8"))
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise UserError(f"the process that predicts ended with {done.returncode}: {said[-1][:200]}")
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"the predicting process ended with exit code {done.returncode}: {said[-1][:200]}")
 
 
 def run_job(folder: str) -> None:
-    """The other end of `PredictionJob.predict_apart`: leaves a ledger, or why there is none, in its folder."""
+    """Runs in the process that `PredictionJob.predict_apart` starts: writes the ledger, or the UserError, to `folder`."""
     job = pickle.loads((Path(folder) / "job").read_bytes())
     try:
         job.predict().save(Path(folder) / "ledger.json")
@@ -171,7 +178,7 @@ def run_job(folder: str) -> None:
 
 
 def _refuse_unpredicted(config: Config) -> None:
-    """Raises UserError for engines and their options whose memory the shadow step does not know."""
+    """Raises UserError for engines and options whose memory the shadow step cannot predict."""
     engine = config.engine
     if processes() == 1 and engine.kind is EngineKind.NONE:
         return
@@ -181,16 +188,16 @@ def _refuse_unpredicted(config: Config) -> None:
         raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
     optim = config.optimizer
     if engine.offloads and not optim.startswith("adamw_torch"):
-        raise UserError(f"--optim {optim}: memory of an offloaded optimizer is predicted for adamw_torch_fused alone")
+        raise UserError(f"--optim {optim}: memory of an offloaded optimizer is only predicted for adamw_torch_fused")
 
 
 def worst_batch(config: Config, model_config: PreTrainedConfig, sequence_parallel_size: int = 1) -> Batch:
-    """`per_device_train_batch_size` rows of `max_length` real tokens; ids, masks and labels are (rows, length), int64.
+    """`per_device_train_batch_size` rows of `max_length` tokens; ids, masks and labels are (rows, length), int64.
 
-    All rows but the first end in one token of padding, as rows of unequal length do: with a mask, kernels for attention need more.
-    For T5-like models the labels are `max_target_length` long, and the decoder's inputs go with them; for a head they
-    are (rows,), and each text ends with its one end-of-text token, which some heads look for. Where `sequence_parallel_size`
-    share the tokens of a row, it is as `SharedRows` collates it.
+    All rows but the first end with one padding token, because attention kernels need more memory with a mask. For T5-like
+    models the labels are (rows, `max_target_length`), as are the decoder's inputs. For a head the labels are (rows,), and each
+    text ends with one end-of-text token, which some heads look for. If `sequence_parallel_size` processes share the tokens of
+    a row, the batch is as `SharedRows` collates it.
 
     Raises: UserError for a length beyond the model's positions.
     """
@@ -211,7 +218,7 @@ def worst_batch(config: Config, model_config: PreTrainedConfig, sequence_paralle
 
 
 def _whole_rows(batch: Batch, sequence_parallel_size: int) -> Batch:
-    """A batch of as long rows as the one was that a rank was given `batch` of: its share of the tokens (rows, length / processes)."""
+    """A batch with whole rows, as long as those of which `batch` (rows, length / processes) is one rank's share."""
     if sequence_parallel_size == 1:
         return batch
     names = ("input_ids", "labels")
@@ -220,7 +227,7 @@ def _whole_rows(batch: Batch, sequence_parallel_size: int) -> Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches that are collated already, as a `FineTuner` reads them: each is a row of its data set, and nothing is saved."""
+    """Collated batches as the data of a `FineTuner`: each batch is one item of `train`, and nothing is saved."""
 
     train: list[Batch]
     validation: None = None
@@ -229,12 +236,12 @@ class Batches:
     is_collated: bool = True
 
     def collator(self, model: PreTrainedModel, sequence_parallel_size: int = 1) -> Any:
-        """Takes one batch as it is."""
+        """A collator that returns the batch unchanged."""
         return _single_batch
 
 
 def of_batches(arguments: Any) -> Any:
-    """A copy of a Trainer's `arguments` under which it takes `Batches` in their order, as they are."""
+    """A copy of Trainer's `arguments` that keeps the order of `Batches` and all of their columns."""
     changed = copy.copy(arguments)
     changed.train_sampling_strategy, changed.remove_unused_columns = "sequential", False
     return changed
@@ -245,7 +252,7 @@ def _single_batch(rows: list[Any]) -> Any:
 
 
 def this_card() -> Card | None:
-    """The GPU of this machine that this process would train on; None where there is none."""
+    """This machine's GPU on which this process would train; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -254,7 +261,7 @@ def this_card() -> Card | None:
 
 
 def _predicted_here(config: Config, batches: list[Batch] | None = None) -> Ledger:
-    """The ledger of the run that this process is, or is a rank of, on the device that it has."""
+    """The predicted ledger of the run to which this process belongs, on its own device."""
     card = this_card() if config.training.device.type == "cuda" else None
     if config.engine.kind is EngineKind.NONE:
         return predict_run(config, CPU if card is None else Cuda(card), batches)
@@ -262,15 +269,15 @@ def _predicted_here(config: Config, batches: list[Batch] | None = None) -> Ledge
 
 
 def show_prediction(config: Config) -> None:
-    """What `--predict` prints: the predicted ledger of the worst batch, instead of training.
+    """Prints the predicted ledger of the worst batch, for `--predict`.
 
-    Raises: UserError where it cannot be predicted.
+    Raises: UserError if it cannot be predicted.
     """
     broadcast_from_main(lambda: print_ledger(console, _predicted_here(config)))
 
 
 def say_prediction(config: Config) -> None:
-    """One line before a run: what the worst batch will need, or why that cannot be known. Never stops a run."""
+    """Prints one line before a run: the predicted memory of the worst batch, or why it is not known. Never stops a run."""
     if not is_main:
         return
     try:
@@ -285,7 +292,7 @@ def say_prediction(config: Config) -> None:
 
 
 def show_comparison(config: Config, memory: MemoryCallback) -> None:
-    """After a run: the measured steps' ledger beside the one that is predicted for the very same batches."""
+    """After a run: compares the measured ledger with a prediction for the same batches, and prints both."""
     if not is_main or memory.ledger is None or "labels" not in memory.batches[0]:
         return
     try:

@@ -1,4 +1,4 @@
-"""Everything that can be known, and refused, before a model is loaded: engine, config, tokenizer, data, method."""
+"""Checks everything that can be checked before a model is loaded: engine, config, tokenizer, data, method."""
 
 import copy
 import importlib.util
@@ -37,12 +37,19 @@ from toolkit.models.loading import build_on_meta, load_model, load_tokenizer
 from toolkit.models.quantization import Packed
 from toolkit.training.trainer import FineTuner
 
-NOT_OF_SHARDS = ("8bit", "paged", "bnb", "lion", "ademamix", "adafactor")  # in names of optimizers
+NOT_OF_SHARDS = (
+    "8bit",
+    "paged",
+    "bnb",
+    "lion",
+    "ademamix",
+    "adafactor",
+)  # in names of optimizers that cannot update shards
 
 
 @dataclass
 class Preflight:
-    """A run that is known to be possible, and what it will be."""
+    """A run that passed every check, with what was read for it."""
 
     config: Config
     model_config: PreTrainedConfig  # with the head of a classification task
@@ -54,14 +61,14 @@ class Preflight:
     def load_model(self) -> PreTrainedModel:
         """The model with its weights, on the device that trains it.
 
-        Raises: UserError where the weights are missing.
+        Raises: UserError if weights are missing.
         """
         own = self.config
         return load_model(own.model, self.model_config, own.dtype, own.training, own.engine)
 
 
 def prepare(config: Config) -> Preflight:
-    """Reads config, tokenizer and data, tries the method on a model without weights, and says what will be done.
+    """Reads config, tokenizer and data, attaches the method to a model without weights, and prints a summary of the run.
 
     Raises: UserError for every mistake that can be found without loading a model.
     """
@@ -70,7 +77,7 @@ def prepare(config: Config) -> Preflight:
     check_installed(training)
     _check_same_precision(config)
     check_combination(config)
-    model_config = copy.deepcopy(config.model_config)  # a head is this run's data's
+    model_config = copy.deepcopy(config.model_config)  # the head below depends on this run's data
     tokenizer = load_tokenizer(config.model)
     with training.main_process_first(desc="reading the data"):
         data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens)
@@ -92,40 +99,40 @@ def prepare(config: Config) -> Preflight:
 
 
 def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[str]:
-    """What becomes of the head that a checkpoint brings."""
+    """Remarks on whether the checkpoint's own classification head is kept."""
     if not has_own_head(config):
         return []
     own = [str(config.id2label[number]) for number in range(config.num_labels)]
     if not keeps_head(config, label_names):
         return [
-            f"the checkpoint's head is for other classes ({', '.join(own)[:200]}), so a new one is made; to keep it, give the labels "
-            "its names, or write theirs into id2label of its config.json"
+            f"the checkpoint's head has other classes ({', '.join(own)[:200]}), so a new head is made; to keep it, rename the labels "
+            "to its classes, or write the labels into id2label of its config.json"
         ]
     pairs = [name if name == mine else f"{mine} is {name}" for mine, name in zip(own, label_names, strict=True)]
     return [f"the checkpoint's own head is kept, with the classes in its order: {', '.join(pairs)[:200]}"]
 
 
 def check_engine(engine: Engine, training: TrainArguments) -> None:
-    """Raises UserError where the launch or a flag needs something that this machine lacks: an engine, a compiler, a login."""
+    """Raises UserError if the launch or a flag needs something that this machine lacks: an engine, a compiler, a login."""
     if engine.kind.is_zero and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "this launch file asks for DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
+            "this launch file needs DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
             "or launch with launch/single.yaml"
         )
     check_fsdp(engine, training)
     if engine.processes > training.world_size:
         raise UserError(
-            f"several processes were asked for, and {training.world_size} runs: accelerate's --cpu and MULTI_CPU start one "
-            "alone; use a file of launch/, and append --use_cpu to the recipe"
+            f"several processes were requested, but {training.world_size} runs: accelerate's --cpu and MULTI_CPU start only "
+            "one; use a file of launch/, and append --use_cpu to the recipe"
         )
     if training.world_size > 1 and training.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError(
-            f"the launch asked for {engine}, but what runs is no engine on {training.world_size} processes: there is no GPU for "
+            f"the launch requests {engine}, but no engine runs on the {training.world_size} processes: there is no GPU for "
             "them; for a trial without GPUs, append --use_cpu to the recipe"
         )
     if 1 < engine.sequence_parallel_size < engine.processes and training.device.type == "cpu":
         raise UserError(
-            f"{engine}: on CPUs torch exchanges the tokens of a row only among all processes (gloo); a trial without GPUs takes "
+            f"{engine}: on CPUs torch (gloo) can only share a row among all processes; for a trial without GPUs set "
             f"parallelism_config_sp_size: {engine.processes}"
         )
     offload = engine.kind.is_zero and engine.optimizer_state != "with the model"
@@ -148,17 +155,17 @@ def check_engine(engine: Engine, training: TrainArguments) -> None:
 
 
 def check_fsdp(engine: Engine, training: TrainArguments) -> None:
-    """Raises UserError where FSDP was asked for on CPUs: accelerate would run DDP instead, or nothing that is wrapped."""
+    """Raises UserError if FSDP is requested on CPUs: accelerate would run DDP or an unwrapped model instead."""
     if engine.kind.is_fsdp and training.device.type == "cpu":
         why = "--use_cpu was given" if training.use_cpu else "there is no GPU here"
         raise UserError(
-            f"the launch asked for {engine}, which accelerate runs on GPUs alone, and {why}; for a trial on CPUs use "
+            f"the launch requests {engine}, which accelerate only runs on GPUs, and {why}; for a trial on CPUs use "
             "launch/zero3.yaml, with --use_cpu after the recipe's name"
         )
 
 
 def check_installed(training: TrainArguments) -> None:
-    """Raises UserError for a flag whose library is not there or cannot run, and for sharding by flag on one process."""
+    """Raises UserError for a flag whose library is missing or cannot run, and for --fsdp with a single process."""
     if training.use_liger_kernel and training.device.type in ("cpu", "mps"):
         raise UserError(
             "--use_liger_kernel: its kernels need a GPU that Triton supports, and none is used; leave it out"
@@ -167,7 +174,7 @@ def check_installed(training: TrainArguments) -> None:
         raise UserError("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel, or leave it out")
     if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError(
-            "--fsdp shares a model out among processes, and one runs: accelerate launch --config_file launch/fsdp2.yaml, "
+            "--fsdp shards a model across processes, but only one runs: accelerate launch --config_file launch/fsdp2.yaml, "
             "or leave it out"
         )
     there = get_available_reporting_integrations()
@@ -175,17 +182,17 @@ def check_installed(training: TrainArguments) -> None:
         try:
             for callback in get_reporting_integration_callbacks([name]):
                 if name not in there:
-                    callback()  # says what it lacks; one that is there would begin its work
+                    callback()  # raises an error that names the missing library; an installed one would start its work
         except (ValueError, ImportError, RuntimeError, AssertionError) as error:
             raise UserError(f"--report_to {name}: {_line(error)}") from None
 
 
 def check_schedule(training: TrainArguments, model: PreTrainedModel) -> None:
-    """Builds the optimizer on one weight and steps its schedule, so that what they refuse is refused here.
+    """Builds the optimizer on one weight and its schedule, so that bad arguments of either are found here.
 
-    Optimizers that are chosen by the model's layers (GaLore, APOLLO, LOMO) are looked up with `model`, and not built.
+    Optimizers that depend on the model's layers (GaLore, APOLLO, LOMO) are looked up with `model`, but not built.
 
-    Raises: UserError with their own words, and for --optim_args and --lr_scheduler_kwargs that change nothing.
+    Raises: UserError with the library's own message, and for --optim_args and --lr_scheduler_kwargs without effect.
     """
     optim = optimizers.name_of(training)
     try:
@@ -198,7 +205,7 @@ def check_schedule(training: TrainArguments, model: PreTrainedModel) -> None:
         args = f" --optim_args {training.optim_args}" if training.optim_args else ""
         raise UserError(f"--optim {optim}{args}: {_line(error)}") from None
     if training.optim_args and not by_layer and repr(options) == repr(plain):
-        raise UserError(f"--optim_args {training.optim_args} changes nothing of --optim {optim}; leave it out")
+        raise UserError(f"--optim_args {training.optim_args} has no effect with --optim {optim}; leave it out")
     schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
     given = training.lr_scheduler_kwargs or {}
     if given and schedule in ("constant", "constant_with_warmup"):
@@ -216,7 +223,7 @@ def check_schedule(training: TrainArguments, model: PreTrainedModel) -> None:
 
 
 def _check_whole_batches(training: TrainArguments, data: TaskData) -> None:
-    """Raises UserError where dropping what fills no batch on every process would leave none."""
+    """Raises UserError if --dataloader_drop_last would leave no batch."""
     if not training.dataloader_drop_last:
         return
     splits = {"train": len(data.train)}
@@ -255,19 +262,19 @@ def check_combination(config: Config) -> None:
     engine, model_config = config.engine, config.model_config
     if engine.kind.shards_parameters and config.model.load_in_8bit:
         raise UserError(
-            f"--load_in_8bit under {engine.kind}: its integer weights cannot be shared out; use --load_in_4bit, or "
+            f"--load_in_8bit under {engine.kind}: its integer weights cannot be sharded; use --load_in_4bit, or "
             "launch/zero2.yaml"
         )
     if engine.kind.shards_parameters and config.method.changes_base:
         raise UserError(
-            f"{config.method.changes_base} under {engine.kind}: it starts from whole "
-            "weights, of which each process has a share; use launch/zero2.yaml, or leave it out"
+            f"{config.method.changes_base} under {engine.kind}: it needs whole weights, but each process has only a shard; "
+            "use launch/zero2.yaml, or leave it out"
         )
     if engine.optimizer_state == "nvme" and config.training.load_best_model_at_end:
         raise UserError(f"--load_best_model_at_end under {engine}: {NOT_READ_BACK}; leave it out")
     if engine.parameters == "nvme" and config.model.load_in_4bit and not config.training.bf16:
         raise UserError(
-            f"--load_in_4bit in fp32 under {engine}: what DeepSpeed 0.19 reads back from the disk is bf16 there; add --bf16, or use "
+            f"--load_in_4bit in fp32 under {engine}: DeepSpeed 0.19 reads weights back from the disk as bf16; add --bf16, or use "
             "launch/zero3_offload.yaml"
         )
     optim = config.optimizer
@@ -278,7 +285,7 @@ def check_combination(config: Config) -> None:
         )
     if engine.kind.is_zero and optim == "adagrad":
         raise UserError(
-            f"--optim adagrad under {engine.kind}: DeepSpeed 0.19 makes it anew with one group of parameters, and fails where "
+            f"--optim adagrad under {engine.kind}: DeepSpeed 0.19 rebuilds it with one parameter group, and fails because "
             "there are two (with and without weight decay); use adamw_torch_fused"
         )
     if engine.sequence_parallel_size > 1:
@@ -296,26 +303,26 @@ def check_combination(config: Config) -> None:
 
 
 def _check_parallelism(engine: Engine) -> None:
-    """Raises UserError where the launch file's parallelism_config is not for as many processes as run: accelerate does not look."""
+    """Raises UserError if the launch file's parallelism_config does not match the number of processes; accelerate does not check."""
     sizes = {
         name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1"))
         for name in ("dp_replicate", "dp_shard", "sp")
     }
     made = math.prod(sizes.values())
     if made != engine.processes:
-        told = " x ".join(f"{name}_size {size}" for name, size in sizes.items())
+        product = " x ".join(f"{name}_size {size}" for name, size in sizes.items())
         rows, rest = divmod(engine.processes, engine.sequence_parallel_size)
         fitting = [f"parallelism_config_sp_size: {engine.processes}"]
         if not rest:
-            fitting.insert(0, f"parallelism_config_dp_shard_size: {rows} (so many rows at a time)")
+            fitting.insert(0, f"parallelism_config_dp_shard_size: {rows} (rows at a time)")
         raise UserError(
-            f"the launch file's parallelism_config is for {made} processes ({told}), and {engine.processes} run: start {made}, or "
+            f"the launch file's parallelism_config is for {made} processes ({product}), but {engine.processes} run: start {made}, or "
             f"set {' or '.join(fitting)}"
         )
 
 
 def _check_same_precision(config: Config) -> None:
-    """Raises UserError where machines with different cards chose differently."""
+    """Raises UserError if machines with different GPUs chose different precisions."""
     chosen = gather_object([config.precision_reason]) if config.training.world_size > 1 else []
     if len({reason.split(":")[0] for reason in chosen}) > 1:
         raise UserError(
@@ -327,7 +334,7 @@ def _check_same_precision(config: Config) -> None:
 def _check_login(token: str | None) -> None:
     try:
         whoami(token)
-    except Exception as error:  # that of a connection comes from the hub's HTTP library, which its versions change
+    except Exception as error:  # connection errors come from the hub's HTTP library, which depends on its version
         reason = " ".join(str(error).split())[:120]
         if isinstance(error, HfHubHTTPError | LocalTokenNotFoundError):
             raise UserError(

@@ -1,10 +1,10 @@
-"""A run folder that explains itself: config, versions, data, metrics, memory, completions, model card and weights.
+"""The run folder: config, versions, data, metrics, memory, completions, model card and weights.
 
 config.yaml       every setting by its flag name; `--config` reads it
 run.json          method, command, seed, versions, fingerprint of the data, parameters, scores, time
 metrics.jsonl     a line for each logged step
-memory.json       the memory account
-completions.csv   text, reference, base and tuned answer of the test split
+memory.json       the measured memory ledger
+completions.csv   text, reference, base answer and tuned answer for each row of the test split
 README.md         the model card
 adapter_model.safetensors or model.safetensors, the tokenizer, and checkpoint-N folders
 """
@@ -43,7 +43,7 @@ from toolkit.version import __version__
 
 
 class RunFolder:
-    """The folder of one run. Rank 0 alone writes, and each file is written aside and renamed."""
+    """The folder of one run. Only rank 0 writes, and every write is atomic."""
 
     def __init__(self, path: Path, record: dict[str, Any], checkpoint: str | None = None) -> None:
         self.path = path
@@ -55,9 +55,9 @@ class RunFolder:
     def create(cls, config: Config, ready: Preflight) -> "RunFolder":
         """Makes the folder of `config`, with its config.yaml and run.json.
 
-        Its `checkpoint` is the folder that `--resume_from_checkpoint` means, to resume from; None where the run begins.
+        `checkpoint` is the folder to resume from; None if the run starts from the beginning.
 
-        Raises: UserError where the folder cannot be written, is not empty and not resumed, or cannot be gone on from.
+        Raises: UserError if the folder cannot be written, is not empty and not resumed, or cannot be resumed.
         """
         path = Path(config.training.output_dir)
         checkpoint, mark = broadcast_from_main(lambda: _claim(path, config, ready))
@@ -78,7 +78,7 @@ class RunFolder:
     def finish(
         self, config: Config, ready: Preflight, base: Completions, tuned: Completions, ledger: Ledger | None
     ) -> None:
-        """Writes scores, completions, memory account and model card, and shows scores and memory."""
+        """Writes scores, completions, memory ledger and model card, and prints scores and memory."""
         self.record |= {"scores": {"base": base.scores, "tuned": tuned.scores}, "finished": True}
         self.record["seconds"] = round(time.monotonic() - self.began, 1)
         self.write("run.json", json.dumps(self.record, indent=2))
@@ -100,7 +100,7 @@ class RunFolder:
 
 
 def _claim(path: Path, config: Config, ready: Preflight) -> tuple[str | None, Path]:
-    """Makes the folder this run's own; returns the checkpoint that it goes on from, and a file in the folder to look for."""
+    """Makes the folder for this run; returns the checkpoint to resume from, and a marker file for the other ranks."""
     training = config.training
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
@@ -123,7 +123,7 @@ def _claim(path: Path, config: Config, ready: Preflight) -> tuple[str | None, Pa
 
 
 def _check_shared(mark: Path, config: Config, resumes: bool) -> None:
-    """Raises UserError where this process does not see the folder of rank 0, and the run needs that."""
+    """Raises UserError if this process does not see rank 0's folder, and the run needs it."""
     training, kind = config.training, config.engine.kind
     needs = {
         "--resume_from_checkpoint": resumes,
@@ -133,7 +133,7 @@ def _check_shared(mark: Path, config: Config, resumes: bool) -> None:
     needing = [what for what, needed in needs.items() if needed]
     if needing and not mark.exists():
         raise UserError(
-            f"--output_dir {mark.parent} of rank 0 is not what rank {os.environ.get('RANK')} finds by that name, and "
+            f"--output_dir {mark.parent} of rank 0 is not the folder that rank {os.environ.get('RANK')} sees, and "
             f"{', '.join(needing)} must be read and written by all: give a folder on a disk that the machines share"
         )
 
@@ -166,7 +166,7 @@ def _record(config: Config, ready: Preflight) -> dict[str, Any]:
 
 
 def _command() -> list[str]:
-    """The words that started this run: those of its launcher, with its own flags, where a parent process is one; else python's."""
+    """The command that started this run: its launcher's, if a parent process is a launcher; otherwise python's."""
     argv = list(sys.argv)
     for parent in psutil.Process().parents():
         try:
@@ -185,7 +185,7 @@ def _command() -> list[str]:
 
 
 def without_secrets(command: str) -> str:
-    """`command` with HIDDEN in place of the hub's token: a run folder is shown and pushed."""
+    """`command` with HIDDEN instead of the hub's token, because run folders are shared and pushed."""
     words = shlex.split(command)
     for at, word in enumerate(words):
         name, assigned, _ = word.partition("=")

@@ -153,9 +153,9 @@ TABLE = (
     Seam(
         name="names of methods",
         kind="constant",
-        where=("methods.peft_method", "models.soft_prompts", "runs.merge"),
+        where=("methods.peft_method", "models.soft_prompts"),
         target="peft: PeftType.PREFIX_TUNING PeftType.CARTRIDGE",
-        reason="UNFIT, OVER_QUANTIZED and CANNOT name methods of PEFT",
+        reason="UNFIT and OVER_QUANTIZED name methods of PEFT",
         breaks="a method that needs more than rows is accepted, or one that supports packed weights is refused",
         silent=True,
         probe=lambda: _types_gone(),
@@ -235,7 +235,6 @@ def _types_gone() -> str | None:
     named = {
         *ours("methods.peft_method:UNFIT"),
         *ours("methods.peft_method:OVER_QUANTIZED"),
-        *ours("runs.merge:CANNOT"),
     }
     gone = sorted(named - there - {"BOTTLENECK"})
     return f"PEFT has no {', '.join(gone)} any more" if gone else None

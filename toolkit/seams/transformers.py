@@ -88,7 +88,7 @@ MODELS = (
     Seam(
         name="parts that a model may lack",
         kind="private",
-        where=("memory.census", "models.catalogue", "training.trainer", "benchmarks.on_gpu.speed_jobs"),
+        where=("memory.census", "models.catalogue", "models.generation", "benchmarks.on_gpu.speed_jobs"),
         target="transformers.modeling_utils: PreTrainedModel.get_output_embeddings PreTrainedModel.generation_config",
         reason="where logits and loss begin; the generation settings that are repaired before they are saved",
         breaks="a ledger does not separate logits and loss from other activations; a model is trained that cannot be saved",

@@ -1,6 +1,6 @@
-"""What is learned. One file a task; `TASKS` finds them, so a new task is one file here.
+"""What is learned: one file for each task. `TASKS` finds these files, so a new task is one new file here.
 
-A task says which columns it reads, how a row becomes token ids and labels, how a model answers, and how that is scored.
+A task defines which columns it reads, how a row becomes token ids and labels, how a model answers, and how answers are scored.
 """
 
 import importlib
@@ -22,5 +22,5 @@ TASKS = _find()
 
 
 def row_scores(task: str, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """One score a row, whose mean over rows is about `TASKS[task].metric`: ROUGE-L, 0 or 1, or a text's loss."""
+    """One score for each row: ROUGE-L, 0 or 1, or a text's loss. Their mean is about `TASKS[task].metric`."""
     return TASKS[task].row_scores(predictions, references)

@@ -1,4 +1,4 @@
-"""Chat: conversations in the tokenizer's own chat template, with the loss on the assistant's tokens alone."""
+"""Chat: conversations in the tokenizer's own chat template, with the loss only on the assistant's tokens."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,59 +16,63 @@ from toolkit.tasks.base import text_in
 from toolkit.tasks.summarization import Summarization
 from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
-Message = dict[str, Any]  # {"role": "user", "content": "..."}, and what else a template may know: tool_calls, name ...
+Message = dict[str, Any]  # {"role": "user", "content": "..."}, and other keys that templates use: tool_calls, name ...
 REASONING = (
     "reasoning_content",
     "thinking",
     "reasoning",
-)  # names of thoughts; transformers passes on each as the others
+)  # keys of reasoning; transformers treats them as equal
 FORM = 'a list of {"role": ..., "content": ...}'
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)  # what a template may raise
-PROBE: Message = {"role": "assistant", "content": "\u00a7"}  # shows what the template writes before an answer
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)  # a template may raise these
+PROBE: Message = {"role": "assistant", "content": "\u00a7"}  # an answer that shows what the template writes before it
 
 
 REWRITTEN = (
-    "the tokenizer's chat template rewrites earlier turns (thoughts, for instance) when later ones follow, or writes this answer "
-    "otherwise than it asks for one, so the assistant's tokens cannot be told; give conversations with one turn of the assistant, "
-    "take thoughts out of them, or give another chat_template (in the folder of the tokenizer)"
+    "the tokenizer's chat template rewrites earlier turns (reasoning, for instance) when later ones follow, or its generation "
+    "prompt does not match the way it writes this answer, so the assistant's tokens cannot be found; give conversations with one "
+    "turn of the assistant, remove the reasoning, or give another chat_template (in the folder of the tokenizer)"
 )
 
 
 class Conversation(NamedTuple):
-    """What was said, and the JSON schemas of the tools that the assistant may call."""
+    """The messages, and the JSON schemas of the tools that the assistant may call."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
 
     def upto(self, number: int) -> "Conversation":
-        """Its first `number` messages."""
+        """The conversation's first `number` messages."""
         return Conversation(self.messages[:number], self.tools)
 
     def then(self, *messages: Message) -> "Conversation":
-        """It and what was said after it."""
+        """The conversation followed by `messages`."""
         return Conversation([*self.messages, *messages], self.tools)
 
 
 @dataclass
 class _Turn:
-    """A turn of the assistant in a conversation as the template writes it."""
+    """A turn of the assistant, and its place in the text that the template writes; places are in characters.
+
+    A label token begins before `end` and ends at or before `same`. After `same`, the text of the whole conversation differs
+    from the text of the conversation that ends with this turn.
+    """
 
     message: Message
-    begin: int | None = None  # in characters; None where the turn is not written as it would be as an answer
-    end: int = 0  # its last token begins before this
-    same: int = 0  # and ends no later than this: there the conversation goes on otherwise than it would close
-    missing: str | None = None  # a part of it that is not there
+    begin: int | None = None  # None if the template writes the turn differently from an answer
+    end: int = 0
+    same: int = 0
+    missing: str | None = None  # a part of the message that the template leaves out
 
     @property
     def is_learned(self) -> bool:
-        return self.begin is not None and self.missing is None and _is_told(self.message)
+        return self.begin is not None and self.missing is None and _has_content(self.message)
 
 
 @dataclass(frozen=True)
 class ChatPromptTokenizer(PromptTokenizer):
-    """Encodes conversations by the tokenizer's chat template.
+    """Encodes conversations with the tokenizer's chat template.
 
-    Raises: UserError where the tokenizer has none, or cannot tell where in a text its tokens are.
+    Raises: UserError if the tokenizer has no chat template, or no fast form (only that gives each token's position).
     """
 
     def __post_init__(self) -> None:
@@ -80,35 +84,35 @@ class ChatPromptTokenizer(PromptTokenizer):
 
         if not self.tokenizer.is_fast:
             raise UserError(
-                f"{self.tokenizer.name_or_path}: its tokenizer has no fast form, without which the assistant's tokens cannot "
-                "be told; name one that has with --tokenizer_name, or use --task summarization"
+                f"{self.tokenizer.name_or_path}: its tokenizer has no fast form, which is needed to find the assistant's "
+                "tokens; give one that has it with --tokenizer_name, or use --task summarization"
             )
 
     def prompt(self, text: str | list[Message] | Conversation, room: int | None = None) -> tuple[list[int], int]:
-        """The ids of a conversation up to where the assistant answers, and how many were cut off at its beginning.
+        """The ids of a conversation up to the assistant's answer, and how many were cut off at its beginning.
 
-        Uncut they are the ids that stand before the answer in a training row of the conversation.
+        Before truncation they are exactly the ids that precede the answer in a training row.
         """
         if room is None:
             room = self.max_length - self.max_target_length
-        asked = _conversation(text)
-        written = self._asked(asked)
-        ids, _, _ = self._ids(written, _begins(self._turns(asked, written)))
+        question = _conversation(text)
+        written = self._up_to_answer(question)
+        ids, _, _ = self._ids(written, _begins(self._turns(question, written)))
         return ids[-room:], max(0, len(ids) - room)
 
     def row(self, text: list[Message] | Conversation, target: str | Message, lost: Truncation) -> dict[str, Any]:
-        """The ids of the whole conversation, cut to `max_length`; labels are masked but for every turn of the assistant.
+        """The ids of the whole conversation, cut to `max_length`; labels are masked except in the assistant's turns.
 
-        A turn begins after what the template writes to make the model answer, and ends with its end-of-turn token. An
-        earlier turn that the template writes otherwise once others follow stays masked, for no answer looks like that.
+        A turn begins after the template's generation prompt and ends with its end-of-turn token. An earlier turn that the
+        template writes differently once others follow stays masked, because the model never has to generate it that way.
 
-        Raises: UserError where the template leaves out a part of the last turn.
+        Raises: UserError if the template leaves out a part of the last turn.
         """
         whole = _conversation(text).then(_answer(target))
         written = self._written(whole)
         turns = self._turns(whole, written)
         ids, labels = self._labelled(written, turns, [turn for turn in turns if turn.is_learned])
-        lost.masked_turns += sum(_is_told(turn.message) and not turn.is_learned for turn in turns)
+        lost.masked_turns += sum(_has_content(turn.message) and not turn.is_learned for turn in turns)
         there = _squeezed(written)
         others = [str(message.get("content", "")) for message in whole.messages if message["role"] != "assistant"]
         names = [str(tool.get("function", tool).get("name", "")) for tool in whole.tools or []]
@@ -122,7 +126,7 @@ class ChatPromptTokenizer(PromptTokenizer):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def reference(self, text: list[Message] | Conversation, target: str | Message) -> str:
-        """What the assistant says, or all that the template makes of it (thoughts, calls of tools), without special tokens."""
+        """The assistant's words; if the template adds to them (reasoning, tool calls), its whole text without special tokens."""
         whole = _conversation(text).then(_answer(target))
         written = self._written(whole)
         turns = self._turns(whole, written)
@@ -132,54 +136,54 @@ class ChatPromptTokenizer(PromptTokenizer):
         return said if _squeezed(learned) == _squeezed(said) else learned.strip()
 
     def target_ids(self, target: str | Message) -> list[int]:
-        """The ids of what the assistant says, without what the template adds."""
+        """The ids of the assistant's words, without what the template adds."""
         return self.tokenizer(_answer(target)["content"], add_special_tokens=False, verbose=False).input_ids
 
     def end_tokens(self) -> list[int]:
-        """The last special or added token of what the template writes after the assistant's words, where there is any.
+        """The last special or added token that the template writes after the assistant's words, if there is one.
 
-        It is the last label of each turn, but often not the tokenizer's end-of-text token (ChatML's <|im_end|>).
+        It is the last label of each turn. Often it is not the tokenizer's end-of-text token (ChatML's <|im_end|>).
         """
         try:
             written = self._written(Conversation([{"role": "user", "content": "Hi."}, PROBE]))
         except UserError:
-            return []  # the template takes no conversation so plain
+            return []  # the template refuses so simple a conversation
         _, found, after = written.rstrip().rpartition(PROBE["content"])
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         ids = self.tokenizer(after, add_special_tokens=False).input_ids
         return [token for token in ids if found and token in special][-1:]
 
     def remarks(self) -> list[str]:
-        """What of the template makes answers other than they would be elsewhere."""
+        """Remarks on properties of the template that make answers here differ from those of other tools."""
         plain = Conversation([{"role": "user", "content": "Hi."}])
         try:
-            dropped = self._written(plain, add_generation_prompt=True)[len(self._asked(plain)) :]
+            dropped = self._written(plain, add_generation_prompt=True)[len(self._up_to_answer(plain)) :]
         except UserError:
             return []
         remarks = []
         if dropped.strip():
             remarks.append(
-                f"the chat template asks for an answer with {dropped!r}, which it leaves out once the answer is there; so prompts "
+                f"the chat template's generation prompt has {dropped!r}, which it leaves out once the answer follows; so prompts "
                 "here are without it"
             )
         if not self.end_tokens():
             remarks.append(
-                "the chat template ends a turn with no special token, so answers may go on up to --max_target_length"
+                "the chat template ends a turn without a special token, so answers may continue up to --max_target_length"
             )
         return remarks
 
     def _labelled(self, written: str, turns: list[_Turn], learned: list[_Turn]) -> tuple[list[int], list[int]]:
-        """The ids of a whole conversation, and labels that are masked outside of the turns of `learned`.
+        """The ids of a whole conversation, and labels that are masked outside the turns in `learned`.
 
-        Raises: UserError where the last turn cannot be learned.
+        Raises: UserError if the last turn cannot be learned.
         """
         last = turns[-1]
         if last.begin is None:
             raise UserError(REWRITTEN)
         if last.missing is not None:
             raise UserError(
-                "the tokenizer's chat template leaves out a part of what the assistant says last "
-                f"({' '.join(last.missing.split())[:60]!r}), which could then not be learned; take it out of the data, or give a "
+                "the tokenizer's chat template leaves out a part of the assistant's last turn "
+                f"({' '.join(last.missing.split())[:60]!r}), so it could not be learned; remove it from the data, or give a "
                 "chat_template that writes it (in the folder of the tokenizer)"
             )
         ids, spans, starts = self._ids(written, _begins(turns))
@@ -192,38 +196,38 @@ class ChatPromptTokenizer(PromptTokenizer):
         return ids, labels
 
     def _turns(self, conversation: Conversation, written: str) -> list[_Turn]:
-        """The turns of the assistant in a conversation that the template writes as `written`, all or the beginning of it."""
+        """The assistant's turns in a conversation; `written` is its text, whole or up to the answer."""
         turns = []
         for number, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
             turns.append(turn := _Turn(message))
             if number == 0:
-                continue  # nothing asks for it
+                continue  # no prompt precedes it
             upto = self._written(conversation.upto(number + 1))
-            asked = self._asked(conversation.upto(number))
+            before = self._up_to_answer(conversation.upto(number))
             same = _common(upto, written)
-            there = _squeezed(upto[len(asked) :])
+            there = _squeezed(upto[len(before) :])
             turn.missing = next((part for part in _parts(message) if not _is_in(part, there)), None)
             stays = same == len(upto) or all(
-                _is_in(part, _squeezed(upto[len(asked) : same])) for part in _parts(message)
+                _is_in(part, _squeezed(upto[len(before) : same])) for part in _parts(message)
             )
-            if stays and upto.startswith(asked):
-                turn.begin, turn.end = len(asked), len(upto.rstrip())
+            if stays and upto.startswith(before):
+                turn.begin, turn.end = len(before), len(upto.rstrip())
                 turn.same = len(written) if same == len(upto) else same
         return turns
 
-    def _asked(self, conversation: Conversation) -> str:
-        """A conversation and what the template writes to make the model answer, as far as it stays once the answer is there."""
-        asked = self._written(conversation, add_generation_prompt=True)
-        kept = _common(asked, self._written(conversation.then(PROBE)))
-        if kept < _common(asked, self._written(conversation)):
+    def _up_to_answer(self, conversation: Conversation) -> str:
+        """The conversation and the generation prompt, up to where the text with an answer begins to differ from it."""
+        prompt = self._written(conversation, add_generation_prompt=True)
+        kept = _common(prompt, self._written(conversation.then(PROBE)))
+        if kept < _common(prompt, self._written(conversation)):
             raise UserError(REWRITTEN)
-        return asked[:kept]
+        return prompt[:kept]
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template writes content that is a list of parts alone, as those of models that see images do."""
+        """Whether the template only writes content that is a list of parts, as templates of vision models do."""
 
         def is_written(content: Any) -> bool:
             messages = [{"role": "user", "content": content}]
@@ -236,14 +240,14 @@ class ChatPromptTokenizer(PromptTokenizer):
 
     @cached_property
     def _adds_space(self) -> bool:
-        """Whether the tokenizer begins a text with a space that is not there, as SentencePiece does."""
+        """Whether the tokenizer puts a space before a text, as SentencePiece does."""
         return self.tokenizer.tokenize("a")[0].startswith("\u2581")
 
     def _ids(self, written: str, begins: Sequence[int]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-        """The ids of `written`, the characters of each, and how many ids come before each of `begins`.
+        """The ids of `written`, the (first, last) characters of each, and how many ids come before each of `begins`.
 
-        These are then the ids of the text before it alone. Where the tokenizer would join the end of a prompt with the
-        first word of the answer (a space, most often), the answer is tokenized by itself, as the model has to write it.
+        The ids before a begin are those of the prompt tokenized by itself. If the tokenizer would merge the end of a prompt
+        with the first word of the answer (most often a space), the answer is tokenized separately, as the model generates it.
         """
         done: tuple[list[int], list[tuple[int, int]]] = ([], [])
         starts, at = [], 0
@@ -260,13 +264,13 @@ class ChatPromptTokenizer(PromptTokenizer):
         return done[0] + ids, done[1] + spans, starts
 
     def _tokens(self, written: str, at: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `written` from character `at` on, and the characters at which each begins and ends."""
+        """The ids of `written` from character `at` on, and the (first, last) characters of each."""
         text, lead = written[at:], 0
         if at and self._adds_space:
             text, lead = (
                 f"\n{text}",
                 len(self.tokenizer("\n", add_special_tokens=False).input_ids),
-            )  # else it adds a space
+            )  # otherwise the tokenizer would add a space
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         shift = at - (lead > 0)
         return encoded.input_ids[lead:], [
@@ -277,10 +281,10 @@ class ChatPromptTokenizer(PromptTokenizer):
         messages = conversation.messages
         try:
             return self._apply(messages, conversation.tools, add_generation_prompt)
-        except REFUSALS as error:  # templates refuse what they do not know, such as a system turn
+        except REFUSALS as error:  # templates refuse roles that they do not know, such as system
             reason = " ".join(str(error).split())[:200]
         if any(message.get("tool_calls") for message in messages):
-            with suppress(*REFUSALS):  # some templates take the arguments of a call as text
+            with suppress(*REFUSALS):  # some templates expect the arguments of a call as text
                 as_text = [_with_arguments(message, json.dumps) for message in messages]
                 return self._apply(as_text, conversation.tools, add_generation_prompt)
         roles = ", ".join(message["role"] for message in messages)
@@ -293,7 +297,7 @@ class ChatPromptTokenizer(PromptTokenizer):
 
 
 class Chat(Summarization):
-    """Answers in a conversation; scored on the last turn of the assistant, by ROUGE."""
+    """Answers in a conversation; ROUGE scores the assistant's last turn."""
 
     name: ClassVar[str] = "chat"
     model_kind: ClassVar[ModelKind] = "decoder"
@@ -310,13 +314,13 @@ class Chat(Summarization):
     scoring: ClassVar[str] = "ROUGE F-measures with stemming, of the last turn of each conversation"
 
     def column_flags(self, given: dict[str, Any]) -> list[str]:
-        """The messages and, where there are any, the tools; or prompt and response where those are named."""
+        """prompt_column and response_column if they are set, otherwise messages_column and tools_column."""
         return (
             ["prompt_column", "response_column"] if given.get("prompt_column") else ["tools_column", "messages_column"]
         )
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError where one of --prompt_column and --response_column is missing, or messages are named too."""
+        """Raises UserError if only one of --prompt_column and --response_column is set, or both forms of conversation are."""
         named = [flag for flag in ("prompt_column", "response_column") if given.get(flag)]
         if len(named) == 1:
             raise UserError(f"--{named[0]} is half of a pair; give both --prompt_column and --response_column")
@@ -325,9 +329,9 @@ class Chat(Summarization):
                 raise UserError(f"--{flag} and --prompt_column exclude each other; give one form of conversation")
 
     def pair(self, row: dict[str, Any]) -> tuple[Conversation, Message]:
-        """The conversation before the last turn in which the assistant says something, and that turn.
+        """The conversation before the assistant's last turn with content, and that turn.
 
-        Raises: UserError for a value that is no list of messages, or has no such turn.
+        Raises: UserError for a value that is not a list of messages, or has no such turn.
         """
         if "prompt_column" in row:
             return _conversation(text_in(row, "prompt_column")), _answer(text_in(row, "response_column"))
@@ -342,16 +346,18 @@ class Chat(Summarization):
                 raise UserError(
                     f"its tools are not a list of JSON schemas, but {str(row['tools_column'])[:80]!r}; name another --tools_column"
                 )
-        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and _is_told(message)]
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and _has_content(message)]
         if not turns:
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-            raise UserError(f"its conversation has no turn of the role assistant (it has {roles}) that says something")
+            raise UserError(f"its conversation has no turn of the role assistant (it has {roles}) with content")
         if turns[-1] == 0:
-            raise UserError("its conversation begins with the only turn of the role assistant, so nothing asks for it")
+            raise UserError(
+                "its conversation begins with the only turn of the role assistant, so no prompt precedes it"
+            )
         return Conversation(messages[: turns[-1]], tools or None), messages[turns[-1]]
 
     def shown(self, text: Conversation) -> str:
-        """A turn a line; the words alone where there is one turn, so that `footprint generate` takes them."""
+        """One line for each turn; for a single turn only its words, so that `footprint generate` accepts them."""
         if len(text.messages) == 1:
             return str(text.messages[0]["content"])
         return "\n".join(
@@ -362,7 +368,7 @@ class Chat(Summarization):
     def reference(
         self, prompt_tokenizer: PromptTokenizer, text: Conversation, target: Message, prompt: Sequence[int]
     ) -> str:
-        """What the assistant says last, as a model that learned it would write it."""
+        """The assistant's last turn, as a model that learned it would write it."""
         assert isinstance(prompt_tokenizer, ChatPromptTokenizer)
         return prompt_tokenizer.reference(text, target)
 
@@ -386,7 +392,7 @@ def _begins(turns: list[_Turn]) -> list[int]:
 
 
 def _listed(value: Any) -> list[dict[str, Any]] | None:
-    """The objects of a list, which may be written as JSON; None for anything else."""
+    """The objects of a list, which may be given as JSON text; None for any other value."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -396,9 +402,9 @@ def _listed(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _message(message: Message) -> Message:
-    """A message as templates expect it: words as text, the arguments of calls as objects, nothing that is not there.
+    """A message as templates expect it: content as text, arguments of calls as objects, no null values.
 
-    Raises: UserError for content that is no text.
+    Raises: UserError for content that is not text.
     """
     message = {name: value for name, value in message.items() if value is not None}
     content = message.get("content", "" if message["role"] not in ("system", "user") else None)
@@ -414,21 +420,21 @@ def _message(message: Message) -> Message:
 
 
 def _with_arguments(message: Message, change: Any) -> Message:
-    """`message` with the arguments of each call of a tool changed."""
+    """`message` with `change` applied to the arguments of each tool call."""
     if not message.get("tool_calls"):
         return message
     calls = []
     for call in message["tool_calls"]:
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict):
-            raise UserError(f"its conversation has a call of a tool that is no object: {str(call)[:80]!r}")
+            raise UserError(f"its conversation has a tool call that is not an object: {str(call)[:80]!r}")
         inner = inner | {"arguments": change(inner["arguments"])} if "arguments" in inner else inner
         calls.append(call | {"function": inner} if "function" in call else inner)
     return message | {"tool_calls": calls}
 
 
 def _parsed(arguments: Any) -> Any:
-    """The arguments of a call as an object, where they are one that is written as text, as OpenAI's format has them."""
+    """The arguments of a call as an object, if they are the JSON text of one, as in OpenAI's format."""
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)
@@ -438,13 +444,13 @@ def _parsed(arguments: Any) -> Any:
     return arguments
 
 
-def _is_told(message: Message) -> bool:
-    """Whether a turn says something, and is to be learned (OpenAI's format has the weight 0 for those that are not)."""
+def _has_content(message: Message) -> bool:
+    """Whether a turn has content and should be learned (in OpenAI's format, weight 0 excludes a turn)."""
     return message.get("weight") != 0 and any(part.strip() for part in _parts(message))
 
 
 def _parts(message: Message) -> Iterator[str]:
-    """All that a turn of the assistant says: its words, its thoughts, and the names and arguments of its calls."""
+    """All text in a turn of the assistant: words, reasoning, and the names and arguments of tool calls."""
     yield message.get("content", "")
     for name in REASONING:
         if isinstance(message.get(name), str):
@@ -467,18 +473,18 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts share from their beginning."""
+    """The length of the common prefix of two texts, in characters."""
     return next(
         (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
     )
 
 
 def _squeezed(text: str) -> str:
-    """`text` without blanks, which templates trim and tokenizers change."""
+    """`text` without whitespace, which templates trim and tokenizers change."""
     return "".join(text.split())
 
 
 def _is_in(part: str, squeezed: str) -> bool:
-    """Whether `part` is in a text without blanks, as it is or as JSON writes it."""
+    """Whether `part` is in the whitespace-free text `squeezed`, unchanged or JSON-escaped."""
     forms = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
     return any(_squeezed(form) in squeezed for form in forms)

@@ -7,7 +7,7 @@ from toolkit.tasks.base import Task, text_in
 
 
 class Classification(Task):
-    """Writes the label of a text, with any model that generates (Raffel et al. 2019, arXiv:1910.10683)."""
+    """Generates the label of a text, with any generating model (Raffel et al. 2019, arXiv:1910.10683)."""
 
     name: ClassVar[str] = "classification"
     flags: ClassVar[dict[str, Any]] = {
@@ -20,7 +20,7 @@ class Classification(Task):
     metric: ClassVar[str] = "accuracy"
     scoring: ClassVar[str] = (
         "Answers are compared with the labels without regard to case; an unknown answer is wrong. "
-        "The majority class is what a model would score that always answers the most frequent label"
+        "The majority class is the accuracy of always answering the most frequent label"
     )
 
     def pair(self, row: dict[str, Any]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Classification by a head: a linear layer over the text's last state, in place of the output vocabulary."""
+"""Classification by a head: a linear layer over the text's last hidden state, in place of the language model's head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
 @dataclass(frozen=True)
 class HeadPromptTokenizer(PromptTokenizer):
-    """Rows whose label is the number of a class; a tokenizer that closes each text (RoBERTa's) closes these."""
+    """Rows whose label is a class index. If the tokenizer ends each text with a special token (RoBERTa's), it is kept."""
 
     goes_on: ClassVar[bool] = False
 
     def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
-        """`input_ids` and `attention_mask` of the text, cut to `max_length`, and `labels`, the number of its class."""
+        """`input_ids` and `attention_mask` of the text, cut to `max_length`, and `labels`, the index of its class."""
         ids, cut = self.prompt(text)
         lost.rows += cut > 0
         lost.text_tokens += cut
@@ -27,15 +27,13 @@ class HeadPromptTokenizer(PromptTokenizer):
 
 
 class SequenceClassification(Classification):
-    """Chooses the class by `AutoModelForSequenceClassification`, for architectures that have one, unless it reads padding."""
+    """Chooses the class with `AutoModelForSequenceClassification`. Architectures whose head reads padding are refused."""
 
     name: ClassVar[str] = "sequence_classification"
     model_kind: ClassVar[ModelKind] = "head"
     flags: ClassVar[dict[str, Any]] = {"text_column": "sentence", "label_column": "label"}
     prompt_tokenizer: ClassVar[type[PromptTokenizer]] = HeadPromptTokenizer
-    scoring: ClassVar[str] = (
-        "The majority class is what a model would score that always answers the most frequent label"
-    )
+    scoring: ClassVar[str] = "The majority class is the accuracy of always answering the most frequent label"
 
     def answers(
         self,
@@ -53,6 +51,6 @@ class SequenceClassification(Classification):
     def score(
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
     ) -> dict[str, float]:
-        """Accuracy, macro-F1 and the share of the most frequent label; no answer of a head is unknown."""
+        """Accuracy, macro-F1 and the share of the most frequent label. A head's answer is never unknown."""
         scores = super().score(predictions, references, label_names)
         return {name: score for name, score in scores.items() if name != "unknown"}

@@ -27,7 +27,7 @@ class Summarization(Task):
     def score(
         self, predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
     ) -> dict[str, float]:
-        """ROUGE-1, -2, -L and -Lsum, the means over rows, each from 0 to 1."""
+        """ROUGE-1, -2, -L and -Lsum, averaged over rows, each from 0 to 1."""
         from toolkit.tasks.metrics.rouge import rouge  # `evaluate` takes seconds to import
 
         return rouge(predictions, references)

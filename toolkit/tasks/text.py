@@ -1,4 +1,4 @@
-"""Plain text: each row is learned from its first token to its last, and scored by perplexity."""
+"""Plain text: every token of a row is learned, and rows are scored by perplexity."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from toolkit.models.loading import longest_input
 from toolkit.tasks.base import Task, text_in
 from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
-CONTINUATION = 128
+CONTINUATION = 128  # tokens that `footprint generate` adds to a text
 
 
 @dataclass(frozen=True)
 class TextPromptTokenizer(PromptTokenizer):
-    """Rows in which every token carries the loss."""
+    """Rows in which every token is a label."""
 
     def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
-        """The ids of the text, with the end-of-text token where it is not cut to `max_length`; labels are the ids."""
+        """The ids of the text, plus the end-of-text token if it fits into `max_length`; the labels are the ids."""
         ids, cut = self.prompt(text)
         if not cut and len(ids) < self.max_length:
             ids = [*ids, self.tokenizer.eos_token_id]
@@ -31,7 +31,7 @@ class TextPromptTokenizer(PromptTokenizer):
 
 
 class Text(Task):
-    """Language modelling on a column of plain text, one row a text."""
+    """Language modelling on a column of plain text; each row is one text."""
 
     name: ClassVar[str] = "text"
     model_kind: ClassVar[ModelKind] = "decoder"
@@ -45,11 +45,11 @@ class Text(Task):
     )
 
     def pair(self, row: dict[str, Any]) -> tuple[str, str]:
-        """The text; there is no target beside it."""
+        """The text, and an empty target."""
         return text_in(row, "text_column"), ""
 
     def reference(self, prompt_tokenizer: PromptTokenizer, text: str, target: str, prompt: Sequence[int]) -> str:
-        """How many tokens of the text are predicted: all but the first."""
+        """The number of predicted tokens: all but the first."""
         return str(len(prompt) - 1)
 
     def answers(
@@ -72,7 +72,7 @@ class Text(Task):
         batch_size: int,
         num_beams: int = 1,
     ) -> list[str]:
-        """How the model goes on after each of `prompts`, for at most `CONTINUATION` tokens and as far as its positions go."""
+        """The model's continuation of each of `prompts`: at most `CONTINUATION` tokens, within the model's positions."""
         longest = max(map(len, prompts), default=0)
         room = max(1, (longest_input(model.config) or longest + CONTINUATION) - longest)
         return generate(model, prompt_tokenizer.tokenizer, prompts, batch_size, min(CONTINUATION, room), num_beams)

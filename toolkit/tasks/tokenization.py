@@ -1,6 +1,6 @@
-"""Prompt and target become token ids and labels, for T5-like and GPT-like models; what is cut off is counted.
+"""Turns prompts and targets into token ids and labels, for T5-like and GPT-like models, and counts truncated tokens.
 
-Only the text inside the prompt is ever shortened: the instruction around it always reaches the model whole.
+Of a prompt only the text is truncated; the instruction around it is always kept whole.
 """
 
 from bisect import bisect_right
@@ -15,22 +15,21 @@ from toolkit.models.losses import IGNORE_INDEX
 
 @dataclass
 class Truncation:
-    """How much of a split did not fit."""
+    """How much of a split was truncated."""
 
     rows: int = 0
     text_tokens: int = 0
     target_tokens: int = 0
-    masked_turns: int = 0  # of the assistant in a chat, which the template does not write as it would answers
-    unwritten_turns: int = 0  # of others in a chat, or tools, which the template leaves out
+    masked_turns: int = 0  # the assistant's turns in a chat that the template writes differently from answers
+    unwritten_turns: int = 0  # other turns in a chat, or tools, that the template leaves out
 
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Encodes rows for one tokenizer and kind of model.
+    """Encodes rows for one tokenizer and one kind of model. Tasks with other rows derive from it.
 
-    `max_length` is the length in tokens of the encoder's input (T5-like) or of prompt and target together (GPT-like);
-    `max_target_length` that of the target with its end-of-text token, 0 where nothing is written. Tasks whose rows are
-    made otherwise derive from it.
+    `max_length` is in tokens: of the encoder's input (T5-like), or of prompt and target together (GPT-like).
+    `max_target_length` is that of the target with its end-of-text token, or 0 if the task generates nothing.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,15 +37,15 @@ class PromptTokenizer:
     is_encoder_decoder: bool
     max_length: int
     max_target_length: int
-    label_names: tuple[str, ...] = ()  # the classes, where the task has any
-    goes_on: ClassVar[bool] = True  # whether something is written after the prompt
+    label_names: tuple[str, ...] = ()  # the classes, if the task has any
+    goes_on: ClassVar[bool] = True  # whether a target follows the prompt
 
     def prompt(self, text: Any, room: int | None = None) -> tuple[list[int], int]:
-        """The ids of the prompt around `text`, at most `room` of them, and how many tokens of the text were cut off.
+        """The ids of the prompt with `text`, at most `room` of them, and how many tokens of the text were cut off.
 
-        `room` defaults to what generation leaves: all of `max_length` (T5-like), or that less the target's (GPT-like).
+        `room` defaults to `max_length` (T5-like), or `max_length` less `max_target_length` (GPT-like).
 
-        Raises: UserError where not even an empty text fits.
+        Raises: UserError if not even an empty text fits.
         """
         if room is None:
             room = self.max_length if self.is_encoder_decoder else self.max_length - self.max_target_length
@@ -68,11 +67,11 @@ class PromptTokenizer:
         return ids, whole - len(ids)
 
     def row(self, text: Any, target: str, lost: Truncation) -> dict[str, Any]:
-        """One training row: `input_ids`, `attention_mask` and `labels`; adds what was cut off to `lost`.
+        """One training row: `input_ids`, `attention_mask` and `labels`; adds the truncated tokens to `lost`.
 
-        T5-like: labels (target,) are the target's ids. GPT-like: ids are prompt then target, and labels
-        (prompt + target,) are masked over the prompt, so that the loss is on the target alone. The prompt is cut as it
-        is where the model answers, whatever the target's length.
+        T5-like: labels (target,) are the target's ids. GPT-like: ids are the prompt followed by the target, and labels
+        (prompt + target,) are masked over the prompt, so that only the target counts in the loss. The prompt is truncated
+        to the same length as for generation, however long the target is.
         """
         labels = self.target_ids(target)
         cut_target = max(0, len(labels) - self.max_target_length)
@@ -87,14 +86,14 @@ class PromptTokenizer:
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def _cut_by_characters(self, text: str, room: int, whole: int) -> tuple[list[int], int]:
-        """As `prompt`, for a tokenizer without a fast form (ByT5's), which does not tell where in the text its tokens are."""
+        """Like `prompt`, for a tokenizer without a fast form (ByT5's), which does not give its tokens' positions in the text."""
         self._empty(room)
         keep = bisect_right(range(1, len(text) + 1), room, key=lambda end: len(self._prompt_ids(text[:end])))
         ids = self._prompt_ids(text[:keep])
         return ids, whole - len(ids)
 
     def _empty(self, room: int) -> list[int]:
-        """The ids of the prompt without a text; raises UserError where they are more than `room`."""
+        """The ids of the prompt without a text; raises UserError if they are more than `room`."""
         ids = self._prompt_ids("")
         if len(ids) > room:
             raise UserError(
@@ -107,22 +106,22 @@ class PromptTokenizer:
         """The target's ids with the end-of-text token, uncut."""
         if self.is_encoder_decoder:
             return self.tokenizer(text_target=target, verbose=False).input_ids
-        # A target follows the prompt's last word, so it starts with a space; SentencePiece puts one there by itself.
+        # A target follows the prompt's last word, so it starts with a space; SentencePiece adds one by itself.
         first = self.tokenizer.tokenize("a")[0]
         text = target if first.startswith("\u2581") else f" {target}"
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return [*ids, self.tokenizer.eos_token_id]
 
     def end_tokens(self) -> list[int]:
-        """The ids that end an answer beside the tokenizer's and the model's own end-of-text tokens."""
+        """The ids that end an answer, in addition to the end-of-text tokens of tokenizer and model."""
         return []
 
     def remarks(self) -> list[str]:
-        """What the user should know of how rows are made."""
+        """Remarks for the user on how rows are made."""
         return []
 
     def _prompt_ids(self, text: str) -> list[int]:
         ids = self.tokenizer(self.template.replace("{text}", text), verbose=False).input_ids
         if self.goes_on and not self.is_encoder_decoder and ids[-1:] == [self.tokenizer.eos_token_id]:
-            ids = ids[:-1]  # a tokenizer that closes each text must not close the prompt
+            ids = ids[:-1]  # some tokenizers end each text with this token, but the target still follows the prompt
         return ids

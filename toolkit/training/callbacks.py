@@ -1,4 +1,4 @@
-"""Callbacks of a training: leaving after SIGTERM with a checkpoint, and metrics.jsonl."""
+"""Trainer callbacks: a checkpoint and a clean exit after SIGTERM, and metrics.jsonl."""
 
 import json
 import math
@@ -20,10 +20,10 @@ from toolkit.files import atomic_write
 
 
 class Preemption(TrainerCallback):
-    """After SIGTERM on any rank: all take the step to its end, save a checkpoint, and leave (exit code 143).
+    """After SIGTERM on any rank, all ranks finish the step, save a checkpoint, and exit with code 143.
 
-    Trainer's own --enable_jit_checkpoint saves when a timer of each rank has run out, so that ranks wait for each other
-    in different steps, and in the middle of accumulated batches, of which the resumed run then knows nothing.
+    Trainer's own --enable_jit_checkpoint saves when each rank's own timer expires. Then ranks wait for each other in
+    different steps, and a checkpoint may fall between accumulated batches, which the resumed run would lose.
     """
 
     def on_train_begin(
@@ -38,13 +38,13 @@ class Preemption(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate &= (
                 args.load_best_model_at_end
-            )  # there is little time, but the choice needs each one
+            )  # time is short, but choosing the best checkpoint needs every evaluation
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.leaving:
-            if not float(state.epoch or 0).is_integer():  # no epoch has ended
+            if not float(state.epoch or 0).is_integer():  # in the middle of an epoch
                 control.should_evaluate = control.should_log = False
             control.should_save = True
 
@@ -52,17 +52,17 @@ class Preemption(TrainerCallback):
         if self.leaving:
             say(
                 "stopped",
-                f"by SIGTERM, with {PREFIX_CHECKPOINT_DIR}-{state.global_step}; --resume_from_checkpoint goes on",
+                f"by SIGTERM, with {PREFIX_CHECKPOINT_DIR}-{state.global_step}; continue with --resume_from_checkpoint",
             )
             raise Preempted
 
 
 class MetricsFile(TrainerCallback):
-    """Writes each logged step as a line of `metrics.jsonl`; on resuming, lines after the checkpoint are taken back.
+    """Writes each logged step as a line of `metrics.jsonl`; on resuming, lines after the checkpoint are removed.
 
-    The last step is always logged. `seconds` are those within steps since training began (or was resumed), and
-    `tokens_per_second` counts real tokens of all ranks over the steps after the first two, which are slowed by the
-    memory account; evaluations and checkpoints are left out of both.
+    The last step is always logged. `seconds` is the time within steps since training began or was resumed.
+    `tokens_per_second` counts real tokens of all ranks, without the first two steps, which the memory measurement slows
+    down. Neither includes evaluations and checkpoints.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class MetricsFile(TrainerCallback):
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [
                 line for line in lines if line.endswith("}\n")
-            ]  # a run may have been ended in the middle of its last
+            ]  # a killed run may have left an incomplete last line
             kept = [line.rstrip() for line in whole if json.loads(line)["step"] <= state.global_step]
             atomic_write(self.path, "".join(f"{line}\n" for line in kept))
         self.seen, self.durations, self.tokens = state.num_input_tokens_seen, [], []

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there, and what a run must have in common with the one that it goes on from.
+"""Complete checkpoints, written atomically, and what a run must share with the checkpoint that it resumes from.
 
-    checkpoint-N/manifest.json   bytes and SHA-256 of every other file, and what run wrote them
-    .saving/checkpoint-N         one that is being written; what a kill leaves there is removed when the run goes on
-    damaged-checkpoint-N         one whose files were not those of its manifest when the run went on
-    abandoned-checkpoint-N       one that was written after the one that the run was told to go on from
+    checkpoint-N/manifest.json   size in bytes and SHA-256 of every other file, and the run that wrote them
+    .saving/checkpoint-N         a checkpoint that is being written; resuming removes what a killed run left here
+    damaged-checkpoint-N         on resuming, its files did not match its manifest
+    abandoned-checkpoint-N       later than the checkpoint that the run was resumed from
 
-Writing costs one more reading of what was written, for the hashes (and waits for the disk to have it); so does resuming.
+After writing, the files are flushed to disk and read once more for the hashes; resuming reads them once more as well.
 """
 
 import hashlib
@@ -36,19 +36,19 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class RunFingerprint:
-    """The run that writes a checkpoint, as far as another must be like it to go on from there."""
+    """The properties of a run that a checkpoint records, because a run that resumes from it must share them."""
 
     engine: str
     processes: int
-    whole_state: bool  # with the optimizer's state, without which nothing can go on
+    whole_state: bool  # with the optimizer state, which resuming needs
     rows_a_step: int
     seed: int
-    data: str  # SHA-256 over the rows that are trained on, as token ids, in their order
-    state_on_disk: bool = False  # the optimizer's, under ZeRO-Infinity
+    data: str  # SHA-256 over the train split as token ids, in order
+    state_on_disk: bool = False  # ZeRO-Infinity keeps the optimizer state on a disk
 
     @classmethod
     def of(cls, engine: Engine, training: TrainArguments, train_fingerprint: str) -> "RunFingerprint":
-        """That of a run with these settings, over rows of that SHA-256."""
+        """The fingerprint of a run with these settings; `train_fingerprint` is the SHA-256 of its train split."""
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return cls(
             str(engine.kind),
@@ -63,34 +63,34 @@ class RunFingerprint:
 
 @contextmanager
 def atomic_folder(final: Path, origin: RunFingerprint, is_main: bool, wait: Callable[[], None]) -> Iterator[Path]:
-    """The folder to write the checkpoint `final` into; at the end of the block it gets its manifest and its name.
+    """Gives a temporary folder to write the checkpoint `final` into; at the end of the block it is renamed to `final`.
 
-    Called by all ranks, of which each may write; `wait` is a barrier. Until the one renaming nothing is called
-    checkpoint-N that is not whole, whenever the processes are killed.
+    Every rank calls this and may write; `wait` is a barrier. Rank 0 adds the manifest before it renames the folder. So a
+    folder named checkpoint-N is always complete, whenever the processes are killed.
 
-    Raises: UserError where a file cannot be written, after what had been written was removed.
+    Raises: UserError if a file cannot be written; the temporary folder is removed first.
     """
-    aside = final.parent / ASIDE / final.name
+    temporary = final.parent / ASIDE / final.name
     with readable_write_errors(final.name, final.parent):
         try:
-            aside.mkdir(parents=True, exist_ok=True)
-            yield aside
+            temporary.mkdir(parents=True, exist_ok=True)
+            yield temporary
             wait()
             if is_main:
-                _write_manifest(aside, origin)
-                shutil.rmtree(final, ignore_errors=True)  # of a run that was told to go on from an earlier one
-                aside.rename(final)
+                _write_manifest(temporary, origin)
+                shutil.rmtree(final, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
+                temporary.rename(final)
                 _to_disk(final.parent)
         except BaseException:
-            shutil.rmtree(aside.parent, ignore_errors=True)
+            shutil.rmtree(temporary.parent, ignore_errors=True)
             raise
     wait()
-    shutil.rmtree(aside.parent, ignore_errors=True)
+    shutil.rmtree(temporary.parent, ignore_errors=True)
 
 
 @contextmanager
 def readable_write_errors(what: str, output_dir: Path) -> Iterator[None]:
-    """Within, a file that cannot be written, in the words of whichever library writes it, becomes a `UserError`."""
+    """Turns write errors of any library within the block into a `UserError`."""
     try:
         yield
     except BaseException as error:
@@ -111,7 +111,7 @@ def _write_manifest(folder: Path, origin: RunFingerprint) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until `path` would survive the machine's end: a folder's entries, or a file's bytes."""
+    """Flushes `path` to disk: a file's bytes, or a folder's entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -125,7 +125,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sha256_of(content: dict[str, Any]) -> str:
-    """That of a manifest's content, which vouches for the others."""
+    """The SHA-256 of a manifest's content, which the manifest also records."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -141,15 +141,15 @@ def _cannot_write(what: str, output_dir: Path, error: BaseException) -> str:
     needed = sum(file["bytes"] for file in _manifest(kept[0])["files"].values()) if kept else 0
     reason = " ".join((str(error) or type(error).__name__).split())[:160]
     takes = f", and a checkpoint takes {format_bytes(needed)}" if needed else ""
-    go_on = f"then go on from {kept[0].name} with --resume_from_checkpoint true" if kept else "then start again"
+    resume = f"then resume from {kept[0].name} with --resume_from_checkpoint true" if kept else "then start again"
     return (
         f"{what} could not be written to {output_dir} ({reason}); {format_bytes(free)} are free there{takes}: make room, or "
-        f"keep fewer with --save_total_limit, {go_on}"
+        f"keep fewer with --save_total_limit, {resume}"
     )
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoint-N folders in `folder`, the last step's first."""
+    """The checkpoint-N folders in `folder`, the latest step first."""
     if not folder.is_dir():
         return []
     found = {
@@ -159,7 +159,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
-    """What stands in the manifest: `run` and `files`, of which there are none where it is missing or was altered."""
+    """The manifest's `run` and `files`; no files if the manifest is missing or was altered."""
     try:
         content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if content.pop("sha256") == _sha256_of(content):
@@ -170,7 +170,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of `checkpoint`, in a few words with the file's name; None where it is whole."""
+    """The first damage found in `checkpoint`, in a few words with the file's name; None if it is complete."""
     files = _manifest(checkpoint)["files"]
     if not files:
         return f"{MANIFEST} is missing or was altered"
@@ -185,27 +185,28 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def resume_point(asked: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from, or None to start: `--resume_from_checkpoint true` takes the newest whole one.
+def resume_point(requested: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from, or None to start. `requested` is the value of `--resume_from_checkpoint`.
 
-    Damaged ones that are newer are named and moved out of its way, and what a killed run left half-written is removed. A
-    run that was stopped before its first checkpoint starts again, so that one command restarts a run whenever it was killed.
+    `true` takes the newest complete checkpoint. Newer ones that are damaged are reported and renamed, and half-written
+    ones of a killed run are removed. A run that was stopped before its first checkpoint starts again. So the same command
+    restarts a run whenever it was killed.
 
-    Raises: UserError where there is nothing to go on from, or it is damaged.
+    Raises: UserError if there is no checkpoint to resume from, or it is damaged.
     """
-    if asked is None:
+    if requested is None:
         return None
     shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
-    if asked != NEWEST:
-        if not (Path(asked) / "trainer_state.json").is_file():
+    if requested != NEWEST:
+        if not (Path(requested) / "trainer_state.json").is_file():
             raise UserError(
-                f"--resume_from_checkpoint {asked}: no checkpoint there; give the path of a checkpoint-N folder"
+                f"--resume_from_checkpoint {requested}: no checkpoint there; give the path of a checkpoint-N folder"
             )
-        if wrong := damage(Path(asked)):
+        if wrong := damage(Path(requested)):
             raise UserError(
-                f"--resume_from_checkpoint {asked}: {wrong}; give another, or `true` for the newest that is whole"
+                f"--resume_from_checkpoint {requested}: {wrong}; give another, or `true` for the newest complete one"
             )
-        return Path(asked)
+        return Path(requested)
     found = newest_first(output_dir)
     begun = output_dir.is_dir() and ((output_dir / "config.yaml").is_file() or not any(output_dir.iterdir()))
     if not found and not begun:
@@ -225,17 +226,17 @@ def resume_point(asked: str | None, output_dir: Path) -> Path | None:
             moved = bad.with_name(f"damaged-{bad.name}")
             shutil.rmtree(moved, ignore_errors=True)
             bad.rename(moved)
-            say("warning", f"{bad}: {wrong}; it is now {moved.name}, and {checkpoint.name} is used")
-        say("resuming", f"from {checkpoint}, whose files are whole")
+            say("warning", f"{bad}: {wrong}; renamed to {moved.name}; {checkpoint.name} is used instead")
+        say("resuming", f"from {checkpoint}, which is complete")
         return checkpoint
     first, wrong = next(iter(damaged.items()))
     raise UserError(
-        f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole ({first.name}: {wrong}); start anew"
+        f"--resume_from_checkpoint: no checkpoint in {output_dir} is complete ({first.name}: {wrong}); start again"
     )
 
 
 def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> None:
-    """Renames what the run wrote after `checkpoint`: it goes on from there on another way, which `true` must find again."""
+    """Renames checkpoints later than `checkpoint`: the run now continues from `checkpoint`, and `true` must not pick them."""
     if checkpoint.resolve().parent != output_dir.resolve():
         return
     for later in newest_first(output_dir):
@@ -244,50 +245,50 @@ def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> None:
         moved = later.with_name(f"abandoned-{later.name}")
         shutil.rmtree(moved, ignore_errors=True)
         later.rename(moved)
-        say("resuming", f"{later.name} is now {moved.name}: the run goes on from an earlier one")
+        say("resuming", f"{later.name} renamed to {moved.name}: the run resumes from an earlier checkpoint")
 
 
 def check_resumable(checkpoint: Path, now: RunFingerprint, allow_changed_data: bool) -> None:
-    """Raises UserError where a run like `now` cannot go on from `checkpoint`, or would silently see other rows.
+    """Raises UserError if the run `now` cannot resume from `checkpoint`, or would silently train on other rows.
 
-    The files of one process and of DDP are the same, and FSDP2's are read by any number of processes. ZeRO's are the shares of
-    one number of processes, and of one stage. Those of FSDP1, for which there is no launch file, are accelerate's, and not tried.
+    A single process and DDP write the same files. Any number of processes can read FSDP2's. ZeRO's are shards for one number
+    of processes and one stage. FSDP1 has no launch file here; its checkpoints are accelerate's, and are untested.
     """
     try:
         then = RunFingerprint(**_manifest(checkpoint)["run"])
         then_kind, now_kind = EngineKind(then.engine), EngineKind(now.engine)
     except (TypeError, ValueError):
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} was written by another version of footprint, whose manifest this one does not "
-            "know; go on with that version"
+            f"--resume_from_checkpoint: {checkpoint} was written by another version of footprint, and this version cannot read its "
+            "manifest; resume with that version"
         ) from None
     if then.state_on_disk or now.state_on_disk:
-        whose = f"{checkpoint} was written with it" if then.state_on_disk else "this launch file puts it"
+        which = f"{checkpoint} was written with it" if then.state_on_disk else "this launch file puts it"
         raise UserError(
-            f"--resume_from_checkpoint: {NOT_READ_BACK} ({whose} on a disk); choose launch/zero3_offload.yaml for runs that must be "
+            f"--resume_from_checkpoint: {NOT_READ_BACK} ({which} on a disk); choose launch/zero3_offload.yaml for runs that must be "
             "resumed"
         )
     if not then.whole_state:
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} was saved with --save_only_model, without the optimizer's state; start "
-            "anew from its weights"
+            f"--resume_from_checkpoint: {checkpoint} was saved with --save_only_model, without the optimizer state; start "
+            "a new run from its weights"
         )
     if then_kind is EngineKind.FSDP1:
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} was written by FSDP1, whose checkpoints cannot be gone on from; start anew "
+            f"--resume_from_checkpoint: {checkpoint} was written by FSDP1, and FSDP1's checkpoints cannot be resumed; start again "
             "with launch/fsdp2.yaml"
         )
     same = then_kind is now_kind or (then_kind.replicates_checkpoints and now_kind.replicates_checkpoints)
     if not same or (then_kind.is_zero and then.processes != now.processes):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} was written by {then.engine} on {then.processes} processes, and cannot be "
-            f"read by {now.engine} on {now.processes}: launch it as it was"
+            f"read by {now.engine} on {now.processes}: launch the run as before"
         )
     changed = []
     if then.data != now.data:
-        changed.append("the training rows (or their tokens) are others")
+        changed.append("the training rows (or their tokens) changed")
     if then.seed != now.seed:
-        changed.append(f"their order is (--seed or --data_seed {now.seed} instead of {then.seed})")
+        changed.append(f"their order changed (--seed or --data_seed {now.seed} instead of {then.seed})")
     if then.rows_a_step != now.rows_a_step:
         changed.append(
             f"a step has {now.rows_a_step} rows instead of {then.rows_a_step} (--per_device_train_batch_size x "
@@ -295,6 +296,6 @@ def check_resumable(checkpoint: Path, now: RunFingerprint, allow_changed_data: b
         )
     if changed and not allow_changed_data:
         raise UserError(
-            f"since {checkpoint} was written {', and '.join(changed)}, so some rows would be seen twice or never; undo that, "
-            "or give --allow_changed_data to go on all the same"
+            f"since {checkpoint} was written, {', and '.join(changed)}, so some rows would be seen twice or never; undo that, "
+            "or give --allow_changed_data to resume anyway"
         )

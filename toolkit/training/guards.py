@@ -1,18 +1,18 @@
-"""What every run is checked for while it trains and when it is saved; a violation stops the run and says which.
+"""Checks of every run while it trains and when it is saved; a violation stops the run and names the guard.
 
-| guard | when | what it costs |
+| guard | when | cost |
 |---|---|---|
 | gradient: its norm is above zero | the first steps | nothing: the Trainer computes it anyway |
-| update: trained weights have changed | the first steps, and the end | reads the trained weights once a check |
+| update: trained weights have changed | the first steps, and the end | reads the trained weights once for each check |
 | frozen: frozen weights have not changed | the end | reads the frozen weights twice, on their device, without a copy: |
-| | | 0.2 to 0.3 s a GiB measured on one slow CPU core; on a GPU, reading them once at its bandwidth |
-| saved: what was saved reloads as what was trained | the end | an adapter: two forward passes of one row, no memory; a full |
+| | | 0.2 to 0.3 s per GiB, measured on one slow CPU core; on a GPU, one read at its memory bandwidth |
+| saved: the saved files reload as the trained weights | the end | an adapter: two forward passes of one row, no memory; a full |
 | | | model: the saved file is read once, into the CPU's memory |
-| generation: what it writes follows from its forward passes | the end | writes 8 tokens after one row, and reads them once |
+| generation: generated tokens agree with forward passes | the end | generates 8 tokens after one row, and one forward pass |
 
-That there are label tokens at all is checked before the run (`tasks`). Weights that ZeRO-3 or FSDP share out are checked
-shard by shard; what they save is only checked for not being empty. Where an engine keeps its own fp32 copy of 16-bit weights,
-a few small steps may round to nothing: there `update` is checked at the end alone.
+That there are label tokens at all is checked before the run (`toolkit.data.loading`). Weights that ZeRO-3 or FSDP shard are
+checked shard by shard; their saved files are only checked for not being empty. If an engine keeps its own fp32 copy of 16-bit
+weights, a few small steps may round to nothing: then `update` is only checked at the end.
 """
 
 import copy
@@ -36,19 +36,21 @@ from toolkit.models.generation import generation_error
 from toolkit.models.loading import load_model, longest_input
 from toolkit.models.soft_prompts import fit_head
 
-FIRST_STEPS = 3  # LoRA's A moves from the second step on, and a warm-up's first step may have a learning rate of 0
-LOGITS_TOLERANCE = 1e-3  # of the largest logit: the weights are the same bits, but a GPU may choose other kernels
-# The same, where an initialization altered the base, which was rounded once more.
+FIRST_STEPS = (
+    3  # LoRA's A changes from the second step on, and the first step of a warm-up may have a learning rate of 0
+)
+LOGITS_TOLERANCE = 1e-3  # of the largest logit: the weights are bitwise equal, but a GPU may choose other kernels
+# The tolerance if an initialization altered the base: the base was rounded once more.
 ROUNDED_BASE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Of the logits' spread. Lost virtual tokens showed as 0.4 and more on tiny models, rounding as 4e-5 in fp32 and 0.006 in bf16, but
-# for mixtures of experts (0.12), where a rounded choice of expert changes all that follows.
-ROW, TOKENS = 64, 8  # at most so many of the row's tokens are read, and so many are written
+# Tolerances relative to the logits' spread. On tiny models, lost virtual tokens gave 0.4 and more, rounding 4e-5 in fp32 and 0.006
+# in bf16. Mixtures of experts gave 0.12: if rounding changes the choice of an expert, everything after it changes.
+ROW, TOKENS = 64, 8  # at most so many tokens of the row are read, and so many generated
 GENERATION_TOLERANCE = 1e-2
 GENERATION_TOLERANCE_ROUNDED = 0.25  # 16 bits, or a quantized base
 
 
 class Guards(TrainerCallback):
-    """Watches gradients and weights of one training; raises `UserError` at the first step that shows a violation."""
+    """Watches gradients and weights during training; raises `UserError` at the first step that shows a violation."""
 
     def on_train_begin(
         self,
@@ -67,7 +69,7 @@ class Guards(TrainerCallback):
             raise UserError("guard 'update': no weight is trainable, so nothing can be learned; choose other targets")
 
     def gradient(self, norm: Any) -> None:
-        """Takes the norm that the Trainer has computed over all gradients, before the optimizer steps."""
+        """Records the norm over all gradients, which Trainer computes before the optimizer step."""
         if len(self.norms) < FIRST_STEPS and norm is not None:
             self.norms.append(float(norm))
 
@@ -89,7 +91,7 @@ class Guards(TrainerCallback):
             return
         if len(self.norms) == FIRST_STEPS and not any(norm > 0 for norm in self.norms):
             self._refuse_gradient()
-        # A step whose gradients overflowed is skipped by the loss scaler of fp16, and must change nothing.
+        # The loss scaler of fp16 skips a step if its gradients overflowed; such a step changes nothing.
         self.counted += self.rate > 0 and math.isfinite(self.norms[-1] if self.norms else 0.0)
         if self.counted == FIRST_STEPS and not _is_rounded(model):
             self._check_update(model)
@@ -104,7 +106,7 @@ class Guards(TrainerCallback):
     ) -> None:
         assert model is not None
         if not self.norms and not self.counted:
-            return  # resumed where the run had ended: no step was taken
+            return  # resumed at the end of the run: no step was taken
         if self.norms and not any(norm > 0 for norm in self.norms):
             self._refuse_gradient()
         if self.counted < FIRST_STEPS or _is_rounded(model):
@@ -133,15 +135,15 @@ class Guards(TrainerCallback):
 
 
 def _is_rounded(model: nn.Module | None) -> bool:
-    """Whether all that trains is 16 bits wide, as it is under DeepSpeed with bf16 or fp16, which updates a copy in fp32."""
+    """Whether all trained weights have 16 bits, as under DeepSpeed with bf16 or fp16, which updates a copy in fp32."""
     assert model is not None
     return all(p.dtype.itemsize == 2 for p in model.parameters() if p.requires_grad)
 
 
 def check_saved(trainer: Trainer, config: Config) -> None:
-    """Reads back what `trainer` has saved into its output folder, on rank 0.
+    """Reads the weights that `trainer` saved into its output folder, on rank 0.
 
-    Raises: UserError where the file holds no weights, or others than those in memory.
+    Raises: UserError if the file holds no weights, or other weights than the model in memory.
     """
     folder, model = Path(trainer.args.output_dir), trainer.model
     if not trainer.is_world_process_zero():
@@ -156,9 +158,9 @@ def check_saved(trainer: Trainer, config: Config) -> None:
 
 
 def check_generation(trainer: Trainer, data: TaskData) -> None:
-    """Compares what the trained model writes after one row of the test split with its forward passes, on every rank.
+    """Compares the trained model's generation after one row of the test split with its forward passes, on every rank.
 
-    Raises: UserError where they differ, as they do where PEFT does not know the generation of a newer transformers.
+    Raises: UserError if they differ. They do if PEFT does not support the generation of a newer transformers.
     """
     if data.task.model_kind == "head":
         return
@@ -170,9 +172,9 @@ def check_generation(trainer: Trainer, data: TaskData) -> None:
     tolerance = GENERATION_TOLERANCE_ROUNDED if rounded else GENERATION_TOLERANCE
     if not error <= tolerance:
         raise UserError(
-            f"guard 'generation': what the trained model writes does not follow from what it was trained on: the logits differ by "
+            f"guard 'generation': the trained model's generation does not agree with its forward passes: the logits differ by "
             f"{error:.2g} of their spread (at most {tolerance:g}). transformers {version('transformers')} and peft {version('peft')} "
-            "may not fit together; install the versions of constraints.txt"
+            "may not be compatible; install the versions of constraints.txt"
         )
 
 
@@ -183,27 +185,27 @@ def _check_not_empty(folder: Path) -> None:
         try:
             with safe_open(file, "pt") as stream:
                 elements += sum(math.prod(stream.get_slice(name).get_shape()) for name in stream.keys())  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own kind
-            raise UserError(f"guard 'saved': {file} cannot be read back ({' '.join(str(error).split())})") from None
+        except Exception as error:  # safetensors raises exceptions of its own
+            raise UserError(f"guard 'saved': {file} cannot be read ({' '.join(str(error).split())})") from None
     if not elements:
         raise UserError(f"guard 'saved': {folder} holds no weights; the method trained something that is not saved")
 
 
 @torch.no_grad()
 def _check_adapter(trainer: Trainer, config: Config, model: PeftModel, folder: Path) -> None:
-    """The logits of one training row, before and after the adapter is read back from its file."""
+    """Compares the logits of one training row before and after the adapter is loaded from its file."""
     before = _logits(trainer, model)
     adapter, tolerance = model.active_peft_config, LOGITS_TOLERANCE
-    if config.method.adapter_changes_base(adapter):
+    if config.method.changes_base or config.method.adapter_changes_base(adapter):
         tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
         after = _logits(trainer, _reloaded(config, model, folder))
-    elif adapter.is_prompt_learning:  # what is saved is what the prompt encoder gives, not the encoder
+    elif adapter.is_prompt_learning:  # the output of the prompt encoder is saved, not the encoder
         reloaded = PeftModel.from_pretrained(model.get_base_model(), folder)
         after = _logits(trainer, reloaded)
     else:
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.fill_(math.nan)  # what the file does not bring stays, and shows
+                parameter.fill_(math.nan)  # a weight that the file lacks stays NaN
         weights = load_peft_weights(str(folder), device="cpu")
         set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
         lost = [name for name, p in model.named_parameters() if p.requires_grad and p.isnan().any()]
@@ -213,13 +215,13 @@ def _check_adapter(trainer: Trainer, config: Config, model: PeftModel, folder: P
     worst = float((after - before).abs().max() / before.abs().max())
     if not worst <= tolerance:
         raise UserError(
-            f"guard 'saved': the adapter read back from {folder} gives logits that differ by {worst:.2g} of the largest "
-            f"(at most {tolerance:g}); the saved files do not hold what was trained"
+            f"guard 'saved': the adapter loaded from {folder} gives logits that differ by {worst:.2g} of the largest "
+            f"(at most {tolerance:g}); the saved files do not hold the trained weights"
         )
 
 
 def _reloaded(config: Config, trained: PeftModel, folder: Path) -> PeftModel:
-    """The adapter in `folder` over the base as it was before training."""
+    """The adapter in `folder`, loaded onto a new copy of the base."""
     own = copy.deepcopy(trained.get_base_model().config)  # with the head's classes
     base = load_model(config.model, own, config.dtype, config.training, config.engine)
     reloaded = PeftModel.from_pretrained(base, folder)
@@ -241,7 +243,7 @@ def _logits(trainer: Trainer, model: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def _check_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Each tensor that `folder` loads against the one in memory, in the type in which it is loaded."""
+    """Compares each tensor loaded from `folder` with the one in memory, in the type in which it is loaded."""
     loaded = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
     for name, tensor in model.state_dict().items():
         there = loaded.get(name)

@@ -1,4 +1,4 @@
-"""Shows training as it goes: a live line in a terminal, plain lines elsewhere, from rank 0 alone."""
+"""Shows the progress of training on rank 0: a live line in a terminal, plain lines otherwise."""
 
 import time
 from typing import Any
@@ -72,7 +72,7 @@ class ProgressCallback(TrainerCallback):
         self.abort()
 
     def abort(self) -> None:
-        """Ends the live line, also where training ended by an error."""
+        """Ends the live line, also after an error in training."""
         if self.bar:
             self.bar.stop()
             self.bar = None

@@ -7,9 +7,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 
 
 class LengthGrouped(LengthGroupedSampler):
-    """Rows of about equal length together, in an order that the seed and the epoch decide, on all ranks and after a resume.
+    """Groups rows of similar length. The order depends only on seed and epoch, so it is equal on all ranks and after a resume.
 
-    transformers' own draws the order from the random state of each rank, which differs after a resume and between ranks.
+    transformers' own sampler draws the order from each rank's random state, which differs between ranks and after a resume.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:

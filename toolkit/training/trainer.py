@@ -1,4 +1,4 @@
-"""Training: transformers' Trainer, with a loss that does not depend on how a batch is split, and guards."""
+"""Training: transformers' Trainer with guards, and with a loss that does not depend on how a batch is split."""
 
 import copy
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ from toolkit.distributed.running import EngineCheck
 from toolkit.distributed.sharded_models import share_tied_tables
 from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
-from toolkit.models.generation import make_saveable
-from toolkit.models.losses import IGNORE_INDEX, mean_loss, row_losses
+from toolkit.models.generation import end_as_the_tokenizer
+from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.soft_prompts import has_virtual_tokens
 from toolkit.training.callbacks import MetricsFile, Preemption
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors
@@ -43,7 +43,7 @@ from toolkit.training.shards import load_optimizer_shards, load_weight_shards, s
 
 
 class TrainingData(Protocol):
-    """What a `FineTuner` reads: `toolkit.data.loading.TaskData`, or batches that are collated already."""
+    """The data of a `FineTuner`: `toolkit.data.loading.TaskData`, or batches that are already collated."""
 
     @property
     def train(self) -> Any:
@@ -55,34 +55,34 @@ class TrainingData(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that is saved with the model, and whose padding the model takes over; None: nothing is saved."""
+        """The tokenizer that is saved with the model and defines its padding; None: nothing is saved."""
 
     @property
     def is_collated(self) -> bool:
-        """Whether each item of `train` is a whole batch already."""
+        """Whether each item of `train` is already a whole batch."""
 
     @property
     def train_fingerprint(self) -> str:
-        """SHA-256 over the rows that are trained on, in their order."""
+        """SHA-256 over the rows of `train`, in order."""
 
     def collator(self, model: PreTrainedModel, sequence_parallel_size: int = 1) -> Any:
-        """Makes a batch of rows of `train` or `validation`."""
+        """The function that makes a batch from rows of `train` or `validation`."""
 
 
 class FineTuner(Trainer):
     """`transformers.Trainer` whose gradients are the mean over all label tokens (or labels) of an optimizer step.
 
     The same rows give the same gradients as one batch, as accumulated batches, or spread over processes. Trainer passes
-    `num_items_in_batch` to the model and trusts it to divide by it; T5, mT5 and BART accept the argument and ignore it,
-    so their loss grows with the accumulation steps (seen in transformers 5.17 to 5.23).
+    `num_items_in_batch` to the model and relies on the model to divide by it. T5, mT5 and BART accept the argument but ignore
+    it, so their loss grows with the number of accumulation steps (seen in transformers 5.17 to 5.23).
 
     Most of the methods below override private ones of Trainer. toolkit/seams/trainer.py says why, and a test checks that Trainer
     still calls each of them.
     """
 
-    optimizer: Any  # as Trainer has it: accelerate wraps it
-    sampler: torch.utils.data.Sampler | None = None  # of the train split, once it was asked for
-    written_to: Path | None = None  # while a checkpoint is being written, its parent folder
+    optimizer: Any  # accelerate wraps it
+    sampler: torch.utils.data.Sampler | None = None  # of the train split, once Trainer has requested it
+    written_to: Path | None = None  # the temporary parent folder while a checkpoint is being written
 
     def __init__(
         self, model: PreTrainedModel, config: Config, data: TrainingData, callbacks: Sequence[TrainerCallback] = ()
@@ -94,7 +94,7 @@ class FineTuner(Trainer):
         if engine.kind is EngineKind.FSDP2:
             share_tied_tables(model)
         if data.tokenizer is not None:
-            _end_as_the_tokenizer(model, data.tokenizer)
+            end_as_the_tokenizer(model, data.tokenizer)
         super().__init__(
             model=model,
             args=args,
@@ -106,15 +106,17 @@ class FineTuner(Trainer):
             callbacks=[*_own_callbacks(args), *callbacks],
         )
         if data.is_collated:
-            self._train_batch_size = 1  # items a batch, whatever --per_device_train_batch_size says of rows
+            self._train_batch_size = 1  # each item is a batch of --per_device_train_batch_size rows
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # so that labels are counted for every model; none is told the count
+        self.model_accepts_loss_kwargs = (
+            True  # so that Trainer counts labels for every model; no model receives the count
+        )
         if has_virtual_tokens(model):
-            self._loss_shifts_labels = False  # Trainer's count, which `compute_loss` must match
+            self._loss_shifts_labels = False  # so that Trainer counts labels as `compute_loss` does
         self.add_callback(EngineCheck(self, engine))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch on the device. Shares of rows are contiguous there, as models expect; on a CPU DeepSpeed gives views of the whole."""
+        """The batch on the device. Shared rows are made contiguous, as models expect: on a CPU DeepSpeed returns views."""
         inputs = super()._prepare_inputs(inputs)
         if self.get_sp_size() > 1:
             inputs = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -127,21 +129,22 @@ class FineTuner(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The mean loss over this batch's label tokens, weighted by their share in the whole optimizer step.
+        """The mean loss over this batch's label tokens, weighted by their share of the whole optimizer step.
 
-        With n the label tokens here and N those of all batches and processes of the step, the sum over batches of
-        mean x n / N is the mean over all N tokens. DDP averages over processes, hence the factor `num_processes`.
-        Without N it is the mean of the batch, as where processes share a row (accumulated rows weigh alike).
+        Let n be the label tokens of this batch, and N those of all batches and processes of the step. Then the sum of
+        mean x n / N over the batches is the mean over all N tokens. DDP averages over processes, hence the factor
+        `num_processes`. Without N (under sequence parallelism) the result is the mean of the batch, so accumulated batches
+        have equal weight.
         """
         if num_items_in_batch is None:
             return self._batch_loss(model, inputs, return_outputs)
-        local = _label_tokens(inputs["labels"], shifted=self._shifts_labels)
+        local = label_tokens(self.model, inputs["labels"])
         result = self._batch_loss(model, inputs, return_outputs)
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
 
     def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        """The mean loss over the label tokens of a batch; Trainer's smoothed one takes as many logits as labels alone."""
+        """The mean loss over the label tokens of a batch. Trainer's label smoothing fails with virtual tokens: more logits than labels."""
         if self.label_smoother is None or not has_virtual_tokens(self.model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
         labels = inputs.pop("labels")
@@ -156,13 +159,13 @@ class FineTuner(Trainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """The summed loss of each row of a validation batch, and its number of label tokens: both (rows,).
 
-        Trainer would average the means of batches, so that the loss depends on how rows fall into batches, on padding of
-        batches, and on rows that fill up the last batch of several processes.
+        Trainer would average the means of batches. That loss depends on how rows are grouped into batches, on padding, and
+        on the rows that are repeated to fill the last batch of several processes.
         """
         inputs = self._prepare_inputs(inputs)
         shares_rows, seq2seq = self.get_sp_size() > 1, self.model.config.is_encoder_decoder
-        labels = inputs["shift_labels" if shares_rows else "labels"]  # of shared rows, this rank's share
-        if not seq2seq:  # whose decoder may read them; others need not compute the loss as well
+        labels = inputs["shift_labels" if shares_rows else "labels"]  # with shared rows, this rank's tokens
+        if not seq2seq:  # a decoder of an encoder-decoder model may read labels; others would compute a second loss
             inputs.pop("labels", None)
         aligned = shares_rows or seq2seq or labels.dim() == 1
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -170,27 +173,24 @@ class FineTuner(Trainer):
             sums, tokens = row_losses(logits, labels, aligned, self.args.label_smoothing_factor)
         return None, sums, tokens
 
-    @property
-    def _shifts_labels(self) -> bool:
-        return not self.model.config.is_encoder_decoder and not has_virtual_tokens(self.model)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that `--optim` names, over the method's own groups of parameters where it has some."""
+        """The optimizer that `--optim` names, with the method's own parameter groups if it has any."""
         if self.optimizer is None:
-            self.optimizer = self.config.method.make_optimizer(self)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = self.config.method.make_optimizer(self.model, self.args, kind, options)
         return super().create_optimizer(model)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """Trainer's own choice by name, and those of `toolkit.config.optimizers.OWN`."""
+        """Trainer's choice by name, extended by `toolkit.config.optimizers.OWN`."""
         if (own := OWN.get(name_of(args))) is not None:
             return own.optimizer, own.arguments(args)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; stops the run at a loss that is not finite.
+        """One forward and backward pass; stops the run if the loss is not finite.
 
-        Raises: UserError with the step and the last checkpoint, before the optimizer takes the bad gradients.
+        Raises: UserError with the step and the last checkpoint, before the optimizer uses the bad gradients.
         """
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
@@ -203,7 +203,7 @@ class FineTuner(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm that the Trainer logs, whichever engine computes it; shown to the guards."""
+        """The gradient norm that Trainer logs, from any engine; also given to the guards."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         for guards in (callback for callback in self.callback_handler.callbacks if isinstance(callback, Guards)):
             guards.gradient(norm)
@@ -221,17 +221,17 @@ class FineTuner(Trainer):
         return self.sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch, or nothing where the checkpoint that was resumed from is the last: Trainer would take one more step."""
+        """Runs one epoch; none if the run resumes from its last checkpoint, where Trainer would take one more step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         set_epoch = getattr(self.sampler, "set_epoch", None)
-        if set_epoch is not None:  # a data loader that skips what a checkpoint has seen does not pass it on
+        if set_epoch is not None:  # the data loader that skips batches after a resume does not pass the epoch on
             set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's checkpoint, written aside by all ranks and renamed when it is whole (`checkpoints`); then old ones go."""
+        """Writes Trainer's checkpoint atomically (`atomic_folder`), then deletes old ones."""
         args, state = self.args, self.state
         final = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         origin = RunFingerprint.of(self.config.engine, args, self.data.train_fingerprint)
@@ -249,7 +249,7 @@ class FineTuner(Trainer):
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """What training goes on with beside the weights; under FSDP2 each rank's share of both (`shards`)."""
+        """Saves optimizer and scheduler; under FSDP2 each rank saves its shards of weights and optimizer state."""
         if not self._is_fsdp2:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -258,14 +258,14 @@ class FineTuner(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights of a checkpoint."""
+        """Loads the weights of a checkpoint."""
         if self._is_fsdp2:
             load_weight_shards(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The rest of a checkpoint."""
+        """Loads optimizer and scheduler of a checkpoint."""
         if not self._is_fsdp2 or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -273,7 +273,7 @@ class FineTuner(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_best_model(self) -> None:
-        """Puts the weights of the best checkpoint into the model."""
+        """Loads the weights of the best checkpoint into the model."""
         if self._is_fsdp2:
             load_weight_shards(self.model, Path(self.state.best_model_checkpoint))
         else:
@@ -284,25 +284,25 @@ class FineTuner(Trainer):
         return self.config.engine.kind is EngineKind.FSDP2
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer writes checkpoints, and looks for those to delete."""
+        """The folder in which Trainer writes checkpoints, and looks for those to delete."""
         return str(self.written_to or self.args.output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Uploads a checkpoint that has its lasting name; Trainer asks for it before."""
+        """Uploads a checkpoint once it has its final name; Trainer calls this earlier too."""
         if self.written_to is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Saves tied weights once, also where an engine gathered each of their names into a tensor of its own."""
+        """Saves tied weights once, even if an engine gathered a separate tensor for each of their names."""
         if state_dict:
-            tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # name to the name that it is tied to
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # name to the name it is tied to
             state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
         super()._save(output_dir, state_dict)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> None:
-        """Uploads the run folder as it stands, from rank 0, which the others do not wait for: it may take longer than their time-out.
+        """Uploads the run folder from rank 0. The other ranks do not wait: an upload may take longer than their timeout.
 
-        Trainer would save the model and a model card of its own over what was converted, checked and written.
+        Trainer would first overwrite the converted and checked files with its own save, and the model card with its own.
         """
         is_main = self.is_world_process_zero()
         leave_process_group()
@@ -325,25 +325,8 @@ def _own_callbacks(args: TrainArguments) -> list[TrainerCallback]:
     return callbacks
 
 
-def _end_as_the_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives `model` the tokenizer's padding, as Trainer would, and makes its generation settings fit to be saved."""
-    generation = getattr(model, "generation_config", None)
-    for settings in filter(None, (model.config, generation)):
-        settings.pad_token_id = tokenizer.pad_token_id
-    if generation is not None:
-        make_saveable(generation)
-
-
-def _label_tokens(labels: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """How many of `labels` the loss sees: all classes (batch,), or the tokens (batch, length) that are not masked.
-
-    A GPT-like model never predicts the first position.
-    """
-    return (labels[:, 1:] if shifted and labels.dim() == 2 else labels).ne(IGNORE_INDEX).sum()
-
-
 def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
-    """Trains (or resumes from `checkpoint`), saves the result into the run folder, and says which checkpoint was chosen by what."""
+    """Trains (or resumes from `checkpoint`), saves and checks the result, and prints which checkpoint was selected, and why."""
     args = trainer.args
     try:
         with sigterm.deferred_to_a_step():

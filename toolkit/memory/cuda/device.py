@@ -102,8 +102,9 @@ HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
 class CudaOverlay:
     """Runs each operator with the memory use that it has on `card`."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, sums_in_place: bool = True) -> None:
         self.card = card
+        self.sums_in_place = sums_in_place
         self._threads: set[bool] = set()  # the threads with a cuBLAS workspace: False is the main one, True autograd's
         _alone()  # runs a backward pass, which must not happen inside an operator
 
@@ -112,7 +113,7 @@ class CudaOverlay:
         stand_in = quantized.STAND_INS.get(name)
         if stand_in is not None:
             return stand_in(self.card, trace, args, kwargs)
-        if name == "aten::add.Tensor" and (_sums_gradients(args) or _adds_a_mask()):
+        if self.sums_in_place and name == "aten::add.Tensor" and (_sums_gradients(args) or _adds_a_mask()):
             return args[0]
         result = meta_ops.run(op, args, kwargs)
         if name in _MATRIX_PRODUCTS:
@@ -324,6 +325,7 @@ class Cuda:
         adapters_cast_on_device: see `loading.replay`.
         empties_cache_after_casts: whether PEFT empties the cache after its casts (0.20 and later do).
         built_with_flash: whether PyTorch was built with the flash kernel; by default as the installed one.
+        sums_in_place: whether PyTorch adds in place where it can, as in steps without a trace (see `memory.measure`).
     """
 
     def __init__(
@@ -334,6 +336,7 @@ class Cuda:
         adapters_cast_on_device: bool = False,
         empties_cache_after_casts: bool = True,
         built_with_flash: bool | None = None,
+        sums_in_place: bool = True,
     ) -> None:
         self.card = card
         self.name = card.name
@@ -343,6 +346,7 @@ class Cuda:
         self.adapters_cast_on_device = adapters_cast_on_device
         self.empties_cache_after_casts = empties_cache_after_casts
         self.built_with_flash = attention.installed_has_flash() if built_with_flash is None else built_with_flash
+        self.sums_in_place = sums_in_place
         self._meter = AllocatorMeter(self.expandable_segments)
 
     @property
@@ -370,7 +374,7 @@ class Cuda:
 
     def overlay(self) -> CudaOverlay:
         """A new overlay, in which no cuBLAS handle has a workspace yet."""
-        return CudaOverlay(self.card)
+        return CudaOverlay(self.card, self.sums_in_place)
 
     @contextmanager
     def running(self) -> Iterator[None]:

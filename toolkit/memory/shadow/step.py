@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ from toolkit.memory.replay import replay_without_offloaded
 from toolkit.memory.shadow import simulated_rank
 from toolkit.memory.shadow.fake import make_fake
 from toolkit.memory.shadow.isolation import isolated
-from toolkit.memory.trace import Overlay, Trace
+from toolkit.memory.trace import Overlay, Sink, Trace
 from toolkit.seams import patched
 
 STEPS = 2  # the first, in which optimizer state appears, and the steady one
@@ -120,8 +120,8 @@ CPU = Cpu()
 class ShadowCallback(MemoryCallback):
     """The callback that measures, on fake tensors: `device` provides meter, overlay and loading."""
 
-    def __init__(self, device: Device, config: Mapping[str, Any] | None = None):
-        super().__init__(steps=tuple(range(1, STEPS + 1)), config=config)
+    def __init__(self, device: Device, config: Mapping[str, Any] | None = None, sinks: Sequence[Sink] = ()):
+        super().__init__(steps=tuple(range(1, STEPS + 1)), config=config, sinks=sinks)
         self.device = device
         self.notes: tuple[str, ...] = ()
         self.source, self.device_name, self.context_bytes = "predicted", device.name, device.context_bytes
@@ -161,12 +161,14 @@ def predict(
     arguments: TrainingArguments,
     device: Device = CPU,
     config: Mapping[str, Any] | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Ledger:
     """The predicted ledger of training, made in this process without weights and without a GPU.
 
     `build` is called once and must make its model on the meta device. `trainer` must make the Trainer that training uses,
     with the given arguments (a copy limited to two steps on one CPU process) and callback. Its data set must give at least
-    `rows_needed(arguments)` rows in their order, each as long as the longest row of training.
+    `rows_needed(arguments)` rows in their order, each as long as the longest row of training. `sinks`
+    receive the trace's events.
 
     Raises:
         UserError: for options and models that the shadow step does not support, by name.
@@ -182,13 +184,13 @@ def predict(
         fake_mode = make_fake(model)
         if simulated_rank.in_world():
             model._apply = partial(simulated_rank.applied, model)  # DeepSpeed casts a model to bf16 itself
-        callback = ShadowCallback(device, config)
+        callback = ShadowCallback(device, config, sinks)
         if arguments.fp16 and not simulated_rank.in_deepspeed():
             stack.enter_context(_fp16_autocast())
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
         keep_only(shadow, callback)
         device.prepare(shadow)
-        stack.enter_context(_real_losses())
+        stack.enter_context(losses_of_zero())
         stack.enter_context(quantized.dequantized_by_peft())
         stack.enter_context(meta_ops.large_ones_fake(fake_mode))
         stack.enter_context(device.running())
@@ -290,13 +292,13 @@ def _fp16_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def _real_losses() -> Iterator[None]:
+def losses_of_zero() -> Iterator[None]:
     """While open, Trainer gets a real loss of 0 instead of a fake one, so that its checks for NaN work."""
     step = Trainer.training_step
 
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step(self, *args, **kwargs)
-        return torch.tensor(0.0, dtype=loss.dtype)  # `torch.zeros` would be fake under an engine
+        return torch.tensor(0.0, dtype=loss.dtype, device=loss.device)  # `torch.zeros` would be fake under an engine
 
     with patched("Trainer.training_step", training_step):
         yield

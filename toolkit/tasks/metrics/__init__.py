@@ -1,4 +1,4 @@
-"""Scores, kept in the package as `evaluate.Metric` classes: `evaluate.load` would download its script from a hub."""
+"""Scores as `evaluate.Metric` classes in this package, because `evaluate.load` would download a script from the hub."""
 
 
 def score_title(name: str) -> str:

@@ -10,14 +10,14 @@ from toolkit.models.heads import normalized
 
 
 class Classification(evaluate.Metric):
-    """Accuracy, macro-F1, and what they are to be seen beside; each from 0 to 1.
+    """Accuracy, macro-F1, and two figures to judge them by; each from 0 to 1.
 
     `compute(predictions=[str], references=[str], label_names=[str])` gives
 
     - `accuracy`: the share of answers that are the row's label;
     - `macro_f1`: the mean over the labels that occur in the references of F1 = 2 TP / (2 TP + FP + FN);
     - `unknown`: the share of answers that are none of `label_names`, each of which counts as wrong;
-    - `majority_class`: the share of the most frequent reference, which a constant answer would score as accuracy.
+    - `majority_class`: the share of the most frequent reference, which is the accuracy of the best constant answer.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -48,6 +48,6 @@ class Classification(evaluate.Metric):
 def classification(
     predictions: Sequence[str], references: Sequence[str], label_names: Sequence[str]
 ) -> dict[str, float]:
-    """The scores of `predictions` (as many as `references`), computed in memory, with no cache file to share."""
+    """The scores of `predictions` (as many as `references`), computed in memory, so that processes share no cache file."""
     metric = Classification(keep_in_memory=True)
     return metric.compute(predictions=predictions, references=references, label_names=label_names)

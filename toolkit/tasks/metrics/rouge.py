@@ -1,4 +1,4 @@
-"""ROUGE (Lin 2004, https://aclanthology.org/W04-1013) over Google's `rouge_score`, as `evaluate.load("rouge")` gives it."""
+"""ROUGE (Lin 2004, https://aclanthology.org/W04-1013) with Google's `rouge_score`; same values as `evaluate.load("rouge")`."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 class Rouge(evaluate.Metric):
     """F-measures of ROUGE-1, -2, -L and -Lsum, averaged over the pairs, with Porter stemming; each from 0 to 1.
 
-    `compute(predictions=[str], references=[str])` gives `{"rouge1": float, ...}`; `use_aggregator=False` gives a list of
-    floats for each instead, one a pair. ROUGE-Lsum splits a text into sentences at its line breaks.
+    `compute(predictions=[str], references=[str])` gives `{"rouge1": float, ...}`; with `use_aggregator=False` each value is a
+    list with one float per pair. ROUGE-Lsum splits a text into sentences at its line breaks.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -36,7 +36,7 @@ class Rouge(evaluate.Metric):
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The four mean scores of `predictions` (as many as `references`); computed in memory, with no cache file to share."""
+    """The four mean scores of `predictions` (as many as `references`), computed in memory, so that processes share no cache file."""
     return Rouge(keep_in_memory=True).compute(predictions=predictions, references=references)
 
 

@@ -1,10 +1,10 @@
-"""Four steps of real training, and the last two of them again from the checkpoint in their middle; run by test_survival.py.
+"""Trains four steps, then resumes from the checkpoint after two steps and repeats the last two; run by test_survival.py.
 
-accelerate launch --config_file launch/zero3.yaml --num_processes 2 tests/going_on.py BASES OUT
+accelerate launch --config_file launch/zero3.yaml --num_processes 2 tests/resuming.py BASES OUT
 
-BASES holds the models to begin with (`same_training.save_bases`). OUT/KIND-METHOD is the run that nothing interrupts, and
-OUT/KIND-METHOD-again the other. With BEGUN after OUT, only the other runs, from the checkpoints in BEGUN, which may be those of
-more or fewer processes.
+BASES holds the initial models (`same_training.save_bases`). OUT/KIND-METHOD is the uninterrupted run, OUT/KIND-METHOD-again the
+resumed one. With a third folder BEGUN, only resumed runs are made, from the checkpoints in BEGUN, which may come from another
+number of processes.
 """
 
 import os
@@ -24,7 +24,7 @@ CASES = [(kind, method) for kind in same.KINDS for method in ("full", "lora")]
 
 
 def steps(kind: str, method: str, bases: Path, folder: Path, begun: Path | None) -> None:
-    """The run in `folder`, from its beginning or from the checkpoint-2 in `begun`."""
+    """Trains in `folder`, from the beginning or from checkpoint-2 in `begun`."""
     settings = {"learning_rate": 1e-2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     args = same.arguments(folder, ROWS_A_STEP // int(os.environ.get("WORLD_SIZE", "1")), **settings)
     config = config_of(args)
