@@ -132,6 +132,9 @@ def test_a_new_method_has_its_flags_their_help_and_their_errors(project):
     assert "of no use, but it needs everything" in " ".join(done.stdout.split()) and "--halved_ratio" in done.stdout
     done = run(project, "recipes/halved.py", "--halved_ratio", "0")
     assert (done.returncode, done.stderr) == (2, "error: --halved_ratio 0 is not possible; give a number above 0\n")
+    done = footprint(project, "methods", "--json")
+    listed = {entry["name"]: entry for entry in json.loads(done.stdout)["methods"]}
+    assert listed["halved"]["paper"] == "arXiv:0000.00000" and listed["halved"]["trains"]
     done = run(project, "recipes/lora.py", "--halved_ratio", "2")
     assert "unknown flag --halved_ratio (it belongs to the method halved)" in done.stderr
 
@@ -169,7 +172,7 @@ def test_a_new_method_is_predicted_before_and_after_the_run(project, trained):
 def test_the_run_of_a_new_method_describes_itself_answers_and_merges(project, trained):
     folder, _ = trained
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "fine-tuned with halved" in card and "arXiv:0000.00000; 1,280 of" in card and "library_name: peft" in card
+    assert "fine-tuned with halved" in card and "(arXiv:0000.00000); 1,280 of" in card and "library_name: peft" in card
     done = footprint(project, "generate", folder, "#Person1#: Is it raining? #Person2#: Yes.")
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     done = footprint(project, "merge", folder)
