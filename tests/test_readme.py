@@ -230,7 +230,9 @@ def test_every_command_is_covered_by_a_test(file):
 
 
 def test_make_test_runs_every_test():
-    done = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     *_, last = done.stdout.splitlines()
     assert "-m pytest" in last and "slow" not in last
     assert "ruff check" in done.stdout and "mypy" in done.stdout
@@ -247,7 +249,9 @@ def test_the_help_of_a_recipe_lists_the_flags_of_its_method():
 def test_make_setup_installs_nothing_the_second_time():
     if not (ROOT / ".venv" / ".footprint").exists():
         pytest.skip("the environment was not made by make")
-    done = subprocess.run(["make", "--dry-run", "setup"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "pip install" not in done.stdout
 
 

@@ -36,7 +36,7 @@ def weights(folder):
 
 def test_there_is_a_recipe_for_each_method_and_none_shadows_a_library():
     assert [path.stem for path in RECIPES] == sorted(METHODS)
-    assert len(RECIPES) == 11
+    assert len(RECIPES) >= 11  # so that the search has found them
     assert not {"profile", "datasets", "peft", "types", "evaluate"} & {path.stem for path in RECIPES}
 
 

@@ -32,7 +32,8 @@ def parser() -> CommandParser:
         usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB]\n"
         "                         [--launch zero3 | --launch FILE.yaml] [--num_processes N] [--json]",
         epilog="All other flags are the recipe's own: python recipes/METHOD.py --help lists them, for instance python "
-        "recipes/lora.py --help. The exit code is 0 if the run fits, 1 if it does not, and 2 for a mistake.",
+        "recipes/lora.py --help. The exit code is 0 if the run fits or no GPU is known, 1 if it does not fit, and 2 for a mistake or a "
+        "run that cannot be predicted.",
         allow_abbrev=False,
     )
     command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora; footprint methods lists them")
