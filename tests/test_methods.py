@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import warnings
 
 import pytest
@@ -220,6 +221,12 @@ def trainer_of(model, tmp_path, *flags: str, method=Lora):
     """A `FineTuner` over one row, for its optimizer."""
     config = parse_config(method, [*flags, "--output_dir", str(tmp_path / "run"), "--use_cpu"])
     return FineTuner(model, config, Batches(rows("t5", 2)))
+
+
+def test_a_trainer_keeps_the_hubs_token_and_its_pickled_arguments_do_not(tmp_path):
+    trainer = trainer_of(Lora().attach(tiny_model("t5")), tmp_path, "--hub_token", "hf_secret")
+    assert trainer.args.hub_token == "hf_secret"
+    assert b"hf_secret" not in pickle.dumps(trainer.args)
 
 
 def test_lora_plus_gives_b_its_own_learning_rate(tmp_path):

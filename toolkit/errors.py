@@ -1,11 +1,20 @@
-"""`UserError`, the one exception for a user's mistake, and hints for misspelt names."""
+"""`UserError`, the one exception for a user's mistake, a command line that raises it, and hints for misspelt names."""
 
+import argparse
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake in flags, files or data. The message is one line: what was got, what is valid, and what to change."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse with one-line errors instead of a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def did_you_mean(got: str, valid: Iterable[str]) -> str:

@@ -1,20 +1,12 @@
 """The `footprint` command: everything except training, which is `accelerate launch recipes/METHOD.py`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.errors import UserError
+from toolkit.errors import CommandParser, UserError
 from toolkit.version import __version__
-
-
-class CommandParser(argparse.ArgumentParser):
-    """argparse with one-line errors instead of a usage page."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parser() -> CommandParser:

@@ -1,7 +1,7 @@
 """The training flags: Hugging Face's `TrainingArguments`, our defaults, and which values are refused."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainingArguments
 
@@ -98,6 +98,12 @@ class TrainArguments(TrainingArguments):
         if own is not None:
             self.optim = name
             own.arguments(self)
+
+    def __copy__(self) -> Self:
+        """The same arguments, with the hub's token: a copy is not pickled."""
+        same = object.__new__(type(self))
+        same.__dict__.update(self.__dict__)
+        return same
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the hub's token out of the pickle: Trainer writes it to training_args.bin, which is pushed with the weights."""

@@ -32,7 +32,7 @@ READS_PADDING = {"canine", "fnet", "nystromformer", "xlnet", "yoso"}
 ModelKind = Literal["generating", "decoder", "head"]
 
 
-def _check_kind(source: str, config: PreTrainedConfig, kind: ModelKind) -> None:
+def check_kind(source: str, config: PreTrainedConfig, kind: ModelKind) -> None:
     """Raises UserError for a model that is not of the kind that the task needs."""
     name = config.model_type
     if kind == "head":

@@ -34,8 +34,8 @@ from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import (
     OTHER_HEADS,
     ModelKind,
-    _check_kind,
     auto_class,
+    check_kind,
     has_head,
     has_own_head,
     head_modules,
@@ -82,7 +82,7 @@ def load_model_config(
         config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_why_not(source, error)) from None
-    _check_kind(source, config, kind)
+    check_kind(source, config, kind)
     config.problem_type = None  # the checkpoint's value does not count: `set_head` decides
     if fp16 and config.model_type in T5_FAMILY:
         raise UserError(

@@ -5,13 +5,12 @@ and each release is an event, with its bytes, operator, module and phase. Where 
 wrongly. Operators are shown, not compared: on fake tensors PyTorch clips and steps by other ones, which allocate the same.
 """
 
-import argparse
 import difflib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +20,7 @@ from toolkit.config import Config, Flags, configure, read_flags
 from toolkit.console import console, say
 from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.errors import UserError, did_you_mean
+from toolkit.errors import CommandParser, UserError, did_you_mean
 from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.shadow.step import CPU, STEPS, keep_only, losses_of_zero, rows_needed
@@ -215,15 +214,10 @@ def show(out: Console, rows: Sequence[Pair]) -> None:
     out.print(table)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Compares and prints; 0 where all events are equal, 1 where some differ."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m toolkit.runs.first_difference",
         usage="%(prog)s METHOD [--at_least SIZE] [any flag of its recipe]",
         description="Run two steps of a recipe, predict them, and show the first event in which they differ.",

@@ -99,8 +99,3 @@ def _replace_plain(mode: FakeTensorMode, module: nn.Module) -> None:
             for key, item in value.items():
                 if isinstance(item, torch.Tensor) and item.is_meta:
                     value[key] = _fake_or_small(mode, item)
-
-
-def is_fake(model: nn.Module) -> bool:
-    """Whether any parameter of `model` is a fake tensor."""
-    return any(isinstance(parameter.data, FakeTensor) for parameter in model.parameters())
