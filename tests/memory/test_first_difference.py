@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Trainer, TrainingArguments
 
 from toolkit.config import parse_config
+from toolkit.config.optimizers import OWN
 from toolkit.memory import meta_ops
 from toolkit.memory.cuda.cards import find_card
 from toolkit.memory.cuda.device import Cuda
@@ -50,6 +51,12 @@ def test_every_event_of_a_right_prediction_is_the_measured_one(flags, capfd):
     assert code == 0, out
     events = int(out.rpartition("all ")[2].split()[0].replace(",", ""))
     assert events > 1500, out
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_optimizer_of_our_own_is_predicted_by_running_it(name, capfd):
+    code, out, err = compare(capfd, "lora", "--optim", name, *SHORT)
+    assert code == 0, out + err
 
 
 def test_random_weights_are_enough(capfd, tmp_path):

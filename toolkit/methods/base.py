@@ -205,7 +205,7 @@ def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
         return  # a prediction or a count, not a run
     size = format_bytes(2 * sum(p.numel() for p in short))  # 4 bytes instead of 2 for each weight
     if not short:
-        say("quantized", "what is not quantized is held in fp32, in which the run computes")
+        say("quantized", "weights that are not quantized are held in fp32, the type that the run computes in")
     elif upcast == "all":
         say("quantized", f"{len(short)} tensors that are not quantized are upcast to fp32, which costs {size}")
     else:
