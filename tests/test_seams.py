@@ -12,7 +12,7 @@ import seam_finder
 from conftest import ROOT
 from transformers import TrainerCallback
 
-from toolkit.seams import SEAMS, TABLES, Seam, check, holds_here, patched
+from toolkit.seams import SEAMS, TABLES, Seam, applies_to_installed, check, patched
 from toolkit.seams.seam import find, ours
 
 MODULES = seam_finder.modules()
@@ -201,9 +201,9 @@ def test_a_copied_fact_that_is_wrong_is_reported(name, place, changed, message, 
 
 def test_a_seam_applies_only_to_its_versions():
     here = replace(SEAMS["F.softmax"], since=version("torch").split("+")[0])
-    assert holds_here(here)
-    assert not holds_here(replace(here, since="99.0"))
-    assert not holds_here(replace(here, until=here.since, since=None))
+    assert applies_to_installed(here)
+    assert not applies_to_installed(replace(here, since="99.0"))
+    assert not applies_to_installed(replace(here, until=here.since, since=None))
     assert check(replace(here, since="99.0", target="torch: nothing")) is None
 
 
