@@ -129,7 +129,7 @@ def main() -> None:
         ready.tokenizer.save_pretrained(args.output_dir)
         config.method.finish_saving(model, Path(args.output_dir))
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
-    show_comparison(config, memory)  # the prediction beside what was measured
+    show_comparison(config, memory)  # predicted and measured memory
     run.finish(config, ready, base, tuned, memory.ledger)
 
 
