@@ -26,7 +26,7 @@ class Seam:
         name: its name in `patched`, tests and reports.
         kind: "patch": we replace it. "override": our class has a method of that name. "private": we read or call it, and it is
             private, or we would not notice if it were missing. "constant": a number, a list, a text or a rule that we copied.
-        where: our modules that depend on it, below `toolkit.` (or from `benchmarks.` on); for an override "module:Class".
+        where: our modules that depend on it, below `toolkit.` (or from `benchmarks.` or `recipes.` on); for an override "module:Class".
         target: "package.module: Name Class.name ...", once for each module. An attribute of instances counts as present if the
             class assigns it to `self` or declares it.
         reason: what we need it for.
