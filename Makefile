@@ -5,7 +5,7 @@
 # make stacks  the fast tests and one recipe on the oldest and on the newest versions that pyproject.toml admits, each in an
 #              environment of its own; UV_TORCH_BACKEND=cpu make stacks takes PyTorch's small CPU build
 # make gpu     measures on this machine's GPU for MINUTES (9) whatever is claimed about GPUs; with PYTHON=python3, without .venv
-# make setup   the environment alone, in .venv
+# make setup   only the environment, in .venv
 # make extensions   what DeepSpeed compiles for offloading, now rather than in the first run that needs it (minutes)
 .PHONY: setup extensions demo test quick matrix stacks check results gpu
 PYTHON ?= python3

@@ -196,10 +196,10 @@ def trainer_of(model: Any, args: Any, configuration: Configuration, callback: An
     """The trainer of a run over the configuration's batches."""
     from toolkit.distributed.request import requested_engine
     from toolkit.methods.full import Full
-    from toolkit.runs.prediction import Batches, of_batches
+    from toolkit.runs.prediction import Batches, sequential_arguments
     from toolkit.training.trainer import FineTuner
 
-    config = SimpleNamespace(training=of_batches(args), engine=requested_engine(), method=Full())
+    config = SimpleNamespace(training=sequential_arguments(args), engine=requested_engine(), method=Full())
     return FineTuner(model, config, Batches(batches(configuration)), [callback])
 
 

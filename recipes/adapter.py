@@ -39,7 +39,7 @@ def main() -> None:
     train(trainer, run.checkpoint)
 
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
-    show_comparison(config, memory)  # the prediction beside what was measured
+    show_comparison(config, memory)  # predicted and measured memory
     run.finish(config, ready, base, tuned, memory.ledger)
     if config.training.push_to_hub:
         trainer.push_to_hub()

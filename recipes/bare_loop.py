@@ -1,10 +1,10 @@
-"""The bare loop: LoRA in plain PyTorch and accelerate, without Trainer, for whoever wants to change the loop.
+"""The bare loop: LoRA in plain PyTorch and accelerate, without Trainer, for when you want to change the training loop.
 
     accelerate launch recipes/bare_loop.py
     accelerate launch --config_file launch/ddp.yaml recipes/bare_loop.py --model_name_or_path gpt2 --dataset_name knkarthick/dialogsum
 
 Choose it to change what a step does: its loss, its schedule, what is measured. Until you change it, it takes the same steps as
-`recipes/lora.py`, on the same batches and with the same losses. Another method can take the place of `Lora`. It leaves out
+`recipes/lora.py`, on the same batches and with the same losses. Replace `Lora` to use another method. It leaves out
 checkpoints, validation while training, gradient checkpointing, other optimizers than AdamW and other engines than DDP: their
 flags are errors.
 """
@@ -13,14 +13,6 @@ import math
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from torch import nn
-from torch.utils.data import DataLoader
-from transformers import DefaultFlowCallback, PreTrainedModel, TrainerControl, TrainerState, get_scheduler, set_seed
-from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_pt_utils import get_parameter_names
 
 from toolkit.config import Config, parse_config
 from toolkit.distributed.engine import EngineKind
@@ -34,7 +26,23 @@ from toolkit.runs.prediction import say_prediction, show_comparison, show_predic
 from toolkit.runs.preflight import prepare
 from toolkit.runs.run_folder import RunFolder
 from toolkit.training.callbacks import MetricsFile
-from toolkit.training.guards import Guards
+from toolkit.training.guards import Guards, check_generation, check_saved
+
+# toolkit comes first, because it hides messages that bitsandbytes logs when transformers imports it.
+# isort: split
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch.utils.data import DataLoader
+from transformers import (
+    DefaultFlowCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    get_scheduler,
+    set_seed,
+)
+from transformers.trainer_callback import CallbackHandler
 
 # The flags of training that have an effect here; those of the method, the model and the data all have one.
 USED = {
@@ -43,7 +51,6 @@ USED = {
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps"),
 }
-NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # as in Trainer
 
 
 @exits_cleanly
@@ -64,88 +71,97 @@ def main() -> None:
     end_as_the_tokenizer(model, ready.tokenizer)
     model.config.use_cache = False  # keys and values of earlier tokens help to generate, not to train
     set_seed(args.seed)
-    rows, rows_a_batch = ready.data.train, args.per_device_train_batch_size
-    batches = DataLoader(rows, rows_a_batch, shuffle=True, collate_fn=ready.data.collator(model))
+    batches = DataLoader(
+        ready.data.train, args.per_device_train_batch_size, shuffle=True, collate_fn=ready.data.collator(model)
+    )
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.data_seed),
     )
     wrapped, optimizer, batches = accelerator.prepare(model, adamw(model, config), batches)  # on this device, in DDP
-    steps_an_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
-    warmup, options = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, options)
+    steps_per_epoch = math.ceil(len(batches) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    schedule = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
+    )
 
-    # The callbacks that watch a Trainer watch this loop: it tells them of the same events.
+    # The loop calls Trainer's callbacks at the same events.
     memory, guards = MemoryCallback(snapshot=config.snapshot_file), Guards()
-    callbacks = [DefaultFlowCallback(), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), guards, memory]
-    events = CallbackHandler(callbacks, model, ready.tokenizer, optimizer, schedule)
+    metrics = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
+    callbacks = CallbackHandler(
+        [DefaultFlowCallback(), metrics, guards, memory], model, ready.tokenizer, optimizer, schedule
+    )
     state, control = TrainerState(max_steps=steps, is_world_process_zero=accelerator.is_main_process), TrainerControl()
     state.compute_steps(args, steps)
-    now = (args, state, control)
+    callback_args = (args, state, control)
 
     model.train()
-    events.on_train_begin(*now)
+    callbacks.on_train_begin(*callback_args)
     losses = []  # of the steps since the last one that was logged
-    for epoch in range(math.ceil(steps / steps_an_epoch)):
-        batches.set_epoch(epoch)  # another order of rows
-        rest = iter(batches)
-        while state.global_step < steps and (step := list(islice(rest, args.gradient_accumulation_steps))):
-            # The loss is the mean over all label tokens of the step, in all its batches, on all processes.
-            tokens = accelerator.reduce(sum(label_tokens(model, batch["labels"]) for batch in step), "sum")
-            events.on_step_begin(*now)
+    for epoch in range(math.ceil(steps / steps_per_epoch)):
+        batches.set_epoch(epoch)  # a new order of rows
+        remaining = iter(batches)
+        while state.global_step < steps and (
+            micro_batches := list(islice(remaining, args.gradient_accumulation_steps))
+        ):
+            # The loss is the mean over all label tokens of the step, in all its micro-batches, on all processes.
+            tokens = accelerator.reduce(sum(label_tokens(model, batch["labels"]) for batch in micro_batches), "sum")
+            callbacks.on_step_begin(*callback_args)
             loss = torch.zeros((), device=accelerator.device)
-            for number, batch in enumerate(step, 1):
-                accelerator.sync_gradients = number == len(step)
-                share = label_tokens(model, batch["labels"]) / tokens * accelerator.num_processes  # DDP averages
+            for number, batch in enumerate(micro_batches, 1):
+                accelerator.sync_gradients = number == len(micro_batches)
+                weight = label_tokens(model, batch["labels"]) / tokens * accelerator.num_processes  # DDP averages
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(wrapped):
-                    part = wrapped(**batch).loss * share
-                    accelerator.backward(part)
-                loss += part.detach()
+                    weighted_loss = wrapped(**batch).loss * weight
+                    accelerator.backward(weighted_loss)
+                loss += weighted_loss.detach()
             norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             guards.gradient(norm)
-            events.on_pre_optimizer_step(*now)
+            callbacks.on_pre_optimizer_step(*callback_args)
             optimizer.step()
-            events.on_optimizer_step(*now)
-            rate = schedule.get_last_lr()[0]
-            if not accelerator.optimizer_step_was_skipped:  # as it is where gradients overflow in fp16
+            callbacks.on_optimizer_step(*callback_args)
+            learning_rate = schedule.get_last_lr()[0]
+            if not accelerator.optimizer_step_was_skipped:  # it is skipped if gradients overflow in fp16
                 schedule.step()
             optimizer.zero_grad()
             losses.append(loss)
-            read = accelerator.reduce(sum(batch["attention_mask"].sum() for batch in step), "sum")
-            state.num_input_tokens_seen += int(read)
+            tokens_seen = accelerator.reduce(sum(batch["attention_mask"].sum() for batch in micro_batches), "sum")
+            state.num_input_tokens_seen += int(tokens_seen)
             state.global_step += 1
-            events.on_step_end(*now)
+            callbacks.on_step_end(*callback_args)
             if control.should_log:
                 mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-                events.on_log(*now, logs={"loss": mean, "grad_norm": float(norm), "learning_rate": rate})
+                logs = {"loss": mean, "grad_norm": float(norm), "learning_rate": learning_rate}
+                callbacks.on_log(*callback_args, logs=logs)
                 accelerator.print(f"       step  {state.global_step}/{steps}  loss {mean:.4f}")
                 losses = []
-    events.on_train_end(*now)
+    callbacks.on_train_end(*callback_args)
 
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
         ready.tokenizer.save_pretrained(args.output_dir)
         config.method.finish_saving(model, Path(args.output_dir))
+        check_saved(model, config, ready.data.collator(model)([ready.data.train[0]]))
+    check_generation(model, ready.data)
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
-    show_comparison(config, memory)  # the prediction beside what was measured
+    show_comparison(config, memory)  # predicted and measured memory
     run.finish(config, ready, base, tuned, memory.ledger)
 
 
 def adamw(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
-    """AdamW over the method's own groups of parameters, where it has some; else weight decay for all but biases and norms."""
+    """AdamW with the method's own parameter groups if it has any; otherwise Trainer's: no weight decay on biases and norms."""
     args = config.training
     options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options |= {"fused": True}
     optimizer = config.method.make_optimizer(model, args, torch.optim.AdamW, options)
     if optimizer is not None:
         return optimizer
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
+    with_decay = set(Trainer.get_decay_parameter_names(None, model))  # it does not use its `self`
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
-        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": args.weight_decay},
-        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trained.items() if name in with_decay], "weight_decay": args.weight_decay},
+        {"params": [p for name, p in trained.items() if name not in with_decay], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, **options)
 

@@ -1,10 +1,10 @@
-"""LoRA: train two thin matrices beside each chosen weight (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA: train two low-rank matrices for each target weight (Hu et al. 2021, arXiv:2106.09685).
 
     accelerate launch recipes/lora.py
     accelerate launch recipes/lora.py --model_name_or_path google/flan-t5-base --dataset_name knkarthick/dialogsum
 
 Choose it first: it comes close to full fine-tuning on most tasks, needs almost no memory for gradients and optimizer
-state, and leaves an adapter of a few MiB. It does not save activations: see the memory table after the run.
+state, and leaves an adapter of a few MiB. It does not reduce activation memory: see the memory table after the run.
 """
 
 from toolkit.config import parse_config
@@ -37,7 +37,7 @@ def main() -> None:
     train(trainer, run.checkpoint)
 
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
-    show_comparison(config, memory)  # the prediction beside what was measured
+    show_comparison(config, memory)  # predicted and measured memory
     run.finish(config, ready, base, tuned, memory.ledger)
     if config.training.push_to_hub:
         trainer.push_to_hub()

@@ -13,6 +13,7 @@ from conftest import ROOT
 from toolkit.seams.seam import _assigns
 
 OWN = ("toolkit", "on_gpu", "benchmarks")
+OUTSIDE = ("benchmarks", "recipes")  # modules of ours outside toolkit, whose names begin with the folder
 DOCUMENTED = {"os._exit"}  # public in spite of its underscore
 
 
@@ -26,14 +27,15 @@ class Found:
 
 
 def modules() -> dict[str, Path]:
-    """Our modules by the name that a seam gives them: toolkit's without `toolkit.`, and those that measure."""
+    """Our modules by the name that a seam gives them: toolkit's without `toolkit.`, those of benchmarks and the recipes."""
     found = {}
     for path in sorted((ROOT / "toolkit").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT / "toolkit").with_suffix("").parts)
         if not name.startswith("seams"):
             found[name.removesuffix("__init__").removesuffix(".")] = path
-    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
-        found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    for folder in OUTSIDE:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
     return found
 
 
@@ -199,7 +201,7 @@ def _source(cls: type) -> str:
 
 def classes(module: str) -> dict[str, type]:
     """The classes that a module of toolkit defines, by name."""
-    if module.startswith("benchmarks"):
+    if module.startswith(OUTSIDE):
         return {}
     imported = importlib.import_module(f"toolkit.{module}" if module else "toolkit")
     return {

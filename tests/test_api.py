@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,24 @@ def test_importing_toolkit_imports_nothing_heavy():
         "toolkit.Ledger; assert 'torch' in sys.modules and 'peft' not in sys.modules"
     )
     in_a_fresh_process(code)
+
+
+@pytest.mark.parametrize("imports", [("toolkit", "huggingface_hub"), ("huggingface_hub", "toolkit")], ids="-".join)
+def test_retries_of_the_hub_are_hidden_and_its_other_warnings_are_not(imports):
+    code = (
+        *(f"import {name}" for name in imports),
+        "from huggingface_hub.utils import http_backoff, logging",
+        "try:",
+        "    http_backoff('HEAD', 'http://127.0.0.1:9', max_retries=2, base_wait_time=0.01)",
+        "except Exception as error:",
+        "    print(type(error).__name__)",
+        "logging.get_logger('huggingface_hub.utils._http').warning('another warning')",
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "0"}  # it asks only this machine, on a port on which nothing listens
+    command = [sys.executable, "-c", "\n".join(code)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "ConnectError\n"
+    assert done.stderr == "another warning\n"
 
 
 def test_methods_is_callable_before_and_after_its_package_is_imported():
@@ -186,6 +205,10 @@ def test_a_loaded_run_has_scores_memory_and_answers(finished, tmp_path):
     run = toolkit.load_run(str(finished))
     record = json.loads((finished / "run.json").read_text())
     assert run.record == record and run.scores == record["scores"]
+    assert repr(run) == f"FinishedRun({str(finished)!r}, method='lora', scores={record['scores']})"
+    rows = record["data"]["rows"]
+    card = (finished / "README.md").read_text(encoding="utf-8")
+    assert f"; {rows['train']:,} rows to train, {rows['validation']:,} to validate, {rows['test']:,} to test\n" in card
     assert run.ledger is not None and run.ledger == toolkit.Ledger.load(finished / "memory.json")
     completions = read_completions(finished)
     text = completions["text"][0]

@@ -85,6 +85,10 @@ def test_predicts_own_flags_and_the_recipes_may_come_in_any_order(argv, flags, o
         ("predict", "the following arguments are required: METHOD; see footprint predict --help"),
         ("gpus --jsn", "unrecognized arguments: --jsn; see footprint gpus --help"),
         ("gpu", "invalid choice: 'gpu'"),
+        (
+            "report runs/none.json",
+            "there is no ledger runs/none.json; give the folder of a run whose memory was measured",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(argv, says, capfd):

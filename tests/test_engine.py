@@ -121,7 +121,7 @@ def test_a_lock_held_by_a_running_compiler_is_accepted(lock):
 
 
 def test_a_new_lock_gets_time_and_may_disappear(lock, monkeypatch):
-    monkeypatch.setattr(deepspeed, "YOUNG_SECONDS", 1.5)
+    monkeypatch.setattr(deepspeed, "LOCK_GRACE_SECONDS", 1.5)
     os.utime(lock)
     with pytest.raises(UserError, match="was left by a build"):
         check_builds(OFFLOAD)
@@ -131,12 +131,12 @@ def test_a_new_lock_gets_time_and_may_disappear(lock, monkeypatch):
 
 
 def test_only_the_first_rank_that_fails_prints_its_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(ranks, "RANK0_HEAD_START_SECONDS", 0.0)
     speaks = []
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
-        speaks.append(ranks._speaks())
+        speaks.append(ranks._claims_error_output())
     assert speaks == [True, False, False]
 
 
@@ -180,7 +180,7 @@ def test_a_rank_that_handles_no_signals_ends_soon_after_another_has_printed_an_e
     script = """
 import signal, time
 from toolkit.distributed import ranks
-ranks.LAST_SECONDS = 0.2
+ranks.SHUTDOWN_GRACE_SECONDS = 0.2
 @ranks.exits_cleanly
 def main():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

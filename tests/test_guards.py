@@ -52,28 +52,33 @@ def trainer(tmp_path):
     return make
 
 
+def saved_is_checked(run):
+    """The guard 'saved', as `train` calls it."""
+    check_saved(run.model, run.config, run.data_collator([run.data.train[0]]))
+
+
 @pytest.mark.parametrize("method", ["full", *(name for name in CONFIGS if name != "pissa")])
 def test_a_good_run_passes_every_guard_and_keeps_its_weights(trainer, method, tmp_path):
     good = trainer(method)
     good.train()
     before = {name: p.clone() for name, p in good.model.named_parameters()}
     good.save_model(str(tmp_path))
-    check_saved(good, good.config)
-    check_generation(good, good.data)
+    saved_is_checked(good)
+    check_generation(good.model, good.data)
     assert all(torch.equal(p, before[name]) for name, p in good.model.named_parameters())
 
 
 def test_a_prefix_that_generation_ignores_is_found(trainer, monkeypatch):
     run = trainer("prefix")
     run.model.prompt_encoder["default"].embedding.weight.data.mul_(4)
-    check_generation(run, run.data)
+    check_generation(run.model, run.data)
     lost = lambda self, *args, **kwargs: self.base_model_prepare_inputs_for_generation(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(PeftModelForCausalLM, "prepare_inputs_for_generation", lost)
     with pytest.raises(
         UserError,
         match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not be compatible",
     ):
-        check_generation(run, run.data)
+        check_generation(run.model, run.data)
 
 
 def test_a_loss_that_does_not_depend_on_the_weights_stops_the_run_by_the_third_step(trainer):
@@ -121,16 +126,16 @@ def test_an_adapter_file_that_is_empty_incomplete_or_altered_is_refused(trainer,
 
     save_file({**weights, name: weights[name] * 1.5}, file)
     with pytest.raises(UserError, match=r"guard 'saved': the adapter loaded from .* gives logits that differ"):
-        check_saved(run, run.config)
+        saved_is_checked(run)
     save_file({key: tensor for key, tensor in weights.items() if key != name}, file)
     with pytest.raises(UserError, match="guard 'saved': 1 trained weights are not in"):
-        check_saved(run, run.config)
+        saved_is_checked(run)
     save_file({}, file)
     with pytest.raises(UserError, match=r"guard 'saved': .* holds no weights"):
-        check_saved(run, run.config)
+        saved_is_checked(run)
     file.write_bytes(b"")
     with pytest.raises(UserError, match=r"guard 'saved': .* cannot be read"):
-        check_saved(run, run.config)
+        saved_is_checked(run)
 
 
 def test_a_full_model_that_was_saved_with_other_weights_is_refused(trainer, tmp_path):
@@ -141,7 +146,7 @@ def test_a_full_model_that_was_saved_with_other_weights_is_refused(trainer, tmp_
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"guard 'saved': .*model\.norm\.weight differs"):
-        check_saved(run, run.config)
+        saved_is_checked(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])

@@ -91,7 +91,7 @@ def test_accelerate_reads_each_preset_and_none_fixes_a_precision_or_batch(name):
     assert config.mixed_precision in (None, "no")
     source = config.deepspeed_config.get("deepspeed_config_file")
     if source:
-        assert "mixed_precision" not in yaml.safe_load(path.read_text())  # accelerate takes it from the JSON alone
+        assert "mixed_precision" not in yaml.safe_load(path.read_text())  # accelerate takes it only from the JSON
         settings = read_deepspeed(ROOT / source)
         left = (
             "gradient_clipping",

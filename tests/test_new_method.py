@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from toolkit.memory.ledger import Ledger
 
-# It uses every hook that a method has: it changes the base, brings an optimizer over groups of its own, and rewrites what is saved.
+# Of the hooks in toolkit/methods/base.py it uses `check`, `changes_base`, `configure`, `attach`, `make_optimizer` and
+# `finish_saving`: it changes the base, has its own parameter groups, and rewrites what is saved.
 METHOD = '''"""Vectors that rescale the layers of a halved base: of no use, but it needs everything that a method may need."""
 
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ def test_a_new_method_is_predicted_before_and_after_the_run(project, trained):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["processes"] == 2
     done = footprint(project, "predict", "halved", "--gpu", "RTX 4090", "--launch", "zero3")
-    assert "error: --halved_modules q wo under ZeRO-3: it starts from whole weights" in done.stderr
+    assert "error: --halved_modules q wo under ZeRO-3: it needs whole weights" in done.stderr
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ import seam_finder
 from conftest import ROOT
 from transformers import TrainerCallback
 
-from toolkit.seams import SEAMS, TABLES, Seam, check, holds_here, patched
+from toolkit.seams import SEAMS, TABLES, Seam, applies_to_installed, check, patched
+from toolkit.seams.__main__ import main
 from toolkit.seams.seam import find, ours
 
 MODULES = seam_finder.modules()
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
-OF_TOOLKIT = [module for module in MODULES if not module.startswith("benchmarks")]
+OF_TOOLKIT = [module for module in MODULES if not module.startswith(seam_finder.OUTSIDE)]
 OWN = seam_finder.own_names(list(SOURCES.values()))
 # Our own or Python's names, although set on or read from a library's object: marks of methods on a model, an enum's value.
 NOT_OF_A_LIBRARY = {"value", "loraplus_lr_ratio", "initial_adapter", "_additive", "_masked"}
@@ -201,9 +202,9 @@ def test_a_copied_fact_that_is_wrong_is_reported(name, place, changed, message, 
 
 def test_a_seam_applies_only_to_its_versions():
     here = replace(SEAMS["F.softmax"], since=version("torch").split("+")[0])
-    assert holds_here(here)
-    assert not holds_here(replace(here, since="99.0"))
-    assert not holds_here(replace(here, until=here.since, since=None))
+    assert applies_to_installed(here)
+    assert not applies_to_installed(replace(here, since="99.0"))
+    assert not applies_to_installed(replace(here, until=here.since, since=None))
     assert check(replace(here, since="99.0", target="torch: nothing")) is None
 
 
@@ -295,6 +296,16 @@ def test_an_unregistered_or_missing_target_cannot_be_patched(library):
     del library.function
     with pytest.raises(LookupError, match="library_of_a_test has no function to replace"), patched("function", None):
         pass
+
+
+def test_seams_are_listed_by_library(capsys):
+    assert main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(SEAMS)
+    assert main(["--list", "peft"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(" | ")[0] for line in lines} == {name for name, seam in SEAMS.items() if seam.package == "peft"}
+    seam = SEAMS["attributes of a PeftModel"]
+    assert f"{seam.name} | {seam.kind} | {', '.join(seam.places)} | {seam.reason}" in lines
 
 
 def test_the_registry_imports_no_library():

@@ -33,15 +33,15 @@ from toolkit.runs.preflight import prepare
 from toolkit.training import checkpoints
 from toolkit.training.callbacks import MetricsFile
 from toolkit.training.checkpoints import (
-    ASIDE,
     MANIFEST,
+    TEMPORARY,
     RunFingerprint,
     atomic_folder,
     check_resumable,
     damage,
     newest_first,
+    rename_later_checkpoints,
     resume_point,
-    set_later_checkpoints_aside,
 )
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
@@ -91,11 +91,11 @@ def test_other_ranks_than_the_first_wait_and_rename_nothing(tmp_path):
     def first_rank_renames():
         waited.append(True)
         if len(waited) == 2:
-            (tmp_path / ASIDE / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+            (tmp_path / TEMPORARY / "checkpoint-2").rename(tmp_path / "checkpoint-2")
 
     with atomic_folder(tmp_path / "checkpoint-2", ORIGIN, is_main=False, wait=first_rank_renames) as temporary:
         (temporary / "rank1.pt").touch()
-    assert len(waited) == 2 and not (tmp_path / ASIDE).exists()
+    assert len(waited) == 2 and not (tmp_path / TEMPORARY).exists()
     assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["rank1.pt"]
 
 
@@ -120,8 +120,8 @@ def test_a_truncated_an_altered_and_a_missing_file_are_named(tmp_path):
 def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_named_and_moved(tmp_path, capsys):
     for step in (2, 4, 10):
         checkpoint(tmp_path, step)
-    (tmp_path / ASIDE / "checkpoint-12").mkdir(parents=True)
-    assert resume_point("true", tmp_path) == tmp_path / "checkpoint-10" and not (tmp_path / ASIDE).exists()
+    (tmp_path / TEMPORARY / "checkpoint-12").mkdir(parents=True)
+    assert resume_point("true", tmp_path) == tmp_path / "checkpoint-10" and not (tmp_path / TEMPORARY).exists()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}}")
     with pytest.raises(UserError, match=r"checkpoint-10: trainer_state.json has 3 bytes instead of 2; give another"):
         resume_point(str(tmp_path / "checkpoint-10"), tmp_path)
@@ -141,8 +141,8 @@ def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_named_and_
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path):
     (tmp_path / "config.yaml").touch()
-    (tmp_path / ASIDE / "checkpoint-1").mkdir(parents=True)
-    assert resume_point("true", tmp_path) is None and not (tmp_path / ASIDE).exists()
+    (tmp_path / TEMPORARY / "checkpoint-1").mkdir(parents=True)
+    assert resume_point("true", tmp_path) is None and not (tmp_path / TEMPORARY).exists()
     (tmp_path / "empty").mkdir()
     assert resume_point("true", tmp_path / "empty") is None
     (tmp_path / "other").mkdir()
@@ -205,10 +205,10 @@ def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
 def test_checkpoints_later_than_the_resumed_one_are_renamed(tmp_path, capsys):
     for step in (2, 4, 6):
         checkpoint(tmp_path, step)
-    set_later_checkpoints_aside(tmp_path / "checkpoint-6", tmp_path)
-    set_later_checkpoints_aside(tmp_path / "checkpoint-2", tmp_path / "another")
+    rename_later_checkpoints(tmp_path / "checkpoint-6", tmp_path)
+    rename_later_checkpoints(tmp_path / "checkpoint-2", tmp_path / "another")
     assert [path.name for path in newest_first(tmp_path)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
-    set_later_checkpoints_aside(tmp_path / "checkpoint-4", tmp_path)
+    rename_later_checkpoints(tmp_path / "checkpoint-4", tmp_path)
     assert "checkpoint-6 renamed to abandoned-checkpoint-6" in " ".join(capsys.readouterr().out.split())
     assert resume_point("true", tmp_path) == tmp_path / "checkpoint-4"
     assert (tmp_path / "abandoned-checkpoint-6" / MANIFEST).is_file()
@@ -356,7 +356,7 @@ def test_sigterm_saves_and_exits_with_143_and_the_resumed_run_ends_with_the_same
     assert run.wait(120) == [143], run.text()
     last = newest_first(folder)[0]
     assert f"stopped  by SIGTERM, with {last.name}" in run.text() and "Traceback" not in run.text()
-    assert damage(last) is None and not (folder / ASIDE).exists()
+    assert damage(last) is None and not (folder / TEMPORARY).exists()
     if last.name != "checkpoint-6":
         assert not (folder / "adapter_model.safetensors").exists()
     assert "resuming  from" in trained(folder, RESUME)
@@ -378,7 +378,7 @@ def test_a_full_disk_is_a_one_line_error_and_earlier_checkpoints_stay(whole, tmp
         kept = newest_first(folder)
         assert f"could not be written to {folder}" in lines[0] and "are free there, and a checkpoint takes" in lines[0]
         assert f"resume from {kept[0].name} with --resume_from_checkpoint true" in lines[0]
-        assert len(kept) == 2 and [damage(one) for one in kept] == [None, None] and not (folder / ASIDE).exists()
+        assert len(kept) == 2 and [damage(one) for one in kept] == [None, None] and not (folder / TEMPORARY).exists()
         subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
         trained(folder, RESUME)
         assert furthest(whole(1)[0], folder) == 0
@@ -412,7 +412,7 @@ def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages
     began = time.monotonic()
     if while_saving:
         step = chance.randint(1, 6)
-        temporary = folder / ASIDE / f"checkpoint-{step}"
+        temporary = folder / TEMPORARY / f"checkpoint-{step}"
         when(lambda: temporary.exists() or (folder / f"checkpoint-{step}").exists(), run)
         time.sleep(chance.uniform(0, 0.1))
     else:
@@ -421,7 +421,7 @@ def killed_and_resumed(folder, processes, seconds, chance, while_saving, damages
     run.signal(signal.SIGKILL, ranks)
     moment = time.monotonic() - began
     codes = run.wait(120)
-    saving = (folder / ASIDE).exists()
+    saving = (folder / TEMPORARY).exists()
     found = newest_first(folder)
     lost = sum(file.stat().st_size for one in found if damage(one) for file in one.rglob("*") if file.is_file())
     spoilt = None

@@ -50,20 +50,21 @@ if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
         return sorted({*globals(), *__all__})
 
 
-# Log messages of libraries that a user of this project can do nothing about. All others are shown.
-ADVICE = (
-    "Setting accelerator to CPU",  # DeepSpeed, at each start without a GPU
-    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes, at each start without a GPU
-)
+# Log messages of libraries that a user of this project can do nothing about, by the name of the logger. All others are shown.
+# Libraries set the levels of their loggers when they are imported, but they keep filters.
+HIDDEN = {
+    "DeepSpeed": ("Setting accelerator to CPU",),  # at each start without a GPU
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # when it is imported, on some CPUs
+    "huggingface_hub.utils._http": ("thrown while requesting", "Retrying in"),  # the last failure is our one-line error
+}
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.msg.startswith(ADVICE)
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not any(text in str(record.msg) for text in HIDDEN[record.name])
 
 
-for name in ("DeepSpeed", "bitsandbytes.backends.cpu.ops"):
-    logging.getLogger(name).addFilter(_is_news)
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides retries; the final failure is our one-line error
+for name in HIDDEN:
+    logging.getLogger(name).addFilter(_is_shown)
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 on transformers 5.23
 warnings.filterwarnings("ignore", message="`gradient_checkpointing")  # its newer name does not exist in 5.17
 # torch 2.13 deprecates names that DeepSpeed 0.19 uses under ZeRO-3 (and transformers under sequence parallelism).

@@ -122,10 +122,10 @@ def rebuilt(description: dict[str, list[int]]) -> dict[str, Any]:
     """A batch with the shapes from `describe`, padded on the right as the collator does."""
     import torch
 
-    from toolkit.runs.prediction import UNMARKED
+    from toolkit.runs.prediction import ORDINARY_TOKEN_ID
 
     shapes = {name: shape for name, shape in description.items() if name != "tokens"}
-    batch = {name: torch.full(tuple(shape), UNMARKED) for name, shape in shapes.items()}
+    batch = {name: torch.full(tuple(shape), ORDINARY_TOKEN_ID) for name, shape in shapes.items()}
     if "tokens" in description:
         rows, length = shapes["attention_mask"]
         batch["attention_mask"] = (

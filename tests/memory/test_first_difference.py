@@ -16,7 +16,7 @@ from toolkit.config.optimizers import OWN
 from toolkit.memory import meta_ops
 from toolkit.memory.cuda.cards import find_card
 from toolkit.memory.cuda.device import Cuda
-from toolkit.memory.shadow.step import losses_of_zero
+from toolkit.memory.shadow.step import real_zero_losses
 from toolkit.methods.lora import Lora
 from toolkit.runs.first_difference import AHEAD, SHOWN, Event, Listener, Pair, aligned, main, sentence, show
 from toolkit.runs.prediction import predict_run
@@ -218,12 +218,12 @@ def test_a_gpu_is_predicted_as_under_a_trace_which_sums_gradients_into_new_tenso
     assert sums[1] > sums[0]
 
 
-def test_the_losses_of_zero_do_not_change_what_is_learned(tmp_path):
+def test_losses_that_are_replaced_by_zero_do_not_change_what_is_learned(tmp_path):
     """A step is compared as it is: gradients are those of the real loss."""
     model = tiny_model("llama")
     before = [parameter.detach().clone() for parameter in model.parameters()]
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
-    with losses_of_zero():
+    with real_zero_losses():
         result = Trainer(model, arguments, train_dataset=rows("llama", 8)).train()
     assert result.training_loss == 0
     assert not all(map(torch.equal, before, model.parameters()))

@@ -30,7 +30,7 @@ def gpus(args: argparse.Namespace) -> None:
         ]
         for entry in entries
     ]
-    columns = ("name", ">memory", ">compute capability", "architecture", "or just")
+    columns = ("name", ">memory", ">compute capability", "architecture", "alias")
     caption = (
         "memory: the size that the driver reports to CUDA; ~ marks an estimate, for which no public report is cited. In a name, "
         "case, spaces, NVIDIA, GeForce and form factors such as SXM4 do not matter."

@@ -116,21 +116,21 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
 
     Raises: UserError for flags that cannot be right, before data or model are read.
     """
-    given, named = _merged(method, flags)
+    non_default, named = _merged(method, flags)
     launch, engine = current_launch_environment(), requested_engine(named.get("deepspeed"), named.get("fsdp"))
     if card is None and not named.get("use_cpu"):
         _check_gpus()
     optim, why = _choose_optimizer(method, engine, _on_gpu(named, card))
-    settings = method.defaults(given) | ({"optim": optim} if optim else {}) | named
+    settings = method.defaults(non_default) | ({"optim": optim} if optim else {}) | named
     if (own_optimizer := optimizers.OWN.get(settings.get("optim", ""))) is not None:
         settings |= {name: value for name, value in own_optimizer.defaults.items() if name not in named}
-    for name in given:
+    for name in non_default:
         if name in OVERRIDDEN:
             raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")
-    check_training(settings, given)
+    check_training(settings, non_default)
     model, data, own = (_build(part, settings) for part in (ModelArguments, DataArguments, method))
     for part in (model, data, own):
-        part.check(given)
+        part.check(non_default)
     if own_optimizer is not None and own_optimizer.one_learning_rate and own.learning_rates_flag:
         name = settings["optim"]
         raise UserError(f"--optim {name} allows only one learning rate; leave out {own.learning_rates_flag}")
@@ -159,32 +159,43 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
 
 
 def _merged(method: type[methods.Method], flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The user's settings that differ from the defaults (`given`), and all of the user's settings (`named`).
+    """The user's settings that differ from the defaults (`non_default`), and all of the user's settings (`named`).
 
-    A key of the file with its default value is not in `given`. So a run's own config.yaml, which has every setting, can
-    be used as `--config` again.
+    Flags are always in both. A key of the file with its default value is only in `named`. So a run's own config.yaml, which
+    has every setting, can be used as `--config` again.
     """
-    given, from_file = dict(flags.given), dict(flags.from_file)
+    on_command_line = dict(flags.given)
+    from_file = _not_replaced(dict(flags.from_file), on_command_line)
+    named = from_file | on_command_line
     if not from_file:
-        return given, given
+        return named, named
+    defaults, parser = method.defaults(named), RecipeParser(method)
+    changed = {k: v for k, v in from_file.items() if v != defaults.get(k, parser.get_default(k))}
+    return changed | on_command_line, named
+
+
+def _not_replaced(from_file: dict[str, Any], on_command_line: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings without those that a flag of another name replaces.
+
+    --max_steps and --num_train_epochs each replace the other, because both set the length of the run. A --save_strategy or
+    --eval_strategy other than `steps` replaces save_steps or eval_steps.
+    """
+    replaced = set()
     for flag, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
-        if flag in given and other not in given:
-            from_file.pop(other, None)  # the flag replaces the run length of the file
+        if flag in on_command_line:
+            replaced.add(other)
     for what in ("save", "eval"):
-        if given.get(f"{what}_strategy", "steps") != "steps":
-            from_file.pop(f"{what}_steps", None)
-    named = from_file | given
-    usual, parser = method.defaults(named), RecipeParser(method)
-    changed = {k: v for k, v in from_file.items() if v != usual.get(k, parser.get_default(k))}
-    return changed | given, named
+        if on_command_line.get(f"{what}_strategy", "steps") != "steps":
+            replaced.add(f"{what}_steps")
+    return {name: value for name, value in from_file.items() if name not in replaced}
 
 
 def _choose_optimizer(method: type[methods.Method], engine: Engine, on_gpu: bool) -> tuple[str | None, str]:
     """The default optimizer (None: Trainer's own default), and why."""
     optim, why = method.optimizer(on_gpu)
-    if optim and engine.kind.is_zero and engine.optimizer_state != "with the model":
+    if optim and engine.kind.is_zero and engine.offloads_optimizer:
         return None, "its state is offloaded, so that it need not be small or paged"
-    if optim and engine.kind == "FSDP2":
+    if optim and engine.kind is EngineKind.FSDP2:
         return None, "bitsandbytes' optimizers do not update FSDP2's shards"
     return optim, why
 

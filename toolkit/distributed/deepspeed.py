@@ -19,17 +19,11 @@ from toolkit.distributed.ranks import exits_cleanly
 from toolkit.errors import UserError
 
 OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "lion_32bit")  # that DeepSpeed has for the CPU
-
-
-_locks: list[IO] = []  # on folders that this process keeps until it ends
-
-
 NOT_READ_BACK = (
     "DeepSpeed 0.19 reads back from a checkpoint only a part of a state on NVMe; the rest keeps its initial values"
 )
-
-
-YOUNG_SECONDS = 20.0  # within this time of taking its lock, a build starts its compiler
+LOCK_GRACE_SECONDS = 20.0  # within this time of taking its lock, a build starts its compiler
+_locks: list[IO] = []  # on folders that this process keeps until it ends
 
 
 def requested_zero(deepspeed: str | dict[str, Any] | None, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -180,13 +174,13 @@ def check_builds(engine: Engine) -> None:
     A build creates a lock file in its folder. If the build is killed, the file stays, and everyone who needs the same extension
     waits for ever. A lock under which a compiler is still running is waited for.
     """
-    names = ["cpu_adam", "cpu_lion"] if engine.optimizer_state != "with the model" else []
+    names = ["cpu_adam", "cpu_lion"] if engine.offloads_optimizer else []
     names += ["async_io"] if "nvme" in (engine.optimizer_state, engine.parameters) else []
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in (lock for name in names for lock in root.glob(f"**/{name}/lock")):
-        while (age := _age(lock)) is not None and age < YOUNG_SECONDS and not _is_built(lock.parent):
+        while (age := _age(lock)) is not None and age < LOCK_GRACE_SECONDS and not _is_building(lock.parent):
             time.sleep(1)
-        if age is not None and age >= YOUNG_SECONDS and not _is_built(lock.parent):
+        if age is not None and age >= LOCK_GRACE_SECONDS and not _is_building(lock.parent):
             raise UserError(
                 f"{lock} was left by a build of {lock.parent.name} that was killed, and DeepSpeed would wait for it for "
                 f"ever; delete that file and start again"
@@ -201,8 +195,8 @@ def _age(lock: Path) -> float | None:
         return None
 
 
-def _is_built(folder: Path) -> bool:
-    """Whether a process runs in `folder`, as ninja and the compilers that it starts do."""
+def _is_building(folder: Path) -> bool:
+    """Whether a build is running in `folder`: a process whose working directory it is, such as ninja or a compiler."""
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()) == folder.resolve():

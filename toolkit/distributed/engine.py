@@ -59,13 +59,18 @@ class Engine:
         object.__setattr__(self, "kind", EngineKind(self.kind))
 
     @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer state is in host memory or on a disk."""
+        return self.optimizer_state != "with the model"
+
+    @property
     def offloads(self) -> bool:
         """Whether optimizer state or parameters are in host memory or on a disk."""
-        return {self.optimizer_state, self.parameters} != {"with the model"}
+        return self.offloads_optimizer or self.parameters != "with the model"
 
     def __str__(self) -> str:
         parts = [f"{self.kind} on {self.processes} process{'es' if self.processes > 1 else ''}"]
-        if self.optimizer_state != "with the model":
+        if self.offloads_optimizer:
             parts.append(f"optimizer state on {self.optimizer_state}")
         if self.parameters != "with the model":
             parts.append(f"parameters on {self.parameters}")

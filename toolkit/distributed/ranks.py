@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 from toolkit.errors import LESS_MEMORY, UserError
 
-FIRST_SECONDS = 1.0  # the other ranks wait this long for rank 0 to print an error that all of them have
-LAST_SECONDS = 10.0  # a rank that still computes or waits has this long to end by itself after an error was printed
-PATIENCE = 0.9  # share of --ddp_timeout: earlier than NCCL's own time-out, which ends a process without an exception
+RANK0_HEAD_START_SECONDS = 1.0  # the other ranks wait this long for rank 0 to print an error that all of them have
+SHUTDOWN_GRACE_SECONDS = 10.0  # after an error was printed, the other ranks have this long to end by themselves
+TIMEOUT_SHARE = 0.9  # of --ddp_timeout: earlier than NCCL's own time-out, which ends a process without an exception
 ROLL_CALL_SECONDS = 4.0  # after its own time-out a rank waits this long for the others to reach theirs
 # Texts of gloo (also inside a backward pass), and of NCCL when it is set to raise exceptions: seam "texts of a time-out".
 TIMED_OUT = r"(gloo|NCCL|ProcessGroup)[\s\S]*(timed out|time-?out)|Application timeout caused pair closure"
@@ -42,12 +42,12 @@ class Sigterm:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """While open, SIGTERM is handled here (only in the main thread, which alone receives signals)."""
+        """While open, SIGTERM is handled here (only in the main thread, the only one that receives signals)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         self.received, self.process = False, os.getpid()
-        before = signal.signal(signal.SIGTERM, self._take)
+        before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             yield
         finally:
@@ -62,18 +62,18 @@ class Sigterm:
         finally:
             self.deferred = False
         if self.received:
-            _leave(TERMINATED)
+            _exit(TERMINATED)
 
-    def _take(self, number: int, frame: Any) -> None:
+    def _on_sigterm(self, number: int, frame: Any) -> None:
         if os.getpid() != self.process:  # a forked process ends as usual, without effect on the run
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return
         self.received = True
         if (mark := _error_mark()) is not None and mark.exists():
-            _leave(1)
+            _exit(1)
         if not self.deferred:
-            _leave(TERMINATED)
+            _exit(TERMINATED)
 
 
 sigterm = Sigterm()
@@ -92,7 +92,10 @@ class RollCall:
         if _in_group() and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
             from torch.distributed import new_group
 
-            self.device, self.group = "cpu", new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE * timeout))
+            self.device, self.group = (
+                "cpu",
+                new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_SHARE * timeout)),
+            )
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
@@ -123,26 +126,26 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
                 code = TERMINATED
             except UserError as error:
                 _say_error(str(error))
-                _leave(2)
+                _exit(2)
             except KeyboardInterrupt:
-                _leave(130)
+                _exit(130)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     where = f" for {error.filename}" if error.filename else ""
                     _say_error(
                         f"no space is left on the disk{where}; free some space, then resume with --resume_from_checkpoint true"
                     )
-                    _leave(2)
+                    _exit(2)
                 if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not have been imported
                     _say_error(f"the GPU's memory is full ({' '.join(str(error).split())[:160]}); {LESS_MEMORY}")
-                    _leave(2)
+                    _exit(2)
                 if not _in_group():
                     raise
                 if (lost := _time_out(error)) is not None:
                     _say_error(lost)
-                elif _speaks():
-                    print(f"{_who()}{traceback.format_exc()}", file=sys.stderr, flush=True, end="")
-                _leave(1)
+                elif _claims_error_output():
+                    print(f"{_rank_prefix()}{traceback.format_exc()}", file=sys.stderr, flush=True, end="")
+                _exit(1)
             leave_process_group()
         sys.exit(code)
 
@@ -155,13 +158,13 @@ def _end_after_an_error() -> None:
     while mark is not None:
         time.sleep(1)
         if mark.exists():
-            time.sleep(LAST_SECONDS)
+            time.sleep(SHUTDOWN_GRACE_SECONDS)
             os._exit(1)
 
 
 def _say_error(text: str) -> None:
-    if _speaks():
-        print(f"error: {_who()}{text}", file=sys.stderr, flush=True)
+    if _claims_error_output():
+        print(f"error: {_rank_prefix()}{text}", file=sys.stderr, flush=True)
 
 
 def _time_out(error: Exception) -> str | None:
@@ -193,21 +196,21 @@ def _time_out(error: Exception) -> str | None:
     )
 
 
-def _who() -> str:
+def _rank_prefix() -> str:
     """`"rank 1: "` on rank 1 and so on; empty on rank 0."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"rank {rank}: "
 
 
-def _speaks() -> bool:
-    """Whether this rank prints the error: it does if it is the first on this machine to ask.
+def _claims_error_output() -> bool:
+    """Whether this rank prints the error: the first rank on this machine that calls this does, and the others do not.
 
     The other ranks wait a moment for rank 0, so that it prints an error that all have. Without a folder of the launcher, each
     rank prints its error.
     """
     rank, mark = os.environ.get("RANK", "0"), _error_mark()
     if rank != "0":
-        time.sleep(FIRST_SECONDS)
+        time.sleep(RANK0_HEAD_START_SECONDS)
     if mark is None:
         return True
     try:
@@ -230,7 +233,7 @@ def _in_group() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _leave(code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     """Ends this process. A process group is not torn down, because that would wait for the other ranks."""
     if _in_group():
         sys.stdout.flush()

@@ -18,7 +18,7 @@ def requested_engine(
     """
     # On a machine without GPUs accelerate can start one process where several were requested; only MASTER_ADDR shows that.
     started_one = "WORLD_SIZE" not in env and "MASTER_ADDR" in env and "ACCELERATE_MIXED_PRECISION" in env
-    processes = 2 if started_one else int(env.get("WORLD_SIZE", "1"))
+    processes = 2 if started_one else int(env.get("WORLD_SIZE", "1"))  # 2 stands for "more than one"
     if deepspeed or env.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         zero = requested_zero(deepspeed, env)
         places = _requested_place(zero, "optimizer"), _requested_place(zero, "param")

@@ -213,7 +213,15 @@ class Ledger:
         """Reads a ledger that `save` wrote. Raises `UserError` if the file is missing or is no ledger."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except FileNotFoundError:
+            raise UserError(
+                f"there is no ledger {path}; give the folder of a run whose memory was measured, or a ledger file"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot read ledger {path}: {error.strerror}; give a ledger file that can be read"
+            ) from error
+        except ValueError as error:
             raise UserError(f"cannot read ledger {path}: {error}") from error
         if not isinstance(data, dict):
             raise UserError(f"cannot read ledger {path}: it holds a {type(data).__name__}, not an object")

@@ -159,8 +159,8 @@ class MemoryCallback(TrainerCallback):
         """Reports to `trace` what is in memory after loading."""
         census.label_model(trace, model)
 
-    def settled(self, recording: Recording) -> Recording:
-        """The recording from which the ledger is made, once `recording` is complete."""
+    def replayed_within_budget(self, recording: Recording) -> Recording:
+        """The recording from which the ledger is made; a shadow step replays it within the memory of its device."""
         return recording
 
     def refused(self, error: LedgerError) -> None:
@@ -209,7 +209,7 @@ class MemoryCallback(TrainerCallback):
         if any(event.block.offloaded for event in recording.events):  # recorded only if host memory is traced too
             recording.close()
             recording, host = replay_without_offloaded(recording, self.new_trace(model)[0])
-        recording = self.settled(recording)
+        recording = self.replayed_within_budget(recording)
         try:
             self.ledger = ledger_of(
                 recording,

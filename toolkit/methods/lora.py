@@ -1,4 +1,4 @@
-"""LoRA: trains two thin matrices next to each chosen weight, and freezes the weight itself; flags select its variants."""
+"""LoRA: trains two low-rank matrices for each target weight, and freezes the weight itself; flags select its variants."""
 
 import copy
 import math
@@ -68,8 +68,8 @@ class Lora(PeftBased):
     init_lora_weights: str = field(
         default="default",
         metadata={
-            "help": f"{INITS}. PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from the principal components of the "
-            "weights; niter_N finds them with N iterations of a fast SVD."
+            "help": f"{INITS}. PiSSA (arXiv:2404.02948) starts from the principal singular vectors of the weight, OLoRA "
+            "(arXiv:2406.01775) from its QR decomposition; niter_N: PiSSA with N iterations of a fast SVD."
         },
     )
     loraplus_lr_ratio: float | None = field(
@@ -105,7 +105,7 @@ class Lora(PeftBased):
 
     @property
     def changes_base(self) -> str:
-        """PiSSA and OLoRA subtract the principal components from the weights."""
+        """PiSSA and OLoRA start from a part of the weight (its principal singular vectors, its QR decomposition) and subtract it."""
         changes = self.init_lora_weights.startswith(("pissa", "olora"))
         return f"--init_lora_weights {self.init_lora_weights}" if changes else ""
 

@@ -24,7 +24,7 @@ class ModelArguments:
         default=None, metadata={"help": "Hub id or folder of the tokenizer, where it is not the model's own."}
     )
     random_weights: bool = field(
-        default=False, metadata={"help": "Make the model from its config alone, with random weights drawn from --seed."}
+        default=False, metadata={"help": "Make the model from its config only, with random weights drawn from --seed."}
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",

@@ -74,7 +74,7 @@ def predict(
     on_cpu = {**parsed.from_file, **parsed.given}.get("use_cpu")
     job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()))
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
-    return job.predict_apart() if apart else job.predict()
+    return job.predict_in_subprocess() if apart else job.predict()
 
 
 def load_run(path: str | Path) -> FinishedRun:

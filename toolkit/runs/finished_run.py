@@ -50,6 +50,9 @@ class FinishedRun:
                 f"{path}: its task {self.record['task']!r} is unknown; there are {', '.join(sorted(TASKS))}"
             )
 
+    def __repr__(self) -> str:
+        return f"FinishedRun({str(self.path)!r}, method={self.record['method']!r}, scores={self.scores})"
+
     @property
     def task(self) -> Task:
         """The task that the run learned."""

@@ -23,7 +23,7 @@ from toolkit.distributed.ranks import exits_cleanly
 from toolkit.errors import CommandParser, UserError, did_you_mean
 from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.measure import MemoryCallback
-from toolkit.memory.shadow.step import CPU, STEPS, keep_only, losses_of_zero, rows_needed
+from toolkit.memory.shadow.step import CPU, STEPS, keep_only, real_zero_losses, rows_needed
 from toolkit.memory.trace import Allocation
 from toolkit.methods import METHODS
 from toolkit.runs.prediction import predict_run, this_card
@@ -63,7 +63,7 @@ class Event:
 
 
 class Pair(NamedTuple):
-    """One event, predicted and measured; None: it happens on the other side alone."""
+    """One event, predicted and measured; None: it happens only on the other side."""
 
     predicted: Event | None
     measured: Event | None
@@ -115,7 +115,7 @@ def events_of(method: str, flags: Flags, at_least: int | None = None) -> tuple[l
         data = replace(ready.data, train=rows.select([number % len(rows) for number in range(wanted)]))
         trainer = FineTuner(model, config, data, callbacks=[memory])
         keep_only(trainer, memory)
-        with losses_of_zero():  # as in the prediction, whose losses have no values
+        with real_zero_losses():  # as in the prediction, whose losses have no values
             trainer.train()
         if memory.problem is not None:
             say("warning", memory.problem)
@@ -141,10 +141,11 @@ def _two_steps(method: str, flags: Flags, folder: str) -> Config:
     return config
 
 
-def settled(events: Sequence[Event]) -> list[Event]:
-    """The events with releases that follow each other in order of their sizes.
+def with_sorted_releases(events: Sequence[Event]) -> list[Event]:
+    """The events, with consecutive releases sorted by size.
 
-    What is released together has no order: autocast, for one, gives back its copies of weights in the order of their addresses.
+    What is released together has no fixed order: autocast, for example, releases its copies of weights in the order of their
+    addresses.
     """
     groups = groupby(events, key=lambda event: (event.sign, event.phase, event.step))
     return [event for (sign, *_), group in groups for event in (sorted(group) if sign < 0 else group)]
@@ -152,7 +153,7 @@ def settled(events: Sequence[Event]) -> list[Event]:
 
 def aligned(predicted: Sequence[Event], measured: Sequence[Event]) -> list[Pair]:
     """About `SHOWN` events around the first difference side by side, so that equal ones share a row; empty: no difference."""
-    predicted, measured = settled(predicted), settled(measured)
+    predicted, measured = with_sorted_releases(predicted), with_sorted_releases(measured)
     rows = [Pair(*both) for both in zip_longest(predicted, measured)]
     first = next((number for number, row in enumerate(rows) if not row.is_equal), None)
     if first is None:

@@ -38,7 +38,8 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
         f"- **Method**: {config.method.name}"
         + (f" ({config.method.paper})" if config.method.paper else "")
         + f"; {parameters['trainable']:,} of {parameters['all']:,} parameters trained",
-        f"- **Data**: {data['name']}; " + ", ".join(f"{n:,} rows to {split}" for split, n in data["rows"].items()),
+        f"- **Data**: {data['name']}; "
+        + "{train:,} rows to train, {validation:,} to validate, {test:,} to test".format(**data["rows"]),
         f"- **Fingerprint of the train split** (SHA-256): `{data['sha256']['train']}`",
         f"- **Seed**: {record['seed']}; **precision**: {record['precision']}; **time**: {record['seconds']:,.0f} s",
         "- **Stack**: " + ", ".join(f"{name} {version}" for name, version in versions.items() if version),

@@ -43,8 +43,8 @@ from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
 
 Batch = dict[str, torch.Tensor]
-PREDICTED = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
-UNMARKED = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
+SUPPORTED_ENGINES = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
+ORDINARY_TOKEN_ID = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
 
 def predict_run(
@@ -61,7 +61,7 @@ def predict_run(
     training, engine = config.training, config.engine
     if not config.method.trains:
         raise UserError(f"{config.method.name} trains nothing, so there is no training step to predict")
-    model_config = config.model_config
+    model_config = copy.deepcopy(config.model_config)  # `set_head` below changes it
     if getattr(model_config, "quantization_config", None) is not None:
         raise UserError(
             "the memory of a checkpoint that is already quantized cannot be predicted; give the original model"
@@ -73,7 +73,7 @@ def predict_run(
     _refuse_unpredicted(config)
     check_combination(config)
     passes = STEPS * training.gradient_accumulation_steps
-    batches = batches or [worst_batch(config, model_config, engine.sequence_parallel_size)] * passes
+    batches = batches or [worst_batch(config, model_config)] * passes
     batches = [batch for batch in batches for _ in range(processes())]  # the data loader deals batches to ranks in turn
 
     warnings: set[str] = set()
@@ -89,7 +89,7 @@ def predict_run(
             return config.method.attach(model)
 
     def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> FineTuner:
-        return FineTuner(model, replace(config, training=of_batches(arguments)), Batches(batches), [callback])
+        return FineTuner(model, replace(config, training=sequential_arguments(arguments)), Batches(batches), [callback])
 
     try:
         ledger = predict(build, trainer, training, device, config.as_dict(), sinks)
@@ -149,7 +149,7 @@ class PredictionJob:
         with world(self.launch.of_rank(self.launch.processes - 1 if last else 0)):
             return predict_run(config, device, self.batches)
 
-    def predict_apart(self) -> Ledger:
+    def predict_in_subprocess(self) -> Ledger:
         """`predict` in a separate process without visible GPUs: this process may have a process group, and engines use visible GPUs.
 
         Raises: UserError as `predict` does, and if that process fails in another way.
@@ -169,7 +169,7 @@ class PredictionJob:
 
 
 def run_job(folder: str) -> None:
-    """Runs in the process that `PredictionJob.predict_apart` starts: writes the ledger, or the UserError, to `folder`."""
+    """Runs in the process that `PredictionJob.predict_in_subprocess` starts: writes the ledger, or the UserError, to `folder`."""
     job = pickle.loads((Path(folder) / "job").read_bytes())
     try:
         job.predict().save(Path(folder) / "ledger.json")
@@ -182,7 +182,7 @@ def _refuse_unpredicted(config: Config) -> None:
     engine = config.engine
     if processes() == 1 and engine.kind is EngineKind.NONE:
         return
-    if engine.kind not in PREDICTED:
+    if engine.kind not in SUPPORTED_ENGINES:
         raise UserError(f"memory under {engine.kind} is not predicted; DDP, ZeRO-1 to ZeRO-3 and FSDP2 are")
     if engine.offloads and engine.kind is EngineKind.FSDP2:
         raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
@@ -191,30 +191,30 @@ def _refuse_unpredicted(config: Config) -> None:
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is only predicted for adamw_torch_fused")
 
 
-def worst_batch(config: Config, model_config: PreTrainedConfig, sequence_parallel_size: int = 1) -> Batch:
+def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
     """`per_device_train_batch_size` rows of `max_length` tokens; ids, masks and labels are (rows, length), int64.
 
     All rows but the first end with one padding token, because attention kernels need more memory with a mask. For T5-like
     models the labels are (rows, `max_target_length`), as are the decoder's inputs. For a head the labels are (rows,), and each
-    text ends with one end-of-text token, which some heads look for. If `sequence_parallel_size` processes share the tokens of
-    a row, the batch is as `SharedRows` collates it.
+    text ends with one end-of-text token, which some heads look for. If processes share the tokens of a row
+    (`config.engine.sequence_parallel_size`), the batch is as `SharedRows` collates it.
 
     Raises: UserError for a length beyond the model's positions.
     """
     rows = config.training.per_device_train_batch_size
     length, target_length, _ = lengths(config.data, model_config, virtual_tokens=config.method.virtual_tokens)
-    length = shared_length(length, sequence_parallel_size)
-    ids = torch.full((rows, length), UNMARKED)
+    length = shared_length(length, config.engine.sequence_parallel_size)
+    ids = torch.full((rows, length), ORDINARY_TOKEN_ID)
     mask = torch.ones_like(ids)
     mask[1:, -1] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
     if has_head(model_config):
-        ids[:, -1] = model_config.eos_token_id or UNMARKED
+        ids[:, -1] = model_config.eos_token_id or ORDINARY_TOKEN_ID
         return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
     if model_config.is_encoder_decoder:
-        labels = torch.full((rows, target_length), UNMARKED)
+        labels = torch.full((rows, target_length), ORDINARY_TOKEN_ID)
         batch |= {"labels": labels, "decoder_input_ids": labels.clone()}
-    return batch if sequence_parallel_size == 1 else SharedRows.with_positions(batch)
+    return SharedRows.with_positions(batch) if config.engine.sequence_parallel_size > 1 else batch
 
 
 def _whole_rows(batch: Batch, sequence_parallel_size: int) -> Batch:
@@ -240,7 +240,7 @@ class Batches:
         return _single_batch
 
 
-def of_batches(arguments: Any) -> Any:
+def sequential_arguments(arguments: Any) -> Any:
     """A copy of Trainer's `arguments` that keeps the order of `Batches` and all of their columns."""
     changed = copy.copy(arguments)
     changed.train_sampling_strategy, changed.remove_unused_columns = "sequential", False
@@ -265,7 +265,7 @@ def _predicted_here(config: Config, batches: list[Batch] | None = None) -> Ledge
     card = this_card() if config.training.device.type == "cuda" else None
     if config.engine.kind is EngineKind.NONE:
         return predict_run(config, CPU if card is None else Cuda(card), batches)
-    return PredictionJob(config.method.name, config.as_flags(), config.launch, card, batches).predict_apart()
+    return PredictionJob(config.method.name, config.as_flags(), config.launch, card, batches).predict_in_subprocess()
 
 
 def show_prediction(config: Config) -> None:

@@ -63,8 +63,8 @@ class Preflight:
 
         Raises: UserError if weights are missing.
         """
-        own = self.config
-        return load_model(own.model, self.model_config, own.dtype, own.training, own.engine)
+        config = self.config
+        return load_model(config.model, self.model_config, config.dtype, config.training, config.engine)
 
 
 def prepare(config: Config) -> Preflight:
@@ -113,7 +113,13 @@ def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[
 
 
 def check_engine(engine: Engine, training: TrainArguments) -> None:
-    """Raises UserError if the launch or a flag needs something that this machine lacks: an engine, a compiler, a login."""
+    """Checks that this machine has what the launch and the flags need: an engine, a compiler, a login.
+
+    Under DeepSpeed it also joins DeepSpeed's process group and, if DeepSpeed swaps to a disk, locks the swap folder until this
+    process ends.
+
+    Raises: UserError if something is missing, or if another run uses the swap folder.
+    """
     if engine.kind.is_zero and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "this launch file needs DeepSpeed, which is not installed (it runs on Linux): pip install deepspeed, "
@@ -135,7 +141,7 @@ def check_engine(engine: Engine, training: TrainArguments) -> None:
             f"{engine}: on CPUs torch (gloo) can only share a row among all processes; for a trial without GPUs set "
             f"parallelism_config_sp_size: {engine.processes}"
         )
-    offload = engine.kind.is_zero and engine.optimizer_state != "with the model"
+    offload = engine.kind.is_zero and engine.offloads_optimizer
     if (offload or training.torch_compile) and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         what = "offloading the optimizer" if offload else "--torch_compile"
         raise UserError(
@@ -379,10 +385,10 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed) -> None:
             say(
                 "truncated", f"{lost.rows:,} rows of {split} lost {lost.text_tokens:,} tokens of text{target} ({flags})"
             )
-    split = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(
         "batch",
-        f"{split} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
+        f"{rows_per_step} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
         f"accumulated x {training.world_size} processes",
     )
     if training.load_best_model_at_end:

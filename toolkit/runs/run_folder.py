@@ -36,8 +36,8 @@ from toolkit.tasks.metrics import score_title
 from toolkit.training.checkpoints import (
     RunFingerprint,
     check_resumable,
+    rename_later_checkpoints,
     resume_point,
-    set_later_checkpoints_aside,
 )
 from toolkit.version import __version__
 
@@ -108,7 +108,7 @@ def _claim(path: Path, config: Config, ready: Preflight) -> tuple[str | None, Pa
     if checkpoint is not None:
         fingerprint = RunFingerprint.of(config.engine, training, ready.data.train_fingerprint)
         check_resumable(checkpoint, fingerprint, training.allow_changed_data)
-        set_later_checkpoints_aside(checkpoint, path)
+        rename_later_checkpoints(checkpoint, path)
     elif training.resume_from_checkpoint is None and path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"

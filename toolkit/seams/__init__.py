@@ -1,4 +1,6 @@
-"""Seams: a registry of every place where this project depends on something that a library does not promise to keep.
+"""A seam is a dependency on a library's private API, or on anything else that it does not promise to keep.
+
+This package is the registry of all of them:
 
     SEAMS["F.softmax"]                          what, where, why, and what goes wrong if it changes
     check(SEAMS["F.softmax"])                   what differs in the installed library, or None
@@ -16,9 +18,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from toolkit.seams import accelerate, bitsandbytes, cuda, deepspeed, other, peft, torch, trainer, transformers
-from toolkit.seams.seam import Seam, check, find, holds_here
+from toolkit.seams.seam import Seam, applies_to_installed, check, find
 
-__all__ = ["SEAMS", "Seam", "check", "holds_here", "patched"]
+__all__ = ["SEAMS", "Seam", "applies_to_installed", "check", "patched"]
 
 TABLES = (torch, cuda, transformers, trainer, accelerate, deepspeed, peft, bitsandbytes, other)
 SEAMS: dict[str, Seam] = {seam.name: seam for table in TABLES for seam in table.TABLE}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["patch", "override", "private", "constant"]
-_SET_BY_ITSELF = object()  # stands for an attribute that a class gives its instances
+_INSTANCE_ATTRIBUTE = object()  # stands for an attribute that a class gives its instances
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -26,7 +26,7 @@ class Seam:
         name: its name in `patched`, tests and reports.
         kind: "patch": we replace it. "override": our class has a method of that name. "private": we read or call it, and it is
             private, or we would not notice if it were missing. "constant": a number, a list, a text or a rule that we copied.
-        where: our modules that depend on it, below `toolkit.` (or from `benchmarks.` on); for an override "module:Class".
+        where: our modules that depend on it, below `toolkit.` (or from `benchmarks.` or `recipes.` on); for an override "module:Class".
         target: "package.module: Name Class.name ...", once for each module. An attribute of instances counts as present if the
             class assigns it to `self` or declares it.
         reason: what we need it for.
@@ -83,7 +83,7 @@ class Seam:
         return re.split(r"[./]", modules[0])[0]
 
 
-def holds_here(seam: Seam) -> bool:
+def applies_to_installed(seam: Seam) -> bool:
     """Whether the seam applies to the installed version: `since` <= version < `until`."""
     try:
         installed = _numbers(version(seam.package))
@@ -95,7 +95,7 @@ def holds_here(seam: Seam) -> bool:
 
 def check(seam: Seam) -> str | None:
     """One line on how the installed library differs from `seam`; None if it does not, or if the seam is for other versions."""
-    if not holds_here(seam):
+    if not applies_to_installed(seam):
         return None
     if seam.package != "python":
         importlib.import_module(seam.package)
@@ -107,7 +107,7 @@ def check(seam: Seam) -> str | None:
         difference = None
         if seam.kind == "override":
             difference = _override_differs(seam, module, path, found)
-        elif seam.signature is not None and found is not _SET_BY_ITSELF:
+        elif seam.signature is not None and found is not _INSTANCE_ATTRIBUTE:
             difference = _signature_differs(seam, found)
         if difference:
             return f"{module}:{path} {difference}"
@@ -131,7 +131,7 @@ def find(module: str, path: str = "") -> Any:
         if _has(found, name):
             found = getattr(found, name)
         elif isinstance(found, type) and (name in _annotations(found) or _assigns(found, name)):
-            found = _SET_BY_ITSELF
+            found = _INSTANCE_ATTRIBUTE
         else:
             raise LookupError(f"{module} has no {'.'.join([*done, name])} any more")
         done.append(name)

@@ -156,15 +156,6 @@ TRAINER = (
         breaks="a prediction merges several batches into one, or ends with an error",
     ),
     Seam(
-        name="Trainer._prepare_inputs",
-        kind="private",
-        where="training.guards",
-        target="transformers.trainer: Trainer._prepare_inputs",
-        signature=("inputs",),
-        reason="the guard 'saved' moves a row to the model's device as training does",
-        breaks="the guard 'saved' ends with an AttributeError",
-    ),
-    Seam(
         name="Trainer.optimizer",
         kind="private",
         where="training.trainer",
@@ -173,6 +164,16 @@ TRAINER = (
         reason="LoRA+'s optimizer is set before Trainer makes one, so Trainer keeps it",
         breaks="--loraplus_lr_ratio has no effect",
         silent=True,
+    ),
+    Seam(
+        name="Trainer.get_decay_parameter_names",
+        kind="private",
+        where="recipes.bare_loop",
+        target="transformers.trainer: Trainer.get_decay_parameter_names",
+        signature=("model",),
+        reason="the bare loop, which has no Trainer, calls it with None for `self` and decays the weights that Trainer decays",
+        breaks="the bare loop ends with an AttributeError",
+        checked_by="tests/test_bare_loop.py",
     ),
     Seam(
         name="Trainer._finish_current_push",

@@ -30,7 +30,7 @@ from toolkit.errors import UserError
 from toolkit.units import format_bytes
 
 MANIFEST = "manifest.json"
-ASIDE = ".saving"
+TEMPORARY = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -70,7 +70,7 @@ def atomic_folder(final: Path, origin: RunFingerprint, is_main: bool, wait: Call
 
     Raises: UserError if a file cannot be written; the temporary folder is removed first.
     """
-    temporary = final.parent / ASIDE / final.name
+    temporary = final.parent / TEMPORARY / final.name
     with readable_write_errors(final.name, final.parent):
         try:
             temporary.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def resume_point(requested: str | None, output_dir: Path) -> Path | None:
     """
     if requested is None:
         return None
-    shutil.rmtree(output_dir / ASIDE, ignore_errors=True)
+    shutil.rmtree(output_dir / TEMPORARY, ignore_errors=True)
     if requested != NEWEST:
         if not (Path(requested) / "trainer_state.json").is_file():
             raise UserError(
@@ -235,7 +235,7 @@ def resume_point(requested: str | None, output_dir: Path) -> Path | None:
     )
 
 
-def set_later_checkpoints_aside(checkpoint: Path, output_dir: Path) -> None:
+def rename_later_checkpoints(checkpoint: Path, output_dir: Path) -> None:
     """Renames checkpoints later than `checkpoint`: the run now continues from `checkpoint`, and `true` must not pick them."""
     if checkpoint.resolve().parent != output_dir.resolve():
         return
@@ -252,7 +252,7 @@ def check_resumable(checkpoint: Path, now: RunFingerprint, allow_changed_data: b
     """Raises UserError if the run `now` cannot resume from `checkpoint`, or would silently train on other rows.
 
     A single process and DDP write the same files. Any number of processes can read FSDP2's. ZeRO's are shards for one number
-    of processes and one stage. FSDP1 has no launch file here; its checkpoints are accelerate's, and are untested.
+    of processes and one stage. FSDP1's checkpoints are refused.
     """
     try:
         then = RunFingerprint(**_manifest(checkpoint)["run"])

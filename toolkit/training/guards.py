@@ -25,7 +25,7 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from toolkit.config import Config
 from toolkit.data.loading import TaskData
@@ -140,31 +140,30 @@ def _is_rounded(model: nn.Module | None) -> bool:
     return all(p.dtype.itemsize == 2 for p in model.parameters() if p.requires_grad)
 
 
-def check_saved(trainer: Trainer, config: Config) -> None:
-    """Reads the weights that `trainer` saved into its output folder, on rank 0.
+def check_saved(model: PreTrainedModel, config: Config, row: dict[str, torch.Tensor]) -> None:
+    """Compares the weights that were saved into the run's folder with the trained `model`; only rank 0 calls it.
+
+    `row` is a batch of one training row, as the collator makes it: an adapter must give the same logits for it.
 
     Raises: UserError if the file holds no weights, or other weights than the model in memory.
     """
-    folder, model = Path(trainer.args.output_dir), trainer.model
-    if not trainer.is_world_process_zero():
-        return
+    folder = Path(config.training.output_dir)
     _check_not_empty(folder)
     if is_sharded(model):
         return
     if isinstance(model, PeftModel):
-        _check_adapter(trainer, config, model, folder)
+        _check_adapter(model, config, row, folder)
     else:
         _check_weights(model, folder)
 
 
-def check_generation(trainer: Trainer, data: TaskData) -> None:
+def check_generation(model: PreTrainedModel, data: TaskData) -> None:
     """Compares the trained model's generation after one row of the test split with its forward passes, on every rank.
 
     Raises: UserError if they differ. They do if PEFT does not support the generation of a newer transformers.
     """
     if data.task.model_kind == "head":
         return
-    model = trainer.model
     limit = longest_input(model.config) or ROW + TOKENS
     room = min(ROW, limit - TOKENS - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0))
     error = generation_error(model, data.prompt_tokenizer.tokenizer, data.test_prompts[0][: max(1, room)], TOKENS)
@@ -192,16 +191,15 @@ def _check_not_empty(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _check_adapter(trainer: Trainer, config: Config, model: PeftModel, folder: Path) -> None:
+def _check_adapter(model: PeftModel, config: Config, row: dict[str, torch.Tensor], folder: Path) -> None:
     """Compares the logits of one training row before and after the adapter is loaded from its file."""
-    before = _logits(trainer, model)
+    before = _logits(model, row)
     adapter, tolerance = model.active_peft_config, LOGITS_TOLERANCE
     if config.method.changes_base or config.method.adapter_changes_base(adapter):
         tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
-        after = _logits(trainer, _reloaded(config, model, folder))
+        after = _logits(_reloaded(config, model, folder), row)
     elif adapter.is_prompt_learning:  # the output of the prompt encoder is saved, not the encoder
-        reloaded = PeftModel.from_pretrained(model.get_base_model(), folder)
-        after = _logits(trainer, reloaded)
+        after = _logits(PeftModel.from_pretrained(model.get_base_model(), folder), row)
     else:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -211,7 +209,7 @@ def _check_adapter(trainer: Trainer, config: Config, model: PeftModel, folder: P
         lost = [name for name, p in model.named_parameters() if p.requires_grad and p.isnan().any()]
         if lost:
             raise UserError(f"guard 'saved': {len(lost)} trained weights are not in {folder}, {lost[0]} among them")
-        after = _logits(trainer, model)
+        after = _logits(model, row)
     worst = float((after - before).abs().max() / before.abs().max())
     if not worst <= tolerance:
         raise UserError(
@@ -229,14 +227,11 @@ def _reloaded(config: Config, trained: PeftModel, folder: Path) -> PeftModel:
     return reloaded
 
 
-def _logits(trainer: Trainer, model: nn.Module) -> torch.Tensor:
-    """The logits (1, length, vocabulary) or (1, labels) of the first training row, in evaluation mode, fp32."""
-    assert trainer.train_dataset is not None and trainer.data_collator is not None
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+def _logits(model: PeftModel, row: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits (1, length, vocabulary) or (1, labels) of a row, in evaluation mode, fp32."""
     was_training = model.training
     model.eval()
-    with trainer.compute_loss_context_manager():
-        logits = model(**batch).logits
+    logits = model(**{name: tensor.to(model.device) for name, tensor in row.items()}).logits
     model.train(was_training)
     return logits.float()
 

@@ -346,6 +346,6 @@ def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
         trainer.save_model(args.output_dir, _internal_call=True)
     if trainer.is_world_process_zero():
         trainer.config.method.finish_saving(trainer.model, Path(args.output_dir))
-    check_saved(trainer, trainer.config)
+        check_saved(trainer.model, trainer.config, trainer.data_collator([trainer.data.train[0]]))
     if isinstance(trainer.data, TaskData):
-        check_generation(trainer, trainer.data)
+        check_generation(trainer.model, trainer.data)

@@ -7,7 +7,8 @@
   the operators that CUDA's autocast runs in float32 (`autocast`), and bitsandbytes (`quantized`).
 - `load()` replays loading (`loading`); `prepare()` makes optimizers use their foreach implementations.
 
-Sources are files of PyTorch 2.14 under aten/src/ATen unless another is named. All sizes are bytes.
+The docstrings below name their sources: files of PyTorch 2.14, under aten/src/ATen unless the path begins with torch/.
+All sizes are bytes.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class CudaOverlay:
         self.card = card
         self.sums_in_place = sums_in_place
         self._threads: set[bool] = set()  # the threads with a cuBLAS workspace: False is the main one, True autograd's
-        _alone()  # runs a backward pass, which must not happen inside an operator
+        _unshared_refcounts()  # fills its cache now: it runs a backward pass, which must not happen inside an operator
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
         name = op.name()
@@ -153,7 +154,7 @@ def _sums_gradients(args: tuple) -> bool:
         return False
     first, second = args[:2]
     alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape
-    return alike and first.dtype == second.dtype and _is_dense(first) and _holders(first) == _alone()
+    return alike and first.dtype == second.dtype and _is_dense(first) and _refcounts(first) == _unshared_refcounts()
 
 
 def _adds_a_mask() -> bool:
@@ -177,7 +178,7 @@ def _caller() -> CodeType:
     return frame.f_code
 
 
-def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+def _refcounts(tensor: torch.Tensor) -> tuple[int, int]:
     """The C++ reference counts of `tensor` and of its storage."""
     return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
@@ -185,24 +186,24 @@ def _holders(tensor: torch.Tensor) -> tuple[int, int]:
 class _FirstGradient(TorchDispatchMode):
     """Records the reference counts of the first gradient that the engine adds to."""
 
-    holders = (0, 0)
+    refcounts = (0, 0)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if op is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
-            self.holders = _holders(args[0])
+            self.refcounts = _refcounts(args[0])
         return op(*args, **(kwargs or {}))
 
 
 @cache
-def _alone() -> tuple[int, int]:
-    """`_holders` of a gradient that nothing else refers to, inside a dispatch mode: the engine, the call and the Python object.
+def _unshared_refcounts() -> tuple[int, int]:
+    """`_refcounts` of a gradient to which only the engine, the call and the Python object refer, inside a dispatch mode.
 
     The counts differ between versions of PyTorch, so a backward pass finds them. The first call must not be inside an operator.
     """
     with torch.enable_grad(), _FirstGradient() as seen:
         x = torch.ones(1, requires_grad=True) * 1.0
         torch.autograd.grad(x * 2.0 - x * 3.0, x)
-    return seen.holders
+    return seen.refcounts
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -78,7 +78,7 @@ class Device(Protocol):
         """Changes what a Trainer does differently on the device, such as optimizers' foreach implementations."""
 
 
-class _Straight:
+class _PassThroughOverlay:
     """Runs every operator unchanged, on the fast path of `meta_ops`."""
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
@@ -102,7 +102,7 @@ class Cpu:
         return None
 
     def overlay(self) -> Overlay | None:
-        return _Straight()
+        return _PassThroughOverlay()
 
     def running(self) -> AbstractContextManager:
         return nullcontext()
@@ -135,8 +135,8 @@ class ShadowCallback(MemoryCallback):
         else:
             self.device.load(trace, model)
 
-    def settled(self, recording: Recording) -> Recording:
-        """The recording as on the real device: if more was reserved than it has, the allocator first gives its cache back.
+    def replayed_within_budget(self, recording: Recording) -> Recording:
+        """The recording as on a device with this budget: when memory is full, the allocator gives its cache back and tries again.
 
         If an allocation fails even then, the result is `recording`, as on a device with enough memory.
         """
@@ -166,9 +166,9 @@ def predict(
     """The predicted ledger of training, made in this process without weights and without a GPU.
 
     `build` is called once and must make its model on the meta device. `trainer` must make the Trainer that training uses,
-    with the given arguments (a copy limited to two steps on one CPU process) and callback. Its data set must give at least
-    `rows_needed(arguments)` rows in their order, each as long as the longest row of training. `sinks`
-    receive the trace's events.
+    with the given arguments (a copy limited to two steps on one CPU process) and callback. Its data set must give, in order,
+    either at least `rows_needed(arguments)` rows as long as the longest row of training, or one collated batch for each
+    forward pass (2 x gradient_accumulation_steps). `sinks` receive the trace's events.
 
     Raises:
         UserError: for options and models that the shadow step does not support, by name.
@@ -190,14 +190,14 @@ def predict(
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
         keep_only(shadow, callback)
         device.prepare(shadow)
-        stack.enter_context(losses_of_zero())
+        stack.enter_context(real_zero_losses())
         stack.enter_context(quantized.dequantized_by_peft())
         stack.enter_context(meta_ops.large_ones_fake(fake_mode))
         stack.enter_context(device.running())
         stack.callback(callback.abort)
         if simulated_rank.in_world():
             stack.enter_context(simulated_rank.engine_on_fakes(fake_mode))
-        with _explained():
+        with _unsupported_as_user_error():
             shadow.train()
     assert callback.ledger is not None
     return replace(
@@ -292,7 +292,7 @@ def _fp16_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def losses_of_zero() -> Iterator[None]:
+def real_zero_losses() -> Iterator[None]:
     """While open, Trainer gets a real loss of 0 instead of a fake one, so that its checks for NaN work."""
     step = Trainer.training_step
 
@@ -305,8 +305,8 @@ def losses_of_zero() -> Iterator[None]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Turns what a fake tensor cannot do into a one-line UserError; other errors of the model's code pass unchanged."""
+def _unsupported_as_user_error() -> Iterator[None]:
+    """While open, an operation that fake tensors do not support raises a one-line UserError; other errors pass unchanged."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
