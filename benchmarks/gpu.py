@@ -286,9 +286,8 @@ def main() -> int:
     args.minutes = args.minutes or (1440 if endless else 60 if args.rehearse else 9)
     session = Session(args, BEGAN + 60 * args.minutes)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(
-            number, lambda *_: sys.exit(143)
-        )  # results so far are already written; the finally below ends the processes
+        # results so far are already written; the finally below ends the processes
+        signal.signal(number, lambda *_: sys.exit(143))
     try:
         if args.predict_only:
             predict_only(session, args.out)

@@ -65,15 +65,13 @@ class Run:
     gradient_checkpointing: bool = False
     use_reentrant: bool = False
     use_cache: bool = True  # the config's default: without checkpointing, unused keys and values are kept
-    attention: str = (
-        "sdpa"  # sdpa, efficient (pinned), eager, flash_attention_2, default (as transformers of the time chose)
-    )
+    # sdpa, efficient (pinned), eager, flash_attention_2, default (as transformers of the time chose)
+    attention: str = "sdpa"
     built_with_flash: bool = True
     mask: str = "ones"  # none, ones, padded (all rows but the first end in padding)
     zero_grad: str = "before the batch"  # before the batch, before backward, after the step
-    output_lives: str = (
-        "step"  # forward (as in Trainer), step (deleted after it), next forward (until a new one replaces it)
-    )
+    # forward (as in Trainer), step (deleted after it), next forward (until a new one replaces it)
+    output_lives: str = "step"
     keys_repeated: bool = False  # for each query head, before attention
     steps: int = 3
     stack: str = ""  # "torch 2.6.0+cu124, transformers 4.51.3, ..."

@@ -25,9 +25,8 @@ pytest.register_assert_rewrite("ledgers")
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("FOOTPRINT_TEST_DATA", ROOT.parent / "shared" / "data"))
 BIN = Path(sys.executable).parent
-SAMPLE = (
-    3  # `make test` runs this many cases of each sweep (or as its mark says), others each day; `make matrix` runs all
-)
+# `make test` runs this many cases of each sweep (or as its mark says), others each day; `make matrix` runs all
+SAMPLE = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

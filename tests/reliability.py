@@ -111,9 +111,8 @@ class Run:
         settings: Mapping[str, str] | None = None,
     ) -> None:
         log.mkdir(parents=True, exist_ok=True)
-        (log / "error_was_said").unlink(
-            missing_ok=True
-        )  # from an earlier run with the same `log`: the launcher makes one folder for each run
+        # from an earlier run with the same `log`: the launcher makes one folder for each run
+        (log / "error_was_said").unlink(missing_ok=True)
         self.logs = [log / f"rank{rank}.txt" for rank in range(processes)]
         CONTEXT.set_forkserver_preload(["preloaded"])
         with socket.socket() as probe:
@@ -124,9 +123,8 @@ class Run:
             env: dict[str, str] = _single() if preset == "single" else {}
             if processes > 1:
                 env = read_launch_file(preset, processes).of_rank(rank) | {"MASTER_PORT": str(port)}
-                (log / str(rank)).mkdir(
-                    exist_ok=True
-                )  # the rank that prints an error leaves a mark next to this file, for the others
+                # the rank that prints an error leaves a mark next to this file, for the others
+                (log / str(rank)).mkdir(exist_ok=True)
                 env |= {"TORCHELASTIC_ERROR_FILE": str(log / str(rank) / "error.json")}
             env |= settings or {}
             arguments = (script, [str(a) for a in argv], file, env, hosts[rank] if hosts else None)

@@ -231,9 +231,8 @@ def test_a_package_that_is_not_installed(flags, package, expected, refused, monk
 
 
 def test_liger_kernel_that_is_not_installed_on_a_machine_with_a_gpu(monkeypatch):
-    monkeypatch.setattr(
-        "toolkit.runs.preflight.is_liger_kernel_available", lambda: False
-    )  # for it may be installed here
+    # for it may be installed here
+    monkeypatch.setattr("toolkit.runs.preflight.is_liger_kernel_available", lambda: False)
     with pytest.raises(UserError, match="--use_liger_kernel: liger-kernel is not installed"):
         check_installed(SimpleNamespace(use_liger_kernel=True, device=torch.device("cuda")))
 

@@ -25,9 +25,8 @@ def started(monkeypatch, tmp_path):
         monkeypatch.setattr(published, "compare", lambda args: calls.append(args) or 0)
         published.redo("x", benchmark.METHODS, benchmark.SETTINGS, ["--output_dir", str(tmp_path / "x"), *argv])
         (args,) = calls
-        plan = new_plan(
-            args.output_dir, args.methods, args.seeds, args.launch, args.flags
-        )  # raises for flags that cannot be right
+        # raises for flags that cannot be right
+        plan = new_plan(args.output_dir, args.methods, args.seeds, args.launch, args.flags)
         return {run.method: " ".join(run.argv) for run in plan.runs if run.seed == 0}
 
     return start

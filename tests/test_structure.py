@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-ARROWS = 100  # fewer than so many pairs of rooms in which one imports the other
+ARROWS = 100  # the number of pairs of rooms in which one imports the other stays below
 
 
 def name_of(file: Path) -> str:

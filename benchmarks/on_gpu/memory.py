@@ -72,9 +72,8 @@ def grid(rehearsed: bool = False) -> list[Configuration]:
     result += _turned("flan-t5-base", ("lora", "full"))
     result += _single()
     result += [_plain(model, method, second) for method, model in product(METHODS, MODELS)]
-    result = [
-        c for c in result if (c.model, c.method) != ("llama-8b", "full")
-    ]  # needs at least 16 bytes per weight, more than any card has
+    # needs at least 16 bytes per weight, more than any card has
+    result = [c for c in result if (c.model, c.method) != ("llama-8b", "full")]
     return _small(result) if rehearsed else result
 
 

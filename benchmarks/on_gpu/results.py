@@ -22,9 +22,8 @@ class Results:
 
     def __init__(self, path: Path, content: dict[str, Any], stack: str) -> None:
         self.path, self.content, self.stack = path, content, stack
-        self.artifacts = path.with_suffix(
-            ""
-        )  # a folder for archives of ledgers, snapshots and logs, which are not committed
+        # a folder for archives of ledgers, snapshots and logs, which are not committed
+        self.artifacts = path.with_suffix("")
         self.artifacts.mkdir(parents=True, exist_ok=True)
 
     @classmethod

@@ -74,9 +74,8 @@ def test_skipped_steps_are_not_part_of_the_ledger(tmp_path, monkeypatch):
     for name in ("first_step", "phases"):
         for phase, use in getattr(without.ledger, name).items():
             found = getattr(skipping.ledger, name)[phase]
-            assert found.allocated_peak_bytes == pytest.approx(
-                use.allocated_peak_bytes, abs=64
-            )  # losses of the skipped steps
+            # losses of the skipped steps
+            assert found.allocated_peak_bytes == pytest.approx(use.allocated_peak_bytes, abs=64)
             assert found.categories["optimizer_state"] == use.categories["optimizer_state"], (name, phase)
     assert len(skipping.batches) == len(without.batches) == 2
     assert {step for _, step, *_ in skipping.ledger.timeline} == {0, 1, 2}

@@ -81,9 +81,8 @@ def test_sequence_parallelism_on_2_processes_halves_activations_and_restores_att
         for launch in ("sequence_parallel", "zero3")
     )
     saved = [found.phases["backward"].categories["activations_saved"] for found in (shared, whole)]
-    assert (
-        saved[1] / 2 <= saved[0] < 0.6 * saved[1]
-    )  # half of them, and the gathered keys and values of all tokens for half of the heads
+    # half of them, and the gathered keys and values of all tokens for half of the heads
+    assert saved[1] / 2 <= saved[0] < 0.6 * saved[1]
     assert states(shared) == states(whole)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 

@@ -107,9 +107,8 @@ def _from_yaml(parser: RecipeParser, path: Path) -> dict[str, Any]:
             parser._refuse_unknown(f"--{name}", where)
         if value is None:
             continue  # as if the key were not there
-        if name == "report_to" and isinstance(
-            value, list
-        ):  # a run's own config.yaml has a list; the flag takes one value
+        # a run's own config.yaml has a list; the flag takes one value
+        if name == "report_to" and isinstance(value, list):
             given[name] = [str(one) for one in value]
             continue
         given |= parser.given(_as_argv(name, value, flags[name], where), where)

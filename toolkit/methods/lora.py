@@ -114,9 +114,8 @@ class Lora(PeftBased):
         empty = any(p.is_meta for p in model.parameters())
         init: bool | str = True if empty or self.init_lora_weights == "default" else self.init_lora_weights
         targets = targets_of(model, "lora_target_modules", self.lora_target_modules, PEFTS_CHOICE)
-        if (
-            targets is None
-        ):  # set explicitly: PEFT (0.21) skips its own default targets for models with experts that it knows
+        # set explicitly: PEFT (0.21) skips its own default targets for models with experts that it knows
+        if targets is None:
             targets = PEFTS_CHOICE[model.config.model_type]
         return LoraConfig(
             r=self.lora_r,
@@ -226,6 +225,6 @@ def save_over_original_base(model: PreTrainedModel, folder: Path) -> None:
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the same s at twice the rank
     config.r, config.init_lora_weights, config.inference_mode = 2 * config.r, True, True
     config.save_pretrained(str(folder))
-    aside = folder / ".adapter_model.safetensors"
-    save_file(tensors, aside, metadata={"format": "pt"})
-    aside.replace(folder / "adapter_model.safetensors")
+    temporary = folder / ".adapter_model.safetensors"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "adapter_model.safetensors")

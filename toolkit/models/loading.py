@@ -143,9 +143,8 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
             f"{source}: its tokenizer has neither a padding token nor an end-of-text token, so rows of different lengths cannot be "
             "batched; name another with --tokenizer_name, or set pad_token (and eos_token) in its tokenizer_config.json"
         )
-    tokenizer.padding_side = (
-        "right"  # for training: no padding comes before the first token; generation pads on the left
-    )
+    # for training: no padding comes before the first token; generation pads on the left
+    tokenizer.padding_side = "right"
     return tokenizer
 
 
@@ -274,16 +273,14 @@ def load_model(
         set_seed(training.seed)
         return model.to(training.device)
     options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
-    options["ignore_mismatched_sizes"] = (
-        True  # a head of another size is initialized anew; `check_weights` checks the rest
-    )
+    # a head of another size is initialized anew; `check_weights` checks the rest
+    options["ignore_mismatched_sizes"] = True
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if args.load_in_4bit or args.load_in_8bit:
         options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.kind.shards_parameters)
-        if (
-            engine.kind is not EngineKind.ZERO_3
-        ):  # under ZeRO-3 transformers itself puts weights on the process's device
+        # under ZeRO-3 transformers itself puts weights on the process's device
+        if engine.kind is not EngineKind.ZERO_3:
             options["device_map"] = {"": training.device}
     set_seed(training.seed)  # for a new head
     try:

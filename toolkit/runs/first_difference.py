@@ -109,9 +109,8 @@ def events_of(method: str, flags: Flags, at_least: int | None = None) -> tuple[l
         ready = prepare(config)
         memory = MemoryCallback(steps=tuple(range(1, STEPS + 1)), sinks=[measured])
         model, rows = config.method.attach(ready.load_model()), ready.data.train
-        wanted = max(
-            len(rows), rows_needed(config.training)
-        )  # so that both steps are of one epoch, as in the prediction
+        # so that both steps are of one epoch, as in the prediction
+        wanted = max(len(rows), rows_needed(config.training))
         data = replace(ready.data, train=rows.select([number % len(rows) for number in range(wanted)]))
         trainer = FineTuner(model, config, data, callbacks=[memory])
         keep_only(trainer, memory)

@@ -110,9 +110,8 @@ def _untuned(run: FinishedRun, model: PeftModel, sample: list[tuple[str, str]]) 
 def _dequantized(run: FinishedRun, dtype: torch.dtype) -> Any:
     """The base with its quantized weights dequantized to `dtype`."""
     base = run.load_base().dequantize(dtype).to(dtype)
-    base.is_loaded_in_4bit = base.is_loaded_in_8bit = (
-        False  # dequantize() does not reset these flags, and IA3 refuses to merge while they are set
-    )
+    # dequantize() does not reset these flags, and IA3 refuses to merge while they are set
+    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
     return base
 
 
@@ -128,14 +127,14 @@ def _tolerance(run: FinishedRun, dtype: str) -> float:
 
 def _save(model: Any, run: FinishedRun, folder: Path, about: dict[str, Any]) -> None:
     """Writes model, tokenizer and `merge.json` to a temporary folder and renames it to `folder`."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(aside)
-        run.prompt_tokenizer.tokenizer.save_pretrained(aside)
-        (aside / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        aside.replace(folder)  # an empty folder is replaced
+        model.save_pretrained(temporary)
+        run.prompt_tokenizer.tokenizer.save_pretrained(temporary)
+        (temporary / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder)  # an empty folder is replaced
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); give a folder that can") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

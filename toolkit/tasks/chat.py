@@ -17,11 +17,8 @@ from toolkit.tasks.summarization import Summarization
 from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}, and other keys that templates use: tool_calls, name ...
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # keys of reasoning; transformers treats them as equal
+# keys of reasoning; transformers treats them as equal
+REASONING = ("reasoning_content", "thinking", "reasoning")
 FORM = 'a list of {"role": ..., "content": ...}'
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)  # a template may raise these
 PROBE: Message = {"role": "assistant", "content": "\u00a7"}  # an answer that shows what the template writes before it
@@ -267,10 +264,8 @@ class ChatPromptTokenizer(PromptTokenizer):
         """The ids of `written` from character `at` on, and the (first, last) characters of each."""
         text, lead = written[at:], 0
         if at and self._adds_space:
-            text, lead = (
-                f"\n{text}",
-                len(self.tokenizer("\n", add_special_tokens=False).input_ids),
-            )  # otherwise the tokenizer would add a space
+            # otherwise the tokenizer would add a space
+            text, lead = f"\n{text}", len(self.tokenizer("\n", add_special_tokens=False).input_ids)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         shift = at - (lead > 0)
         return encoded.input_ids[lead:], [

@@ -36,9 +36,8 @@ class Preemption(TrainerCallback):
         self.leaving = self.ranks.any(sigterm.received)
         if self.leaving:
             control.should_training_stop = True
-            control.should_evaluate &= (
-                args.load_best_model_at_end
-            )  # time is short, but choosing the best checkpoint needs every evaluation
+            # time is short, but choosing the best checkpoint needs every evaluation
+            control.should_evaluate &= args.load_best_model_at_end
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,9 +76,8 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [
-                line for line in lines if line.endswith("}\n")
-            ]  # a killed run may have left an incomplete last line
+            # a killed run may have left an incomplete last line
+            whole = [line for line in lines if line.endswith("}\n")]
             kept = [line.rstrip() for line in whole if json.loads(line)["step"] <= state.global_step]
             atomic_write(self.path, "".join(f"{line}\n" for line in kept))
         self.seen, self.durations, self.tokens = state.num_input_tokens_seen, [], []

@@ -62,7 +62,7 @@ class RunFingerprint:
 
 
 @contextmanager
-def atomic_folder(final: Path, origin: RunFingerprint, is_main: bool, wait: Callable[[], None]) -> Iterator[Path]:
+def atomic_folder(final: Path, fingerprint: RunFingerprint, is_main: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """Gives a temporary folder to write the checkpoint `final` into; at the end of the block it is renamed to `final`.
 
     Every rank calls this and may write; `wait` is a barrier. Rank 0 adds the manifest before it renames the folder. So a
@@ -77,7 +77,7 @@ def atomic_folder(final: Path, origin: RunFingerprint, is_main: bool, wait: Call
             yield temporary
             wait()
             if is_main:
-                _write_manifest(temporary, origin)
+                _write_manifest(temporary, fingerprint)
                 shutil.rmtree(final, ignore_errors=True)  # exists if the run was resumed from an earlier checkpoint
                 temporary.rename(final)
                 _to_disk(final.parent)
@@ -99,12 +99,12 @@ def readable_write_errors(what: str, output_dir: Path) -> Iterator[None]:
         raise UserError(_cannot_write(what, output_dir, error)) from error
 
 
-def _write_manifest(folder: Path, origin: RunFingerprint) -> None:
+def _write_manifest(folder: Path, fingerprint: RunFingerprint) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _to_disk(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    content = {"run": asdict(origin), "files": files}
+    content = {"run": asdict(fingerprint), "files": files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=1) + "\n", encoding="utf-8")
     _to_disk(manifest)

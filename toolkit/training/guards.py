@@ -36,9 +36,8 @@ from toolkit.models.generation import generation_error
 from toolkit.models.loading import load_model, longest_input
 from toolkit.models.soft_prompts import fit_head
 
-FIRST_STEPS = (
-    3  # LoRA's A changes from the second step on, and the first step of a warm-up may have a learning rate of 0
-)
+# LoRA's A changes from the second step on, and the first step of a warm-up may have a learning rate of 0
+FIRST_STEPS = 3
 LOGITS_TOLERANCE = 1e-3  # of the largest logit: the weights are bitwise equal, but a GPU may choose other kernels
 # The tolerance if an initialization altered the base: the base was rounded once more.
 ROUNDED_BASE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -108,9 +108,8 @@ class FineTuner(Trainer):
         if data.is_collated:
             self._train_batch_size = 1  # each item is a batch of --per_device_train_batch_size rows
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = (
-            True  # so that Trainer counts labels for every model; no model receives the count
-        )
+        # so that Trainer counts labels for every model; no model receives the count
+        self.model_accepts_loss_kwargs = True
         if has_virtual_tokens(model):
             self._loss_shifts_labels = False  # so that Trainer counts labels as `compute_loss` does
         self.add_callback(EngineCheck(self, engine))
@@ -234,15 +233,15 @@ class FineTuner(Trainer):
         """Writes Trainer's checkpoint atomically (`atomic_folder`), then deletes old ones."""
         args, state = self.args, self.state
         final = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        origin = RunFingerprint.of(self.config.engine, args, self.data.train_fingerprint)
-        with atomic_folder(final, origin, args.should_save, self.accelerator.wait_for_everyone) as aside:
-            self.written_to = aside.parent
+        fingerprint = RunFingerprint.of(self.config.engine, args, self.data.train_fingerprint)
+        with atomic_folder(final, fingerprint, args.should_save, self.accelerator.wait_for_everyone) as temporary:
+            self.written_to = temporary.parent
             super()._save_checkpoint(model, trial)
             self.written_to = None
-            if state.best_model_checkpoint == str(aside):
+            if state.best_model_checkpoint == str(temporary):
                 state.best_model_checkpoint = str(final)
                 if args.should_save:
-                    state.save_to_json(str(aside / TRAINER_STATE_NAME))
+                    state.save_to_json(str(temporary / TRAINER_STATE_NAME))
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if args.should_save:
@@ -328,6 +327,7 @@ def _own_callbacks(args: TrainArguments) -> list[TrainerCallback]:
 def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
     """Trains (or resumes from `checkpoint`), saves and checks the result, and prints which checkpoint was selected, and why."""
     args = trainer.args
+    args.resume_from_checkpoint = checkpoint  # for trackers, which report whether a run is resumed
     try:
         with sigterm.deferred_to_a_step():
             trainer.train(resume_from_checkpoint=checkpoint)

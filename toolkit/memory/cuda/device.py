@@ -225,9 +225,8 @@ class _HalfToFloatSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (output,) = ctx.saved_tensors
         result = output.new_empty(output.shape, dtype=torch.float16)
-        product = torch.empty_like(
-            grad
-        )  # the buffer inside the kernel (`softmax_backward`), allocated after the result
+        # the buffer inside the kernel (`softmax_backward`), allocated after the result
+        product = torch.empty_like(grad)
         del product
         return result, None
 

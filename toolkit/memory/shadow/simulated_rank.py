@@ -49,9 +49,8 @@ _FACTORIES = {
     )
 }
 _files: dict[str, int] = {}  # files that this rank has written: path -> bytes
-_pinned: set[int] = (
-    set()
-)  # StorageImpl addresses of the buffers between memory and disk, which live as long as the engine
+# StorageImpl addresses of the buffers between memory and disk, which live as long as the engine
+_pinned: set[int] = set()
 _open: list[Mapping[str, str]] = []  # the environment of the open world
 
 
