@@ -64,14 +64,14 @@ def test_retries_of_the_hub_are_hidden_and_its_other_warnings_are_not(imports):
         "from huggingface_hub.utils import http_backoff, logging",
         "try:",
         "    http_backoff('HEAD', 'http://127.0.0.1:9', max_retries=2, base_wait_time=0.01)",
-        "except Exception as error:",
-        "    print(type(error).__name__)",
+        "except Exception:  # in huggingface_hub 1.5 the second try fails because its client is closed",
+        "    print('failed')",
         "logging.get_logger('huggingface_hub.utils._http').warning('another warning')",
     )
     env = os.environ | {"HF_HUB_OFFLINE": "0"}  # it asks only this machine, on a port on which nothing listens
     command = [sys.executable, "-c", "\n".join(code)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "ConnectError\n"
+    assert done.stdout == "failed\n"
     assert done.stderr == "another warning\n"
 
 
