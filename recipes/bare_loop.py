@@ -143,7 +143,7 @@ def main() -> None:
         ready.tokenizer.save_pretrained(args.output_dir)
         config.method.finish_saving(model, Path(args.output_dir))
         check_saved(model, config, ready.data.collator(model)([ready.data.train[0]]))
-    check_generation(model, ready.data)
+    check_generation(model, ready.data, args)
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
     show_comparison(config, memory)  # predicted and measured memory
     run.finish(config, ready, base, tuned, memory.ledger)

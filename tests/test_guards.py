@@ -64,21 +64,32 @@ def test_a_good_run_passes_every_guard_and_keeps_its_weights(trainer, method, tm
     before = {name: p.clone() for name, p in good.model.named_parameters()}
     good.save_model(str(tmp_path))
     saved_is_checked(good)
-    check_generation(good.model, good.data)
+    check_generation(good.model, good.data, good.args)
     assert all(torch.equal(p, before[name]) for name, p in good.model.named_parameters())
+
+
+def test_weights_in_float32_that_compute_in_bf16_are_rounded_too(trainer, monkeypatch):
+    """As full fine-tuning does on every card that has bf16; accelerate's autocast stays around the model after training."""
+    monkeypatch.setattr("toolkit.training.guards.generation_error", lambda *args: 0.02)
+    run = trainer("full", bf16=True)
+    assert run.model.dtype == torch.float32
+    check_generation(run.model, run.data, run.args)
+    run.args.bf16 = False
+    with pytest.raises(UserError, match=r"the logits differ by 0\.02 of their spread \(at most 0\.01\)"):
+        check_generation(run.model, run.data, run.args)
 
 
 def test_a_prefix_that_generation_ignores_is_found(trainer, monkeypatch):
     run = trainer("prefix")
     run.model.prompt_encoder["default"].embedding.weight.data.mul_(4)
-    check_generation(run.model, run.data)
+    check_generation(run.model, run.data, run.args)
     lost = lambda self, *args, **kwargs: self.base_model_prepare_inputs_for_generation(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(PeftModelForCausalLM, "prepare_inputs_for_generation", lost)
     with pytest.raises(
         UserError,
         match=r"guard 'generation': .* the logits differ by .* transformers .* and peft .* may not be compatible",
     ):
-        check_generation(run.model, run.data)
+        check_generation(run.model, run.data, run.args)
 
 
 def test_a_loss_that_does_not_depend_on_the_weights_stops_the_run_by_the_third_step(trainer):

@@ -156,7 +156,7 @@ def check_saved(model: PreTrainedModel, config: Config, row: dict[str, torch.Ten
         _check_weights(model, folder)
 
 
-def check_generation(model: PreTrainedModel, data: TaskData) -> None:
+def check_generation(model: PreTrainedModel, data: TaskData, training: TrainingArguments) -> None:
     """Compares the trained model's generation after one row of the test split with its forward passes, on every rank.
 
     Raises: UserError if they differ. They do if PEFT does not support the generation of a newer transformers.
@@ -166,7 +166,8 @@ def check_generation(model: PreTrainedModel, data: TaskData) -> None:
     limit = longest_input(model.config) or ROW + TOKENS
     room = min(ROW, limit - TOKENS - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0))
     error = generation_error(model, data.prompt_tokenizer.tokenizer, data.test_prompts[0][: max(1, room)], TOKENS)
-    rounded = model.dtype.itemsize == 2 or getattr(model, "is_quantized", False)
+    computes_in_16_bits = model.dtype.itemsize == 2 or training.bf16 or training.fp16
+    rounded = computes_in_16_bits or getattr(model, "is_quantized", False)
     tolerance = GENERATION_TOLERANCE_ROUNDED if rounded else GENERATION_TOLERANCE
     if not error <= tolerance:
         raise UserError(

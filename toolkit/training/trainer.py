@@ -348,4 +348,4 @@ def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
         trainer.config.method.finish_saving(trainer.model, Path(args.output_dir))
         check_saved(trainer.model, trainer.config, trainer.data_collator([trainer.data.train[0]]))
     if isinstance(trainer.data, TaskData):
-        check_generation(trainer.model, trainer.data)
+        check_generation(trainer.model, trainer.data, args)
