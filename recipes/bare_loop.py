@@ -68,12 +68,11 @@ def main() -> None:
     base = evaluate_by_generation(model, ready.data, config, title="base model")
 
     model = config.method.attach(model)
-    end_as_the_tokenizer(model, ready.tokenizer)
+    end_as_the_tokenizer(model, ready.data.tokenizer)
     model.config.use_cache = False  # keys and values of earlier tokens help to generate, not to train
     set_seed(args.seed)
-    batches = DataLoader(
-        ready.data.train, args.per_device_train_batch_size, shuffle=True, collate_fn=ready.data.collator(model)
-    )
+    collate = ready.data.collator(model)
+    batches = DataLoader(ready.data.train, args.per_device_train_batch_size, shuffle=True, collate_fn=collate)
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
@@ -90,7 +89,7 @@ def main() -> None:
     memory, guards = MemoryCallback(snapshot=config.snapshot_file), Guards()
     metrics = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
     callbacks = CallbackHandler(
-        [DefaultFlowCallback(), metrics, guards, memory], model, ready.tokenizer, optimizer, schedule
+        [DefaultFlowCallback(), metrics, guards, memory], model, ready.data.tokenizer, optimizer, schedule
     )
     state, control = TrainerState(max_steps=steps, is_world_process_zero=accelerator.is_main_process), TrainerControl()
     state.compute_steps(args, steps)
@@ -140,9 +139,9 @@ def main() -> None:
 
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
-        ready.tokenizer.save_pretrained(args.output_dir)
+        ready.data.tokenizer.save_pretrained(args.output_dir)
         config.method.finish_saving(model, Path(args.output_dir))
-        check_saved(model, config, ready.data.collator(model)([ready.data.train[0]]))
+        check_saved(model, config, collate([ready.data.train[0]]))
     check_generation(model, ready.data, args)
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")
     show_comparison(config, memory)  # predicted and measured memory

@@ -340,11 +340,11 @@ def test_examples_precede_the_question_in_the_same_form():
     ready = prepare(config)
     plain, two = (prompts_with_examples(ready, shots, seed=0) for shots in (0, 2))
     assert plain == ready.data.test_prompts
-    text = ready.tokenizer.decode(two[0])
-    question = ready.tokenizer.decode(plain[0])
+    text = ready.data.tokenizer.decode(two[0])
+    question = ready.data.tokenizer.decode(plain[0])
     assert text.endswith(question) and text.count("Summarize the following conversation.") == 3
     assert text.count("</s>") == question.count("</s>") == 1
-    answers = [ready.tokenizer.decode(labels, skip_special_tokens=True) for labels in ready.data.train["labels"]]
+    answers = [ready.data.tokenizer.decode(labels, skip_special_tokens=True) for labels in ready.data.train["labels"]]
     assert sum(answer in text for answer in answers) == 2
     assert two[0][: -len(plain[0])] == two[1][: -len(plain[1])]
     with pytest.raises(UserError, match="the train split has 3 rows"):

@@ -570,7 +570,7 @@ def test_examples_in_a_chat_are_turns_before_the_question(data, tmp_path):
     rows = [{"messages": [*TALK[:2], {"role": "assistant", "content": f"Answer {n}."}]} for n in range(4)]
     loaded = chat(data, tmp_path, rows, "<|begin|>" + CHATML, max_target_length=8)
     config = AutoConfig.from_pretrained(data / "models" / "stories260k")
-    ready = Preflight(None, config, loaded.prompt_tokenizer.tokenizer, loaded, 0, 0)
+    ready = Preflight(None, config, loaded, 0, 0)
     plain, one, two = (prompts_with_examples(ready, number, seed=0) for number in (0, 1, 2))
     assert plain == loaded.test_prompts
     picked = random.Random(0).sample(range(4), 4)

@@ -69,7 +69,7 @@ def measure(label: str, step: dict[str, Any], contender: str, work: str, rehears
         model = _plain_model(config, ready, it)
         data = ready.data.train.select_columns([n for n in ready.data.train.column_names if n != "length"])
         collator = DataCollatorForSeq2Seq(
-            ready.tokenizer, model=model if ready.model_config.is_encoder_decoder else None
+            ready.data.tokenizer, model=model if ready.model_config.is_encoder_decoder else None
         )
         if contender == "Trainer + PEFT":
             Trainer(model, arguments, collator, data, callbacks=[watch]).train()

@@ -5,9 +5,10 @@ import pkgutil
 import sys
 from types import ModuleType
 
+from toolkit.errors import UserError, did_you_mean
 from toolkit.methods.base import Method
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "method_named"]
 
 
 def _find() -> dict[str, type[Method]]:
@@ -18,6 +19,16 @@ def _find() -> dict[str, type[Method]]:
 
 
 METHODS = _find()
+
+
+def method_named(name: str) -> type[Method]:
+    """The method whose recipe has this name.
+
+    Raises: UserError with the nearest name, and all of them.
+    """
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; there are: {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 class _CallablePackage(ModuleType):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.errors import UserError, did_you_mean
+from toolkit.errors import UserError
 
 __all__ = ["Ledger", "UserError", "load_run", "methods", "predict"]
 
@@ -61,16 +61,13 @@ def predict(
     from toolkit.distributed.engine import EngineKind
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
-    from toolkit.methods import METHODS
+    from toolkit.methods import method_named
     from toolkit.runs.prediction import PredictionJob, this_card
 
-    if method not in METHODS:
-        raise UserError(
-            f"unknown method {method!r}{did_you_mean(method, METHODS)}; there are: {', '.join(sorted(METHODS))}"
-        )
+    recipe = method_named(method)
     named = find_card(gpu) if gpu else generic_card(str(gpu_memory)) if gpu_memory else None
     environment = ONE_PROCESS if launch is None else read_launch_file(str(launch), num_processes)
-    parsed = read_flags(METHODS[method], [*flags, *_as_flags(settings)])
+    parsed = read_flags(recipe, [*flags, *_as_flags(settings)])
     on_cpu = {**parsed.from_file, **parsed.given}.get("use_cpu")
     job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()))
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()

@@ -20,12 +20,12 @@ from toolkit.config import Config, Flags, configure, read_flags
 from toolkit.console import console, say
 from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.errors import CommandParser, UserError, did_you_mean
+from toolkit.errors import CommandParser, UserError
 from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.shadow.step import CPU, STEPS, keep_only, real_zero_losses, rows_needed
 from toolkit.memory.trace import Allocation
-from toolkit.methods import METHODS
+from toolkit.methods import METHODS, method_named
 from toolkit.runs.prediction import predict_run, this_card
 from toolkit.runs.preflight import prepare
 from toolkit.training.trainer import FineTuner
@@ -230,12 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"leave out smaller blocks; default: {format_bytes(SMALLEST_BLOCK)} on a GPU, where smaller numbers may lie on the host",
     )
     own, rest = parser.parse_known_args(argv)
-    if own.method not in METHODS:
-        raise UserError(
-            f"unknown method {own.method!r}{did_you_mean(own.method, METHODS)}; there are: {', '.join(METHODS)}"
-        )
+    method = method_named(own.method)
     at_least = None if own.at_least is None else parse_bytes(own.at_least)
-    predicted, measured = events_of(own.method, read_flags(METHODS[own.method], rest), at_least)
+    predicted, measured = events_of(own.method, read_flags(method, rest), at_least)
     rows = aligned(predicted, measured)
     if not rows:
         say("equal", f"all {len(measured):,} events of {STEPS} steps are predicted as they were measured")

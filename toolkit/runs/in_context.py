@@ -63,7 +63,7 @@ def prompts_with_examples(ready: Preflight, number: int, seed: int) -> list[list
 
     Raises: UserError if the train split has too few rows, or the prompt is too long for the model.
     """
-    data, tokenizer = ready.data, ready.tokenizer
+    data, tokenizer = ready.data, ready.data.tokenizer
     if number > len(data.train):
         raise UserError(f"--num_shots {number}: the train split has {len(data.train)} rows; give at most that")
     if number and not data.prompt_tokenizer.max_target_length:

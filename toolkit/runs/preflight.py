@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import whoami
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedConfig, PreTrainedModel, get_scheduler
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
@@ -53,7 +53,6 @@ class Preflight:
 
     config: Config
     model_config: PreTrainedConfig  # with the head of a classification task
-    tokenizer: PreTrainedTokenizerBase
     data: TaskData
     trainable_parameters: int
     all_parameters: int
@@ -93,7 +92,7 @@ def prepare(config: Config) -> Preflight:
         check_schedule(training, model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    ready = Preflight(config, model_config, tokenizer, data, trainable, total)
+    ready = Preflight(config, model_config, data, trainable, total)
     _say_what_will_be_done(ready, packed)
     return ready
 

@@ -165,7 +165,7 @@ def check_generation(model: PreTrainedModel, data: TaskData, training: TrainingA
         return
     limit = longest_input(model.config) or ROW + TOKENS
     room = min(ROW, limit - TOKENS - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0))
-    error = generation_error(model, data.prompt_tokenizer.tokenizer, data.test_prompts[0][: max(1, room)], TOKENS)
+    error = generation_error(model, data.tokenizer, data.test_prompts[0][: max(1, room)], TOKENS)
     computes_in_16_bits = model.dtype.itemsize == 2 or training.bf16 or training.fp16
     rounded = computes_in_16_bits or getattr(model, "is_quantized", False)
     tolerance = GENERATION_TOLERANCE_ROUNDED if rounded else GENERATION_TOLERANCE
