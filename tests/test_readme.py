@@ -229,6 +229,13 @@ def test_every_command_is_covered_by_a_test(file):
         assert callable(globals()[test]), test
 
 
+@pytest.mark.slow
+def test_the_example_for_notebooks_runs_and_its_run_fits():
+    (example,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)
+    done = run("python", "-c", f"{example}\nassert ledger.fits and ledger.needed_bytes > 2**30\n")
+    assert done.returncode == 0, done.stderr
+
+
 def test_make_test_runs_every_test():
     done = subprocess.run(
         ["make", "--no-print-directory", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
