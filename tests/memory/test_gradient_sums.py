@@ -1,4 +1,4 @@
-"""Which gradients autograd sums in place: the shadow step's decision is compared with the real engine's, for each sum.
+"""Which gradients autograd sums in place: the decision under a trace is compared with the real engine's, for each sum.
 
 The real engine runs on real tensors on the CPU without a dispatch mode (with one it never adds in place), and PyTorch's
 profiler shows whether each node's evaluation called `add` or `add_`. The engine's rule is the same on every device.
@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, ENCODER_DECODERS, tiny_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from toolkit.memory.cuda import device
+from toolkit.memory.cuda import device, gradient_sums
 from toolkit.memory.cuda.cards import find_card
 from toolkit.memory.recording import Counter
 from toolkit.memory.shadow.fake import fake_like, make_fake
@@ -32,23 +32,35 @@ def of_the_engine(run):
     return [(shape, in_place) for _, shape, in_place in sorted(sums)]
 
 
-def of_the_shadow(run, monkeypatch):
-    """(shape, whether in place) of each sum as the CUDA overlay decides it on fake tensors, in order."""
-    sums, decide = [], device._sums_gradients
+def of_a_trace(run, overlay, monkeypatch):
+    """(shape, whether in place) of each sum as `overlay` decides it, in order."""
+    sums, decide = [], gradient_sums.sums_gradients
 
     def decision(args):
         in_place = decide(args)
-        if torch._C._current_graph_task_id() != -1 and device._caller().co_name == "_engine_run_backward":
+        if torch._C._current_graph_task_id() != -1 and gradient_sums.caller().co_name == "_engine_run_backward":
             sums.append((tuple(args[0].shape), in_place))
         return in_place
 
-    monkeypatch.setattr(device, "_sums_gradients", decision)
-    monkeypatch.setattr(device, "_DISPATCH", {*device._DISPATCH, __name__})
-    trace = Trace(Counter(), overlay=device.CudaOverlay(find_card("RTX 4090")))
-    with trace:
-        run()
-    trace.close()
+    with monkeypatch.context() as patches:
+        for module in (device, gradient_sums):
+            patches.setattr(module, "sums_gradients", decision)
+        patches.setattr(gradient_sums, "_DISPATCH", {*gradient_sums._DISPATCH, __name__})
+        trace = Trace(Counter(), overlay=overlay)
+        with trace:
+            run()
+        trace.close()
     return sums
+
+
+def of_the_shadow(run, monkeypatch):
+    """The decisions of a prediction for a card, on fake tensors."""
+    return of_a_trace(run, device.CudaOverlay(find_card("RTX 4090")), monkeypatch)
+
+
+def of_a_measured_step(run, monkeypatch):
+    """The decisions of a measurement on a GPU, here on real tensors on the CPU; the engine's rule is the same."""
+    return of_a_trace(run, gradient_sums.SumsInPlace(), monkeypatch)
 
 
 def linears(number=3, bias=False):
@@ -195,18 +207,42 @@ CASES = {
 def test_the_shadow_adds_gradients_in_place_where_the_engine_does(name, monkeypatch):
     case = CASES[name]
     model = case.model().to(case.dtype)
-    real = of_the_engine(
-        lambda: case.loss(model, lambda *s: torch.randn(s, dtype=case.dtype).requires_grad_()).backward()
-    )
+    real = of_the_engine(lambda: case.loss(model, leaves(case)).backward())
     with torch.device("meta"):
-        model = case.model().to(case.dtype)
-    mode = make_fake(model)
+        shadow = case.model().to(case.dtype)
+    mode = make_fake(shadow)
 
     def make(*shape):
         return fake_like(mode, torch.empty(shape, dtype=case.dtype, device="meta")).requires_grad_()
 
-    assert of_the_shadow(lambda: case.loss(model, make).backward(), monkeypatch) == real
+    assert of_the_shadow(lambda: case.loss(shadow, make).backward(), monkeypatch) == real
     assert real, "the engine sums nothing here, so this case tests nothing"
+
+
+def leaves(case, made=None):
+    def make(*shape):
+        leaf = torch.randn(shape, dtype=case.dtype).requires_grad_()
+        if made is not None:
+            made.append(leaf)
+        return leaf
+
+    return make
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_measured_step_adds_in_place_where_the_engine_does_with_the_same_gradients(name, monkeypatch):
+    case, gradients = CASES[name], []
+    model = case.model().to(case.dtype)
+
+    def step(made):
+        torch.manual_seed(0)  # leaves and dropout
+        model.zero_grad()
+        case.loss(model, leaves(case, made)).backward()
+        gradients.append([p.grad.clone() for p in [*made, *model.parameters()] if p.grad is not None])
+
+    real = of_the_engine(lambda: step([]))
+    assert of_a_measured_step(lambda: step([]), monkeypatch) == real
+    assert gradients[0] and all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -221,9 +257,18 @@ def test_whole_models_add_gradients_as_the_engine_does(name, checkpointing, monk
         more = {"decoder_input_ids": ids} if name in ENCODER_DECODERS else {}
         return lambda: model(input_ids=ids, labels=ids, use_cache=False, **more).loss.backward()
 
-    real = of_the_engine(step(tiny_model(name, attn_implementation="eager")))
+    def gradients_of(run, *others):
+        torch.manual_seed(0)
+        model.zero_grad()
+        sums = run(step(model), *others)
+        return sums, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    model = tiny_model(name, attn_implementation="eager")
+    real, gradients = gradients_of(of_the_engine)
+    measured, gradients_under_a_trace = gradients_of(of_a_measured_step, monkeypatch)
     with torch.device("meta"):
         shadow = tiny_model(name, attn_implementation="eager")
     make_fake(shadow)
-    assert of_the_shadow(step(shadow), monkeypatch) == real
+    assert of_the_shadow(step(shadow), monkeypatch) == measured == real
     assert {in_place for _, in_place in real} == {True, False}
+    assert gradients and all(map(torch.equal, gradients, gradients_under_a_trace))

@@ -12,9 +12,8 @@ operator, independent of tensor sizes. Measured on one slow CPU core (torch 2.13
 2 x 64 tokens took 234 ms of CPU time instead of 92 ms. A step of 8 layers of width 256 on 8 x 128 tokens took 4.3 s, and
 the difference was within the noise. The cost on a GPU was not measured.
 
-On a GPU a traced step can need more memory than the steps after it. If a tensor is used twice, autograd sums its gradients
-into a new tensor while a trace is active, and in place otherwise (ATen/TensorSubclassLikeUtils.h: under a dispatch mode
-every tensor counts as a subclass). A prediction counts these sums in place.
+On a GPU the trace sums gradients in place where autograd would without a trace (`cuda.gradient_sums`), so that a traced step
+needs the memory of the steps after it.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import TrainerCallback
 
 from toolkit.memory import census
+from toolkit.memory.cuda.gradient_sums import SumsInPlace
 from toolkit.memory.cuda.meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 class MemoryCallback(TrainerCallback):
     """Traces the optimizer steps numbered in `steps` (from 1, counted from where training starts or resumes).
 
-    By default it traces the first step, in which the optimizer state appears, and the second, which all later steps resemble
-    (on a GPU a traced step can need more, see above). `config` is copied into the ledger. `snapshot` (CUDA only) is the path
+    By default it traces the first step, in which the optimizer state appears, and the second, which all later steps resemble.
+    `config` is copied into the ledger. `snapshot` (CUDA only) is the path
     of a file for PyTorch's memory viewer.
 
     `ledger` is None until the last of these steps is over (or training ends). It stays None if the parts do not add up to
@@ -152,8 +152,9 @@ class MemoryCallback(TrainerCallback):
 
     def new_trace(self, model: Any) -> tuple[Meter, Callable[..., Trace]]:
         """A meter for the model's device, and a function that makes a trace from sinks."""
-        meter: Meter = CudaMeter(self._device) if self._device.type == "cuda" else Counter()
-        return meter, partial(Trace, device_type=self._device.type)
+        if self._device.type == "cuda":
+            return CudaMeter(self._device), partial(Trace, overlay=SumsInPlace(), device_type="cuda")
+        return Counter(), partial(Trace, device_type=self._device.type)
 
     def load(self, trace: Trace, model: Any) -> None:
         """Reports to `trace` what is in memory after loading."""

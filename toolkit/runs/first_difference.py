@@ -119,7 +119,7 @@ def events_of(method: str, flags: Flags, at_least: int | None = None) -> tuple[l
         if memory.problem is not None:
             say("warning", memory.problem)
         card = this_card() if on_gpu else None
-        device = CPU if card is None else Cuda(card, sums_in_place=False)  # a trace watches the measured steps
+        device = CPU if card is None else Cuda(card)
         predict_run(config, device, memory.batches, sinks=[predicted])
     return predicted.events, measured.events
 

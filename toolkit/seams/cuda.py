@@ -217,7 +217,7 @@ SUMS_IN_PLACE = (
     Seam(
         name="who sums gradients",
         kind="constant",
-        where="memory.cuda.device",
+        where="memory.cuda.gradient_sums",
         target="torch.autograd.graph: _engine_run_backward",
         reason="an addition called from this Python function, with only `torch._ops` between them, is the engine's own, and "
         "in place if nothing else refers to the first gradient",
@@ -239,7 +239,7 @@ SUMS_IN_PLACE = (
     Seam(
         name="holders of a tensor",
         kind="private",
-        where="memory.cuda.device",
+        where="memory.cuda.gradient_sums",
         target="torch: Tensor._use_count _C._storage_Use_Count",
         reason="whether the engine can sum in place (torch/csrc/autograd/input_buffer.cpp); a backward pass finds the counts",
         breaks="predictions of a card end with an AttributeError",
@@ -248,7 +248,7 @@ SUMS_IN_PLACE = (
     Seam(
         name="sys._getframe",
         kind="private",
-        where="memory.cuda.device",
+        where="memory.cuda.gradient_sums",
         target="sys: _getframe",
         library="python",
         reason="the Python code that called an operator",

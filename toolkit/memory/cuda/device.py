@@ -14,30 +14,26 @@ All sizes are bytes.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.memory import meta_ops
 from toolkit.memory.cuda import attention, loading, quantized
 from toolkit.memory.cuda.allocator import AllocatorMeter
 from toolkit.memory.cuda.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cuda.cards import Card
+from toolkit.memory.cuda.gradient_sums import caller, find_refcounts, sums_gradients
 from toolkit.memory.trace import Trace
 from toolkit.seams import patched
 from toolkit.units import MIB, format_bytes
 
 _NOTEWORTHY = 256 * MIB  # below this, the difference can be the error of an estimated context
-_DISPATCH = {__name__, "toolkit.memory.trace", "torch._ops"}  # the modules between an operator's caller and its overlay
 _MATRIX_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addmv", "aten::mv", "aten::dot"}
 
 
@@ -103,18 +99,17 @@ HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
 class CudaOverlay:
     """Runs each operator with the memory use that it has on `card`."""
 
-    def __init__(self, card: Card, sums_in_place: bool = True) -> None:
+    def __init__(self, card: Card) -> None:
         self.card = card
-        self.sums_in_place = sums_in_place
         self._threads: set[bool] = set()  # the threads with a cuBLAS workspace: False is the main one, True autograd's
-        _unshared_refcounts()  # fills its cache now: it runs a backward pass, which must not happen inside an operator
+        find_refcounts()
 
     def run(self, trace: Trace, op: Any, args: tuple, kwargs: dict) -> Any:
         name = op.name()
         stand_in = quantized.STAND_INS.get(name)
         if stand_in is not None:
             return stand_in(self.card, trace, args, kwargs)
-        if self.sums_in_place and name == "aten::add.Tensor" and (_sums_gradients(args) or _adds_a_mask()):
+        if name == "aten::add.Tensor" and (sums_gradients(args) or _adds_a_mask()):
             return args[0]
         result = meta_ops.run(op, args, kwargs)
         if name in _MATRIX_PRODUCTS:
@@ -138,78 +133,13 @@ class CudaOverlay:
             trace.hold(self.card.blas_workspace_bytes, "cublas")
 
 
-def _sums_gradients(args: tuple) -> bool:
-    """Whether autograd's engine does this addition in place on a card: it sums the gradients of a tensor that is used twice.
-
-    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the engine adds into the first gradient if that is dense
-    and if nothing else refers to the tensor or its storage. It never adds into a view, whose base refers to the storage too
-    (the gradient of a linear layer's 3-D input, or of a tied embedding). Another reference to the tensor is a second node
-    that received the same gradient and has not run yet. The engine never adds in place to tensor subclasses such as fake
-    tensors. So the shadow step sees each addition out of place and checks the reference counts itself.
-    It depends on seams "who sums gradients" and "holders of a tensor".
-    """
-    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
-        return False
-    if _caller().co_name != "_engine_run_backward":
-        return False
-    first, second = args[:2]
-    alike = isinstance(first, FakeTensor) and isinstance(second, torch.Tensor) and first.shape == second.shape
-    return alike and first.dtype == second.dtype and _is_dense(first) and _refcounts(first) == _unshared_refcounts()
-
-
 def _adds_a_mask() -> bool:
     """Whether this addition adds a mask to the scores in the math kernel for attention.
 
     native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: it is in place, except for tensor subclasses. The
     kernel is called from `attention` and adds in C++: seam "mask of the math kernel".
     """
-    return _caller().co_filename == attention.__file__
-
-
-def _caller() -> CodeType:
-    """The Python code that called the current operator: the nearest frame outside the dispatch of operators.
-
-    C++ code has no Python frame: for autograd's engine, its nodes and kernels this is the Python code that called them. A node
-    written in Python and the recomputation of activation checkpointing have their own frame.
-    """
-    frame: Any = sys._getframe(1)
-    while frame.f_globals.get("__name__") in _DISPATCH:
-        frame = frame.f_back
-    return frame.f_code
-
-
-def _refcounts(tensor: torch.Tensor) -> tuple[int, int]:
-    """The C++ reference counts of `tensor` and of its storage."""
-    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-class _FirstGradient(TorchDispatchMode):
-    """Records the reference counts of the first gradient that the engine adds to."""
-
-    refcounts = (0, 0)
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if op is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
-            self.refcounts = _refcounts(args[0])
-        return op(*args, **(kwargs or {}))
-
-
-@cache
-def _unshared_refcounts() -> tuple[int, int]:
-    """`_refcounts` of a gradient to which only the engine, the call and the Python object refer, inside a dispatch mode.
-
-    The counts differ between versions of PyTorch, so a backward pass finds them. The first call must not be inside an operator.
-    """
-    with torch.enable_grad(), _FirstGradient() as seen:
-        x = torch.ones(1, requires_grad=True) * 1.0
-        torch.autograd.grad(x * 2.0 - x * 3.0, x)
-    return seen.refcounts
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill the memory that they span, each exactly once (an expanded tensor spans less)."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return span == tensor.numel()
+    return caller().co_filename == attention.__file__
 
 
 class _HalfToFloatSoftmax(torch.autograd.Function):
@@ -325,7 +255,6 @@ class Cuda:
         adapters_cast_on_device: see `loading.replay`.
         empties_cache_after_casts: whether PEFT empties the cache after its casts (0.20 and later do).
         built_with_flash: whether PyTorch was built with the flash kernel; by default as the installed one.
-        sums_in_place: whether PyTorch adds in place where it can, as in steps without a trace (see `memory.measure`).
     """
 
     def __init__(
@@ -336,7 +265,6 @@ class Cuda:
         adapters_cast_on_device: bool = False,
         empties_cache_after_casts: bool = True,
         built_with_flash: bool | None = None,
-        sums_in_place: bool = True,
     ) -> None:
         self.card = card
         self.name = card.name
@@ -346,7 +274,6 @@ class Cuda:
         self.adapters_cast_on_device = adapters_cast_on_device
         self.empties_cache_after_casts = empties_cache_after_casts
         self.built_with_flash = attention.installed_has_flash() if built_with_flash is None else built_with_flash
-        self.sums_in_place = sums_in_place
         self._meter = AllocatorMeter(self.expandable_segments)
 
     @property
@@ -374,7 +301,7 @@ class Cuda:
 
     def overlay(self) -> CudaOverlay:
         """A new overlay, in which no cuBLAS handle has a workspace yet."""
-        return CudaOverlay(self.card, self.sums_in_place)
+        return CudaOverlay(self.card)
 
     @contextmanager
     def running(self) -> Iterator[None]:
