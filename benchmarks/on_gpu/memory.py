@@ -214,14 +214,14 @@ def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any
     """The fields that a prediction adds to a measured row: errors, and whether the trace itself caused the difference.
 
     The step without the trace is compared with the predicted steady step, because it does not include loading and the
-    first step.
+    first step; only if all traced batches have the same shapes, because then the later batches have them too.
     """
     error = {
         kind: error_percent(predicted["peak"][kind], row["peak"][kind])
         for kind in ("allocated_bytes", "reserved_bytes")
     }
     found: dict[str, Any] = {"predicted": predicted}
-    if "untraced_allocated_bytes" in row:
+    if "untraced_allocated_bytes" in row and _same_shapes(row):
         untraced = row["untraced_allocated_bytes"]
         error["untraced_allocated_bytes"] = error_percent(steady_peak(predicted), untraced)
         found["trace_percent"] = error_percent(steady_peak(row), untraced)
@@ -237,6 +237,12 @@ def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any
     if by_trace:
         says += f"; the trace itself made the difference: with it the step held {added:.2f} % more"
     return found | {"error_percent": error, "agrees": by_trace or not wrong, "by_trace": by_trace, "says": says}
+
+
+def _same_shapes(row: Mapping[str, Any]) -> bool:
+    """Whether the traced batches have the same shapes."""
+    shapes = [{name: shape for name, shape in batch.items() if name != "tokens"} for batch in row["batches"]]
+    return all(shape == shapes[0] for shape in shapes)
 
 
 def steady_peak(row: Mapping[str, Any]) -> int:

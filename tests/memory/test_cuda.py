@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from toolkit.config import parse_config
-from toolkit.memory import meta_ops
-from toolkit.memory.cuda import loading, quantized
+from toolkit.memory import census, meta_ops
+from toolkit.memory.cuda import attention, loading, quantized
 from toolkit.memory.cuda.allocator import AllocatorMeter
 from toolkit.memory.cuda.attention import choose_kernel
 from toolkit.memory.cuda.cards import find_card, generic_card
@@ -198,6 +199,15 @@ def test_hopper_prefers_cudnn():
     assert kernel(HOPPER, torch.bfloat16) == "cudnn"
 
 
+def test_cudnn_has_heads_of_256_on_hopper_alone():
+    """As measured on an H200, with and without a mask; data-centre Blackwell by PyTorch's source."""
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    assert kernel(HOPPER, torch.bfloat16, size=256) == "cudnn"
+    assert kernel(HOPPER, torch.bfloat16, size=256, mask=mask, causal=False, heads=(8, 2)) == "cudnn"
+    assert kernel(HOPPER, torch.bfloat16, size=264) == "efficient"
+    assert kernel(find_card("B200"), torch.bfloat16, size=256) == "flash"
+
+
 def test_the_users_choice_of_kernels_is_respected():
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -285,6 +295,49 @@ def test_cudnn_keeps_a_mask_as_a_bias_of_16_bits(fake):
     assert kernel(HOPPER, torch.bfloat16, mask=mask, causal=False) == "cudnn"
     died = {nbytes for sign, nbytes, _ in events if sign == "-"}
     assert ("+", 2 * mask.numel()) in [event[:2] for event in events] and 2 * 4 * 64 * 64 * 2 not in died
+
+
+@pytest.mark.parametrize(("version", "chosen"), [((2, 11), "cudnn"), ((2, 12), "flash")])
+def test_cudnns_dropout_is_a_multiple_of_a_sixteenth_from_pytorch_2_12_on(version, chosen, monkeypatch):
+    monkeypatch.setattr(attention, "_TORCH", version)
+    assert kernel(HOPPER, torch.bfloat16, dropout_p=0.1) == chosen
+    assert kernel(HOPPER, torch.bfloat16, dropout_p=0.125) == "cudnn"
+
+
+@pytest.mark.parametrize("key_heads", [8, 2])
+def test_cudnn_needs_for_a_mask_its_bias_in_both_passes(fake, key_heads):
+    """As measured on an H200: 2 x 512 x 512 x 2 bytes, no matter how many key heads."""
+    mask = torch.ones(2, 1, 512, 512, dtype=torch.bool)
+
+    def peaks(**options):
+        query, key, value = (
+            fake(2, heads, 512, 64, dtype=torch.bfloat16).requires_grad_() for heads in (8, key_heads, key_heads)
+        )
+        device = Cuda(HOPPER)
+        meter = device.meter()
+        trace, found = Trace(meter, overlay=device.overlay()), []
+        for tensor in (query, key, value, mask):
+            trace.adopt(tensor, "inputs")
+        before = meter.allocated
+        with device.running(), trace:
+            output = F.scaled_dot_product_attention(query, key, value, enable_gqa=key_heads != 8, **options)
+            found.append(meter.take_peak() - before)
+            output.backward(fake(2, 8, 512, 64, dtype=torch.bfloat16))
+            found.append(meter.take_peak() - before)
+        assert key.grad.shape == key.shape
+        return found
+
+    plain, masked = peaks(is_causal=True), peaks(attn_mask=mask)
+    assert [b - a for a, b in zip(plain, masked, strict=True)] == 2 * [2 * 512 * 512 * 2]
+
+
+@pytest.mark.parametrize(("card", "copied"), [(HOPPER, 0), (ADA, 1)])
+def test_only_the_memory_efficient_kernel_pads_the_rows_of_a_mask(fake, card, copied):
+    """The next multiple of 16 elements, with the row's end cut off again; cuDNN on an H200 kept no copy of T5's bias."""
+    query, key = (fake(2, 4, length, 32, dtype=torch.float16).requires_grad_() for length in (64, 65))
+    bias = fake(2, 4, 64, 65, dtype=torch.float16)
+    events = on(card, lambda: F.scaled_dot_product_attention(query, key, key, bias), query, key, bias)
+    assert [nbytes for sign, nbytes, _ in events if sign == "+"].count(2 * 4 * 64 * 80 * 2) == copied
 
 
 def test_cudnn_does_not_run_with_a_learned_bias():
@@ -387,6 +440,32 @@ def test_loading_a_quantized_model_warms_up_stages_and_casts(fake):
     # staged weight needs a segment of 32 MiB, which later holds the cast copy (16 MiB); the block maxima need one of 2 MiB.
     assert (meter.peak_reserved, meter.reserved) == (50 * MIB, 50 * MIB)
     assert meter.allocated == 8 * MIB + 1 * MIB + 512 + 16 * MIB
+
+
+def test_a_paged_optimizers_large_state_is_outside_the_allocator(tmp_path):
+    """bitsandbytes pages state of 100,000 elements or more; measured on an H200: nothing of it is in the allocator."""
+    model = torch.nn.Linear(400, 400)
+    predicted = {}
+    for name in ("adamw_8bit", "paged_adamw_8bit"):
+        optim = bnb.optim.AdamW8bit if name == "adamw_8bit" else bnb.optim.PagedAdamW8bit
+        trainer = SimpleNamespace(optimizer=None)
+
+        def create_optimizer(optim=optim, trainer=trainer):
+            trainer.optimizer = optim(model.parameters(), lr=1e-3)
+            return trainer.optimizer
+
+        trainer.create_optimizer = create_optimizer
+        Cuda(ADA).prepare(trainer)
+        optimizer = trainer.create_optimizer()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        trace = Trace(Log())
+        census.label_optimizer_state(trace, optimizer)
+        tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        predicted[name] = sum(t.nbytes for t in tensors if (block := trace.block_of(t)) is not None and block.offloaded)
+        assert predicted[name] == census.paged_bytes(optimizer)
+    assert predicted == {"adamw_8bit": 0, "paged_adamw_8bit": 2 * 400 * 400}
 
 
 def test_the_allocator_setting_is_read_from_the_environment(monkeypatch):

@@ -272,3 +272,30 @@ def test_whole_models_add_gradients_as_the_engine_does(name, checkpointing, monk
     assert of_the_shadow(step(shadow), monkeypatch) == measured == real
     assert {in_place for _, in_place in real} == {True, False}
     assert gradients and all(map(torch.equal, gradients, gradients_under_a_trace))
+
+
+class Everything:
+    def __contains__(self, name):
+        return True
+
+
+@pytest.mark.parametrize("name", ["tied embedding", "shared by five layers in bf16", "gated"])
+def test_the_engines_thread_for_a_gpu_has_no_python_code(name, monkeypatch):
+    """There the search for the caller reaches the end of the stack, as here, where every module counts as dispatch."""
+    case, sums, decide = CASES[name], [], gradient_sums.sums_gradients
+    model = case.model().to(case.dtype)
+    real = of_the_engine(lambda: case.loss(model, leaves(case)).backward())
+
+    def decision(args):
+        assert gradient_sums.caller() is None
+        if torch._C._current_graph_task_id() != -1:
+            sums.append((tuple(args[0].shape), decide(args)))
+        return bool(sums) and sums[-1][1]
+
+    monkeypatch.setattr(gradient_sums, "sums_gradients", decision)
+    monkeypatch.setattr(gradient_sums, "_DISPATCH", Everything())
+    trace = Trace(Counter(), overlay=gradient_sums.SumsInPlace())
+    with trace:
+        case.loss(model, leaves(case)).backward()
+    trace.close()
+    assert sums == real

@@ -26,7 +26,8 @@ ZERO = {
     ),
     "gradients": ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat"),
 }
-# Those of them, and those of its buffers, that are in host memory when the optimizer is offloaded.
+PAGED = "is_paged"  # bitsandbytes' mark of state in managed memory; seam "state of paged optimizers"
+# Those of ZeRO, and those of its buffers, that are in host memory when the optimizer is offloaded.
 OFFLOADED = (
     "single_partition_of_fp32_groups",
     "fp32_partitioned_groups_flat",
@@ -73,11 +74,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
     """Labels every tensor that the optimizer keeps between steps, under any name.
 
-    Under ZeRO these include the master weights and the partition of the gradients, which the optimizer keeps as well.
+    Under ZeRO these include the master weights and the partition of the gradients, which the optimizer keeps as well. What
+    the optimizer keeps in host memory or in managed memory is marked as offloaded.
     """
     for value in optimizer.state.values():
         for tensor in nested_tensors(value):
             trace.adopt(local(tensor), "optimizer_state")
+            if getattr(tensor, PAGED, False):
+                _offload(trace, [tensor])
     zero: Any = getattr(optimizer, "optimizer", None)
     for category, names in ZERO.items():
         for name in names:
@@ -91,6 +95,12 @@ def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
         _offload(trace, [getattr(p, "ds_tensor", None) for p in parameters])
         for swapper in _swappers(parameters):
             _offload(trace, [swapper.buffers, swapper.partitioned_swap_buffer])
+
+
+def paged_bytes(optimizer: Any) -> int:
+    """Bytes of optimizer state in managed memory, which PyTorch's allocator does not count."""
+    state = getattr(optimizer, "state", {})
+    return sum(t.nbytes for value in state.values() for t in nested_tensors(value) if getattr(t, PAGED, False))
 
 
 def swapped_bytes(optimizer: Any) -> int:

@@ -206,7 +206,8 @@ class MemoryCallback(TrainerCallback):
     def _finish(self, model: Any) -> None:
         assert self._trace is not None
         context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
-        recording, host, local = self._recording, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        recording, local = self._recording, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        host = census.paged_bytes(self._optimizer) if isinstance(self._meter, CudaMeter) else 0
         if any(event.block.offloaded for event in recording.events):  # recorded only if host memory is traced too
             recording.close()
             recording, host = replay_without_offloaded(recording, self.new_trace(model)[0])

@@ -44,13 +44,15 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
     model = run.model
     assert isinstance(model, PeftModel)
     tuned, scores = run.logits(model, sample), run.score(model, sample)
-    effect = tuned - _untuned(run, model, sample)
     if run.is_quantized:
         del run.model, model
         base = _dequantized(run, getattr(torch, name))
         model = PeftModel.from_pretrained(base, run.path)
     model = model.to(getattr(torch, name)).eval()
     before = _untuned(run, model, sample)
+    effect = (
+        run.logits(model, sample) - before
+    )  # in the merged weights' type, so that both effects have the same rounding
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
@@ -58,7 +60,7 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
         raise UserError(f"{run.record['method']} cannot be merged: PEFT says: {reason}") from None
     after = run.logits(merged, sample)
     difference = _rms(after - tuned) / _rms(tuned - tuned.mean())
-    survived = 1 - _rms((after - before) - effect) / max(_rms(effect), 1e-30)
+    survived = 1 - _rms((after - before) - effect) / _rms(effect) if effect.any() else None
     merged_scores = run.score(merged, sample)
 
     kinds = list(scores)
@@ -66,12 +68,12 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
     table(f"Scores on {len(sample)} rows of the test split", ["model", *map(score_title, kinds)], rows)
     tolerance = _tolerance(run, name)
     say("logits", f"differ by {difference:.2g} of their spread (at most {tolerance:g} in {name}, else not merged)")
-    say("tune", f"{survived:.1%} of what the adapter does to the logits is in the merged weights")
-    if not survived >= SURVIVES:
-        raise UserError(
-            f"rounding to {name} would leave {max(survived, 0):.0%} of the tune: the updates are smaller than the "
-            "weights' last bit; merge in float32 (--dtype float32), or keep the adapter"
-        )
+    if survived is None:
+        say("tune", f"the adapter changes none of these logits in {name}: it has learned next to nothing")
+    else:
+        say("tune", f"{survived:.1%} of what the adapter does to the logits is in the merged weights")
+        if not survived >= SURVIVES:
+            raise UserError(_why_lost(run, name, survived))
     if not difference <= tolerance:
         raise UserError(
             f"the merged model's logits differ from the adapter's by {difference:.2g} of their spread, more than "
@@ -99,6 +101,21 @@ def _check_mergeable(run: FinishedRun) -> None:
         raise UserError(f"{run.path}: {method} leaves no adapter, so there is nothing to merge: {kept}")
     if reason := METHODS.get(method, Method).merge_refusal(run.adapter):
         raise UserError(f"{run.path}: {method} cannot be merged: {reason}; use the run folder as it is")
+
+
+def _why_lost(run: FinishedRun, dtype: str, survived: float) -> str:
+    """Why the merged weights do not hold what the adapter does."""
+    share = f"{max(survived, 0):.0%} of the tune"
+    if dtype != "float32":
+        return (
+            f"rounding to {dtype} would leave {share}: the updates are smaller than the weights' last bit; "
+            "merge in float32 (--dtype float32), or keep the adapter"
+        )
+    tied = run.model.get_base_model().config.get_text_config().tie_word_embeddings
+    why = (
+        "; the input embedding and the head share their weights, so an update of one would change both" if tied else ""
+    )
+    return f"the merged weights would hold {share}{why}; keep the adapter"
 
 
 def _untuned(run: FinishedRun, model: PeftModel, sample: list[tuple[str, str]]) -> torch.Tensor:

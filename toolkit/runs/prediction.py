@@ -108,7 +108,9 @@ def predict_run(
         if ledger.host_bytes:
             notes += ("pinned host memory is counted as requested; PyTorch may round each buffer up to a power of two",)
     if device is not CPU and "paged" in config.optimizer:
-        notes += ("a paged optimizer's state is counted on the GPU; the driver can move it to the host",)
+        notes += (
+            "a paged optimizer's state is not in the peak: the driver keeps it in the card's free memory or on the host",
+        )
     return replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes(), notes=notes)
 
 

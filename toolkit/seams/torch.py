@@ -111,7 +111,7 @@ DISPATCH = (
             "config.optimizers",
             "memory.shadow.simulated_rank",
             "memory.trace",
-            "memory.cuda.device",
+            "memory.cuda.gradient_sums",
             "memory.measure",
         ),
         target=(
@@ -133,7 +133,7 @@ DISPATCH = (
     Seam(
         name="storages by address",
         kind="private",
-        where=("memory.trace", "memory.shadow.simulated_rank", "memory.meta_ops", "memory.cuda.device"),
+        where=("memory.trace", "memory.shadow.simulated_rank", "memory.meta_ops", "memory.cuda.gradient_sums"),
         target="torch: UntypedStorage._cdata",
         reason="tensors that share a storage are one block",
         breaks="no ledger: an AttributeError",
@@ -178,7 +178,7 @@ AUTOGRAD = (
     Seam(
         name="where the backward pass is",
         kind="private",
-        where=("memory.trace", "memory.cuda.device"),
+        where=("memory.trace", "memory.cuda.gradient_sums", "memory.cuda.device"),
         target="torch._C: _current_graph_task_id _current_autograd_node _autograd._get_sequence_nr",
         reason="an operator inside a graph task is in the backward pass, and belongs to the module whose forward made its node",
         breaks="no ledger: an AttributeError",
@@ -225,12 +225,12 @@ MODULES = (
         breaks="moving a fake model fails; the order in which `.to` moves is replayed wrongly",
     ),
     Seam(
-        name="_HalfToFloatSoftmax",
+        name="functions of autograd",
         kind="override",
-        where="memory.cuda.device:_HalfToFloatSoftmax",
+        where=("memory.cuda.device:_HalfToFloatSoftmax", "memory.cuda.attention:_Keeping"),
         target="torch.autograd.function: Function.forward Function.backward",
         called_in="",
-        reason="a kernel that takes float16 and gives float32",
+        reason="a kernel that takes float16 and gives float32; a bias that lives until the backward pass",
         breaks="predictions of a card end with an error",
     ),
     Seam(

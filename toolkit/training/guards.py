@@ -17,6 +17,7 @@ weights, a few small steps may round to nothing: then `update` is only checked a
 
 import copy
 import math
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -193,13 +194,13 @@ def _check_not_empty(folder: Path) -> None:
 @torch.no_grad()
 def _check_adapter(model: PeftModel, config: Config, row: dict[str, torch.Tensor], folder: Path) -> None:
     """Compares the logits of one training row before and after the adapter is loaded from its file."""
-    before = _logits(model, row)
+    before = _logits(model, row, config.training)
     adapter, tolerance = model.active_peft_config, LOGITS_TOLERANCE
     if config.method.changes_base or config.method.adapter_changes_base(adapter):
         tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
-        after = _logits(_reloaded(config, model, folder), row)
+        after = _logits(_reloaded(config, model, folder), row, config.training)
     elif adapter.is_prompt_learning:  # the output of the prompt encoder is saved, not the encoder
-        after = _logits(PeftModel.from_pretrained(model.get_base_model(), folder), row)
+        after = _logits(PeftModel.from_pretrained(model.get_base_model(), folder), row, config.training)
     else:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -209,7 +210,7 @@ def _check_adapter(model: PeftModel, config: Config, row: dict[str, torch.Tensor
         lost = [name for name, p in model.named_parameters() if p.requires_grad and p.isnan().any()]
         if lost:
             raise UserError(f"guard 'saved': {len(lost)} trained weights are not in {folder}, {lost[0]} among them")
-        after = _logits(model, row)
+        after = _logits(model, row, config.training)
     worst = float((after - before).abs().max() / before.abs().max())
     if not worst <= tolerance:
         raise UserError(
@@ -227,11 +228,14 @@ def _reloaded(config: Config, trained: PeftModel, folder: Path) -> PeftModel:
     return reloaded
 
 
-def _logits(model: PeftModel, row: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The logits (1, length, vocabulary) or (1, labels) of a row, in evaluation mode, fp32."""
+def _logits(model: PeftModel, row: dict[str, torch.Tensor], training: TrainingArguments) -> torch.Tensor:
+    """The logits (1, length, vocabulary) or (1, labels) of a row, in evaluation mode, computed as in training, fp32."""
     was_training = model.training
     model.eval()
-    logits = model(**{name: tensor.to(model.device) for name, tensor in row.items()}).logits
+    computed_in = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    # accelerate has wrapped the trained model in autocast; a model that was just loaded is not wrapped
+    with torch.autocast(model.device.type, computed_in) if computed_in is not None else nullcontext():
+        logits = model(**{name: tensor.to(model.device) for name, tensor in row.items()}).logits
     model.train(was_training)
     return logits.float()
 

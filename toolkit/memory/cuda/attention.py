@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from toolkit.memory.cuda.cards import Card
 
 _HALF = (torch.float16, torch.bfloat16)
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def choose_kernel(
@@ -48,7 +49,7 @@ def choose_kernel(
     if query.dim() == 4 and (not grouped or enable_gqa) and dense:
         prefers_cudnn = card.capability[0] in (9, 10)
         learned = attn_mask is not None and attn_mask.requires_grad
-        can = same_size and not learned and _cudnn_can(query, dropout_p)
+        can = same_size and not learned and _cudnn_can(card, query, dropout_p)
         if prefers_cudnn and cuda.cudnn_sdp_enabled() and can:
             return "cudnn"
         flash = built_with_flash and cuda.flash_sdp_enabled() and attn_mask is None
@@ -90,15 +91,18 @@ def attention_on(card: Card, built_with_flash: bool = True) -> Any:
         ops = torch.ops.aten
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = _additive(attn_mask, query.dtype)
-        # cuDNN saves what flash saves (the output and a log-sum-exp per row) and, as `efficient`, the mask as a 16-bit bias
-        if kernel == "flash" or (kernel == "cudnn" and attn_mask is None):
+        # cuDNN saves what flash saves (the output and a log-sum-exp per row) and, as `efficient`, the mask as a 16-bit bias.
+        # The operator of `efficient` cannot take fewer key heads than query heads.
+        grouped = query.shape[-3] != key.shape[-3]
+        if kernel == "flash" or (kernel == "cudnn" and (attn_mask is None or grouped)):
             size = query.shape[-1]
+            query = query if attn_mask is None else _Keeping.apply(query, attn_mask)
             q, k, v = (F.pad(t, (0, -size % 8)) if size % 8 else t for t in (query, key, value))
             scale = size**-0.5 if scale is None else scale
             output = ops._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
             return output[..., :size] if size % 8 else output
         if kernel in ("efficient", "cudnn"):
-            bias = _bias(attn_mask, query, key)
+            bias = _bias(attn_mask, query, key, padded=kernel == "efficient")
             keeps = any(t.requires_grad for t in (query, key, value)) and torch.is_grad_enabled()
             return ops._scaled_dot_product_efficient_attention(
                 query, key, value, bias, keeps, dropout_p, is_causal, scale=scale
@@ -110,25 +114,49 @@ def attention_on(card: Card, built_with_flash: bool = True) -> Any:
     return scaled_dot_product_attention
 
 
+class _Keeping(torch.autograd.Function):
+    """`query` unchanged; `bias` lives until the backward pass of the attention is over."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(bias)
+        return query.view_as(query)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`convert_boolean_attn_mask`: 0 where `mask` is true, -inf elsewhere. Every kernel gets the mask in this form."""
     zero, never = (torch.tensor(value, dtype=dtype, device=mask.device) for value in (0.0, -torch.inf))
     return torch.where(mask, zero, never)
 
 
-def _bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """The mask as the memory-efficient kernel gets it: additive, expanded, rows padded to a multiple of 16 elements."""
+def _bias(attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, padded: bool) -> torch.Tensor | None:
+    """The mask as the kernel gets it: additive and expanded.
+
+    For the memory-efficient kernel its rows are padded to a multiple of 16 elements, in a copy. cuDNN takes it as it is: on an
+    H200 the layers of T5 kept one bias for their cross-attention.
+    """
     if attn_mask is None:
         return None
     keys = key.shape[-2]
-    if keys % 16:
+    if padded and keys % 16:
         attn_mask = F.pad(attn_mask, (0, -keys % 16))[..., :keys]
     return attn_mask.expand(*query.shape[:-1], keys)
 
 
-def _cudnn_can(query: torch.Tensor, dropout_p: float) -> bool:
-    size = query.shape[-1]
-    return query.dtype in _HALF and size % 8 == 0 and size <= 128 and (dropout_p * 16).is_integer()
+def _cudnn_can(card: Card, query: torch.Tensor, dropout_p: float) -> bool:
+    """Whether cuDNN supports head size, type and dropout.
+
+    Head sizes up to 256 on Hopper, with the cuDNN (9.10 and later) of every supported PyTorch. From PyTorch 2.12 on only dropout
+    probabilities that are multiples of 1/16 (pytorch/pytorch#174245). On an H200 with PyTorch 2.11, T5 with dropout 0.1 and
+    heads of 256 ran cuDNN's kernels.
+    """
+    size, limit = query.shape[-1], 256 if card.capability == (9, 0) else 128
+    dropout = _TORCH < (2, 12) or (dropout_p * 16).is_integer()
+    return query.dtype in _HALF and size % 8 == 0 and size <= limit and dropout
 
 
 def _flash_can(card: Card, query: torch.Tensor, dropout_p: float) -> bool:

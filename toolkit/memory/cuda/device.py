@@ -139,7 +139,8 @@ def _adds_a_mask() -> bool:
     native/transformers/attention.cpp, `_scaled_dot_product_attention_math`: it is in place, except for tensor subclasses. The
     kernel is called from `attention` and adds in C++: seam "mask of the math kernel".
     """
-    return caller().co_filename == attention.__file__
+    code = caller()
+    return code is not None and code.co_filename == attention.__file__
 
 
 class _HalfToFloatSoftmax(torch.autograd.Function):
@@ -245,6 +246,20 @@ def _fused_dropout() -> Iterator[None]:
         library._destroy()
 
 
+def _page_state(optimizer: Any) -> None:
+    """bitsandbytes/optim/optimizer.py, `get_state_buffer`: state of 100,000 elements or more is in managed memory, outside
+    PyTorch's allocator. The driver keeps it on the card while there is room, and moves it to the host's memory otherwise.
+    Fake state only gets the mark. It depends on seam "state of paged optimizers"."""
+
+    def get_state_buffer(p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        buffer = torch.zeros_like(p, dtype=dtype)
+        buffer.is_paged = p.numel() >= 1e5
+        return buffer
+
+    optimizer.get_state_buffer = get_state_buffer
+    optimizer.prefetch_state = lambda p: None
+
+
 class Cuda:
     """A card as the device of a shadow step.
 
@@ -318,11 +333,13 @@ class Cuda:
         loading.replay(trace, model, give_back, self.adapters_cast_on_device)
 
     def prepare(self, trainer: Any) -> None:
-        """Makes PyTorch's optimizers update all parameters together (foreach), their default on CUDA."""
+        """Makes optimizers work as on CUDA: PyTorch's update all parameters together (foreach); paged ones page their state."""
         create = trainer.create_optimizer
 
         def create_optimizer(*args: Any, **kwargs: Any) -> Any:
             optimizer = create(*args, **kwargs)
+            if getattr(trainer.optimizer, "is_paged", False):
+                _page_state(trainer.optimizer)
             for group in getattr(trainer.optimizer, "param_groups", ()):
                 if group.get("foreach", False) is None and not group.get("fused"):
                     group["foreach"] = True

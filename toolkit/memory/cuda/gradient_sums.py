@@ -45,7 +45,8 @@ def sums_gradients(args: tuple) -> bool:
     """
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or len(args) < 2:
         return False
-    if caller().co_name != "_engine_run_backward":
+    code = caller()
+    if code is not None and code.co_name != "_engine_run_backward":
         return False
     first, second = args[:2]
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or first.layout != torch.strided:
@@ -54,16 +55,16 @@ def sums_gradients(args: tuple) -> bool:
     return alike and _is_dense(first) and _refcounts(first) == _unshared_refcounts()
 
 
-def caller() -> CodeType:
+def caller() -> CodeType | None:
     """The Python code that called the current operator: the nearest frame outside the dispatch of operators.
 
     C++ code has no Python frame: for autograd's engine, its nodes and kernels this is the Python code that called them. A node
     written in Python and the recomputation of activation checkpointing have their own frame.
     """
     frame: Any = sys._getframe(1)
-    while frame.f_globals.get("__name__") in _DISPATCH:
+    while frame is not None and frame.f_globals.get("__name__") in _DISPATCH:
         frame = frame.f_back
-    return frame.f_code
+    return None if frame is None else frame.f_code
 
 
 def find_refcounts() -> None:
