@@ -282,28 +282,25 @@ STEADY = {"load": [5000, 900], "forward": [900, 800], "backward": [1000, 600]}  
 def test_a_prediction_is_also_compared_with_the_steady_step_without_the_trace():
     predicted = {"peak": {"allocated_bytes": 5000, "reserved_bytes": 6000}, "phases": STEADY}
     row = {"peak": predicted["peak"], "phases": STEADY, "untraced_allocated_bytes": 1000}
+    row |= {"batches": 2 * [{"input_ids": [1, 64], "tokens": [64]}]}
     same = memory.compared(row, predicted)
-    assert same["agrees"] and not same["by_trace"] and same["error_percent"]["untraced_allocated_bytes"] == 0
+    assert same["agrees"] and same["error_percent"]["untraced_allocated_bytes"] == 0
     far = memory.compared(row | {"untraced_allocated_bytes": 1100}, predicted)
     assert not far["agrees"] and "untraced allocated -9.09 %" in far["says"]
 
 
-def test_the_table_says_if_the_trace_itself_caused_a_difference():
-    predicted = {"peak": {"allocated_bytes": 1000, "reserved_bytes": 2000}, "phases": {"backward": [1000, 600]}}
-    traced = {"peak": {"allocated_bytes": 1040, "reserved_bytes": 2080}, "phases": {"backward": [1040, 600]}}
-    found = memory.compared(traced | {"untraced_allocated_bytes": 1001}, predicted)
-    assert found["agrees"] and found["by_trace"]
-    row = {"name": "a", "part": "memory", "status": "ok"} | found
-    assert "agrees   a" in table(
-        [row], []
-    ) and "the trace itself made the difference: with it the step held 3.90 % more" in table([row], [])
-    also_without = memory.compared(traced | {"untraced_allocated_bytes": 1040}, predicted)
-    assert not also_without["agrees"] and not also_without["by_trace"]
-    much_too_low = memory.compared(
-        traced | {"untraced_allocated_bytes": 1001},
-        predicted | {"peak": {"allocated_bytes": 1000, "reserved_bytes": 1000}},
-    )
-    assert not much_too_low["agrees"]
+def test_later_steps_are_compared_only_if_all_batches_have_the_same_shapes():
+    predicted = {"peak": {"allocated_bytes": 5000, "reserved_bytes": 6000}, "phases": STEADY}
+    row = {"peak": predicted["peak"], "phases": STEADY, "untraced_allocated_bytes": 500}
+    one, other = ({"input_ids": [1, length], "tokens": [length]} for length in (64, 20))
+    assert not memory.compared(row | {"batches": [one, one | {"tokens": [7]}]}, predicted)["agrees"]
+    assert memory.compared(row | {"batches": [one, other]}, predicted)["agrees"]
+
+
+def test_results_do_not_name_the_folders_of_the_machine(tmp_path):
+    results = Results.of(tmp_path, H100, VERSIONS)
+    results.put("a", "runs", status="failed", error=f"{ROOT}/recipes/full.py and /dev/shm/footprint-gpu-0/card/rows")
+    assert results.row("a")["error"] == "recipes/full.py and WORK/card/rows"
 
 
 def test_a_call_leaves_few_files_whatever_it_measured(tmp_path):

@@ -211,7 +211,7 @@ def prediction_item(row: dict[str, Any], facts: dict[str, Any], work: Path, rehe
 
 
 def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
-    """The fields that a prediction adds to a measured row: errors, and whether the trace itself caused the difference.
+    """The fields that a prediction adds to a measured row: errors, and what the trace itself added to the step.
 
     The step without the trace is compared with the predicted steady step, because it does not include loading and the
     first step; only if all traced batches have the same shapes, because then the later batches have them too.
@@ -227,16 +227,7 @@ def compared(row: Mapping[str, Any], predicted: dict[str, Any]) -> dict[str, Any
         found["trace_percent"] = error_percent(steady_peak(row), untraced)
     wrong = [kind for kind, value in error.items() if abs(value) > TOLERANCE_PERCENT[kind]]
     says = ", ".join(f"{kind.removesuffix('_bytes').replace('_', ' ')} {value:+.2f} %" for kind, value in error.items())
-    added = found.get("trace_percent", 0.0)
-    by_trace = (
-        bool(wrong)
-        and added > TOLERANCE_PERCENT["untraced_allocated_bytes"]
-        and "untraced_allocated_bytes" not in wrong
-        and all(-(added + TOLERANCE_PERCENT[kind]) <= error[kind] < 0 for kind in wrong)
-    )
-    if by_trace:
-        says += f"; the trace itself made the difference: with it the step held {added:.2f} % more"
-    return found | {"error_percent": error, "agrees": by_trace or not wrong, "by_trace": by_trace, "says": says}
+    return found | {"error_percent": error, "agrees": not wrong, "says": says}
 
 
 def _same_shapes(row: Mapping[str, Any]) -> bool:

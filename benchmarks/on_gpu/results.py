@@ -12,7 +12,8 @@ from typing import Any
 
 from toolkit.files import atomic_write
 
-RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 DONE = ("ok", "out of memory")  # a later call retries items with any other status
 PARTS = ("runs", "facts", "memory", "speed", "fits")
 
@@ -68,7 +69,7 @@ class Results:
         """Adds a row, or replaces the one with the same name and stack, and writes the file."""
         rows = [r for r in self.content["rows"] if (r["name"], r["stack"]) != (name, self.stack)]
         row = {"name": name, "part": part, "stack": self.stack, "date": datetime.date.today().isoformat(), **found}
-        self.content["rows"] = [*rows, row]
+        self.content["rows"] = [*rows, _without_folders(row)]
         self.write()
 
     def update(self, name: str, **more: Any) -> None:
@@ -95,6 +96,15 @@ class Results:
     def write(self) -> None:
         """Writes the file atomically."""
         atomic_write(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def _without_folders(found: Any) -> Any:
+    """`found` without the folders of the machine: texts name the repository and the work folder relatively."""
+    if isinstance(found, str):
+        return re.sub(r"[\w/.-]*/footprint-gpu-\d+", "WORK", found.replace(f"{ROOT}/", ""))
+    if isinstance(found, dict):
+        return {name: _without_folders(value) for name, value in found.items()}
+    return [_without_folders(value) for value in found] if isinstance(found, list) else found
 
 
 def slug(name: str) -> str:
@@ -154,4 +164,4 @@ def table(rows: list[dict[str, Any]], left: list[str]) -> str:
 
 
 def _needs_a_look(row: dict[str, Any]) -> bool:
-    return verdict(row) in ("differs", "failed") or row["part"] == "speed" or row.get("by_trace", False)
+    return verdict(row) in ("differs", "failed") or row["part"] == "speed"
