@@ -139,6 +139,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         self.dataset_name = lasting_path(self.dataset_name)
         self.chat_template = lasting_path(self.chat_template)
+        self._given: frozenset[str] = frozenset()  # the user's flags, once they are checked
         self._is_chosen = False  # whether `read` chose the task
         self._is_open = self.task == AUTO  # whether it may
         if self._is_open:
@@ -158,6 +159,7 @@ class DataArguments:
 
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for impossible values and for flags without effect."""
+        self._given = frozenset(given)
         task = TASKS[self.task]
         for flag in BY_TASK:
             if flag in given and flag not in task.flags:
@@ -219,16 +221,20 @@ class DataArguments:
             return source
         flags = [flag for flag in BY_TASK if flag.endswith("_column") and getattr(self, flag) is not None]
         given = {flag: getattr(self, flag) for flag in flags}
+        if not {*given.values()} <= {*train.column_names}:
+            return source  # a column that is missing is refused when the rows are read
         found = recognize(train, task, given, self.prompt_template)
         if found is None:
             return source
-        valid = TASKS[found.task].flags
-        if without := [flag for flag in BY_TASK if getattr(self, flag) is not None and flag not in valid]:
+        others = [flag for flag in BY_TASK if getattr(self, flag) is not None and flag not in TASKS[found.task].flags]
+        if without := [flag for flag in others if flag in self._given]:
             raise UserError(
                 f"--{without[0]} has no effect with --task {found.task}, which the columns of {self.dataset_name} suggest "
                 f"({', '.join(train.column_names[:8])}); leave it out, or name the task with --task"
             )
         self._is_chosen, self.task, self._is_open = self._is_open, found.task, False
+        for flag in others:
+            setattr(self, flag, None)  # a method's default
         for flag, column in found.columns.items():
             setattr(self, flag, column)
         if self.prompt_template is None and found.template is not None:
