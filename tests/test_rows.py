@@ -212,7 +212,7 @@ def test_only_a_line_feed_ends_a_line_of_sentences(tmp_path):
 @pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "rows_Sentences.txt"])
 def test_utf_16_is_refused(name, tmp_path):
     (tmp_path / name).write_text("a@up\n", encoding="utf-16")
-    assert "not UTF-8 but UTF-16; convert it first: iconv -f utf-16" in refusal(tmp_path)
+    assert "not UTF-8 but UTF-16; add --encoding utf-16" in refusal(tmp_path)
 
 
 def test_every_cell_of_dialogsum_matches_the_csv_module(data):

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from toolkit.data.rows import Splits, load_rows, sample_of_classes
+from toolkit.data.formats import FILLED, PLACEHOLDER, recognize, split_template
+from toolkit.data.rows import Source, Splits, load_rows, read_source, sample, sample_of_classes
 from toolkit.data.shared_rows import SharedRows
 from toolkit.errors import UserError
 from toolkit.models.arguments import lasting_path, looks_like_path
@@ -26,10 +27,13 @@ from toolkit.models.heads import class_order, normalized
 from toolkit.models.loading import T5_FAMILY, longest_input
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.tasks import TASKS, Task
+from toolkit.tasks.chat_templates import set_chat_template
 from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_TASK = "summarization"
+AUTO = "auto"
+MOST_CHARACTERS = 2_000_000  # of one text: a tokenizer takes seconds for each million, and most of it would be cut off
 BY_TASK = sorted({flag for task in TASKS.values() for flag in task.flags})  # the flags that not every task has
 
 
@@ -46,21 +50,24 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     task: str = field(
-        default=DEFAULT_TASK,
+        default=AUTO,
         metadata={
-            "choices": sorted(TASKS),
-            "help": "What is learned. classification generates the label as text; sequence_classification puts a head on the "
+            "choices": [AUTO, *sorted(TASKS)],
+            "help": f"What is learned. {AUTO}: what the columns of the data suggest, else {DEFAULT_TASK}. classification generates the label as text; sequence_classification puts a head on the "
             "model; chat learns the assistant's turns; text is plain language modelling.",
         },
     )
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, a file, or a folder of csv / jsonl / parquet files; a .txt file has lines sentence@label. "
-            "Default: the dialogues that come with footprint."
+            "help": "Hub id, a file, or a folder of csv / tsv / json / jsonl / parquet / arrow / txt files, or one that datasets "
+            "saved; text files may be compressed. Default: the dialogues that come with footprint."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text files, such as latin-1 or cp1252. Default: utf-8."}
+    )
     text_column: str | None = field(default=None, metadata={"help": f"Column with the text. {_by_task('text_column')}"})
     summary_column: str | None = field(
         default=None, metadata={"help": f"Column with the summary. {_by_task('summary_column')}"}
@@ -76,6 +83,17 @@ class DataArguments:
         default=None,
         metadata={"help": f"Column with lists of the tools' JSON schemas; optional. {_by_task('tools_column')}"},
     )
+    system_column: str | None = field(
+        default=None,
+        metadata={"help": f"Column with the system's message; optional. {_by_task('system_column')}"},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "How conversations are written, for a tokenizer without a chat template: chatml, alpaca, or a file with a Jinja "
+            "template. It is saved with the tokenizer."
+        },
+    )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column with the user's turn, for data without a messages column."}
     )
@@ -85,8 +103,8 @@ class DataArguments:
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "The prompt; {text} is replaced by the text, {labels} by the classes. "
-            + _by_task("prompt_template")
+            "help": "The prompt; {text} is replaced by the text, {labels} by the classes, {NAME} by the column NAME. A "
+            "paragraph whose columns are empty is left out. " + _by_task("prompt_template")
         },
     )
     max_length: int | None = field(
@@ -105,8 +123,8 @@ class DataArguments:
     max_train_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Train on N rows only: the first ones, or, with a label column, a sample with the same share of each class. The "
-            "rows are the same for every --seed."
+            "help": "Train on N rows only: a random sample, with the same share of each class if there is a label column. The rows "
+            "are the same for every --seed."
         },
     )
     max_eval_samples: int | None = field(
@@ -120,12 +138,28 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         self.dataset_name = lasting_path(self.dataset_name)
+        self.chat_template = lasting_path(self.chat_template)
+        self._given: frozenset[str] = frozenset()  # the user's flags, once they are checked
+        self._is_chosen = False  # whether `read` chose the task
+        self._is_open = self.task == AUTO  # whether it may
+        if self._is_open:
+            chat = (
+                "messages_column",
+                "prompt_column",
+                "response_column",
+                "tools_column",
+                "system_column",
+                "chat_template",
+            )
+            self.task = "chat" if any(getattr(self, flag) for flag in chat) else DEFAULT_TASK
+            self._is_open = self.task == DEFAULT_TASK and self.dataset_name is not None
         for flag in BY_TASK:
             if flag not in TASKS[self.task].flags:
                 setattr(self, flag, None)  # a method's default, without effect here; `check` refuses a user's flag
 
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for impossible values and for flags without effect."""
+        self._given = frozenset(given)
         task = TASKS[self.task]
         for flag in BY_TASK:
             if flag in given and flag not in task.flags:
@@ -135,13 +169,19 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value} is not possible; give a whole number of at least 1")
-        if (template := self.get("prompt_template")) is not None and "{text}" not in template:
-            raise UserError(f"--prompt_template {template!r} has no {{text}}; write {{text}} where the text goes")
+        if (template := self.get("prompt_template")) is not None and not {*PLACEHOLDER.findall(template)} - {"labels"}:
+            raise UserError(
+                f"--prompt_template {template!r} has no {{text}}; write {{text}} where the text goes, or a column's name in braces"
+            )
+        if self.prompt_column and "prompt_template" in given and "{text}" not in self.prompt_template:  # type: ignore[operator]
+            raise UserError(
+                "--prompt_column has no effect with a --prompt_template without {text}; leave one of them out"
+            )
         if template is not None and "{labels}" in template and "label_column" not in task.flags:
             raise UserError(
                 f"--prompt_template {template!r} has {{labels}}, and --task {task.name} has no classes; leave it out"
             )
-        for name in ("dataset_config_name", *(flag for flag in BY_TASK if flag.endswith("_column"))):
+        for name in ("dataset_config_name", "encoding", *(flag for flag in BY_TASK if flag.endswith("_column"))):
             if name in given and self.dataset_name is None:
                 raise UserError(f"--{name} has no effect without --dataset_name; add it or leave --{name} out")
         if self.dataset_name is None and task.name != DEFAULT_TASK:
@@ -159,6 +199,52 @@ class DataArguments:
     def columns(self) -> dict[str, str]:
         """The columns that the task reads, by flag name."""
         return {flag: self.get(flag) for flag in TASKS[self.task].column_flags(vars(self))}
+
+    def read(self) -> Source:
+        """Reads the data set, and sets the flags that its columns suggest and the user did not set: task, columns, prompt.
+
+        The remarks say what was recognized.
+
+        Raises: UserError for data that cannot be read, and for preference data.
+        """
+        task = None if self._is_open else self.task
+        source = read_source(self.dataset_name, self.dataset_config_name, self.encoding, task)
+        if self.dataset_name is None:
+            return source
+        train = source.splits["train"]
+        columns = {flag: column for flag, column in self.columns.items() if flag not in TASKS[self.task].optional}
+        if self.prompt_template and "{text}" not in self.prompt_template:
+            columns.pop("text_column", None)
+            columns.pop("prompt_column", None)
+        is_named = self._is_open and self.summary_column is not None and self.prompt_template is None
+        if all(column in train.column_names for column in columns.values()) and not is_named:
+            return source
+        flags = [flag for flag in BY_TASK if flag.endswith("_column") and getattr(self, flag) is not None]
+        given = {flag: getattr(self, flag) for flag in flags}
+        if not {*given.values()} <= {*train.column_names}:
+            return source  # a column that is missing is refused when the rows are read
+        found = recognize(train, task, given, self.prompt_template)
+        if found is None:
+            return source
+        others = [flag for flag in BY_TASK if getattr(self, flag) is not None and flag not in TASKS[found.task].flags]
+        if without := [flag for flag in others if flag in self._given]:
+            raise UserError(
+                f"--{without[0]} has no effect with --task {found.task}, which the columns of {self.dataset_name} suggest "
+                f"({', '.join(train.column_names[:8])}); leave it out, or name the task with --task"
+            )
+        self._is_chosen, self.task, self._is_open = self._is_open, found.task, False
+        for flag in others:
+            setattr(self, flag, None)  # a method's default
+        for flag, column in found.columns.items():
+            setattr(self, flag, column)
+        if self.prompt_template is None and found.template is not None:
+            self.prompt_template = found.template
+        return Source(source.splits, [found.remark, *source.remarks])
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the columns of the data chose the task."""
+        return self._is_chosen
 
     @property
     def is_local(self) -> bool:
@@ -231,11 +317,13 @@ def load_data(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     virtual_tokens: int = 0,
+    source: Source | None = None,
 ) -> TaskData:
-    """Reads, checks and tokenizes the data set of `args` for the model of `config`.
+    """Reads (unless `source` has it), checks and tokenizes the data set of `args` for the model of `config`.
 
     Raises: UserError for mistakes in the files, the columns, the lengths or the labels.
     """
+    source = source or args.read()
     task, columns = TASKS[args.task], args.columns
     if tokenizer.eos_token_id is None and task.model_kind != "head" and not config.is_encoder_decoder:
         raise UserError(
@@ -244,14 +332,27 @@ def load_data(
         )
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
     optional = [flag for flag in task.optional if getattr(args, flag) is None]
-    splits, more = load_rows(args.dataset_name, args.dataset_config_name, columns, optional)
+    template, middle, columns = _template(args, columns, source)
+    if args.chat_template is not None:
+        remarks += set_chat_template(tokenizer, args.chat_template)
+    splits, more = load_rows(
+        args.dataset_name,
+        args.dataset_config_name,
+        columns,
+        optional,
+        source,
+        middle,
+        lambda row: task.shown(task.pair(row)[0]),
+    )
     columns = {flag: column for flag, column in columns.items() if column in splits["train"].column_names}
     remarks += more
+    if args.is_chosen and task.name == DEFAULT_TASK and tokenizer.chat_template:
+        remarks.append("the model has a chat template: --task chat would learn these rows as conversations")
     names = _names(splits, columns)
     _check_names(splits, columns, names)
     if task.model_kind == "head":
         names = class_order(config, names)
-    template = (args.get("prompt_template") or "{text}").replace("{labels}", ", ".join(names))
+    template = template.replace("{labels}", ", ".join(names))
     prompt_tokenizer = task.prompt_tokenizer(
         tokenizer, template, config.is_encoder_decoder, max_length, max_target_length, names
     )
@@ -262,6 +363,7 @@ def load_data(
         if most is not None and most < len(splits[split]):
             splits[split], more = _sample(splits[split], most, columns.get("label_column"))
             remarks += [f"--{flag} {most}: {remark} of {split}" for remark in more]
+        _check_sizes(splits[split], columns, split)
     limit = longest_input(config, tokenizer) if max_target_length and not args.max_target_length else None
     truncation = {split: Truncation() for split in splits}
     tokenized, supervised = {}, {}
@@ -317,11 +419,60 @@ def load_data(
     )
 
 
+def _template(args: DataArguments, columns: dict[str, str], source: Source) -> tuple[str, str | None, dict[str, str]]:
+    """The prompt around {text}; what {text} is made of, if not just one column; and the columns that are read, by flag.
+
+    In a chat the whole prompt is the user's turn.
+
+    Raises: UserError for a prompt that names no column of the data.
+    """
+    template, names = args.get("prompt_template") or "{text}", source.splits["train"].column_names
+    is_chat = "text_column" not in columns
+    flag = "prompt_column" if is_chat else "text_column"
+    used = {*PLACEHOLDER.findall(template)} - {"labels"}
+    text = columns.get(flag)
+    if used <= {"text"} and (template == "{text}" or not is_chat):
+        return template, None, columns
+    if text not in names:
+        if "text" in used and getattr(args, flag) is not None:
+            return template, None, columns  # the missing column is refused when the rows are read
+        text = "text" if "text" in names else None
+    before, middle, after = split_template(template, names, text)
+    if is_chat:
+        before, middle, after = "", template, ""
+    elif middle == "{text}":
+        return template, None, columns
+    if "{labels}" in middle:
+        raise UserError(
+            "--prompt_template has {labels} between two columns; write it before the first or after the last"
+        )
+    if text is not None:
+        middle = middle.replace("{text}", f"{{{text}}}")
+    return f"{before}{{text}}{after}", middle, columns | {flag: FILLED}
+
+
+def _check_sizes(rows: Dataset, columns: dict[str, str], split: str) -> None:
+    """Raises UserError for a text of more than `MOST_CHARACTERS`."""
+    for column in columns.values():
+        for number, value in enumerate(rows[column], start=1):
+            if isinstance(value, str) and len(value) > MOST_CHARACTERS:
+                raise UserError(
+                    f"row {number:,} of {split}: its column {column} has {len(value):,} characters, and at most "
+                    f"{MOST_CHARACTERS:,} are read; split it into several rows, or shorten it"
+                )
+
+
 @cache
-def label_names(dataset_name: str | None, dataset_config_name: str | None, label_column: str) -> tuple[str, ...]:
+def label_names(
+    dataset_name: str | None, dataset_config_name: str | None, label_column: str, encoding: str | None = None
+) -> tuple[str, ...]:
     """The classes of a data set: a prediction needs their number for the head, and has no tokenizer."""
+    source = read_source(dataset_name, dataset_config_name, encoding, "sequence_classification")
+    train = source.splits["train"]
+    if label_column not in train.column_names and (found := recognize(train, "sequence_classification", {}, None)):
+        label_column = found.columns["label_column"]
     columns = {"label_column": label_column}
-    return _names(load_rows(dataset_name, dataset_config_name, columns)[0], columns)
+    return _names(load_rows(dataset_name, dataset_config_name, columns, source=source)[0], columns)
 
 
 def lengths(
@@ -439,12 +590,12 @@ def _supervised(labels: list[int] | int, is_encoder_decoder: bool) -> int:
 
 
 def _sample(rows: Dataset, size: int, label: str | None) -> tuple[Dataset, list[str]]:
-    """The first `size` of `rows`, or, with a `label` column, a sample with the same share of each class.
+    """A sample of `size` of `rows`, with the same share of each class if there is a `label` column.
 
     The second value is a remark on classes that got no row, if there are any.
     """
     if label is None:
-        return rows.select(range(size)), []
+        return sample(rows, size), []
     chosen = sample_of_classes(rows, label, size)
     missing = sorted({*rows[label]} - {*chosen[label]})
     return chosen, [f"no row of {', '.join(missing)} among those"] if missing else []

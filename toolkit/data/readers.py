@@ -3,8 +3,8 @@
 pandas and pyarrow guess a type for each column: they turn `001` into 1, `1.10` into 1.1 and `TRUE` into True.
 """
 
-import codecs
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,67 +13,114 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets, load_dataset
 
+from toolkit.data.files import decoded, mark_of, regular_file
 from toolkit.errors import UserError
 
 RETURN = "\udc0d"  # stands for a carriage return in a cell; no UTF-8 file contains it
+DELIMITERS = ",;\t|"
 
 
 class _BrokenTable(ValueError):
     """The cells do not form a table."""
 
 
-def read_file(file: Path, suffix: str) -> tuple[Dataset, list[str]]:
-    """The rows of a .csv, .tsv, .json, .jsonl or .parquet file (by `suffix`), and remarks on how it was read.
+def read_file(file: Path, suffix: str, encoding: str | None = None) -> tuple[Dataset, list[str]]:
+    """The rows of a .csv, .tsv, .json, .jsonl, .parquet or .arrow file (by `suffix`), and remarks on how it was read.
 
     Cells of csv and tsv files are text. Numbers, `true` and `false` in JSON are text too, in the file's own spelling; a
-    column with lists or objects keeps them. Parquet files have their own types.
+    column with lists or objects keeps them. Parquet and Arrow files have their own types. Text files may be compressed
+    (.gz, .bz2, .xz, .zst), and are in UTF-8 unless `encoding` names another.
 
-    Raises: UserError for a file that is empty, damaged, or not in UTF-8.
+    Raises: UserError for a file that is empty, damaged, or not in that encoding.
     """
-    _check_text(file, suffix)
-    if suffix == ".parquet":
+    regular_file(file)
+    if suffix in (".parquet", ".arrow"):
         try:
+            if suffix == ".arrow":
+                return Dataset.from_file(str(file)), []
             return load_dataset("parquet", data_files={"train": str(file)}, split="train"), []
         except Exception as error:  # pyarrow and datasets raise exceptions of their own
             reason = " ".join(str(error.__cause__ or error).split())[:200]
-            raise UserError(f"{file}: a .parquet file cannot be read ({reason})") from None
+            raise UserError(f"{file}: a {suffix} file cannot be read ({reason})") from None
+    text = decoded(file, encoding)
     if suffix in (".json", ".jsonl"):
-        return _of_objects(_objects(file), file), []
-    header, rows, remarks = _table(file, suffix == ".tsv")
+        objects, remarks = _objects(text, file)
+        return _of_objects(objects, file), remarks
+    header, rows, remarks = _table(text, file, suffix == ".tsv")
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise UserError(f"{file}: its header has the column {twice[0]!r} twice; give each its own name")
     if not rows:
         raise UserError(f"{file}: there is a header but no row; give a file with rows")
     names = {name: at for at, name in enumerate(header) if name}
-    text = Features({name: Value("string") for name in names})
-    return Dataset.from_dict({name: [row[at] for row in rows] for name, at in names.items()}, features=text), remarks
+    features = Features({name: Value("string") for name in names})
+    return Dataset.from_dict(
+        {name: [row[at] for row in rows] for name, at in names.items()}, features=features
+    ), remarks
 
 
-def read_sentences(file: Path) -> Dataset:
+def read_sentences(file: Path, encoding: str | None = None) -> Dataset:
     """The rows (`sentence`, `label`) of a file with lines `sentence@label`, as financial_phrasebank has (Malo et al. 2014).
 
-    The file is read as UTF-8, or as Latin-1 if that fails (the published files are Latin-1). A line ends with a line feed.
+    The file is read in `encoding`, or as UTF-8, or as Latin-1 if that fails (the published files are Latin-1). A line ends
+    with a line feed.
 
     Raises: UserError for a line without a label, and for an empty file.
     """
-    content = file.read_bytes()
-    _check_mark(file, content)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_text_or_latin_1(file, encoding).split("\n"), start=1):
         if line.strip():
             sentence, separator, label = line.rpartition("@")
             if not separator:
                 raise UserError(
-                    f"{file}: line {number} has no @label at its end; a .txt file holds lines sentence@label"
+                    f"{file}: line {number} has no @label at its end; a .txt file holds lines sentence@label, or plain text "
+                    "with --task text"
                 )
             rows.append({"sentence": sentence, "label": label.strip()})
     if not rows:
         raise UserError(f"{file}: the file is empty; give one with lines sentence@label")
     return Dataset.from_list(rows)
+
+
+def holds_sentences(file: Path, encoding: str | None = None) -> bool:
+    """Whether each line of a .txt file that is not blank ends with @ and one word."""
+    lines = [line for line in _text_or_latin_1(file, encoding).split("\n") if line.strip()]
+    ends = [line.rpartition("@") for line in lines]
+    return bool(lines) and all(
+        mark and sentence.strip() and label.split() == [label.strip()] for sentence, mark, label in ends
+    )
+
+
+def read_plain(file: Path, encoding: str | None = None) -> tuple[Dataset, str]:
+    """The texts of a plain .txt file as a column `text`, and what one text is.
+
+    Blank lines separate texts. A file without blank lines between its lines has one text in each line.
+
+    Raises: UserError for an empty file, or text that is not in `encoding` (default: UTF-8).
+    """
+    lines = [line.removesuffix("\r") for line in decoded(file, encoding).split("\n")]
+    groups: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip():
+            groups[-1].append(line)
+        elif groups[-1]:
+            groups.append([])
+    texts = ["\n".join(group) for group in groups if group]
+    if not texts:
+        raise UserError(f"{file}: the file is empty; give one with text")
+    unit = "paragraph"
+    if len(texts) == 1:
+        texts, unit = groups[0], "line"
+    return Dataset.from_dict({"text": texts}), unit
+
+
+def _text_or_latin_1(file: Path, encoding: str | None) -> str:
+    try:
+        return decoded(file, encoding)
+    except UserError:
+        regular_file(file)
+        if encoding is not None or not file.stat().st_size or mark_of(file):
+            raise
+        return decoded(file, "latin-1")
 
 
 def as_text(rows: Dataset, column: str) -> Dataset:
@@ -83,6 +130,12 @@ def as_text(rows: Dataset, column: str) -> Dataset:
     """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
+        known = feature.num_classes or 0
+        if other := next((n for n in rows[column] if n is not None and not -1 <= n < known), None):
+            raise UserError(
+                f"column {column} has the class number {other}, and the file names {known} classes (0 to {known - 1}); correct "
+                "the number, or name another column"
+            )
         names = [None if number in (None, -1) else feature.int2str(number) for number in rows[column]]
     elif isinstance(feature, Json) or (isinstance(feature, Value) and feature.dtype in ("string", "large_string")):
         return rows
@@ -105,55 +158,74 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-def _table(file: Path, tabs: bool) -> tuple[list[str], list[list[str]], list[str]]:
-    """The header and the rows of a csv or tsv file, and a remark if its quotation marks are ambiguous.
+def _table(text: str, file: Path, tabs: bool) -> tuple[list[str], list[list[str]], list[str]]:
+    """The header and the rows of a csv or tsv file, and remarks on its delimiter and on ambiguous quotation marks.
 
     In csv, quotation marks wrap cells (RFC 4180). If the file cannot be parsed that way, and no cell is wrapped in them,
     they are text. In tsv they are text (IANA's text/tab-separated-values), unless a csv writer wrote the file with tabs.
     """
-    quoted, problem = _tried(_rows_quoted, file, tabs)
+    delimiter, remarks = _delimiter(text, tabs), []
+    usual = "\t" if tabs else ","
+    if delimiter != usual:
+        remarks.append(f"{file.name}: {DELIMITER_NAMES[delimiter]} separate its cells")
+    tabs = delimiter == "\t"
+    quoted, problem = _tried(_rows_quoted, text, delimiter)
     if quoted is None:
-        quoted, _ = _tried(_rows_with_returns, file, tabs)
+        quoted, _ = _tried(_rows_with_returns, text, delimiter)
     if quoted == []:
         raise UserError(f"{file}: the file is empty; give one with a header line and rows")
     if quoted is not None and not tabs:
-        return quoted[0], quoted[1:], []
-    plain, why = _tried(_rows_plain, file, tabs)
+        return quoted[0], quoted[1:], remarks
+    plain, why = _tried(_rows_plain, text, delimiter)
     problem = why if tabs else problem
     opened = plain is not None and any(cell.startswith('"') for row in plain for cell in row)
     if quoted is not None and (plain is None or (opened and _was_written_quoted(plain))):
-        return quoted[0], quoted[1:], [f"{file.name}: quotation marks around a cell are not part of its text"]
+        return quoted[0], quoted[1:], [*remarks, f"{file.name}: quotation marks around a cell are not part of its text"]
     if plain is None or (not tabs and any(_is_wrapped(cell) for row in plain for cell in row)):
         raise UserError(f"{file}: {problem}")
-    remarks = [f"{file.name}: quotation marks around or in a cell are part of its text"] if opened else []
+    if opened:
+        remarks.append(f"{file.name}: quotation marks around or in a cell are part of its text")
     return plain[0], plain[1:], remarks
 
 
+DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+def _delimiter(text: str, tabs: bool) -> str:
+    """The delimiter of a table: the usual one if the header has it, otherwise the one that the header has most often."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    try:
+        cells = {mark: len(next(csv.reader([first], delimiter=mark))) for mark in DELIMITERS}
+    except csv.Error:
+        return "\t" if tabs else ","
+    usual = "\t" if tabs else ","
+    return usual if cells[usual] > 1 else max(DELIMITERS, key=lambda mark: (cells[mark], mark == usual))
+
+
 def _tried(
-    reader: Callable[[Path, str], list[list[str]]], file: Path, tabs: bool
+    reader: Callable[[str, str], list[list[str]]], text: str, delimiter: str
 ) -> tuple[list[list[str]] | None, _BrokenTable | None]:
     try:
-        return reader(file, "\t" if tabs else ","), None
+        return reader(text, delimiter), None
     except _BrokenTable as error:
         return None, error
 
 
-def _rows_with_returns(file: Path, delimiter: str) -> list[list[str]]:
+def _rows_with_returns(text: str, delimiter: str) -> list[list[str]]:
     """Like `_rows_quoted`, but a carriage return does not end a line: writers that end lines with a line feed do not quote it."""
     rows: list[list[str]] = []
-    with file.open(newline="\n", encoding="utf-8-sig") as stream:
-        for row, number in _parsed_rows((line.replace("\r", RETURN) for line in stream), delimiter):
-            if row and not rows and row[-1].endswith(RETURN):
-                raise _BrokenTable("its lines end with a carriage return and a line feed")
-            _add(rows, [cell.replace(RETURN, "\r") for cell in row], number)
+    lines = (line.replace("\r", RETURN) for line in io.StringIO(text, newline="\n"))
+    for row, number in _parsed_rows(lines, delimiter):
+        if row and not rows and row[-1].endswith(RETURN):
+            raise _BrokenTable("its lines end with a carriage return and a line feed")
+        _add(rows, [cell.replace(RETURN, "\r") for cell in row], number)
     return rows
 
 
-def _rows_quoted(file: Path, delimiter: str) -> list[list[str]]:
+def _rows_quoted(text: str, delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        for row, number in _parsed_rows(stream, delimiter):
-            _add(rows, row, number)
+    for row, number in _parsed_rows(io.StringIO(text, newline=""), delimiter):
+        _add(rows, row, number)
     return rows
 
 
@@ -170,12 +242,11 @@ def _parsed_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[list[st
         ) from None
 
 
-def _rows_plain(file: Path, delimiter: str) -> list[list[str]]:
+def _rows_plain(text: str, delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
-    with file.open(newline="\n", encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            line = line.removesuffix("\n").removesuffix("\r")
-            _add(rows, line.split(delimiter) if line else [], number)
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+        line = line.removesuffix("\n").removesuffix("\r")
+        _add(rows, line.split(delimiter) if line else [], number)
     return rows
 
 
@@ -205,33 +276,88 @@ def _was_written_quoted(plain: list[list[str]]) -> bool:
     return any(_is_wrapped(cell) and '""' in cell[1:-1] for row in plain for cell in row)
 
 
-def _objects(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file that holds one object per line, or one list of objects."""
-    text = file.read_bytes().decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        objects = _parsed(text, str(file))
+def _objects(text: str, file: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a JSON file, and a remark if they are not simply its objects.
+
+    The file holds one object per line, one list of objects, an object with one such list, or an object of columns. Numbers,
+    true and false at the top level of a row become text, in the file's own spelling.
+    """
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if text.lstrip().startswith("[") or (len(lines) > 1 and not _is_json(lines[0][1]) and _is_json(text)):
+        value, spelled = _parsed(text, str(file))
     else:
-        lines = enumerate(text.split("\n"), start=1)
-        objects = [_parsed(line, f"{file}: line {number}") for number, line in lines if line.strip()]
-    if not objects:
+        pairs = [_parsed(line, f"{file}: line {number}") for number, line in lines]
+        value, spelled = pairs[0] if len(pairs) == 1 else ([one for one, _ in pairs], [other for _, other in pairs])
+    remarks = []
+    if isinstance(value, dict):
+        value, spelled, remark = _unwrapped(value, spelled, file)
+        remarks = [f"{file.name}: {remark}"] if remark else []
+    if not isinstance(value, list) or not value:
         raise UserError(f"{file}: the file has no row; give one with rows")
-    for number, row in enumerate(objects, start=1):
+    for number, row in enumerate(value, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{file}: row {number} is not an object but {str(row)[:60]!r}; give one object per row")
-    return objects
+    return [_spelled(*pair) for pair in zip(value, spelled, strict=True)], remarks
 
 
-def _parsed(text: str, where: str) -> Any:
-    """`text` parsed as JSON. Numbers, true and false at the top level of a row become text, in the file's own spelling."""
-    try:
-        value, spelled = json.loads(text), json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    except ValueError as error:
+def _unwrapped(whole: dict[str, Any], spelled: dict[str, Any], file: Path) -> tuple[list[Any], list[Any], str]:
+    """The rows of a file that is one object, the same rows with numbers as text, and a remark.
+
+    The rows are the only list of objects in it, or its keys are columns, or it is the only row.
+    """
+    lists = [name for name, value in whole.items() if _is_list_of_objects(value) and name not in CONVERSATIONS]
+    nested = [name for name, value in whole.items() if isinstance(value, list | dict) and value]
+    if len(lists) > 1:
         raise UserError(
-            f"{where} cannot be read as JSON ({error}); give one object per line, or a list of objects"
+            f"{file}: several of its keys hold rows ({', '.join(lists)}); write each list to a file of its own in one folder, "
+            "train.jsonl, validation.jsonl and test.jsonl"
+        )
+    if lists == nested and lists:
+        return whole[lists[0]], spelled[lists[0]], f"its rows are the list {lists[0]!r}"
+    columns = {name: _column(value) for name, value in whole.items()}
+    if columns and None not in columns.values() and len({len(cells or []) for cells in columns.values()}) == 1:
+        both = [
+            [dict(zip(of, cells, strict=True)) for cells in zip(*(_column(c) or [] for c in of.values()), strict=True)]
+            for of in (whole, spelled)
+        ]
+        if not any(name in CONVERSATIONS and _is_list_of_objects(value) for name, value in whole.items()):
+            return both[0], both[1], "each of its keys is a column"
+    return [whole], [spelled], ""
+
+
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "tools")  # a list of objects that is one cell
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(one, dict) for one in value)
+
+
+def _column(value: Any) -> list[Any] | None:
+    """The cells of a column: a list, or an object whose keys are row numbers (pandas' `to_json`); None for anything else."""
+    if isinstance(value, list) and value:
+        return value
+    if isinstance(value, dict) and value and all(key.isdigit() for key in value):
+        return [*value.values()]
+    return None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parsed(text: str, where: str) -> tuple[Any, Any]:
+    """`text` parsed as JSON, and the same with each number as text."""
+    try:
+        return json.loads(text), json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(
+            f"{where} cannot be read as JSON ({reason}); give one object per line, or a list of objects"
         ) from None
-    if isinstance(value, list):
-        return [_spelled(*pair) for pair in zip(value, spelled, strict=True)]
-    return _spelled(value, spelled)
 
 
 def _spelled(row: Any, spelled: Any) -> Any:
@@ -256,31 +382,3 @@ def _of_objects(objects: list[dict[str, Any]], file: Path) -> Dataset:
         raise UserError(
             f"{file}: {error.object[:60]!r} has half of a surrogate pair, which is not valid text; correct it"
         ) from None
-
-
-def _check_text(file: Path, suffix: str) -> None:
-    """Raises UserError for an empty file, and, with the line, for text that is not UTF-8."""
-    if file.stat().st_size == 0:
-        raise UserError(f"{file}: the file is empty; give one with a header line and rows")
-    if suffix == ".parquet":
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            _check_mark(file, chunk if line == 1 else b"")
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                line += chunk[: max(0, error.start)].count(b"\n")
-                raise UserError(
-                    f"{file}: not UTF-8 (line {line}, byte 0x{error.object[error.start]:02x}); "
-                    f"convert it first: iconv -f latin1 -t utf-8 {file.name}"
-                ) from None
-            line += chunk.count(b"\n")
-
-
-def _check_mark(file: Path, content: bytes) -> None:
-    """Raises UserError if `content`, the beginning of `file`, has the byte order mark of UTF-16."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{file}: not UTF-8 but UTF-16; convert it first: iconv -f utf-16 -t utf-8 {file.name}")

@@ -86,11 +86,18 @@ class ModelArguments:
 
 def looks_like_path(name: str) -> bool:
     """Whether `name` is a path rather than a hub id (`user/name`)."""
-    return name.startswith((".", "/", "~")) or Path(name).exists() or name.count("/") > 1
+    return name.startswith((".", "/", "~")) or _exists(name) or name.count("/") > 1
 
 
 def lasting_path(name: str | None) -> str | None:
     """An existing path made absolute, so that a run's config.yaml is valid from any folder; a hub id unchanged."""
-    if name is None or not Path(name).expanduser().exists():
+    if name is None or not _exists(name):
         return name
     return os.path.abspath(Path(name).expanduser())  # noqa: PTH100 - resolve() would follow links, absolute() keeps ".."
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a path, a NUL byte, or an unknown user
+        return False

@@ -68,7 +68,7 @@ def predict_run(
         )
     if config.task.model_kind == "head":
         data = config.data
-        names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"])
+        names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"], data.encoding)
         set_head(model_config, names, model_config.pad_token_id or 0)
     _refuse_unpredicted(config)
     check_combination(config)

@@ -75,11 +75,18 @@ def prepare(config: Config) -> Preflight:
     check_engine(config.engine, training)
     check_installed(training)
     _check_same_precision(config)
-    check_combination(config)
+    with training.main_process_first(desc="reading the data"):
+        source = config.data.read()  # also decides the task, on which the kind of model depends
+    try:
+        check_combination(config)
+    except UserError as error:
+        if config.data.is_chosen:
+            raise UserError(f"{error} (the data decided the task: {source.remarks[0]})") from None
+        raise
     model_config = copy.deepcopy(config.model_config)  # the head below depends on this run's data
     tokenizer = load_tokenizer(config.model)
-    with training.main_process_first(desc="reading the data"):
-        data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens)
+    with training.main_process_first(desc="tokenizing the data"):
+        data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens, source)
     if config.task.model_kind == "head":
         if not config.model.random_weights:
             data.remarks.extend(_head_remarks(model_config, data.prompt_tokenizer.label_names))

@@ -6,6 +6,24 @@ from toolkit.seams.seam import Seam
 
 TABLE = (
     Seam(
+        name="huggingface_hub's offline mode",
+        kind="patch",
+        where="models.hub",
+        target="huggingface_hub.constants: HF_HUB_OFFLINE",
+        source=(("huggingface_hub.constants", r"return HF_HUB_OFFLINE"),),
+        reason="without a network the libraries use their caches at once, as if the user had set HF_HUB_OFFLINE",
+        breaks="a machine without a network waits for half a minute of retries",
+    ),
+    Seam(
+        name="offline mode of datasets",
+        kind="patch",
+        where="models.hub",
+        target="datasets.config: HF_HUB_OFFLINE",
+        source=(("datasets.load", r"config\.HF_HUB_OFFLINE"),),
+        reason="the same, for data sets",
+        breaks="a machine without a network waits for half a minute of retries",
+    ),
+    Seam(
         name="argparse's actions",
         kind="private",
         where=("config.parser", "benchmarks.cli_reference"),

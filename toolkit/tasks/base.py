@@ -19,6 +19,10 @@ def text_in(row: dict[str, Any], flag: str) -> str:
     return row[flag]
 
 
+class NothingToLearn(UserError):
+    """A row that is well formed and has no target, such as a conversation without a turn of the assistant."""
+
+
 class Task(ABC):
     """A task. It has no state: a run's `PromptTokenizer` and `toolkit.data.loading.TaskData` hold that."""
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
-from jinja2 import TemplateError
-
 from toolkit.errors import UserError
 from toolkit.models.heads import ModelKind
 from toolkit.models.losses import IGNORE_INDEX
-from toolkit.tasks.base import text_in
+from toolkit.tasks.base import NothingToLearn
+from toolkit.tasks.chat_templates import check_template_ends
 from toolkit.tasks.summarization import Summarization
 from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
@@ -20,7 +19,22 @@ Message = dict[str, Any]  # {"role": "user", "content": "..."}, and other keys t
 # keys of reasoning; transformers treats them as equal
 REASONING = ("reasoning_content", "thinking", "reasoning")
 FORM = 'a list of {"role": ..., "content": ...}'
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)  # a template may raise these
+REFUSALS = (Exception,)  # a template is a program of its author, and may raise anything
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+}
+ROLES |= {
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "ai": "assistant",
+}
 PROBE: Message = {"role": "assistant", "content": "\u00a7"}  # an answer that shows what the template writes before it
 
 
@@ -76,9 +90,10 @@ class ChatPromptTokenizer(PromptTokenizer):
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{self.tokenizer.name_or_path}: its tokenizer has no chat template, so it does not say how a conversation "
-                "is written; give a chat model (or its tokenizer with --tokenizer_name), or use --task summarization"
+                "is written; add --chat_template chatml (or alpaca, or a file), or give a chat model (or its tokenizer with "
+                "--tokenizer_name)"
             )
-
+        check_template_ends(self.tokenizer)
         if not self.tokenizer.is_fast:
             raise UserError(
                 f"{self.tokenizer.name_or_path}: its tokenizer has no fast form, which is needed to find the assistant's "
@@ -299,25 +314,32 @@ class Chat(Summarization):
     flags: ClassVar[dict[str, Any]] = {
         "messages_column": "messages",
         "tools_column": "tools",
+        "system_column": "system",
         "prompt_column": None,
         "response_column": None,
+        "prompt_template": None,
+        "chat_template": None,
         "max_target_length": 128,
         "num_beams": 1,
     }
-    optional: ClassVar[tuple[str, ...]] = ("tools_column",)
+    optional: ClassVar[tuple[str, ...]] = ("tools_column", "system_column")
     prompt_tokenizer: ClassVar[type[PromptTokenizer]] = ChatPromptTokenizer
     scoring: ClassVar[str] = "ROUGE F-measures with stemming, of the last turn of each conversation"
 
     def column_flags(self, given: dict[str, Any]) -> list[str]:
         """prompt_column and response_column if they are set, otherwise messages_column and tools_column."""
-        return (
-            ["prompt_column", "response_column"] if given.get("prompt_column") else ["tools_column", "messages_column"]
-        )
+        if given.get("prompt_column") or given.get("response_column"):
+            return ["system_column", "prompt_column", "response_column"]
+        return ["system_column", "tools_column", "messages_column"]
 
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError if only one of --prompt_column and --response_column is set, or both forms of conversation are."""
         named = [flag for flag in ("prompt_column", "response_column") if given.get(flag)]
-        if len(named) == 1:
+        if given.get("prompt_template") and "response_column" not in named:
+            raise UserError(
+                "--prompt_template has no effect in a chat without --response_column; add it or leave it out"
+            )
+        if len(named) == 1 and not given.get("prompt_template"):
             raise UserError(f"--{named[0]} is half of a pair; give both --prompt_column and --response_column")
         for flag in ("messages_column", "tools_column"):
             if named and given.get(flag):
@@ -328,25 +350,32 @@ class Chat(Summarization):
 
         Raises: UserError for a value that is not a list of messages, or has no such turn.
         """
+        messages: list[Message]
         if "prompt_column" in row:
-            return _conversation(text_in(row, "prompt_column")), _answer(text_in(row, "response_column"))
-        messages = _listed(row["messages_column"])
-        if messages is None or not all(isinstance(m.get("role"), str) and m["role"] for m in messages):
-            raise UserError(f"its conversation is not {FORM}, but {str(row['messages_column'])[:80]!r}")
-        messages = [_message(message) for message in messages]
+            both = [(row["prompt_column"], "user"), (row["response_column"], "assistant")]
+            messages = [one for value, role in both for one in _turns_of(value, role)]
+        else:
+            column = row["messages_column"]
+            turns_found = listed(column)
+            if turns_found is None or not all(_has_role(message) for message in turns_found):
+                raise UserError(f"its conversation is not {FORM}, but {str(column)[:80]!r}")
+            messages = [_message(message) for message in turns_found]
+        system = row.get("system_column")
+        if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
         tools = None
         if row.get("tools_column"):
-            tools = _listed(row["tools_column"])
+            tools = listed(row["tools_column"])
             if tools is None:
                 raise UserError(
                     f"its tools are not a list of JSON schemas, but {str(row['tools_column'])[:80]!r}; name another --tools_column"
                 )
         turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and _has_content(message)]
         if not turns:
-            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-            raise UserError(f"its conversation has no turn of the role assistant (it has {roles}) with content")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
+            raise NothingToLearn(f"its conversation has no turn of the role assistant (it has {roles}) with content")
         if turns[-1] == 0:
-            raise UserError(
+            raise NothingToLearn(
                 "its conversation begins with the only turn of the role assistant, so no prompt precedes it"
             )
         return Conversation(messages[: turns[-1]], tools or None), messages[turns[-1]]
@@ -386,7 +415,7 @@ def _begins(turns: list[_Turn]) -> list[int]:
     return [turn.begin for turn in turns if turn.begin is not None]
 
 
-def _listed(value: Any) -> list[dict[str, Any]] | None:
+def listed(value: Any) -> list[dict[str, Any]] | None:
     """The objects of a list, which may be given as JSON text; None for any other value."""
     if isinstance(value, str):
         try:
@@ -396,12 +425,33 @@ def _listed(value: Any) -> list[dict[str, Any]] | None:
     return value if isinstance(value, list) and all(isinstance(one, dict) for one in value) else None
 
 
+def _has_role(message: dict[str, Any]) -> bool:
+    role = message.get("role", message.get("from"))
+    return isinstance(role, str) and bool(role)
+
+
+def _turns_of(value: Any, role: str) -> list[Message]:
+    """The messages in a column of prompts or answers: a text is one message of `role`, a list holds messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    turns = listed(value)
+    if turns is None or not all(_has_role(message) for message in turns):
+        raise UserError(f"its column has {str(value)[:80]!r}, which is neither text nor {FORM}; name another column")
+    return [_message(message) for message in turns]
+
+
 def _message(message: Message) -> Message:
     """A message as templates expect it: content as text, arguments of calls as objects, no null values.
+
+    ShareGPT's keys (from, value) and the names of its roles become role, content, user, assistant and tool.
 
     Raises: UserError for content that is not text.
     """
     message = {name: value for name, value in message.items() if value is not None}
+    if "role" not in message:
+        keys = {"from": "role", "value": "content"}
+        message = {keys.get(name, name): value for name, value in message.items()}
+    message["role"] = ROLES.get(message["role"].lower(), message["role"])
     content = message.get("content", "" if message["role"] not in ("system", "user") else None)
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         if other := next((part for part in content if not isinstance(part.get("text"), str)), None):
