@@ -55,6 +55,8 @@ def predict(
         raise UserError(
             "--num_processes has no effect without --launch; add for instance --launch zero3, or leave it out"
         )
+    words = [*flags, *_as_flags(settings)]
+    _check_model_name(words)
     import torch
 
     from toolkit.config import read_flags
@@ -67,7 +69,7 @@ def predict(
     recipe = method_named(method)
     named = find_card(gpu) if gpu else generic_card(str(gpu_memory)) if gpu_memory else None
     environment = ONE_PROCESS if launch is None else read_launch_file(str(launch), num_processes)
-    parsed = read_flags(recipe, [*flags, *_as_flags(settings)])
+    parsed = read_flags(recipe, words)
     on_cpu = {**parsed.from_file, **parsed.given}.get("use_cpu")
     job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()))
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
@@ -96,6 +98,24 @@ def methods() -> dict[str, type[Method]]:
     from toolkit.methods import METHODS
 
     return dict(METHODS)
+
+
+def _check_model_name(words: Sequence[str]) -> None:
+    """Checks the model that the flags `words` name before PyTorch is imported, so that a misspelt name is refused at once.
+
+    Raises: UserError for a name that no model can have, and for one that is not known here while the hub cannot be reached.
+    """
+    from toolkit.models import catalogue
+    from toolkit.models.arguments import looks_like_path
+    from toolkit.models.hub import check_reachable, hub_id
+
+    values: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        values[flag.replace("-", "_")] = value if equals else following
+    name = hub_id(values.get("__model_name_or_path", ""))
+    if name and not looks_like_path(name) and catalogue.find(name) is None:
+        check_reachable(name, values.get("__model_revision"))
 
 
 def _as_flags(settings: Mapping[str, Setting]) -> list[str]:
