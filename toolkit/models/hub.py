@@ -10,6 +10,7 @@ from toolkit.errors import UserError
 from toolkit.models import catalogue
 
 _PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.+)", re.IGNORECASE)
+TOKENIZER_FILE = "tokenizer_config.json"  # every tokenizer has it
 _SECONDS_TO_ANSWER = 2.0
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError")  # of the hub's HTTP libraries
 
@@ -47,8 +48,8 @@ def unreachable(name: str) -> str:
     )
 
 
-def check_reachable(name: str, revision: str | None = None) -> None:
-    """Asks the hub once for the config.json of the model `name`, unless it is in the local cache: the hub's library would ask six times.
+def check_reachable(name: str, revision: str | None = None, file: str = "config.json") -> None:
+    """Asks the hub once for a `file` of the model `name`, unless it is in the local cache: the hub's library would ask six times.
 
     What the hub answers does not matter here: reading the config says it better.
 
@@ -61,11 +62,11 @@ def check_reachable(name: str, revision: str | None = None) -> None:
             f"--model_name_or_path {name!r} is neither a folder nor a hub id{did_you_mean(name)}; give user/name, such as "
             "meta-llama/Llama-3.2-1B"
         ) from None
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
         return
     if not constants.HF_HUB_OFFLINE:
         try:
-            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_SECONDS_TO_ANSWER)
+            get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=_SECONDS_TO_ANSWER)
             return
         except Exception as error:
             if not any(type(error).__name__ == kind for kind in _NO_CONNECTION):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def predict(
     gpu_memory: str | int | None = None,
     launch: str | Path | None = None,
     num_processes: int | None = None,
+    advise: bool = False,
     **settings: Setting,
 ) -> Ledger:
     """Predicts the memory of a run of `recipes/METHOD.py`, without weights, data or GPU. `footprint predict` shows the same.
@@ -39,6 +41,7 @@ def predict(
         gpu_memory: instead of `gpu`, a GPU with this much usable memory: `"24GiB"`, or a number of bytes.
         launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
         num_processes: the number of processes, instead of the launch file's own.
+        advise: where the run does not fit, search the nearest setting that does by more predictions; the first note names it.
         settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping becomes JSON,
             and None leaves the flag out. They override `flags`.
 
@@ -64,16 +67,20 @@ def predict(
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
     from toolkit.methods import method_named
-    from toolkit.runs.prediction import PredictionJob, this_card
+    from toolkit.runs.prediction import PredictionJob, nearest_fit, this_card
 
     recipe = method_named(method)
     named = find_card(gpu) if gpu else generic_card(str(gpu_memory)) if gpu_memory else None
     environment = ONE_PROCESS if launch is None else read_launch_file(str(launch), num_processes)
     parsed = read_flags(recipe, words)
     on_cpu = {**parsed.from_file, **parsed.given}.get("use_cpu")
-    job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()))
+    job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()), reads_data=True)
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
-    return job.predict_in_subprocess() if apart else job.predict()
+    run = PredictionJob.predict_in_subprocess if apart else PredictionJob.predict
+    ledger = run(job)
+    if ledger.fits or not advise:
+        return ledger
+    return replace(ledger, notes=(nearest_fit(job, ledger, run), *ledger.notes))
 
 
 def load_run(path: str | Path) -> FinishedRun:
