@@ -37,8 +37,10 @@ def predict(
     Args:
         method: a recipe's name; `methods()` lists them.
         flags: the recipe's flags, word by word as on the command line (`"--max_length", "512"`).
-        gpu: the usual name of a GPU, which need not be in this machine. Default: this machine's GPU, or its CPU without one.
-        gpu_memory: instead of `gpu`, a GPU with this much usable memory: `"24GiB"`, or a number of bytes.
+        gpu: the usual name of a GPU, which need not be in this machine. Default: this machine's GPU, or its CPU without one. With
+            `launch`, "2x RTX 3090" also gives the number of processes.
+        gpu_memory: instead of `gpu`, a GPU with this much usable memory: `"24GiB"`, or a number of bytes; `"24GB"` or `24` is a
+            card sold as 24 GB.
         launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
         num_processes: the number of processes, instead of the launch file's own.
         advise: where the run does not fit, search the nearest setting that does by more predictions; the first note names it.
@@ -54,6 +56,15 @@ def predict(
     """
     if gpu and gpu_memory:
         raise UserError("--gpu and --gpu_memory exclude each other; give one of them")
+    if gpu and launch is not None:  # "2x RTX 3090": each process has one of them
+        from toolkit.memory.cuda.cards import split_count
+
+        count, gpu = split_count(gpu)
+        if count > 1 and num_processes not in (None, count):
+            raise UserError(
+                f"--gpu names {count} cards, --num_processes {num_processes}; give the same number, or one card"
+            )
+        num_processes = count if count > 1 else num_processes
     if num_processes is not None and launch is None:
         raise UserError(
             "--num_processes has no effect without --launch; add for instance --launch zero3, or leave it out"
