@@ -128,7 +128,7 @@ def _check_model_name(words: Sequence[str]) -> None:
     from toolkit.models.hub import check_reachable, hub_id
 
     values: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         values[flag.replace("-", "_")] = value if equals else following
     name = hub_id(values.get("__model_name_or_path", ""))

@@ -238,7 +238,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
         last, least = found, min(least, found, key=lambda one: one.needed_bytes)
         if found.fits:
             return f"it fits with {_as_words(kept)}: {format_bytes(found.needed_bytes)}"
-    nothing = "neither checkpointing, nor one row at a time, nor shorter rows are enough"
+    nothing = f"no batch size, length or checkpointing is enough for {job.method}"
     if not method.freezes_base:
         small = {
             "per_device_train_batch_size": 1,
