@@ -74,7 +74,7 @@ class Method(ABC):
         """
         if given.get("model_name_or_path") is None:
             return cls.training_defaults | cls.embedded_defaults
-        batch = {} if "per_device_train_batch_size" in given else CONSUMER_BATCH
+        batch = CONSUMER_BATCH if cls.trains and "per_device_train_batch_size" not in given else {}
         return batch | cls.training_defaults
 
     @classmethod
