@@ -59,7 +59,7 @@ from toolkit.units import GIB, MIB
         ("GTX 1650", "GTX 1650"),
         ("GH200", "GH200 96GB"),
         ("RTX PRO 6000", "RTX PRO 6000 Blackwell"),
-        ("RTX PRO 5000 72GB", "RTX PRO 5000 Blackwell 72GB"),
+        ("RTX PRO 5000 72GB", "RTX PRO 5000 72GB"),
         ("Tesla P100-PCIE-12GB", "P100 12GB"),
         ("GTX 1060 3GB", "GTX 1060 3GB"),
         ("NVIDIA TITAN X (Pascal)", "TITAN X"),
