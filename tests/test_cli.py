@@ -73,7 +73,7 @@ def test_the_help_of_predict_lists_its_own_flags_and_says_where_the_recipes_are(
 )
 def test_predicts_own_flags_and_the_recipes_may_come_in_any_order(argv, flags, own, given, capfd):
     assert footprint(capfd, "predict", *argv.split())[0] == 130
-    assert given == [("lora", tuple(flags.split()), own)]
+    assert given == [("lora", tuple(flags.split()), own | {"advise": True})]
 
 
 @pytest.mark.parametrize(

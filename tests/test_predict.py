@@ -1,9 +1,11 @@
 """`footprint predict` and `footprint report`: one JSON object, an exit code, and one-line errors."""
 
 import json
+import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from tiny_models import save_with_tokenizer, tiny_config
 from transformers import LlamaConfig, MixtralConfig
 
 from toolkit.cli import main
-from toolkit.config import parse_config
+from toolkit.config import Flags, parse_config
+from toolkit.distributed.launch_files import ONE_PROCESS
 from toolkit.memory import meta_ops
 from toolkit.memory.cuda.cards import find_card
 from toolkit.memory.cuda.device import Cuda
-from toolkit.memory.ledger import Ledger
+from toolkit.memory.ledger import Ledger, PhaseUse
 from toolkit.methods.lora import Lora
+from toolkit.methods.qlora import QLora
 from toolkit.runs import prediction
 
 
@@ -104,6 +108,168 @@ def test_one_of_several_gpus_is_predicted_under_a_launch_file(sees_a_gpu, config
 def test_a_run_that_does_not_fit_exits_with_1(config_only, capfd):
     code, out, _ = run(capfd, "predict", "full", *flags(config_only, "--gpu_memory", "16MiB", "--json"))
     assert (code, json.loads(out)["fits"]) == (1, False)
+
+
+def test_what_was_assumed_is_in_the_table_and_in_the_json(config_only, capfd):
+    _, out, _ = run(capfd, "predict", "lora", "--model_name_or_path", str(config_only), "--json", "--gpu", "3060")
+    assert json.loads(out)["assumed"] == {
+        "rows": 4,
+        "tokens": 256,  # the model's own limit
+        "target_tokens": 0,
+        "gradient_accumulation_steps": 2,
+        "precision": "bf16",
+        "weights": "bfloat16",
+        "gradient_checkpointing": False,
+        "data": "rows as long as the flags allow (no --dataset_name was given)",
+    }
+    _, out, _ = run(capfd, "predict", "qlora", *flags(config_only, "--gpu", "T4", "--gradient_checkpointing", "true"))
+    said = " ".join(out.split())
+    assert "assumed: 2 rows of 64 tokens; fp32, weights 4-bit nf4; gradient checkpointing; rows as long as" in said
+
+
+def test_the_rows_of_a_named_data_set_are_as_long_as_its_longest(tmp_path, capfd):
+    from conftest import write_csv
+
+    from toolkit.data.loading import load_data
+    from toolkit.models.loading import load_tokenizer
+
+    rows = [(f"Person {n} saw a cat in the garden of the house.", f"Cat {n}.") for n in range(12)]
+    data = write_csv(tmp_path, train=rows, validation=rows[:2], test=rows[:2])
+    _, out, _ = run(capfd, "predict", "lora", "--dataset_name", str(data), "--json")
+    assumed = json.loads(out)["assumed"]
+    config = parse_config(Lora, ["--dataset_name", str(data)])
+    train = load_data(config.data, config.model_config, load_tokenizer(config.model)).train
+    assert assumed["tokens"] == max(map(len, train["input_ids"])) < 256
+    assert assumed["target_tokens"] == max(map(len, train["labels"])) < 48
+    assert assumed["data"] == f"rows as long as the longest of the 12 rows of {data}"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--dataset_name", "/nope.jsonl"], "--dataset_name /nope.jsonl: no such folder or file"),
+        (
+            ["--model_name_or_path", "meta-llama/Llama-3.2-1B", "--dataset_name", "rows.csv"],
+            "without --dataset_name rows of --max_length tokens are predicted",
+        ),
+    ],
+)
+def test_data_that_cannot_be_counted_in_tokens_is_refused(more, says, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("toolkit.models.hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("toolkit.models.hub.try_to_load_from_cache", lambda *args, **kwargs: None)
+    code, _, err = run(capfd, "predict", "lora", *more)
+    assert code == 2
+    assert says in err.splitlines()[-1]
+
+
+def ledger_of(needed: int, states: int, assumed: dict[str, Any]) -> Ledger:
+    """A ledger for 1,000 bytes of budget that needs `needed`, of which `states` bytes are weights."""
+    use = PhaseUse(needed, states, {"parameters_frozen": {"": states}, "temporaries": {"": needed - states}})
+    return Ledger(
+        source="predicted",
+        device="a card",
+        phases={"optimizer_step": use},
+        first_step={},
+        reserved_bytes=needed,
+        parameters={"trainable": 1, "all": 1},
+        budget_bytes=1000,
+        context_bytes=0,
+        assumed=assumed,
+    )
+
+
+ASSUMED = {
+    "rows": 4,
+    "tokens": 512,
+    "gradient_accumulation_steps": 2,
+    "weights": "bfloat16",
+    "gradient_checkpointing": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "states", "needs", "says", "trials"),
+    [
+        ("lora", 300, {"gradient_checkpointing": 900}, "it fits with --gradient_checkpointing: 900 B", 1),
+        (
+            "lora",
+            300,
+            {"per_device_train_batch_size": 900},
+            "it fits with --gradient_checkpointing --per_device_train_batch_size 2 --gradient_accumulation_steps 4: 900 B",
+            2,
+        ),
+        (
+            "lora",
+            1200,
+            {"load_in_4bit": 900},
+            "it fits with --load_in_4bit: 900 B",
+            1,
+        ),  # the weights alone are too large
+        (
+            "full",
+            1200,
+            {"qlora": 800},
+            "no batch size, length or checkpointing is enough for full; another method is: qlora",
+            1,
+        ),
+        (
+            "lora",
+            300,
+            {},
+            "is enough for lora; with .*--max_length 128 it needs 2.0 KiB, and the smallest card .* is GT 1030",
+            6,
+        ),
+    ],
+)
+def test_the_nearest_setting_that_fits_is_named(method, states, needs, says, trials, capfd):
+    tried = []
+
+    def predict(job):
+        tried.append(job)
+        given = {**job.flags.given, job.method: True}
+        needed = min((nbytes for name, nbytes in needs.items() if name in given), default=2000)
+        return ledger_of(needed, min(needed, 300 if given.get("load_in_4bit") else states), ASSUMED)
+
+    job = prediction.PredictionJob(method, Flags({}), ONE_PROCESS)
+    assert re.search(says, prediction.nearest_fit(job, ledger_of(2000, states, ASSUMED), predict))
+    assert len(tried) == trials
+    assert capfd.readouterr().err.count("does not fit; trying") == trials
+
+
+def test_the_command_names_what_fits_first(config_only, capfd):
+    code, out, err = run(capfd, "predict", "lora", *flags(config_only, "--gpu_memory", "3600KiB", "--json"))
+    ledger = json.loads(out)
+    assert (code, ledger["fits"]) == (1, False)
+    assert "trying" in err
+    assert ledger["notes"][0].startswith(("it fits with --", "no batch size"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "model"), [("lora", "meta-llama/Llama-3.2-1B"), ("qlora", "meta-llama/Llama-3.1-8B")]
+)
+def test_the_defaults_fit_a_card_with_12_gb(method, model, capfd):
+    code, out, _ = run(capfd, "predict", method, "--model_name_or_path", model, "--gpu", "RTX 3060", "--json")
+    assumed = json.loads(out)["assumed"]
+    assert code == 0
+    assert assumed["rows"] * assumed["gradient_accumulation_steps"] == 8  # as Trainer's own default
+    assert assumed["gradient_checkpointing"] == (method == "qlora")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], (16, 1, False)),  # the embedded model
+        (["--model_name_or_path", "FOLDER"], (4, 2, True)),
+        (["--model_name_or_path", "FOLDER", "--per_device_train_batch_size", "8"], (8, 1, True)),
+        (["--model_name_or_path", "FOLDER", "--gradient_accumulation_steps", "4"], (4, 4, True)),
+        (["--model_name_or_path", "FOLDER", "--gradient_checkpointing", "false"], (4, 2, False)),
+    ],
+)
+def test_the_default_batch_gives_way_to_what_is_asked_for(argv, expected, config_only):
+    training = parse_config(QLora, [word.replace("FOLDER", str(config_only)) for word in argv]).training
+    got = (training.per_device_train_batch_size, training.gradient_accumulation_steps, training.gradient_checkpointing)
+    assert got == expected
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ def items(plans: dict[str, dict[str, dict[str, int]]], work: Path, rehearsed: bo
 
 
 def _flags(ladder: Ladder, rows: int) -> tuple[str, ...]:
-    return ("--bf16", "--per_device_train_batch_size", str(rows), "--max_length", str(ladder.length))
+    own = ("--gradient_checkpointing", "false")  # qlora's default is true
+    return ("--bf16", "--per_device_train_batch_size", str(rows), "--max_length", str(ladder.length), *own)
 
 
 def plan(ladder: dict[str, Any], facts: dict[str, Any], work: str, rehearsed: bool) -> dict[str, dict[str, int]]:

@@ -78,7 +78,8 @@ def grid(rehearsed: bool = False) -> list[Configuration]:
 
 
 def _sizes(shape: tuple[int, int], *precision: str) -> tuple[str, ...]:
-    return ("--per_device_train_batch_size", str(shape[0]), "--max_length", str(shape[1]), *precision)
+    own = ("--gradient_checkpointing", "false")  # qlora's default is true
+    return ("--per_device_train_batch_size", str(shape[0]), "--max_length", str(shape[1]), *own, *precision)
 
 
 def _plain(model: str, method: str, shape: tuple[int, int]) -> Configuration:

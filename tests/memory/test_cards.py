@@ -3,7 +3,7 @@
 import pytest
 
 from toolkit.errors import UserError
-from toolkit.memory.cuda.cards import CARDS, card_of_device, find_card, generic_card
+from toolkit.memory.cuda.cards import CARDS, card_of_device, find_card, generic_card, split_count
 from toolkit.memory.cuda.device import Cuda
 from toolkit.units import GIB, MIB
 
@@ -59,6 +59,28 @@ from toolkit.units import GIB, MIB
         ("GTX 1650", "GTX 1650"),
         ("GH200", "GH200 96GB"),
         ("RTX PRO 6000", "RTX PRO 6000 Blackwell"),
+        ("RTX PRO 5000 72GB", "RTX PRO 5000 72GB"),
+        ("Tesla P100-PCIE-12GB", "P100 12GB"),
+        ("GTX 1060 3GB", "GTX 1060 3GB"),
+        ("NVIDIA TITAN X (Pascal)", "TITAN X"),
+        ("Quadro P6000", "Quadro P6000"),
+        ("Tesla V100S-PCIE-32GB", "V100S"),
+        ("Tesla V100-DGXS-32GB", "V100 32GB"),
+        ("NVIDIA GeForce GTX 1650 Ti", "GTX 1650 Ti Laptop"),  # only sold in laptops
+        ("GTX 1660 Ti mobile", "GTX 1660 Ti Laptop"),
+        ("RTX 2080 Super Laptop", "RTX 2080 SUPER Laptop"),
+        ("NVIDIA RTX A5000 Laptop GPU", "RTX A5000 Laptop"),
+        ("NVIDIA RTX 3500 Ada Generation Laptop GPU", "RTX 3500 Ada Laptop"),
+        ("H20 141GB", "H20 141GB"),
+        ("NVIDIA GH200 120GB", "GH200 96GB"),  # 120 GB is the memory of its CPU
+        ("NVIDIA GB200", "GB200"),
+        ("ASUS TUF Gaming RTX 3090 OC", "RTX 3090"),
+        ("MSI GeForce RTX 4090 SUPRIM X 24G", "RTX 4090"),
+        ("Gigabyte RTX 3060 Eagle", "RTX 3060"),
+        ("RTX 3090 FE", "RTX 3090"),
+        ("Colab T4", "T4"),
+        ("HGX H100", "H100 80GB"),
+        ("NVIDIA® GeForce RTX™ 3060", "RTX 3060"),
     ],
 )
 def test_a_card_is_found_by_its_usual_names(given, found):
@@ -81,11 +103,19 @@ def test_every_card_is_found_by_its_own_name(card):
     [
         ("2x RTX 3090", "name one card; for 2 of them, --gpu 'RTX 3090' --launch zero3 --num_processes 2"),
         ("A100 80GB x4", "name one card; for 4 of them, --gpu 'A100 80GB'"),
+        ("two 3090s", "name one card; for 2 of them, --gpu '3090s'"),
+        ("8 H100", "name one card; for 8 of them, --gpu 'H100'"),
+        *(
+            (name, "is a slice of a card.*--gpu_memory")
+            for name in ("A100 MIG 3g.40gb", "MIG 1g.10gb", "NVIDIA L40S-48Q")
+        ),
+        ("B300", "unknown GPU 'B300'; similar names are .*B200"),
+        ("12 GB", "or its memory with --gpu_memory"),
         ("RTX 4090 48GB", "that card comes with 24 GB; for another size give --gpu_memory 48GB"),
         ("A100 60GB", "that card comes with 40 or 80 GB"),
         *(
             (name, "is not predicted: .*CUDA.*--gpu_memory")
-            for name in ("MI300X", "RX 7900 XTX", "Radeon PRO W7900", "gfx1100")
+            for name in ("MI300X", "RX 7900 XTX", "7900 XTX", "9070 XT", "Radeon PRO W7900", "gfx1100")
         ),
         *(
             (name, "is not predicted: .*CUDA.*--gpu_memory")
@@ -174,3 +204,39 @@ def test_memory_of_other_programs_reduces_the_budget(free, own, taken):
     assert card.taken_bytes == taken * MIB
     assert card.budget_bytes == Cuda(card).budget_bytes == (15_000 - taken) * MIB
     assert any("other programs use" in note for note in Cuda(card).notes) == bool(taken)
+
+
+@pytest.mark.parametrize(
+    ("given", "gib", "context_mib"),
+    [
+        *((name, 11.76, 294) for name in ("12", "12GB", "12 gb", "12G")),  # as an RTX 3060 reports
+        ("24GB", 23.52, 294),
+        ("12GiB", 12, 0),
+        ("12884901888", 12, 0),  # bytes
+        ("12288MiB", 12, 0),
+    ],
+)
+def test_a_size_in_gb_is_that_of_a_card_sold_so_and_one_in_gib_is_exact(given, gib, context_mib):
+    card = generic_card(given)
+    assert card.budget_bytes == pytest.approx(gib * GIB, abs=1)
+    assert card.context_bytes == context_mib * MIB
+
+
+@pytest.mark.parametrize("given", ["0", "-12", "0GB", "many", "12 bananas"])
+def test_a_size_that_means_nothing_is_refused(given):
+    with pytest.raises(UserError, match="24GiB"):
+        generic_card(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "split"),
+    [
+        ("2x RTX 3090", (2, "RTX 3090")),
+        ("RTX 3090 x2", (2, "RTX 3090")),
+        ("dual 3090", (2, "3090")),
+        ("RTX 3090", (1, "RTX 3090")),
+        ("7900 XTX", (1, "7900 XTX")),
+    ],
+)
+def test_the_number_of_cards_is_split_from_the_name(given, split):
+    assert split_count(given) == split

@@ -1,20 +1,26 @@
 """Every architecture in the catalogue has the number of parameters that its authors publish."""
 
 import json
+from datetime import date
 
 import pytest
 import torch
 from tiny_models import CONFIGS, SPECIAL
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from toolkit.models.catalogue import ENTRIES, config_of, find, names, separate_head
+from toolkit.models.catalogue import config_of, entries, find, names, separate_head, similar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.names[0])
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.names[0])
 def test_an_entry_has_the_published_number_of_parameters(entry):
     config = config_of(entry.names[0])
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if (
+        config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ):  # the published number counts the images' part too
+        auto = AutoModelForImageTextToText
     with torch.device("meta"):
         model = auto.from_config(config)
     separate_head(model, entry.names[0])
@@ -23,15 +29,82 @@ def test_an_entry_has_the_published_number_of_parameters(entry):
 
 def test_names_are_unique_and_cover_the_families():
     assert len({name.lower() for name in names()}) == len(names())
-    assert {entry.model_type for entry in ENTRIES} == {
-        *("t5", "mt5", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
+    assert {entry.model_type for entry in entries()} >= {
+        *(
+            "t5",
+            "mt5",
+            "t5gemma",
+            "bart",
+            "pegasus",
+            "mbart",
+            "gpt2",
+            "gpt_oss",
+            "olmo2",
+            "olmo3",
+            "granite",
+            "smollm3",
+            "mixtral",
+        ),
+        *("llama", "mllama", "llama4", "qwen2", "qwen3", "qwen3_moe", "mistral", "mistral3", "phi", "phi3"),
+        *("gemma", "gemma2", "gemma3_text", "gemma3"),
     }
 
 
-def test_case_does_not_matter_and_an_unknown_model_gives_nothing():
-    assert find("META-LLAMA/llama-3.2-1b") is find("meta-llama/Llama-3.2-1B")
+def test_every_entry_says_when_it_was_checked():
+    assert all(date.fromisoformat(entry.checked) >= date(2026, 11, 1) for entry in entries())
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [
+        ("META-LLAMA/llama-3.2-1b", "meta-llama/Llama-3.2-1B"),  # case does not matter
+        ("unsloth/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.2-3B"),
+        ("unsloth/gemma-3-4b-it", "google/gemma-3-4b-pt"),
+        ("unsloth/mistral-7b-instruct-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("unsloth/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("NousResearch/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "meta-llama/Llama-3.1-8B"),
+        ("facebook/bart-large-xsum", "facebook/bart-large-cnn"),
+        ("google/t5gemma-2b-2b-prefixlm-it", "google/t5gemma-2b-2b-ul2"),
+    ],
+)
+def test_a_variant_or_a_mirror_has_the_shape_of_its_base(given, base):
+    assert find(given) is find(base)
+
+
+def test_a_variant_changes_only_the_fields_that_its_line_names():
+    base, variant = config_of("Qwen/Qwen3-4B"), config_of("Qwen/Qwen3-4B-Instruct-2507")
+    assert (base.max_position_embeddings, variant.max_position_embeddings) == (40960, 262144)
+    assert base.hidden_size == variant.hidden_size == 2560
+    assert find("Qwen/Qwen3-4B-Instruct-2507").parameters == 4_022_468_096
+
+
+def test_a_mirror_that_rebuilt_a_model_has_its_own_line():
+    assert find("unsloth/phi-4").model_type == "llama"  # microsoft's is phi3, with fused projections
+    assert find("unsloth/Phi-3.5-mini-instruct") is None
+
+
+def test_an_unknown_model_gives_nothing():
     assert find("nobody/nothing") is None
     assert config_of("nobody/nothing") is None
+    assert similar("nobody/nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("Llama-3.2-3B", "meta-llama/Llama-3.2-3B"),
+        ("meta-lama/Llama-3.2-1B-Instuct", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("qwen3-4b", "Qwen/Qwen3-4B"),
+        ("gemma3-4b-it", "google/gemma-3-4b-it"),
+        ("Phi4", "microsoft/phi-4"),
+        ("flan-t5-basse", "google/flan-t5-base"),
+        ("bart-large-cnn", "facebook/bart-large-cnn"),
+        ("Mistral-Nemo-Instruct", "mistralai/Mistral-Nemo-Instruct-2407"),
+    ],
+)
+def test_a_short_or_misspelt_name_gets_the_nearest_first(given, near):
+    assert similar(given)[0] == near
 
 
 def t5_folder(folder, heads, weights):

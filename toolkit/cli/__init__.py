@@ -36,7 +36,9 @@ def parser() -> CommandParser:
         "machine's GPU, or its CPU without one)",
     )
     command.add_argument(
-        "--gpu_memory", metavar="SIZE", help="instead of --gpu: a GPU with this much usable memory, such as 24GiB"
+        "--gpu_memory",
+        metavar="SIZE",
+        help="instead of --gpu: 24GB or 24 for a card sold as 24 GB, 24GiB for as much usable memory",
     )
     command.add_argument(
         "--launch",

@@ -25,6 +25,7 @@ def predict(args: argparse.Namespace) -> int:
             gpu_memory=args.gpu_memory,
             launch=args.launch,
             num_processes=args.num_processes,
+            advise=True,
         )
         if args.json:
             import json

@@ -43,10 +43,10 @@ def models(args: argparse.Namespace) -> None:
     from toolkit.cli.output import clean_stdout
 
     with clean_stdout():
-        from toolkit.models.catalogue import ENTRIES
+        from toolkit.models import catalogue
     entries: list[dict[str, Any]] = [
         {"id": name, "architecture": entry.model_type, "parameters": entry.parameters}
-        for entry in ENTRIES
+        for entry in catalogue.entries()
         for name in entry.names
     ]
     rows = [[entry["id"], entry["architecture"], f"{entry['parameters']:,}"] for entry in entries]

@@ -88,6 +88,7 @@ class Ledger:
     budget_bytes: int | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    assumed: Mapping[str, Any] = field(default_factory=dict)  # the batch, the precision and the data of a prediction
     processes: int = 1  # of the run; the ledger describes one of them
     engine: str | None = None  # "ZeRO-3"; None: unknown
     host_bytes: int = 0  # offloaded to the memory of one machine, by all of its processes
@@ -148,6 +149,7 @@ class Ledger:
             "device": self.device,
             "stack": dict(self.stack),
             "config": dict(self.config),
+            "assumed": dict(self.assumed),
             "peak": {
                 "allocated_bytes": self.allocated_bytes,
                 "reserved_bytes": self.reserved_bytes,
@@ -196,6 +198,7 @@ class Ledger:
                 budget_bytes=data["budget_bytes"],
                 seconds=data["seconds"],
                 notes=tuple(data["notes"]),
+                assumed=data.get("assumed", {}),
                 processes=data.get("processes", 1),
                 engine=data.get("engine"),
                 host_bytes=data.get("host_bytes", 0),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -72,8 +73,25 @@ def print_ledger(console: Console, ledger: Ledger) -> None:
     table.add_row("allocated, peak", *[format_bytes(use.allocated_peak_bytes) for _, use in columns], style="bold")
     table.add_row("allocated, at the end", *[format_bytes(use.allocated_end_bytes) for _, use in columns])
     console.print(table)
+    if ledger.assumed:
+        console.print(f"assumed: {assumptions(ledger.assumed)}", markup=False)
     for note in ledger.notes:
         console.print(f"note: {note}")
+
+
+def assumptions(assumed: Mapping[str, Any]) -> str:
+    """`Ledger.assumed` in words: `4 rows of 512 tokens, 2 times a step; bf16, weights bfloat16; no gradient checkpointing; ...`."""
+    target = f" and targets of {assumed['target_tokens']}" if assumed["target_tokens"] else ""
+    times = assumed["gradient_accumulation_steps"]
+    return "; ".join(
+        (
+            f"{assumed['rows']} rows of {assumed['tokens']} tokens{target}"
+            + (f", {times} times a step" if times > 1 else ""),
+            f"{assumed['precision']}, weights {assumed['weights']}",
+            f"{'' if assumed['gradient_checkpointing'] else 'no '}gradient checkpointing",
+            assumed["data"],
+        )
+    )
 
 
 def print_comparison(console: Console, predicted: Ledger, measured: Ledger) -> None:

@@ -28,6 +28,9 @@ EMBEDDED = {
     "max_length": 256,
     "max_target_length": 48,
 }
+# Rows of one forward pass, and how many passes make one optimizer step: 8 rows a step, as Trainer's own default. Halves of it fit
+# cards with 12 GB: LoRA of Llama-3.2-1B and, with checkpointing, QLoRA of Llama-3.1-8B.
+CONSUMER_BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 KBIT_UPCAST = (
     "With a quantized base: hold what is not quantized in fp32 (all, PEFT's own preparation) or leave it in the type that it "
     "is computed in, which needs less memory (none, the default of recipes/qlora.py)."
@@ -65,9 +68,14 @@ class Method(ABC):
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Default settings, by flag name; `given` holds the user's flags."""
-        embedded = given.get("model_name_or_path") is None
-        return cls.training_defaults | (cls.embedded_defaults if embedded else {})
+        """Default settings, by flag name; `given` holds the user's flags.
+
+        Trainer's own accumulation (1) goes with a batch size that the user gives.
+        """
+        if given.get("model_name_or_path") is None:
+            return cls.training_defaults | cls.embedded_defaults
+        batch = CONSUMER_BATCH if cls.trains and "per_device_train_batch_size" not in given else {}
+        return batch | cls.training_defaults
 
     @classmethod
     def optimizer(cls, on_gpu: bool) -> tuple[str | None, str]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
+from toolkit.models.hub import hub_id
 
 
 @dataclass
@@ -42,8 +43,8 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        self.model_name_or_path = lasting_path(self.model_name_or_path)
-        self.tokenizer_name = lasting_path(self.tokenizer_name)
+        self.model_name_or_path = lasting_path(self.model_name_or_path and hub_id(self.model_name_or_path))
+        self.tokenizer_name = lasting_path(self.tokenizer_name and hub_id(self.tokenizer_name))
 
     def check(self, given: dict[str, Any]) -> None:
         """Raises UserError for flags that exclude each other or would have no effect."""

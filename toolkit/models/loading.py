@@ -41,6 +41,7 @@ from toolkit.models.heads import (
     head_modules,
     keeps_head,
 )
+from toolkit.models.hub import check_reachable, did_you_mean, unreachable
 from toolkit.models.meta import model_on_meta
 from toolkit.models.quantization import quantization_config
 
@@ -79,6 +80,8 @@ def load_model_config(
             raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
     try:
         known = None if needs_weights or args.is_local else catalogue.config_of(source)
+        if known is None and not args.is_local:
+            check_reachable(source, args.model_revision)
         config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_why_not(source, error)) from None
@@ -109,11 +112,9 @@ def _why_not(source: str, error: Exception) -> str:
             "or give a model that is open"
         )
     if any(isinstance(c, RepositoryNotFoundError) for c in causes):
-        return f"{source} is not on the hub (or is private: `hf auth login`); check the spelling of user/name"
+        return f"{source} is not on the hub (or is private: `hf auth login`){did_you_mean(source)}; check the spelling of user/name"
     if any(isinstance(c, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError) for c in causes):
-        return (
-            f"{source} is not in the local cache and the hub cannot be reached; go online once, or give a local folder"
-        )
+        return unreachable(source)
     if "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
         import transformers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def predict(
     gpu_memory: str | int | None = None,
     launch: str | Path | None = None,
     num_processes: int | None = None,
+    advise: bool = False,
     **settings: Setting,
 ) -> Ledger:
     """Predicts the memory of a run of `recipes/METHOD.py`, without weights, data or GPU. `footprint predict` shows the same.
@@ -35,10 +37,13 @@ def predict(
     Args:
         method: a recipe's name; `methods()` lists them.
         flags: the recipe's flags, word by word as on the command line (`"--max_length", "512"`).
-        gpu: the usual name of a GPU, which need not be in this machine. Default: this machine's GPU, or its CPU without one.
-        gpu_memory: instead of `gpu`, a GPU with this much usable memory: `"24GiB"`, or a number of bytes.
+        gpu: the usual name of a GPU, which need not be in this machine. Default: this machine's GPU, or its CPU without one. With
+            `launch`, "2x RTX 3090" also gives the number of processes.
+        gpu_memory: instead of `gpu`, a GPU with this much usable memory: `"24GiB"`, or a number of bytes; `"24GB"` or `24` is a
+            card sold as 24 GB.
         launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
         num_processes: the number of processes, instead of the launch file's own.
+        advise: where the run does not fit, search the nearest setting that does by more predictions; the first note names it.
         settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping becomes JSON,
             and None leaves the flag out. They override `flags`.
 
@@ -51,10 +56,21 @@ def predict(
     """
     if gpu and gpu_memory:
         raise UserError("--gpu and --gpu_memory exclude each other; give one of them")
+    if gpu and launch is not None:  # "2x RTX 3090": each process has one of them
+        from toolkit.memory.cuda.cards import split_count
+
+        count, gpu = split_count(gpu)
+        if count > 1 and num_processes not in (None, count):
+            raise UserError(
+                f"--gpu names {count} cards, --num_processes {num_processes}; give the same number, or one card"
+            )
+        num_processes = count if count > 1 else num_processes
     if num_processes is not None and launch is None:
         raise UserError(
             "--num_processes has no effect without --launch; add for instance --launch zero3, or leave it out"
         )
+    words = [*flags, *_as_flags(settings)]
+    _check_model_name(words)
     import torch
 
     from toolkit.config import read_flags
@@ -62,16 +78,20 @@ def predict(
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
     from toolkit.methods import method_named
-    from toolkit.runs.prediction import PredictionJob, this_card
+    from toolkit.runs.prediction import PredictionJob, nearest_fit, this_card
 
     recipe = method_named(method)
     named = find_card(gpu) if gpu else generic_card(str(gpu_memory)) if gpu_memory else None
     environment = ONE_PROCESS if launch is None else read_launch_file(str(launch), num_processes)
-    parsed = read_flags(recipe, [*flags, *_as_flags(settings)])
+    parsed = read_flags(recipe, words)
     on_cpu = {**parsed.from_file, **parsed.given}.get("use_cpu")
-    job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()))
+    job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()), reads_data=True)
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
-    return job.predict_in_subprocess() if apart else job.predict()
+    run = PredictionJob.predict_in_subprocess if apart else PredictionJob.predict
+    ledger = run(job)
+    if ledger.fits or not advise:
+        return ledger
+    return replace(ledger, notes=(nearest_fit(job, ledger, run), *ledger.notes))
 
 
 def load_run(path: str | Path) -> FinishedRun:
@@ -96,6 +116,24 @@ def methods() -> dict[str, type[Method]]:
     from toolkit.methods import METHODS
 
     return dict(METHODS)
+
+
+def _check_model_name(words: Sequence[str]) -> None:
+    """Checks the model that the flags `words` name before PyTorch is imported, so that a misspelt name is refused at once.
+
+    Raises: UserError for a name that no model can have, and for one that is not known here while the hub cannot be reached.
+    """
+    from toolkit.models import catalogue
+    from toolkit.models.arguments import looks_like_path
+    from toolkit.models.hub import check_reachable, hub_id
+
+    values: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        flag, equals, value = word.partition("=")
+        values[flag.replace("-", "_")] = value if equals else following
+    name = hub_id(values.get("__model_name_or_path", ""))
+    if name and not looks_like_path(name) and catalogue.find(name) is None:
+        check_reachable(name, values.get("__model_revision"))
 
 
 def _as_flags(settings: Mapping[str, Setting]) -> list[str]:

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,14 +18,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from toolkit.config import Config, Flags, configure, read_flags
 from toolkit.console import console, is_main, say
-from toolkit.data.loading import label_names, lengths
+from toolkit.data.loading import label_names, lengths, load_data
 from toolkit.data.shared_rows import SharedRows, shared_length
 from toolkit.distributed.deepspeed import without_partitioning
 from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.launch_files import LaunchEnvironment
 from toolkit.distributed.ranks import broadcast_from_main
 from toolkit.errors import LESS_MEMORY, UserError
-from toolkit.memory.cuda.cards import Card, card_of_device
+from toolkit.memory.cuda.cards import CARDS, Card, card_of_device
 from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger, LedgerError
 from toolkit.memory.measure import MemoryCallback
@@ -35,22 +35,32 @@ from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
 from toolkit.memory.trace import Sink
 from toolkit.methods import METHODS
 from toolkit.models import catalogue
+from toolkit.models.arguments import looks_like_path
 from toolkit.models.heads import has_head, set_head
-from toolkit.models.loading import build_on_meta
+from toolkit.models.hub import TOKENIZER_FILE, check_reachable
+from toolkit.models.loading import build_on_meta, load_tokenizer
 from toolkit.models.quantization import Packed
-from toolkit.runs.preflight import check_combination
+from toolkit.runs.preflight import check_checkpointing, check_combination
 from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
 
 Batch = dict[str, torch.Tensor]
 SUPPORTED_ENGINES = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
+SHORTEST = 64  # the fewest tokens that `nearest_fit` tries
 ORDINARY_TOKEN_ID = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
 
 def predict_run(
-    config: Config, device: Device = CPU, batches: list[Batch] | None = None, sinks: Sequence[Sink] = ()
+    config: Config,
+    device: Device = CPU,
+    batches: list[Batch] | None = None,
+    sinks: Sequence[Sink] = (),
+    reads_data: bool = False,
 ) -> Ledger:
     """The ledger of two optimizer steps over `batches` (one for each forward pass), by default over the worst batch.
+
+    With `reads_data` the worst batch has rows as long as the longest of --dataset_name; without it, or without that flag, as long
+    as the flags allow.
 
     Inside `simulated_rank.world` it is the ledger of that rank; every rank gets the same batches. `sinks` receive the trace of
     the steps.
@@ -73,13 +83,18 @@ def predict_run(
     _refuse_unpredicted(config)
     check_combination(config)
     passes = STEPS * training.gradient_accumulation_steps
-    batches = batches or [worst_batch(config, model_config)] * passes
+    assumed: dict[str, Any] = {}
+    if not batches:
+        longest, data_text = _longest_rows(config, model_config, reads_data)
+        batches = [worst_batch(config, model_config, longest)] * passes
+        assumed = _assumed(config, batches[0], data_text)
     batches = [batch for batch in batches for _ in range(processes())]  # the data loader deals batches to ranks in turn
 
     warnings: set[str] = set()
 
     def build() -> PreTrainedModel:
         model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
+        check_checkpointing(config, model)
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.dtype)):
             warnings.add(warning)
@@ -111,7 +126,8 @@ def predict_run(
         notes += (
             "a paged optimizer's state is not in the peak: the driver keeps it in the card's free memory or on the host",
         )
-    return replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes(), notes=notes)
+    ledger = replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes())
+    return replace(ledger, notes=notes, assumed=assumed)
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,7 @@ class PredictionJob:
     launch: LaunchEnvironment
     card: Card | None = None  # None: the processes compute on CPUs
     batches: list[Batch] | None = None  # of rank 0, which is then predicted; None: the rank that needs the most memory
+    reads_data: bool = False  # whether rows are as long as the longest of --dataset_name
 
     @classmethod
     def of(cls, method: str, argv: Sequence[str], launch: LaunchEnvironment, card: Card | None, **others: Any) -> Self:
@@ -144,12 +161,14 @@ class PredictionJob:
         device = CPU if self.card is None else Cuda(self.card)
         method, engine = METHODS[self.method], self.launch.engine
         if engine.kind is EngineKind.NONE:
-            return predict_run(configure(method, self.flags, self.card), device, self.batches)
+            return predict_run(
+                configure(method, self.flags, self.card), device, self.batches, reads_data=self.reads_data
+            )
         with world(self.launch.of_rank(0)):
             config = configure(method, self.flags, self.card)
         last = engine.kind in (EngineKind.ZERO_1, EngineKind.ZERO_2) and self.batches is None
         with world(self.launch.of_rank(self.launch.processes - 1 if last else 0)):
-            return predict_run(config, device, self.batches)
+            return predict_run(config, device, self.batches, reads_data=self.reads_data)
 
     def predict_in_subprocess(self) -> Ledger:
         """`predict` in a separate process without visible GPUs: this process may have a process group, and engines use visible GPUs.
@@ -179,6 +198,78 @@ def run_job(folder: str) -> None:
         (Path(folder) / "refused").write_text(str(error), encoding="utf-8")
 
 
+def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[PredictionJob], Ledger]) -> str:
+    """One sentence for a job that does not fit, whose `ledger` was predicted: the nearest setting that fits, with its flags.
+
+    The settings are tried by `predict`, one after the other, and kept: checkpointing, fewer rows with as many a step, 4 bits, and
+    shorter rows. If none is enough: the method or the card that would be. It prints each trial on standard error.
+    """
+    budget, assumed, method = ledger.budget_bytes or 0, ledger.assumed, METHODS[job.method]
+    states = ("parameters", "gradients", "optimizer_state")  # the batch does not change them
+
+    def too_large(found: Ledger) -> bool:
+        last = found.phases["optimizer_step"].categories
+        return sum(nbytes for name, nbytes in last.items() if name.startswith(states)) > budget
+
+    def tried(name: str, changes: Mapping[str, Any]) -> Ledger | None:
+        print(f"does not fit; trying {name} {_as_words(changes)}", file=sys.stderr, flush=True)
+        # more accumulated passes than two change no peak
+        passes = min(2, changes.get("gradient_accumulation_steps", assumed["gradient_accumulation_steps"]))
+        given = {**job.flags.given, **changes, "gradient_accumulation_steps": passes}
+        try:
+            return predict(replace(job, method=name, flags=replace(job.flags, given=given)))
+        except UserError:
+            return None  # this method, model or engine does not allow it
+
+    rows, step_rows = assumed["rows"], assumed["rows"] * assumed["gradient_accumulation_steps"]
+    halves = [rows >> n for n in range(1, rows.bit_length())]
+    fewer = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": -(-step_rows // n)} for n in halves]
+    shorter = [{"max_length": n} for n in (assumed["tokens"] // 2, assumed["tokens"] // 4) if n >= SHORTEST]
+    four_bits = [{"load_in_4bit": True}] if method.freezes_base and "bit" not in assumed["weights"] else []
+    checkpointing = [] if assumed["gradient_checkpointing"] else [{"gradient_checkpointing": True}]
+    kept: dict[str, Any] = {}
+    last = least = ledger
+    first, second = (four_bits, []) if too_large(ledger) else ([], four_bits)
+    for change in (*first, *checkpointing, *fewer, *second, *shorter):
+        if "load_in_4bit" not in change and too_large(last):
+            continue
+        found = tried(job.method, kept | change)
+        if found is None:
+            continue
+        kept |= change
+        last, least = found, min(least, found, key=lambda one: one.needed_bytes)
+        if found.fits:
+            return f"it fits with {_as_words(kept)}: {format_bytes(found.needed_bytes)}"
+    nothing = f"no batch size, length or checkpointing is enough for {job.method}"
+    if not method.freezes_base:
+        small = {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": step_rows,
+            "gradient_checkpointing": True,
+        }
+        found = tried("qlora", small)
+        if found is not None and found.fits:
+            return f"{nothing}; another method is: qlora {_as_words(small)} ({format_bytes(found.needed_bytes)})"
+    large = [
+        card
+        for card in CARDS
+        if card.budget_bytes >= least.needed_bytes - (least.context_bytes or 0) + card.context_bytes
+    ]
+    card = min(large, key=lambda card: card.budget_bytes, default=None)
+    asked = f"with {_as_words(kept)} it needs" if kept else "it needs"
+    enough = (
+        "no card that footprint gpus lists has"
+        if card is None
+        else f"the smallest card that footprint gpus lists is {card.name}"
+    )
+    return f"{nothing}; {asked} {format_bytes(least.needed_bytes)}, and {enough}" + (" as much" if card is None else "")
+
+
+def _as_words(changes: Mapping[str, Any]) -> str:
+    """`{"max_length": 256}` -> `"--max_length 256"`; a flag that is only switched on stands alone."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+
+
 def _refuse_unpredicted(config: Config) -> None:
     """Raises UserError for engines and options whose memory the shadow step cannot predict."""
     engine = config.engine
@@ -193,8 +284,61 @@ def _refuse_unpredicted(config: Config) -> None:
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is only predicted for adamw_torch_fused")
 
 
-def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
+def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bool) -> tuple[tuple[int, int], str]:
+    """The tokens of the longest row and of the longest target (0: there is none), and where they come from, in words.
+
+    With `reads_data` and --dataset_name the rows are read and tokenized as for a run.
+
+    Raises: UserError for a length beyond the model's positions, and for data or a tokenizer that cannot be read.
+    """
+    data, virtual_tokens = config.data, config.method.virtual_tokens
+    reads_data = reads_data and data.dataset_name is not None
+    rows_found = data.read() if reads_data else None  # also decides the task, on which the lengths depend
+    length, target_length, _ = lengths(data, model_config, virtual_tokens=virtual_tokens)
+    if not reads_data:
+        unread = "--dataset_name was not read" if data.dataset_name else "no --dataset_name was given"
+        return (length, target_length), f"rows as long as the flags allow ({unread})"
+    try:
+        source = config.model.tokenizer_name or config.model.source
+        if not looks_like_path(source):
+            check_reachable(
+                source, None if config.model.tokenizer_name else config.model.model_revision, TOKENIZER_FILE
+            )
+        tokenizer = load_tokenizer(config.model)
+    except UserError as error:
+        raise UserError(
+            f"--dataset_name {data.dataset_name} is counted in tokens, which needs the tokenizer: {error}; without --dataset_name "
+            "rows of --max_length tokens are predicted"
+        ) from None
+    rows = load_data(data, model_config, tokenizer, virtual_tokens, rows_found).train
+    longest = max(map(len, rows["input_ids"]))
+    if model_config.is_encoder_decoder and not has_head(model_config):
+        target_length = max(map(len, rows["labels"]))
+    return (longest, target_length), f"rows as long as the longest of the {len(rows):,} rows of {data.dataset_name}"
+
+
+def _assumed(config: Config, batch: Batch, data: str) -> dict[str, Any]:
+    """What a prediction for `batch` rests on, for `Ledger.assumed`; `data` says in words how long the rows are."""
+    training, model = config.training, config.model
+    rows, length = batch["input_ids"].shape
+    target = batch["labels"].shape[1] if "decoder_input_ids" in batch else 0
+    weights = f"4-bit {model.bnb_4bit_quant_type}" if model.load_in_4bit else "8-bit" if model.load_in_8bit else ""
+    return {
+        "rows": rows,
+        "tokens": length,
+        "target_tokens": target,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
+        "weights": weights or str(config.dtype).removeprefix("torch."),
+        "gradient_checkpointing": bool(training.gradient_checkpointing),
+        "data": data,
+    }
+
+
+def worst_batch(config: Config, model_config: PreTrainedConfig, longest: tuple[int, int] | None = None) -> Batch:
     """`per_device_train_batch_size` rows of `max_length` tokens; ids, masks and labels are (rows, length), int64.
+
+    `longest`: the tokens of a row and of its target, instead of what the flags allow.
 
     All rows but the first end with one padding token, because attention kernels need more memory with a mask. For T5-like
     models the labels are (rows, `max_target_length`), as are the decoder's inputs. For a head the labels are (rows,), and each
@@ -204,7 +348,7 @@ def worst_batch(config: Config, model_config: PreTrainedConfig) -> Batch:
     Raises: UserError for a length beyond the model's positions.
     """
     rows = config.training.per_device_train_batch_size
-    length, target_length, _ = lengths(config.data, model_config, virtual_tokens=config.method.virtual_tokens)
+    length, target_length = longest or _longest_rows(config, model_config, reads_data=False)[0]
     length = shared_length(length, config.engine.sequence_parallel_size)
     ids = torch.full((rows, length), ORDINARY_TOKEN_ID)
     mask = torch.ones_like(ids)
@@ -262,12 +406,13 @@ def this_card() -> Card | None:
     return card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, *memory)
 
 
-def _predicted_here(config: Config, batches: list[Batch] | None = None) -> Ledger:
+def _predicted_here(config: Config, batches: list[Batch] | None = None, reads_data: bool = False) -> Ledger:
     """The predicted ledger of the run to which this process belongs, on its own device."""
     card = this_card() if config.training.device.type == "cuda" else None
     if config.engine.kind is EngineKind.NONE:
-        return predict_run(config, CPU if card is None else Cuda(card), batches)
-    return PredictionJob(config.method.name, config.as_flags(), config.launch, card, batches).predict_in_subprocess()
+        return predict_run(config, CPU if card is None else Cuda(card), batches, reads_data=reads_data)
+    job = PredictionJob(config.method.name, config.as_flags(), config.launch, card, batches, reads_data)
+    return job.predict_in_subprocess()
 
 
 def show_prediction(config: Config) -> None:
@@ -275,7 +420,7 @@ def show_prediction(config: Config) -> None:
 
     Raises: UserError if it cannot be predicted.
     """
-    broadcast_from_main(lambda: print_ledger(console, _predicted_here(config)))
+    broadcast_from_main(lambda: print_ledger(console, _predicted_here(config, reads_data=True)))
 
 
 def say_prediction(config: Config) -> None:

@@ -92,6 +92,7 @@ def prepare(config: Config) -> Preflight:
             data.remarks.extend(_head_remarks(model_config, data.prompt_tokenizer.label_names))
         set_head(model_config, data.prompt_tokenizer.label_names, tokenizer.pad_token_id)
     base = build_on_meta(config.model, model_config, config.dtype)
+    check_checkpointing(config, base)
     packed = Packed.of(base)
     model = config.method.attach(base)
     if config.method.trains:
@@ -116,6 +117,15 @@ def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[
         ]
     pairs = [name if name == mine else f"{mine} is {name}" for mine, name in zip(own, label_names, strict=True)]
     return [f"the checkpoint's own head is kept, with the classes in its order: {', '.join(pairs)[:200]}"]
+
+
+def check_checkpointing(config: Config, model: PreTrainedModel) -> None:
+    """Raises UserError for gradient checkpointing of an architecture that does not support it."""
+    if config.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient_checkpointing: {config.model.source} is a {model.config.model_type} model, for which transformers cannot "
+            "recompute activations; give --gradient_checkpointing false"
+        )
 
 
 def check_engine(engine: Engine, training: TrainArguments) -> None:
@@ -395,7 +405,8 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed) -> None:
     say(
         "batch",
         f"{rows_per_step} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-        f"accumulated x {training.world_size} processes",
+        f"accumulated x {training.world_size} processes"
+        + ("; activations are recomputed in the backward pass" if training.gradient_checkpointing else ""),
     )
     if training.load_best_model_at_end:
         patience = training.early_stopping_patience

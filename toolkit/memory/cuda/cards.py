@@ -29,6 +29,9 @@ from toolkit.errors import UserError
 from toolkit.units import GIB, MIB, parse_bytes
 
 _UNREPORTED_SHARE = 0.965  # of the nominal size, for cards without a known capacity
+_SOLD_SHARE = (
+    0.98  # of the nominal size, for a card of which only that is known: 11.76 GiB of 12, 23.52 of 24, 31.37 of 32
+)
 _CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB  # with up to 1,536 threads
 _OF_2048_THREADS = ((8, 0), (9, 0), (10, 0))  # compute capabilities
 
@@ -110,24 +113,44 @@ BLACKWELL_DATACENTER, BLACKWELL = (10, 0), (12, 0)
 
 # name, capability, multiprocessors, nominal GiB, total GiB that PyTorch prints; context MiB and report where known
 CARDS: tuple[Card, ...] = (
+    _card("GT 1030", PASCAL, 3, 2),
+    _card("GTX 1050", PASCAL, 5, 2),
+    _card("GTX 1050 3GB", PASCAL, 6, 3),
     _card("GTX 1050 Ti", PASCAL, 6, 4),
     _card("GTX 1060", PASCAL, 10, 6),
+    _card("GTX 1060 3GB", PASCAL, 9, 3),
+    _card("GTX 1060 Laptop", PASCAL, 10, 6),
+    _card("GTX 1070 Laptop", PASCAL, 16, 8),
+    _card("GTX 1080 Laptop", PASCAL, 20, 8),
     _card("GTX 1070", PASCAL, 15, 8),
     _card("GTX 1070 Ti", PASCAL, 19, 8),
     _card("GTX 1080", PASCAL, 20, 8),
     _card("GTX 1080 Ti", PASCAL, 28, 11),
     _card("TITAN Xp", PASCAL, 30, 12),
+    _card("TITAN X", PASCAL, 28, 12),
+    _card("Quadro P2000", PASCAL, 8, 5),
+    _card("Quadro P4000", PASCAL, 14, 8),
+    _card("Quadro P5000", PASCAL, 20, 16),
+    _card("Quadro P6000", PASCAL, 30, 24),
     _card("P4", PASCAL, 20, 8),
     _card("P40", PASCAL, 30, 24),
     _card("P100", PASCAL_DATACENTER, 56, 16),
+    _card("P100 12GB", PASCAL_DATACENTER, 56, 12),
+    _card("Quadro GP100", PASCAL_DATACENTER, 56, 16),
     _card("V100 16GB", VOLTA, 80, 16),
     _card("V100 32GB", VOLTA, 80, 32),
+    _card("V100S", VOLTA, 80, 32),
+    _card("Quadro GV100", VOLTA, 80, 32),
     _card("TITAN V", VOLTA, 80, 12),
+    _card("GTX 1630", TURING, 8, 4),
     _card("GTX 1650", TURING, 14, 4),
     _card("GTX 1650 SUPER", TURING, 20, 4),
+    _card("GTX 1650 Laptop", TURING, 16, 4),
+    _card("GTX 1650 Ti Laptop", TURING, 16, 4),
     _card("GTX 1660", TURING, 22, 6),
     _card("GTX 1660 SUPER", TURING, 22, 6),
     _card("GTX 1660 Ti", TURING, 24, 6, 5.79),
+    _card("GTX 1660 Ti Laptop", TURING, 24, 6),
     _card("RTX 2060", TURING, 30, 6, 5.79),
     _card("RTX 2060 12GB", TURING, 34, 12),
     _card("RTX 2070", TURING, 36, 8, 7.79),
@@ -135,15 +158,27 @@ CARDS: tuple[Card, ...] = (
     _card("RTX 2080", TURING, 46, 8, 7.79),
     _card("RTX 2080 SUPER", TURING, 48, 8, 7.79),
     _card("RTX 2080 Ti", TURING, 68, 11, 10.75),
+    _card("RTX 2060 Laptop", TURING, 30, 6),
+    _card("RTX 2070 Laptop", TURING, 36, 8),
+    _card("RTX 2070 SUPER Laptop", TURING, 40, 8),
+    _card("RTX 2080 Laptop", TURING, 46, 8),
+    _card("RTX 2080 SUPER Laptop", TURING, 48, 8),
     _card("TITAN RTX", TURING, 72, 24, 23.62),
     _card("Quadro RTX 4000", TURING, 36, 8),
     _card("Quadro RTX 5000", TURING, 48, 16),
     _card("Quadro RTX 6000", TURING, 72, 24),
     _card("Quadro RTX 8000", TURING, 72, 48, 44.49),
+    _card("T400", TURING, 6, 4),
+    _card("T600", TURING, 10, 4),
+    _card("T1000", TURING, 14, 4),
+    _card("T1000 8GB", TURING, 14, 8),
     _card("T4", TURING, 40, 16, 14.74, context_mib=140.875, report="hpcaitech/Open-Sora#697"),
+    _card("T4G", TURING, 40, 16),
+    _card("RTX 2050 Laptop", AMPERE, 16, 4),
     _card("RTX 3050", AMPERE, 20, 8),
     _card("RTX 3050 6GB", AMPERE, 18, 6),
     _card("RTX 3050 Laptop", AMPERE, 16, 4),
+    _card("RTX 3050 Laptop 6GB", AMPERE, 20, 6),
     _card("RTX 3050 Ti Laptop", AMPERE, 20, 4),
     _card("RTX 3060 8GB", AMPERE, 28, 8),
     _card("RTX 3060 Laptop", AMPERE, 30, 6),
@@ -161,6 +196,14 @@ CARDS: tuple[Card, ...] = (
     _card("RTX 3080 Ti Laptop", AMPERE, 58, 16),
     _card("RTX 3090", AMPERE, 82, 24, 23.68),
     _card("RTX 3090 Ti", AMPERE, 84, 24, 23.68),
+    _card("RTX A400", AMPERE, 6, 4),
+    _card("RTX A1000", AMPERE, 18, 8),
+    _card("RTX A1000 Laptop", AMPERE, 16, 4),
+    _card("RTX A2000 Laptop", AMPERE, 20, 4),
+    _card("RTX A3000 Laptop", AMPERE, 32, 6),
+    _card("RTX A4000 Laptop", AMPERE, 40, 8),
+    _card("RTX A5000 Laptop", AMPERE, 48, 16),
+    _card("RTX A5500 Laptop", AMPERE, 58, 16),
     _card("RTX A2000 6GB", AMPERE, 26, 6),
     _card("RTX A2000 12GB", AMPERE, 26, 12),
     _card("RTX A4000", AMPERE, 48, 16, 15.72),
@@ -194,6 +237,12 @@ CARDS: tuple[Card, ...] = (
     _card("RTX 4090", ADA, 128, 24, 23.52, report="Soul-AILab/SoulX-FlashTalk#5"),
     _card("RTX 4090 D", ADA, 114, 24),
     _card("RTX 4090 Laptop", ADA, 76, 16),
+    _card("RTX 2000 Ada Laptop", ADA, 24, 8),
+    _card("RTX 3000 Ada Laptop", ADA, 36, 8),
+    _card("RTX 3500 Ada Laptop", ADA, 40, 12),
+    _card("RTX 4000 Ada Laptop", ADA, 58, 12),
+    _card("RTX 5000 Ada Laptop", ADA, 76, 16),
+    _card("RTX 2000E Ada", ADA, 22, 16),
     _card("RTX 2000 Ada", ADA, 22, 16),
     _card("RTX 4000 Ada", ADA, 48, 20),
     _card("RTX 4500 Ada", ADA, 60, 24),
@@ -208,12 +257,14 @@ CARDS: tuple[Card, ...] = (
     _card("H100 PCIe", HOPPER, 114, 80),
     _card("H800", HOPPER, 132, 80),
     _card("H20", HOPPER, 78, 96),
+    _card("H20 141GB", HOPPER, 78, 141),
     _card("GH200 96GB", HOPPER, 132, 96),
     _card("GH200 144GB", HOPPER, 132, 144),
     _card("H100 NVL", HOPPER, 132, 94, 93.02),
     _card("H200", HOPPER, 132, 141, 139.72),
     _card("RTX 5060", BLACKWELL, 30, 8, 7.52),
     _card("RTX 5050", BLACKWELL, 20, 8),
+    _card("RTX 5050 Laptop", BLACKWELL, 20, 8),
     _card("RTX 5060 Laptop", BLACKWELL, 26, 8),
     _card("RTX 5060 Ti", BLACKWELL, 36, 8, 7.52),
     _card("RTX 5060 Ti 16GB", BLACKWELL, 36, 16, 15.46),
@@ -226,36 +277,52 @@ CARDS: tuple[Card, ...] = (
     _card("RTX 5090 Laptop", BLACKWELL, 82, 24),
     _card("RTX 5090", BLACKWELL, 170, 32, 31.37, report="Wan-Video/Wan2.1#465"),
     _card("RTX 5090 D", BLACKWELL, 170, 32),
+    _card("RTX PRO 2000 Blackwell", BLACKWELL, 34, 16),
+    _card("RTX PRO 3000 Laptop", BLACKWELL, 46, 12),
+    _card("RTX PRO 4000 Laptop", BLACKWELL, 60, 16),
+    _card("RTX PRO 5000 Laptop", BLACKWELL, 82, 24),
     _card("RTX PRO 4000 Blackwell", BLACKWELL, 70, 24),
     _card("RTX PRO 4500 Blackwell", BLACKWELL, 82, 32),
     _card("RTX PRO 5000 Blackwell", BLACKWELL, 110, 48),
+    _card("RTX PRO 5000 72GB", BLACKWELL, 110, 72),
     _card("RTX PRO 6000 Blackwell", BLACKWELL, 188, 96, 94.97),
     _card("B200", BLACKWELL_DATACENTER, 148, 180),
+    _card("GB200", BLACKWELL_DATACENTER, 148, 186),
 )
 
 
 # Words that do not distinguish cards: makers, form factors, and what drivers and shops add.
 _NOISE = re.compile(
     r"nvidia|geforce|tesla|quadro|\bgpu\b|graphics|generation|with max-?q design|max-?q|blackwell|"
-    r"(workstation|server|founders) edition|\bsff\b|sxm\d?|\bpg\d+|hbm\d?e?|g?ddr\dx?|[^a-z0-9]"
+    r"(workstation|server|founders) edition|\bsff\b|sxm\d?|\bpg\d+|hbm\d?e?|g?ddr\dx?|\b(dgxs|fhhl|hgx|dgx|mxm)\b|"
+    # makers of boards, their series, and where cards are rented
+    r"\b(asus|rog|strix|tuf|dual|proart|msi|ventus|(suprim|gaming)( x)?|trio|[23]x|evga|ftw3|gigabyte|aorus|eagle|windforce|pny|zotac|"
+    r"trinity|palit|gainward|inno3d|kfa2|galax|colorful|igame|lenovo|dell|hp|oc|fe|pascal|google|colab|kaggle|runpod|aws|azure|gcp)\b|"
+    r"[^a-z0-9]"
 )
 _MEMORY = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*g(?:i?b)?\b")  # "80GB", "80 GiB", "12G"
+_MEMORY_AS_SOLD = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb?)?")  # "12", "12GB", "12 G"; 12GiB is exact
+_PLURAL = re.compile(r"\b(\d{4})s\b")  # "3090s"
 _LAPTOP = re.compile(r"\b(laptop|mobile|notebook)\b")
-_SEVERAL = re.compile(r"^\s*(\d+)\s*[x×*]\s*(?=\S)|\s[x×*]\s*(\d+)\s*$")
+_NUMBERS = {"two": 2, "dual": 2, "three": 3, "four": 4, "quad": 4, "eight": 8}
+_SEVERAL = re.compile(
+    rf"^\s*(?:(\d{{1,2}})\s*[x×*]\s*(?=\S)|(\d{{1,2}}|{'|'.join(_NUMBERS)})\s+(?!x\s|gi?b\b)(?=\S))|\s[x×*]\s*(\d{{1,2}})\s*$"
+)
+_SLICE = re.compile(r"\bmig\b|\b\d+g\.\d+gb\b|-\d+[qcab]\s*$")  # of a card: MIG, and virtual GPUs such as "L40S-48Q"
 _AS_SOLD = 0.08  # a size this close to the nominal one means the nominal one: drivers report "15 GB" for a T4 with 16
-_GRACE_HOST_GB = 480  # "GH200 480GB": the memory of the CPU on the same board, not the GPU's
+_GRACE_HOST_GB = (120, 480)  # "GH200 480GB": the memory of the CPU on the same board, not the GPU's
 
 # Names of devices that are no CUDA cards, or that share memory with the CPU
 _OTHER_MAKERS = re.compile(
-    r"\b(amd|radeon|instinct|intel|arc|gaudi\d?|apple|tpu|ascend|mi\d{2,3}[a-z]?|rx\s?\d{3,4}|gfx\d+|"
-    r"m[1-9]( (pro|max|ultra))?)\b|^\s*[ab][357]\d0\s*$"
+    r"\b(amd|radeon|instinct|intel|arc|gaudi\d?|apple|tpu|ascend|mi\d{2,3}[a-z]?|rx\s?\d{3,4}|\d{4}\s?(xtx?|gre)|gfx\d+|"
+    r"max 1[15]\d0|strix halo|ai max|m[1-9]( (pro|max|ultra))?)\b|^\s*[ab](3[1578]0|5[5-8]0|7[3-7]0)\s*$"
 )
 _SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|spark|gb10)\b")
 
 
 def _key(name: str) -> str:
     """`"NVIDIA H100 80GB HBM3"` -> `"h100"`: the name without maker, form factor, memory and punctuation."""
-    text = _MEMORY.sub(" ", name.lower())
+    text = _PLURAL.sub(r"\1", _MEMORY.sub(" ", name.lower()))
     laptop = "laptop" if _LAPTOP.search(text) else ""
     return _NOISE.sub("", _LAPTOP.sub(" ", text)) + laptop
 
@@ -267,24 +334,39 @@ def _without_prefix(key: str) -> str:
 def _memory(name: str) -> float | None:
     """The memory size in GB that `name` contains, or None."""
     found = _MEMORY.search(name.lower())
-    return None if found is None or float(found[1]) == _GRACE_HOST_GB else float(found[1])
+    return None if found is None or float(found[1]) in _GRACE_HOST_GB else float(found[1])
+
+
+def split_count(name: str) -> tuple[int, str]:
+    """`"2x RTX 3090"` -> `(2, "RTX 3090")`; `(1, name)` for the name of one card."""
+    several = _SEVERAL.search(name.lower())
+    if several is None or _OTHER_MAKERS.search(name.lower()):
+        return 1, name
+    count = next(filter(None, several.groups()))
+    rest = name[: several.start()] + name[several.end() :]
+    return (int(count) if count.isdigit() else _NUMBERS[count]), rest.strip()
 
 
 def find_card(name: str) -> Card:
     """The card with this name, as a driver, a shop or a user writes it.
 
-    Case, spaces, "NVIDIA", "GeForce", a leading "RTX" and the form factor ("SXM4", "HBM3") do not matter. A memory size
-    selects among cards with the same name. Without it ("A100") the result is the smaller card: what fits it fits both.
+    Case, spaces, "NVIDIA", "GeForce", a leading "RTX", the maker of the board and the form factor ("SXM4", "HBM3") do not matter.
+    A memory size selects among cards with the same name. Without it ("A100") the result is the smaller card: what fits it fits
+    both.
 
     Raises:
-        UserError: for an unknown name, with the closest names; for a size that the card does not have; for several cards;
-            for devices that are no CUDA cards or share memory with the CPU.
+        UserError: for an unknown name, with the closest names; for a size that the card does not have; for several cards and for
+            a slice of one; for devices that are no CUDA cards or share memory with the CPU.
     """
     low = name.lower()
-    if several := _SEVERAL.search(low):
-        one, count = _SEVERAL.sub("", name).strip(), several[1] or several[2]
+    count, one = split_count(name)
+    if count != 1:
         raise UserError(
             f"--gpu {name!r}: name one card; for {count} of them, --gpu {one!r} --launch zero3 --num_processes {count}"
+        )
+    if _SLICE.search(low):
+        raise UserError(
+            f"--gpu {name!r} is a slice of a card; give the memory of the slice with --gpu_memory, for instance --gpu_memory 10GiB"
         )
     if _SHARED_MEMORY.search(low):
         raise UserError(
@@ -296,6 +378,7 @@ def find_card(name: str) -> Card:
     if not candidates and key.endswith(("pcie", "nvl")):  # only an H100 differs by these form factors
         key = re.sub(r"(pcie|nvl)$", "", key)
         candidates = [card for card in CARDS if _key(card.name) == key]
+    candidates = candidates or [card for card in CARDS if _key(card.name) == f"{key}laptop"]  # only sold in laptops
     short = _without_prefix(key)
     candidates = candidates or [card for card in CARDS if short and _without_prefix(_key(card.name)) == short]
     if candidates:
@@ -340,12 +423,28 @@ def _finds(name: str, card: Card) -> bool:
 
 
 def generic_card(memory: str) -> Card:
-    """A card with `memory` usable bytes, such as "24GiB", for `--gpu_memory`: the rules of Ampere, and no CUDA context.
+    """A card with `memory`, for `--gpu_memory`: the rules of Ampere.
+
+    "24GiB" is usable memory, without a CUDA context. "24GB", "24 G" or a bare "24" is a card sold as 24 GB: it offers 24 GiB less
+    2 %, as the RTX 3060, 4090 and 5090 report, and its context is that of 84 multiprocessors. A bare number of a million or more
+    is bytes.
 
     Raises:
         UserError: if `memory` is not a size.
     """
-    return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
+    sold = _MEMORY_AS_SOLD.fullmatch(memory.strip().lower())
+    if sold is None or not 0 < float(sold[1]) < 10**6:
+        return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
+    size = float(sold[1])
+    return Card(
+        f"a card sold as {size:g} GB",
+        AMPERE,
+        84,
+        int(size * _SOLD_SHARE * GIB),
+        context_bytes=_estimated_context(AMPERE, 84),
+        total_is_estimate=True,
+        nominal_gib=size,
+    )
 
 
 def card_of_device(
