@@ -202,7 +202,9 @@ def test_the_file_tree_matches_the_files():
         named.add("/".join(folders))
     assert len(named) == len(tree.splitlines())
     toolkit = ROOT / "toolkit"
-    there = {path for path in toolkit.rglob("*") if path.suffix in (".py", ".jinja", ".yaml") and path.name != "__init__.py"}
+    there = {
+        path for path in toolkit.rglob("*") if path.suffix in (".py", ".jinja", ".yaml") and path.name != "__init__.py"
+    }
     there |= {path.parent for path in there} | {toolkit, toolkit / "__init__.py", toolkit / "embedded" / "model"}
     assert named == {path.relative_to(ROOT).as_posix() for path in there}
 
