@@ -45,7 +45,7 @@ class Entry:
 @cache
 def entries() -> tuple[Entry, ...]:
     """The catalogue, in the order of the file."""
-    lines = yaml.load(FILE.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    lines = yaml.load(FILE.read_text(encoding="utf-8"), yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
     fields = {name: line for name, line in lines.items() if isinstance(line, dict)}
     found = []
     for name, line in fields.items():
