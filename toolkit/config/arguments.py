@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from toolkit.config import optimizers
 from toolkit.errors import UserError
+from toolkit.errors.numbers import check_numbers
 
 # TrainingArguments without effect here, because this project or accelerate decides them. Giving one is an error.
 OVERRIDDEN = {
@@ -115,15 +116,6 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
 
     `given` holds the flags that the user set, `settings` those and the recipe's defaults.
     """
-    for name, least in (
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("early_stopping_patience", 1),
-    ):
-        value = settings.get(name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} is not possible; give a whole number of at least {least}")
     steps = settings.get("max_steps", -1)
     if steps == 0 or steps < -1:
         raise UserError(f"--max_steps {steps} trains nothing; give at least 1, or leave it out to train by epochs")
@@ -135,11 +127,7 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     rate = settings.get("learning_rate", 1.0)
     if not 0 < rate < float("inf"):
         raise UserError(f"--learning_rate {rate:g} is not possible; give a number above 0, for instance 1e-4")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= settings.get(name, 0.9) < 1:
-            raise UserError(f"--{name} {settings[name]:g} is not possible; give a number from 0 to below 1")
-    if not 0 <= settings.get("seed", 0) < 2**32:
-        raise UserError(f"--seed {settings['seed']} is not possible; give a whole number from 0 to {2**32 - 1}")
+    check_numbers(settings)
     if settings.get("early_stopping_patience") is not None:
         if not settings.get("load_best_model_at_end") or str(settings.get("eval_strategy", "no")) == "no":
             raise UserError(
@@ -169,6 +157,11 @@ def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
             raise UserError(
                 f"--{what}_steps has no effect with --{what}_strategy {strategy}; add --{what}_strategy steps, or leave it out"
             )
+    if settings.get("load_best_model_at_end") and saves != "best" and (evaluates != saves or saves == "no"):
+        raise UserError(
+            f"--load_best_model_at_end chooses among saved checkpoints that were evaluated, and got --eval_strategy {evaluates} "
+            f"and --save_strategy {saves}; give both the same, epoch or steps"
+        )
     if saves == "best" and evaluates == "no":
         raise UserError("--save_strategy best needs evaluations to compare; add --eval_strategy epoch (or steps)")
     if "metric_for_best_model" in given:
