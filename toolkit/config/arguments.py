@@ -1,8 +1,10 @@
 """The training flags: Hugging Face's `TrainingArguments`, our defaults, and which values are refused."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from toolkit.config import optimizers
@@ -140,6 +142,7 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if settings.get("allow_changed_data") and not settings.get("resume_from_checkpoint"):
         raise UserError("--allow_changed_data has no effect without --resume_from_checkpoint; add it or leave it out")
     _check_strategies(settings, given)
+    _check_texts(settings, given)
     reports = settings.get("report_to") not in (None, "none", ["none"], [])
     if "run_name" in given and not reports:
         raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
@@ -147,6 +150,32 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         trackio = name == "hub_private_repo" and reports  # trackio reads this flag too
         if name in given and not settings.get("push_to_hub") and not trackio:
             raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
+
+
+CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug"}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def _check_texts(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises UserError for texts that libraries would refuse only while training."""
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        value = settings.get(name) or {}
+        try:
+            content = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f'--{name} {value} is no JSON object; give one such as {{"name": value}}')
+        if unknown := sorted(content.keys() - CHECKPOINTING) if "checkpointing" in name else []:
+            raise UserError(f"--{name} has no {unknown[0]!r}; give some of {', '.join(sorted(CHECKPOINTING))}")
+    if "fsdp_config" in given and not settings.get("fsdp"):
+        raise UserError("--fsdp_config has no effect without --fsdp; add it or leave it out")
+    backend, mode = settings.get("torch_compile_backend"), settings.get("torch_compile_mode")
+    if backend and backend.upper() not in (backends := [str(one.value) for one in DynamoBackend]):
+        names = ", ".join(sorted(name.lower() for name in backends))
+        raise UserError(f"--torch_compile_backend {backend} is not known; there are {names}")
+    if mode and mode not in COMPILE_MODES:
+        raise UserError(f"--torch_compile_mode {mode} is not known; there are {', '.join(COMPILE_MODES)}")
 
 
 def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:

@@ -77,6 +77,10 @@ class RecipeParser(HfArgumentParser):
 
     def _refuse_unknown(self, got: str, where: str) -> NoReturn:
         name = got.lstrip("-").split("=")[0].replace("-", "_")
+        if name == "trust_remote_code":
+            raise UserError(
+                f"{where}{name}: footprint never runs code that comes with a model; give a model whose architecture transformers has"
+            )
         if not got.startswith("-"):
             raise UserError(f"{where}unexpected value {got!r}: every setting is a flag, --name value")
         owners = [m for m, cls in sorted(methods.METHODS.items()) if name in {f.name for f in dataclasses.fields(cls)}]

@@ -279,7 +279,9 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         training = _build(TrainArguments, settings)
     except (ValueError, ImportError) as error:  # in transformers' words, without the names of its enumerations
         reason = re.sub(r"\b[A-Z]\w+\.([A-Z_]+)\b", lambda name: name[1].lower(), " ".join(str(error).split()))
-        raise UserError(reason) from None
+        wrong = re.match(r"'?(.+?)'? is not a valid ", reason)
+        flag = next((f"--{name} " for name, value in settings.items() if wrong and value == wrong[1]), "")
+        raise UserError(f"{flag}{reason}") from None
     except (TypeError, KeyError, AttributeError, OSError, ArithmeticError) as error:
         raise UserError(f"the flags of training are refused by transformers ({words_of(error)}); see --help") from error
     training.output_dir = broadcast_from_main(lambda: training.output_dir)  # all ranks must use the same time stamp

@@ -84,12 +84,13 @@ def guarded(what: str, remedy: str) -> Iterator[None]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a line of this package raised `error`."""
+    """Whether a line of this package raised `error`: not if its type is a library's, as compiled code has no lines."""
+    if type(error).__module__.split(".")[0] not in ("builtins", "toolkit") or isinstance(error, RecursionError):
+        return False
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    # a recursion ends in any line
-    return at is not None and at.tb_frame.f_code.co_filename.startswith(OURS) and not isinstance(error, RecursionError)
+    return at is not None and at.tb_frame.f_code.co_filename.startswith(OURS)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from toolkit.errors import UserError
 COUNT = 10**9  # steps, rows: more would not end
 SIZE = 10**6  # rows of a batch, beams, widths: more would not fit anywhere
 INT = 2**31 - 1
+PAIRS, NOT_FINITE = r"optim_args|\w+_(kwargs|config)", r"[=:]\s*[+-]?(nan|inf)"  # flags of several values in one text
 FLOAT = 1e30
 
 # (least, most), both possible; a least of 0.0 (a float) is itself not possible.
@@ -69,7 +70,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
     A whole number that the table does not name may be -1, which libraries use for "none"; its sign is left to its library.
     """
     for name, value in settings.items():
-        if name == "optim_args" and isinstance(value, str) and re.search(r"=\s*[+-]?(nan|inf)", value, re.IGNORECASE):
+        if isinstance(value, str) and re.match(PAIRS, name) and re.search(NOT_FINITE, value, re.IGNORECASE):
             raise UserError(f"--{name} {value} is not possible; give finite numbers")
         for number in _numbers(value):
             _check(name, number, *BY_NAME.get(name, (-INT, INT) if isinstance(number, int) else (-FLOAT, FLOAT)))

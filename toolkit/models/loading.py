@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -30,7 +31,7 @@ from toolkit.console import say
 from toolkit.distributed.deepspeed import without_partitioning
 from toolkit.distributed.engine import NO_ENGINE, Engine, EngineKind
 from toolkit.errors import UserError, guarded, time_limit, words_of
-from toolkit.errors.reading import check_regular, read_json
+from toolkit.errors.reading import check_regular, check_shape, read_json
 from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import (
@@ -129,6 +130,21 @@ RANGES = (
 )
 
 
+IDS = (int, None)
+GENERATION: dict[str, Any] = {  # the fields of generation_config.json that scoring takes over
+    **{f"{name}_token_id?": IDS for name in ("bos", "pad", "decoder_start", "forced_bos")},
+    "eos_token_id?": (int, list, None),
+    "forced_eos_token_id?": (int, list, None),
+    "bad_words_ids?": (list, None),
+    "suppress_tokens?": (list, None),
+    "begin_suppress_tokens?": (list, None),
+    "num_beams?": (int, None),
+    "do_sample?": (bool, None),
+    "temperature?": (float, None),
+    "no_repeat_ngram_size?": (int, None),
+}
+
+
 def _check_folder(folder: Path) -> None:
     """Raises UserError for what could not end in a model's folder: devices, pipes, and JSON without limits."""
     for file in folder.iterdir():
@@ -136,6 +152,9 @@ def _check_folder(folder: Path) -> None:
     for name in JSON_FILES:
         if (folder / name).exists():
             read_json(folder / name, duplicates=True, finite=False)
+    if (folder / "generation_config.json").exists():
+        generation = read_json(folder / "generation_config.json", duplicates=True, finite=False)
+        check_shape(generation, GENERATION, str(folder / "generation_config.json"), "mend it, or remove the file")
     if (folder / "config.json").is_file():
         _check_sizes(folder / "config.json", read_json(folder / "config.json", duplicates=True, finite=False))
 
@@ -144,6 +163,8 @@ def _check_sizes(file: Path, config: dict[str, Any]) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             _check_sizes(file, value)
+        if re.search("dropout|pdrop", name) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise UserError(f"{file}: {name} {value} is not possible; give a number from 0 to 1")
         for pattern, least, most in RANGES:
             if value is None or not re.fullmatch(pattern, name):
                 continue
@@ -225,6 +246,8 @@ def check_weight_files(folder: Path) -> None:
     tensors = sorted(file for start in ("model", "adapter_model") for file in folder.glob(f"{start}*.safetensors"))
     for file in tensors or sorted(folder.glob("*model*.bin")):
         check_regular(file)
+        if not file.is_file():
+            raise UserError(f"{file}: it is a folder, or a link that leads nowhere; {remedy}")
         size = file.stat().st_size
         with file.open("rb") as stream:
             start = stream.read(200)
@@ -243,6 +266,9 @@ def check_weight_files(folder: Path) -> None:
                 else "it holds no weights"
             )
         else:
+            if file.suffix == ".safetensors":
+                with guarded(f"{file}: its list of tensors cannot be read", remedy), safe_open(file, "pt"):
+                    pass
             continue
         raise UserError(f"{file}: {what}; {remedy}")
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from toolkit.data.loading import TaskData, load_data
 from toolkit.distributed.deepspeed import NOT_READ_BACK, OFFLOADED_OPTIMIZERS, check_builds, check_disk, join_deepspeed
 from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
-from toolkit.errors import UserError
+from toolkit.errors import UserError, guarded
+from toolkit.errors.reading import check_regular
 from toolkit.models.heads import has_own_head, keeps_head, set_head
 from toolkit.models.loading import build_on_meta, load_model, load_tokenizer
 from toolkit.models.quantization import Packed
@@ -78,7 +80,13 @@ def prepare(config: Config) -> Preflight:
     check_combination(config)
     model_config = copy.deepcopy(config.model_config)  # the head below depends on this run's data
     tokenizer = load_tokenizer(config.model)
-    with training.main_process_first(desc="reading the data"):
+    named = f"--dataset_name {config.data.dataset_name}"
+    if config.data.is_local:
+        check_regular(Path(str(config.data.dataset_name)), named, "give a file or a folder of rows")
+    with (
+        training.main_process_first(desc="reading the data"),
+        guarded(f"{named}: its rows cannot be read", "give rows that the task can read"),
+    ):
         data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens)
     if config.task.model_kind == "head":
         if not config.model.random_weights:
