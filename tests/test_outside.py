@@ -195,7 +195,7 @@ def test_ordinary_yaml_means_what_it_always_meant(tmp_path):
 def test_the_guard_keeps_the_libraries_words_and_passes_our_own_mistakes_on():
     with refused("file.json (Expecting value", "; mend it"), guarded("file.json", "mend it"):
         json.loads("x")
-    with pytest.raises(TypeError), guarded("file.json", "mend it"):
+    with pytest.raises(AttributeError), guarded("file.json", "mend it"):
         check_numbers(5)  # a line of ours raises
     with pytest.raises(OSError, match="full"), guarded("file.json", "mend it"):
         raise OSError(28, "full")
@@ -455,7 +455,9 @@ def test_a_field_of_any_wrong_type_in_a_run_folder_is_refused_and_never_hangs(ru
         "seconds",
     }:
         for value in WRONG:
-            if (type(value) is type(good[field]) and field in ("device",)) or (field == "seconds" and value == 5):
+            if (type(value) is type(good[field]) and field in ("device",)) or (
+                field == "seconds" and value in (5, 10**12)
+            ):
                 continue
             (run_folder / "memory.json").write_text(json.dumps(good | {field: value}), encoding="utf-8")
             with refused("memory.json"):
@@ -552,7 +554,14 @@ MAPS = {
 }
 
 
-@pytest.mark.parametrize("how", [*MAPS, "custom_generate"])
+SLOW = (
+    "config of a known type",
+    "tokenizer of the config",
+    "custom_generate",
+)  # they train, with transformers' own classes
+
+
+@pytest.mark.parametrize("how", ["config", "tokenizer", *(pytest.param(how, marks=pytest.mark.slow) for how in SLOW)])
 def test_code_in_a_models_folder_is_never_run(how, canary, model):
     (model / "own.py").write_text(canary, encoding="utf-8")
     if how == "custom_generate":

@@ -126,7 +126,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     check_shape(found, {"methods": [str], "seeds": int, "launch": str, "flags?": [str]}, what, remedy)
     if unknown := [name for name in found["methods"] if name not in METHODS]:
         raise UserError(f"{what}: its method {unknown[0]!r} is unknown; {remedy}")
-    check_numbers({"seeds": found["seeds"]})
+    try:
+        check_numbers({"seeds": found["seeds"]})
+    except UserError as error:
+        raise UserError(f"{what}: {str(error).removeprefix('--')}; {remedy}") from None
     return found
 
 

@@ -11,7 +11,7 @@ from toolkit.distributed.deepspeed import read_deepspeed
 from toolkit.distributed.engine import Engine
 from toolkit.distributed.request import requested_engine
 from toolkit.errors import UserError, did_you_mean, guarded
-from toolkit.errors.reading import read_yaml
+from toolkit.errors.reading import check_shape, read_yaml
 from toolkit.seams import patched
 
 FOLDER = Path(__file__).resolve().parents[2] / "launch"
@@ -47,7 +47,11 @@ def read_launch_file(name: str, processes: int | None = None) -> LaunchEnvironme
     Raises: UserError if the file does not exist or is no launch file of accelerate, and for an impossible number of processes.
     """
     path = _find(name)
-    settings = read_yaml(path, f"--launch {path}", "see the files of launch/ for examples")
+    what, remedy = f"--launch {path}", "see the files of launch/ for examples"
+    settings = read_yaml(path, what, remedy)
+    check_shape(
+        settings, {f"{name}_config?": (dict, None) for name in ("deepspeed", "fsdp", "parallelism")}, what, remedy
+    )
     processes = settings.get("num_processes", 1) if processes is None else processes
     machines = settings.get("num_machines", 1)
     for what, number in (("num_processes", processes), ("num_machines", machines)):

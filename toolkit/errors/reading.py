@@ -217,5 +217,7 @@ def _is_of(content: Any, shape: Any) -> bool:
 def _named(shape: Any) -> str:
     if isinstance(shape, tuple):
         return " or ".join(_named(one) for one in shape)
+    if isinstance(shape, list | dict) or shape in (list, dict):
+        return "a list" if isinstance(shape, list) or shape is list else "names with values"
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", None: "null"}
-    return "names with values" if isinstance(shape, dict) or shape is dict else names.get(shape, "a list")
+    return names[shape]
