@@ -8,7 +8,7 @@ from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from toolkit.config import optimizers
-from toolkit.errors import UserError
+from toolkit.errors import UserError, words_of
 from toolkit.errors.numbers import check_numbers
 
 # TrainingArguments without effect here, because this project or accelerate decides them. Giving one is an error.
@@ -162,10 +162,12 @@ def _check_texts(settings: dict[str, Any], given: dict[str, Any]) -> None:
         value = settings.get(name) or {}
         try:
             content = json.loads(value) if isinstance(value, str) else value
-        except (ValueError, RecursionError):
-            content = None
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"--{name} {value} is no JSON ({words_of(error)}); give an object, names with values"
+            ) from None
         if not isinstance(content, dict):
-            raise UserError(f'--{name} {value} is no JSON object; give one such as {{"name": value}}')
+            raise UserError(f"--{name} {value} is no JSON object; give names with values")
         if unknown := sorted(content.keys() - CHECKPOINTING) if "checkpointing" in name else []:
             raise UserError(f"--{name} has no {unknown[0]!r}; give some of {', '.join(sorted(CHECKPOINTING))}")
     if "fsdp_config" in given and not settings.get("fsdp"):
