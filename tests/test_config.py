@@ -213,7 +213,7 @@ def test_full_fine_tuning_of_a_quantized_base_is_refused():
         ("lora_r: {a: 1}", "lora_r takes one value, got a mapping with a"),
         ("max_steps: true", "invalid int value: 'true'"),
         ("gradient_checkpointing: perhaps", "perhaps"),
-        ("- lora_r", "got a list"),
+        ("- lora_r", "it holds a list"),
         ("lora_r: [", "not valid YAML"),
         ("max_steps: 0", "--max_steps 0 trains nothing"),
         ("remove_unused_columns: false", "--remove_unused_columns has no effect here"),

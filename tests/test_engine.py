@@ -79,10 +79,10 @@ def test_a_configuration_that_is_missing_or_not_json_is_named(tmp_path):
         read_deepspeed("nowhere.json")
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    with pytest.raises(UserError, match=r"broken\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"broken\.json: not valid JSON"):
         read_deepspeed(str(broken))
     broken.write_text("[]")
-    with pytest.raises(UserError, match="must be a JSON object"):
+    with pytest.raises(UserError, match="it holds a list, not names"):
         read_deepspeed(str(broken))
 
 

@@ -160,7 +160,7 @@ def test_a_world_restores_the_state_of_the_process(tmp_path):
         ("single", 2, "starts one process, not 2"),
         ("ddp", 1, "at least 2 processes"),
         ("two_machines", 3, "cannot be started on 2 machines"),
-        ("./README.md", 2, "README.md cannot be read"),
+        ("./README.md", 2, "README.md: not valid YAML"),
     ],
 )
 def test_a_launch_file_that_cannot_start_the_requested_processes_is_refused(name, number, message, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.cli.listing import gpus, methods, models
-from toolkit.errors import UserError
+from toolkit.errors import CONTROLS, UserError, printable
 
 __all__ = ["compare", "generate", "gpus", "merge", "methods", "models", "predict", "report"]
 
@@ -32,11 +32,10 @@ def predict(args: argparse.Namespace) -> int:
 
             print(json.dumps(ledger.to_json()), file=out)
         else:
-            from rich.console import Console
-
+            from toolkit.console import PlainConsole
             from toolkit.memory.report import print_ledger
 
-            print_ledger(Console(file=out), ledger)
+            print_ledger(PlainConsole(file=out), ledger)
     return 0 if ledger.fits else 1
 
 
@@ -61,10 +60,12 @@ def report(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Prints the answers of one or several runs' models to the given texts, or to each typed line."""
+    from toolkit.errors.numbers import check_numbers
     from toolkit.runs.finished_run import FinishedRun, Models, is_run_folder
 
     paths = list(itertools.takewhile(is_run_folder, map(Path, args.arguments)))
     texts = args.arguments[len(paths) :]
+    check_numbers({"num_beams": args.num_beams})
     if not paths:
         raise UserError(
             f"{args.arguments[0]} is not a run folder: it has no run.json and config.yaml; give the output folder of a recipe"
@@ -78,6 +79,7 @@ def generate(args: argparse.Namespace) -> None:
     def answer(some: Sequence[str]) -> None:
         for run in runs:
             for text in run.generate(some, models.of(run), num_beams=args.num_beams):
+                text = CONTROLS.sub(lambda found: found[0] if found[0] in "\n\t" else printable(found[0]), text)
                 print(text if len(runs) == 1 else f"{run.path.name:>{width}}  {text}", flush=True)
 
     if texts:

@@ -9,9 +9,11 @@ from typing import Any
 
 from toolkit.config import RecipeParser, TrainArguments, parse_config
 from toolkit.errors import UserError, did_you_mean
+from toolkit.errors.numbers import check_numbers
+from toolkit.errors.reading import check_shape, read_json
 from toolkit.files import atomic_write
 from toolkit.methods import METHODS
-from toolkit.runs.finished_run import read_json
+from toolkit.runs.finished_run import read_record
 from toolkit.version import __version__
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,7 +48,7 @@ class Run:
     def is_done(self) -> bool:
         """Whether its folder holds a finished run."""
         try:
-            return bool(read_json(self.folder / "run.json").get("finished"))
+            return bool(read_record(self.folder).get("finished"))
         except UserError:
             return False
 
@@ -72,8 +74,7 @@ def new_plan(folder: Path, methods: str | None, seeds: int, launch: Path | None,
     Raises: UserError for an unknown method or flag, an impossible setting, and a folder with other settings.
     """
     names = _methods(methods)
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds} is not possible; give a whole number of at least 1")
+    check_numbers({"seeds": seeds})
     for name in names:
         recipe_of(name)
     launch_file = (launch or REPOSITORY / "launch" / "single.yaml").resolve()
@@ -82,7 +83,7 @@ def new_plan(folder: Path, methods: str | None, seeds: int, launch: Path | None,
     shared = _split(flags, names)
     settings = {"launch": str(launch_file), "flags": list(flags)}
     if (folder / FILE).is_file():
-        before = read_json(folder / FILE)
+        before = _settings(folder)
         for what in ("flags", "launch"):
             if before.get(what) != settings[what]:
                 was = " ".join(before[what]) if isinstance(before.get(what), list) else before.get(what)
@@ -109,13 +110,27 @@ def read_plan(folder: Path) -> Plan:
 
     Raises: UserError if there is none.
     """
-    if not (folder / FILE).is_file():
+    if not (folder / FILE).exists():
         raise UserError(f"--output_dir {folder} holds no comparison; start one with --methods")
-    before = read_json(folder / FILE)
+    before = _settings(folder)
+    return _plan(folder, before["methods"], before["seeds"], before["launch"], {})
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of the comparison in `folder`.
+
+    Raises: UserError if its file is damaged.
+    """
+    what, remedy = f"{folder / FILE} is damaged", "start the comparison in a new folder"
+    found = read_json(folder / FILE, what, remedy)
+    check_shape(found, {"methods": [str], "seeds": int, "launch": str, "flags?": [str]}, what, remedy)
+    if unknown := [name for name in found["methods"] if name not in METHODS]:
+        raise UserError(f"{what}: its method {unknown[0]!r} is unknown; {remedy}")
     try:
-        return _plan(folder, before["methods"], before["seeds"], before["launch"], {})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / FILE} is damaged ({error}); start the comparison in a new folder") from None
+        check_numbers({"seeds": found["seeds"]})
+    except UserError as error:
+        raise UserError(f"{what}: {str(error).removeprefix('--')}; {remedy}") from None
+    return found
 
 
 def claim(plan: Plan, flags: Sequence[str]) -> None:

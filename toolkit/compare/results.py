@@ -10,8 +10,9 @@ from toolkit.compare.plan import FILE, Plan, Run
 from toolkit.compare.runner import why_failed
 from toolkit.compare.statistics import interval, paired_bootstrap
 from toolkit.errors import UserError
+from toolkit.errors.reading import check_shape, read_json, read_text
 from toolkit.memory.ledger import Ledger
-from toolkit.runs.finished_run import FinishedRun, read_completions, read_json
+from toolkit.runs.finished_run import AGAIN, FinishedRun, read_completions, read_record
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
 from toolkit.version import __version__
@@ -24,7 +25,7 @@ def collect(plan: Plan) -> dict[str, Any]:
 
     Raises: UserError if no run is finished, or runs were scored on different rows.
     """
-    records = {run: read_json(run.folder / "run.json") for run in plan.runs if run.is_done}
+    records = {run: _record(run) for run in plan.runs if run.is_done}
     if not records:
         reasons = "; ".join(f"{run.method}: {why_failed(run)}" for run in plan.runs[:3])
         raise UserError(f"{plan.folder}: no run is done, so there is nothing to compare ({reasons})")
@@ -69,6 +70,20 @@ def collect(plan: Plan) -> dict[str, Any]:
         "flags": read_json(plan.folder / FILE).get("flags", []),
         "entries": entries,
     }
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """The record of a finished run, with what a comparison reads.
+
+    Raises: UserError if it is damaged.
+    """
+    record, what = read_record(run.folder), f"{run.folder / 'run.json'} is damaged"
+    needed: dict[str, Any] = {"scores": {str: {str: float}}, "precision": str, "seconds": float, "versions": dict}
+    needed |= {"parameters": dict, "data": {"sha256": {"test": str}}}
+    check_shape(record, needed, what, AGAIN)
+    if not record["scores"] or any(not one for one in record["scores"].values()):
+        raise UserError(f"{what}: it has no scores; {AGAIN}")
+    return record
 
 
 def _name(method: str, column: str) -> str:
@@ -147,10 +162,14 @@ def _saved_bytes(folder: Path) -> int:
 def _curve(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl: step, loss or eval_loss, seconds, tokens_per_second."""
     path = folder / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         return []
     kept = ("step", "loss", "eval_loss", "seconds", "tokens_per_second")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [json.loads(line) for line in read_text(path).splitlines()]
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: a line is no JSON; {AGAIN}") from None
+    check_shape(lines, [{f"{name}?": float for name in kept}], f"{path} is damaged", AGAIN)
     return [{name: line[name] for name in kept if name in line} for line in lines]
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from toolkit.compare.plan import Plan, Run, recipe_of
 from toolkit.console import console, say
-from toolkit.runs.finished_run import read_json
+from toolkit.runs.finished_run import read_record
 
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Refused)\b.*")
 _SIGNAL = re.compile(r"died with <Signals\.(\w+)")
@@ -24,12 +24,13 @@ _SIGNAL = re.compile(r"died with <Signals\.(\w+)")
 def run_all(plan: Plan) -> None:
     """Starts every run that is not finished. Runs that failed or were stopped start again, in an empty folder."""
     todo = [run for run in plan.runs if not run.is_done]
-    took = {run: read_json(run.folder / "run.json")["seconds"] for run in plan.runs if run not in todo}
+    took = {run: read_record(run.folder).get("seconds", 0.0) for run in plan.runs if run not in todo}
     total, before = len(plan.runs), len(plan.runs) - len(todo)
     if before:
         say("done", f"{before} of {total} runs were done before")
     columns = (TextColumn("[bold]comparing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal) as bar:
+    note = TextColumn("{task.fields[note]}", markup=False)
+    with Progress(*columns, note, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=before, note="")
         for number, run in enumerate(todo):
             name = f"{run.method}, seed {run.seed}"

@@ -1,12 +1,15 @@
 """The training flags: Hugging Face's `TrainingArguments`, our defaults, and which values are refused."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 
 from toolkit.config import optimizers
-from toolkit.errors import UserError
+from toolkit.errors import UserError, words_of
+from toolkit.errors.numbers import check_numbers
 
 # TrainingArguments without effect here, because this project or accelerate decides them. Giving one is an error.
 OVERRIDDEN = {
@@ -115,15 +118,6 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
 
     `given` holds the flags that the user set, `settings` those and the recipe's defaults.
     """
-    for name, least in (
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("early_stopping_patience", 1),
-    ):
-        value = settings.get(name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} is not possible; give a whole number of at least {least}")
     steps = settings.get("max_steps", -1)
     if steps == 0 or steps < -1:
         raise UserError(f"--max_steps {steps} trains nothing; give at least 1, or leave it out to train by epochs")
@@ -135,11 +129,7 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     rate = settings.get("learning_rate", 1.0)
     if not 0 < rate < float("inf"):
         raise UserError(f"--learning_rate {rate:g} is not possible; give a number above 0, for instance 1e-4")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= settings.get(name, 0.9) < 1:
-            raise UserError(f"--{name} {settings[name]:g} is not possible; give a number from 0 to below 1")
-    if not 0 <= settings.get("seed", 0) < 2**32:
-        raise UserError(f"--seed {settings['seed']} is not possible; give a whole number from 0 to {2**32 - 1}")
+    check_numbers(settings)
     if settings.get("early_stopping_patience") is not None:
         if not settings.get("load_best_model_at_end") or str(settings.get("eval_strategy", "no")) == "no":
             raise UserError(
@@ -152,6 +142,7 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     if settings.get("allow_changed_data") and not settings.get("resume_from_checkpoint"):
         raise UserError("--allow_changed_data has no effect without --resume_from_checkpoint; add it or leave it out")
     _check_strategies(settings, given)
+    _check_texts(settings, given)
     reports = settings.get("report_to") not in (None, "none", ["none"], [])
     if "run_name" in given and not reports:
         raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
@@ -159,6 +150,34 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         trackio = name == "hub_private_repo" and reports  # trackio reads this flag too
         if name in given and not settings.get("push_to_hub") and not trackio:
             raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
+
+
+CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug"}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def _check_texts(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises UserError for texts that libraries would refuse only while training."""
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        value = settings.get(name) or {}
+        try:
+            content = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"--{name} {value} is no JSON ({words_of(error)}); give an object, names with values"
+            ) from None
+        if not isinstance(content, dict):
+            raise UserError(f"--{name} {value} is no JSON object; give names with values")
+        if unknown := sorted(content.keys() - CHECKPOINTING) if "checkpointing" in name else []:
+            raise UserError(f"--{name} has no {unknown[0]!r}; give some of {', '.join(sorted(CHECKPOINTING))}")
+    if "fsdp_config" in given and not settings.get("fsdp"):
+        raise UserError("--fsdp_config has no effect without --fsdp; add it or leave it out")
+    backend, mode = settings.get("torch_compile_backend"), settings.get("torch_compile_mode")
+    if backend and backend.upper() not in (backends := [str(one.value) for one in DynamoBackend]):
+        names = ", ".join(sorted(name.lower() for name in backends))
+        raise UserError(f"--torch_compile_backend {backend} is not known; there are {names}")
+    if mode and mode not in COMPILE_MODES:
+        raise UserError(f"--torch_compile_mode {mode} is not known; there are {', '.join(COMPILE_MODES)}")
 
 
 def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
@@ -169,6 +188,11 @@ def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:
             raise UserError(
                 f"--{what}_steps has no effect with --{what}_strategy {strategy}; add --{what}_strategy steps, or leave it out"
             )
+    if settings.get("load_best_model_at_end") and saves != "best" and (evaluates != saves or saves == "no"):
+        raise UserError(
+            f"--load_best_model_at_end chooses among saved checkpoints that were evaluated, and got --eval_strategy {evaluates} "
+            f"and --save_strategy {saves}; give both the same, epoch or steps"
+        )
     if saves == "best" and evaluates == "no":
         raise UserError("--save_strategy best needs evaluations to compare; add --eval_strategy epoch (or steps)")
     if "metric_for_best_model" in given:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 import toolkit.methods as methods
 from toolkit.config.arguments import NEWEST, TrainArguments
 from toolkit.data.loading import DataArguments
 from toolkit.errors import UserError, did_you_mean
+from toolkit.errors.reading import read_yaml
 from toolkit.models.arguments import ModelArguments
 
 
@@ -77,6 +77,10 @@ class RecipeParser(HfArgumentParser):
 
     def _refuse_unknown(self, got: str, where: str) -> NoReturn:
         name = got.lstrip("-").split("=")[0].replace("-", "_")
+        if name == "trust_remote_code":
+            raise UserError(
+                f"{where}{name}: footprint never runs code that comes with a model; give a model whose architecture transformers has"
+            )
         if not got.startswith("-"):
             raise UserError(f"{where}unexpected value {got!r}: every setting is a flag, --name value")
         owners = [m for m, cls in sorted(methods.METHODS.items()) if name in {f.name for f in dataclasses.fields(cls)}]
@@ -87,17 +91,7 @@ class RecipeParser(HfArgumentParser):
 
 def _from_yaml(parser: RecipeParser, path: Path) -> dict[str, Any]:
     """The settings of a YAML file. Each is parsed as the flag of its name, so the same type checks apply."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); give an existing YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config {path}: not valid YAML ({reason})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: got a {type(content).__name__}; the file must hold `flag_name: value` lines")
+    content = read_yaml(path, f"--config {path}", "the file must hold `flag_name: value` lines", may_be_empty=True)
     given: dict[str, Any] = {}
     flags = parser.flags()
     where = f"{path}: "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -21,7 +22,7 @@ from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.launch_files import LaunchEnvironment, current_launch_environment
 from toolkit.distributed.ranks import broadcast_from_main
 from toolkit.distributed.request import requested_engine
-from toolkit.errors import UserError
+from toolkit.errors import UserError, words_of
 from toolkit.memory.cuda.cards import Card
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.loading import load_model_config, weights_dtype
@@ -224,6 +225,10 @@ def choose_precision(settings: dict[str, Any], card: Card | None = None) -> tupl
         raise UserError("--bf16 and --fp16 exclude each other; give one of them")
     on_gpu = _on_gpu(settings, card)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", "bf16", "fp16"):
+        raise UserError(
+            f"the launch configuration has mixed_precision {launched}, in which no recipe computes; give bf16, fp16 or no"
+        )
     if bf16 is None and fp16 is None and launched in ("bf16", "fp16"):
         return launched == "bf16", launched == "fp16", f"{launched}: the launch configuration"
     if fp16 and not on_gpu:
@@ -272,8 +277,13 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         settings["output_dir"] = str(Path(str(resume)).parent) if names_folder else _new_output_dir(method, model)
     try:
         training = _build(TrainArguments, settings)
-    except (ValueError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except (ValueError, ImportError) as error:  # in transformers' words, without the names of its enumerations
+        reason = re.sub(r"\b[A-Z]\w+\.([A-Z_]+)\b", lambda name: name[1].lower(), " ".join(str(error).split()))
+        wrong = re.match(r"'?(.+?)'? is not a valid ", reason)
+        flag = next((f"--{name} " for name, value in settings.items() if wrong and value == wrong[1]), "")
+        raise UserError(f"{flag}{reason}") from None
+    except (TypeError, KeyError, AttributeError, OSError, ArithmeticError) as error:
+        raise UserError(f"the flags of training are refused by transformers ({words_of(error)}); see --help") from error
     training.output_dir = broadcast_from_main(lambda: training.output_dir)  # all ranks must use the same time stamp
     if training.use_cpu and torch.distributed.is_available() and torch.distributed.is_initialized():
         # TrainingArguments passes the timeout on only for GPUs; before torch 2.14 the function is private

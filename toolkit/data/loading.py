@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import chain, pairwise
@@ -21,7 +22,7 @@ from transformers import (
 from toolkit.data.formats import FILLED, PLACEHOLDER, recognize, split_template
 from toolkit.data.rows import Source, Splits, load_rows, read_source, sample, sample_of_classes
 from toolkit.data.shared_rows import SharedRows
-from toolkit.errors import UserError
+from toolkit.errors import UserError, guarded
 from toolkit.models.arguments import lasting_path, looks_like_path
 from toolkit.models.heads import class_order, normalized
 from toolkit.models.loading import T5_FAMILY, longest_input
@@ -250,6 +251,11 @@ class DataArguments:
     def is_local(self) -> bool:
         """Whether the rows come from local files."""
         return self.dataset_name is not None and looks_like_path(self.dataset_name)
+
+
+def guarded_rows(args: DataArguments) -> AbstractContextManager[None]:
+    """The boundary around a user's rows: what a library raises about them becomes a UserError."""
+    return guarded(f"--dataset_name {args.dataset_name}: its rows cannot be read", "give rows that the task can read")
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """DeepSpeed: its configuration, the disk that it swaps to, its compiled extensions, and models that ZeRO-3 partitions."""
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from toolkit.console import say
 from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.errors import UserError
+from toolkit.errors.reading import read_json
 
 OFFLOADED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "lion_32bit")  # that DeepSpeed has for the CPU
 NOT_READ_BACK = (
@@ -29,13 +29,22 @@ _locks: list[IO] = []  # on folders that this process keeps until it ends
 def requested_zero(deepspeed: str | dict[str, Any] | None, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """`zero_optimization` of DeepSpeed's configuration, or the same settings from accelerate's own YAML."""
     if source := deepspeed or env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        return read_deepspeed(source).get("zero_optimization", {})
+        zero = read_deepspeed(source).get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise UserError(f"DeepSpeed's configuration has zero_optimization {zero!r}; give an object with a stage")
+        for name in ("offload_optimizer", "offload_param"):
+            if not isinstance(zero.get(name) or {}, dict):
+                raise UserError(
+                    f"DeepSpeed's configuration has zero_optimization.{name} {zero[name]!r}; give an object with a device"
+                )
+        return zero
     names = {
         "optimizer": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
         "param": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
     }
     offload = {f"offload_{part}": {"device": env.get(name, "none")} for part, name in names.items()}
-    return {"stage": int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), **offload}
+    stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    return {"stage": int(stage) if stage.isdecimal() else stage, **offload}
 
 
 def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
@@ -45,20 +54,12 @@ def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
     """
     if isinstance(source, dict):
         return source
-    try:
-        content = json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError:
+    what = f"the launch file names DeepSpeed's configuration {source}"
+    if not Path(source).exists():
         raise UserError(
-            f"the launch file names DeepSpeed's configuration {source}, which does not exist; paths in launch/ are relative to "
-            "the repository's root: start the run there"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"DeepSpeed's configuration {source} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"DeepSpeed's configuration {source} holds a {type(content).__name__}; it must be a JSON object"
+            f"{what}, which does not exist; paths in launch/ are relative to the repository's root: start the run there"
         )
-    return content
+    return read_json(Path(source), what, "see launch/deepspeed/ for examples")
 
 
 def join_deepspeed() -> None:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from toolkit.distributed.deepspeed import read_deepspeed
 from toolkit.distributed.engine import Engine
 from toolkit.distributed.request import requested_engine
-from toolkit.errors import UserError, did_you_mean
+from toolkit.errors import UserError, did_you_mean, guarded
+from toolkit.errors.reading import check_shape, read_yaml
 from toolkit.seams import patched
 
 FOLDER = Path(__file__).resolve().parents[2] / "launch"
+MOST_PROCESSES = 10**5
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,19 @@ def read_launch_file(name: str, processes: int | None = None) -> LaunchEnvironme
     Raises: UserError if the file does not exist or is no launch file of accelerate, and for an impossible number of processes.
     """
     path = _find(name)
-    settings = _settings(path)
+    what, remedy = f"--launch {path}", "see the files of launch/ for examples"
+    settings = read_yaml(path, what, remedy)
+    check_shape(
+        settings, {f"{name}_config?": (dict, None) for name in ("deepspeed", "fsdp", "parallelism")}, what, remedy
+    )
     processes = settings.get("num_processes", 1) if processes is None else processes
     machines = settings.get("num_machines", 1)
-    if not isinstance(processes, int) or processes < 1 or not isinstance(machines, int) or processes % machines:
+    for what, number in (("num_processes", processes), ("num_machines", machines)):
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= MOST_PROCESSES:
+            raise UserError(
+                f"--launch {path}: {what} {number!r} is not possible; give a whole number from 1 to {MOST_PROCESSES:,}"
+            )
+    if processes % machines:
         raise UserError(
             f"--num_processes {processes} cannot be started on {machines} machines; give a multiple of {machines}"
         )
@@ -105,16 +114,6 @@ def _find(name: str) -> Path:
     )
 
 
-def _settings(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--launch {path} cannot be read ({' '.join(str(error).split())[:160]})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--launch {path} holds no settings of accelerate; see the files of launch/ for examples")
-    return content
-
-
 def _environment(path: Path, processes: int) -> dict[str, str]:
     """The variables that accelerate's own launcher adds to the environment; torchrun adds the number of ranks."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -122,14 +121,14 @@ def _environment(path: Path, processes: int) -> dict[str, str]:
 
     arguments = ["--config_file", str(path), "--num_processes", str(processes)]
     arguments += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500", "--machine_rank", "0", "train.py"]
-    with patched("is_port_in_use", lambda port: False):
-        try:
-            args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-            if args.use_deepspeed:
-                args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-                _, env = launch.prepare_deepspeed_cmd_env(args)
-            else:
-                env = launch.prepare_multi_gpu_env(args)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"--launch {path}: accelerate refuses it ({' '.join(str(error).split())[:200]})") from None
+    with (
+        patched("is_port_in_use", lambda port: False),
+        guarded(f"--launch {path}: accelerate refuses it", "see the files of launch/ for examples"),
+    ):
+        args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+        if args.use_deepspeed:
+            args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+            _, env = launch.prepare_deepspeed_cmd_env(args)
+        else:
+            env = launch.prepare_multi_gpu_env(args)
     return {name: value for name, value in env.items() if os.environ.get(name) != value}

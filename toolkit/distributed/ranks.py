@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -125,7 +126,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
             except Preempted:
                 code = TERMINATED
             except UserError as error:
-                _say_error(str(error))
+                _say_error(str(error), error.__cause__)
                 _exit(2)
             except KeyboardInterrupt:
                 _exit(130)
@@ -162,9 +163,23 @@ def _end_after_an_error() -> None:
             os._exit(1)
 
 
-def _say_error(text: str) -> None:
+def _say_error(text: str, cause: BaseException | None = None) -> None:
+    """Prints the line; the traceback of `cause`, a library's exception, goes to a file that the line names."""
     if _claims_error_output():
-        print(f"error: {_rank_prefix()}{text}", file=sys.stderr, flush=True)
+        print(f"error: {_rank_prefix()}{text}{_kept(cause)}", file=sys.stderr, flush=True)
+
+
+def _kept(cause: BaseException | None) -> str:
+    """`" (traceback: FILE)"`, a new file in the temporary folder; empty without a cause, or where no file can be written."""
+    if cause is None:
+        return ""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="footprint-error-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.writelines(traceback.format_exception(cause))
+    except OSError:
+        return ""
+    return f" (traceback: {path})"
 
 
 def _time_out(error: Exception) -> str | None:
@@ -261,6 +276,8 @@ def broadcast_from_main(decide: Callable[[], Any]) -> Any:
         try:
             outcome[0] = decide()
         except UserError as error:
+            if state.num_processes == 1:
+                raise
             outcome[1] = str(error)
     if state.num_processes > 1:
         broadcast_object_list(outcome)

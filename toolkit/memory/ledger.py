@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.errors.reading import check_shape, read_json
 from toolkit.memory.recording import Recording, Window, category_of
 from toolkit.memory.trace import PHASES
 
@@ -39,6 +40,27 @@ CATEGORIES = {
 }
 
 Cells = dict[str, dict[str, int]]  # category -> module -> bytes
+_USES = {
+    str: {"allocated_peak_bytes": int, "allocated_end_bytes": int, "cells": {str: {str: int}}},
+}
+SHAPE = {  # of `to_json`, as `check_shape` takes it
+    "source": str,
+    "device": str,
+    "phases": _USES,
+    "first_step": _USES,
+    "peak": {"reserved_bytes": int, "context_bytes": (int, None)},
+    "parameters": {"trainable": int, "all": int},
+    "stack": {str: (str, None)},
+    "config": dict,
+    "timeline": [[(str, int)]],
+    "budget_bytes": (int, None),
+    "seconds": float,
+    "notes": [str],
+    "processes?": int,
+    "engine?": (str, None),
+    "host_bytes?": int,
+    "nvme_bytes?": int,
+}
 
 
 class LedgerError(AssertionError):
@@ -204,7 +226,7 @@ class Ledger:
                 host_bytes=data.get("host_bytes", 0),
                 nvme_bytes=data.get("nvme_bytes", 0),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"not a ledger: {type(error).__name__} {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -214,21 +236,33 @@ class Ledger:
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
         """Reads a ledger that `save` wrote. Raises `UserError` if the file is missing or is no ledger."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = Path(path)
+        if not path.exists():
             raise UserError(
                 f"there is no ledger {path}; give the folder of a run whose memory was measured, or a ledger file"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"cannot read ledger {path}: {error.strerror}; give a ledger file that can be read"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"cannot read ledger {path}: {error}") from error
-        if not isinstance(data, dict):
-            raise UserError(f"cannot read ledger {path}: it holds a {type(data).__name__}, not an object")
-        return cls.from_json(data)
+            )
+        what, remedy = f"cannot read ledger {path}", "give a ledger that footprint wrote"
+        data = read_json(path, what, remedy)
+        if data.get("schema_version") == SCHEMA_VERSION:
+            check_shape(data, SHAPE, what, remedy)
+            if (wrong := _impossible(data)) is not None:
+                raise UserError(f"{what}: {wrong} is no number of bytes or processes; {remedy}")
+        try:
+            return cls.from_json(data)
+        except LedgerError as error:
+            raise UserError(f"{what}: {error}; {remedy}") from None
+
+
+def _impossible(content: Any, name: str = "ledger") -> str | None:
+    """`NAME: NUMBER` of the first number outside of the config that is negative or beyond all memory; None without one."""
+    if isinstance(content, int | float):
+        return None if 0 <= content < 2**60 else f"{name}: {content:g}"
+    pairs: Iterable[tuple[str, Any]] = ()
+    if isinstance(content, dict):
+        pairs = content.items()
+    elif isinstance(content, list):
+        pairs = ((name, one) for one in content)
+    return next((found for key, one in pairs if key != "config" and (found := _impossible(one, key))), None)
 
 
 def ledger_of(recording: Recording, timeline_rows: int = 400, **about: Any) -> Ledger:

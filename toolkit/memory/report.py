@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from toolkit.errors import printable
 from toolkit.memory.ledger import CATEGORIES, Ledger, PhaseUse
 from toolkit.memory.trace import PHASES
 from toolkit.units import format_bytes
@@ -214,8 +215,8 @@ def load_all(paths: Iterable[str]) -> list[tuple[str, Ledger]]:
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            found.append((path.resolve().name, Ledger.load(path / "memory.json")))
+            found.append((printable(path.resolve().name), Ledger.load(path / "memory.json")))
         else:
             name = path.resolve().parent.name if path.name == "memory.json" else path.stem
-            found.append((name, Ledger.load(path)))
+            found.append((printable(name), Ledger.load(path)))
     return found

@@ -1,5 +1,6 @@
 """The interface of a method, and the shared parts of methods over a frozen base: PEFT, its errors, quantized bases."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
 
 from toolkit.console import say
-from toolkit.errors import UserError, did_you_mean
+from toolkit.errors import UserError, did_you_mean, guarded, time_limit, words_of
 from toolkit.models.heads import has_head, head_modules
 from toolkit.models.quantization import is_packed
 from toolkit.models.soft_prompts import IN_THE_CACHE, fit_head
@@ -35,6 +36,7 @@ KBIT_UPCAST = (
     "With a quantized base: hold what is not quantized in fp32 (all, PEFT's own preparation) or leave it in the type that it "
     "is computed in, which needs less memory (none, the default of recipes/qlora.py)."
 )
+PATTERN_SECONDS = 5.0  # matching the names of the largest model takes milliseconds
 NORMS = "Norm"  # in the class name of every normalization layer: LayerNorm, T5LayerNorm, LlamaRMSNorm
 
 
@@ -157,14 +159,41 @@ def wrap(model: PreTrainedModel, config: PeftConfig, name: str) -> PreTrainedMod
         )
     if has_head(model.config) and hasattr(config, "modules_to_save"):
         config.modules_to_save = [*(config.modules_to_save or []), *head_modules(model)]
-    try:
+    check_patterns(config, model, "the configuration for PEFT")
+    with guarded(
+        f"{name} does not fit this {model.config.model_type} model", "change its flags, or give another model"
+    ):
         wrapped = get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{name} does not fit this {model.config.model_type} model: {reason}") from error
     _train_heads_in_float32(wrapped)
     fit_head(wrapped)
     return wrapped
+
+
+def check_patterns(config: PeftConfig, model: nn.Module, what: str) -> None:
+    """Matches the patterns in `config` against the names of the model's modules, as PEFT will; `what` names their source.
+
+    Raises: UserError for text that is no regular expression, and for one that does not end within `PATTERN_SECONDS`.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for field_name, value in config.to_dict().items():
+        if not re.search("modules|pattern|layers|target|parameters", field_name):
+            continue
+        texts = value if isinstance(value, str | list | tuple | set | dict) else []
+        for text in [texts] if isinstance(texts, str) else [one for one in texts if isinstance(one, str)]:
+            if re.fullmatch(r"[\w.-]*", text):
+                continue  # a name
+            shown = f"{what}: {field_name} {text[:60]!r}"
+            too_slow = (
+                f"{shown} is a pattern that does not end on the names of this model's modules; write a simpler one"
+            )
+            with time_limit(PATTERN_SECONDS, too_slow):
+                try:
+                    pattern = re.compile(rf"(.*\.)?({text})")
+                    for name in names:
+                        pattern.match(name)
+                        pattern.fullmatch(name)
+                except (re.error, RecursionError, OverflowError, MemoryError) as error:
+                    raise UserError(f"{shown} is no regular expression ({words_of(error)}); write another") from None
 
 
 def _train_heads_in_float32(model: nn.Module) -> None:

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError, did_you_mean
+from toolkit.errors.reading import read_yaml
 from toolkit.methods.adapter import Adapter, AdapterType
 from toolkit.methods.base import EMBEDDED, PeftBased, task_type
 from toolkit.methods.lora import takes_from_base
@@ -87,13 +87,8 @@ class AnyPeft(PeftBased):
         """The fields in the file `--peft_config`."""
         if self.peft_config is None:
             return {}
-        try:
-            settings = yaml.safe_load(Path(self.peft_config).read_text(encoding="utf-8"))  # JSON is YAML
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--peft_config {self.peft_config}: cannot be read as YAML or JSON ({reason})") from None
-        if not isinstance(settings, dict):
-            raise UserError(f"--peft_config {self.peft_config}: the file must hold `field: value` lines")
+        path = Path(self.peft_config)
+        settings = read_yaml(path, f"--peft_config {path}", "the file must hold `field: value` lines")  # JSON is YAML
         known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[self.peft_type])} - {"peft_type"}
         for name in settings:
             if name not in known:

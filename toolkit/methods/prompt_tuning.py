@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, task_type
+from toolkit.models.loading import read_tokenizer
 
 
 @dataclass
@@ -55,6 +56,8 @@ class PromptTuning(PeftBased):
         kinds = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
         empty = any(p.is_meta for p in model.parameters())
         from_text = self.prompt_tuning_init == "text" and not empty
+        if from_text:
+            read_tokenizer(model.config._name_or_path)  # refuses one with code of its own, for which PEFT would ask
         return PromptTuningConfig(
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_tuning_init="RANDOM" if empty else kinds[self.prompt_tuning_init],

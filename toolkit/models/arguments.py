@@ -66,6 +66,11 @@ class ModelArguments:
                 raise UserError(
                     "--random_weights cannot be quantized while loading; leave out --load_in_4bit / --load_in_8bit"
                 )
+        if "/" in (self.attn_implementation or ""):
+            raise UserError(
+                f"--attn_implementation {self.attn_implementation}: a kernel of the hub is code from outside, which footprint never "
+                "runs; give sdpa, eager or flash_attention_2"
+            )
         if "model_revision" in given and self.is_local:
             raise UserError("--model_revision has no effect on a local model; leave it out")
 

@@ -1,6 +1,7 @@
 """Loads the tokenizer and the model from a hub id, a local folder, or the embedded default."""
 
 import copy
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -28,7 +30,8 @@ from transformers.utils import logging
 from toolkit.console import say
 from toolkit.distributed.deepspeed import without_partitioning
 from toolkit.distributed.engine import NO_ENGINE, Engine, EngineKind
-from toolkit.errors import UserError
+from toolkit.errors import UserError, guarded, time_limit, words_of
+from toolkit.errors.reading import check_regular, check_shape, read_json
 from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import (
@@ -45,6 +48,7 @@ from toolkit.models.hub import check_reachable, did_you_mean, unreachable
 from toolkit.models.meta import model_on_meta
 from toolkit.models.quantization import quantization_config
 
+BUILD_SECONDS = 120.0  # without weights the largest model of today takes a few
 # T5-like models. They were trained in bf16; in fp16 their activations exceed the largest number (65,504) and become inf or NaN.
 # Their positions are relative, so inputs longer than in training work.
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
@@ -78,13 +82,12 @@ def load_model_config(
         has_weights = args.random_weights or not needs_weights
         if not has_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
             raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
-    try:
-        known = None if needs_weights or args.is_local else catalogue.config_of(source)
-        if known is None and not args.is_local:
-            check_reachable(source, args.model_revision)
-        config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_why_not(source, error)) from None
+        if not args.random_weights and needs_weights:
+            check_weight_files(folder)
+    known = None if needs_weights or args.is_local else catalogue.config_of(source)
+    if known is None and not args.is_local:
+        check_reachable(source, args.model_revision)
+    config = known or read_config(source, args.model_revision)
     check_kind(source, config, kind)
     config.problem_type = None  # the checkpoint's value does not count: `set_head` decides
     if fp16 and config.model_type in T5_FAMILY:
@@ -96,13 +99,198 @@ def load_model_config(
         raise UserError(f"--dtype float16 with {config.model_type} overflows; use bfloat16 or float32")
     if (args.load_in_4bit or args.load_in_8bit) and getattr(config, "quantization_config", None) is not None:
         flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
-        method = config.quantization_config.get("quant_method", "some method")
+        own = config.quantization_config
+        method = own.get("quant_method", "some method") if isinstance(own, dict) else own.quant_method
         raise UserError(f"{flag}: {source} is already quantized (by {method}); leave the flag out")
     return config
 
 
-def _why_not(source: str, error: Exception) -> str:
+# A model's files in JSON that transformers reads before its weights.
+JSON_FILES: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+JSON_FILES += (
+    "added_tokens.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+# (fields of config.json, least, most): what no model has, and what building would not end with.
+RANGES = (
+    (r"(num_(hidden_|encoder_|decoder_)?|n_|encoder_|decoder_)layers?", 1, 1000),
+    (r"(num_attention_|num_|n_|(de|en)coder_attention_)heads?|num_(key_value|kv)_heads", 1, 10**4),
+    (
+        r"(hidden|intermediate|embedding)_size|d_(model|ff|kv|inner)|n_(embd|inner)|(en|de)coder_ffn_dim|head_dim",
+        1,
+        10**6,
+    ),
+    (r"vocab_size", 1, 10**8),
+    (r"max_position_embeddings|n_positions|n_ctx", 1, 10**9),
+    (r"num_(local_)?experts|num_labels|type_vocab_size", 0, 10**5),
+)
+
+
+IDS = (int, None)
+GENERATION: dict[str, Any] = {  # the fields of generation_config.json that scoring takes over
+    **{f"{name}_token_id?": IDS for name in ("bos", "pad", "decoder_start", "forced_bos")},
+    "eos_token_id?": (int, list, None),
+    "forced_eos_token_id?": (int, list, None),
+    "bad_words_ids?": (list, None),
+    "suppress_tokens?": (list, None),
+    "begin_suppress_tokens?": (list, None),
+    "num_beams?": (int, None),
+    "do_sample?": (bool, None),
+    "temperature?": (float, None),
+    "no_repeat_ngram_size?": (int, None),
+}
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UserError for what could not end in a model's folder: devices, pipes, and JSON without limits."""
+    for file in folder.iterdir():
+        check_regular(file)
+    for name in JSON_FILES:
+        if (folder / name).exists():
+            read_json(folder / name, duplicates=True, finite=False)
+    if (folder / "generation_config.json").exists():
+        generation = read_json(folder / "generation_config.json", duplicates=True, finite=False)
+        check_shape(generation, GENERATION, str(folder / "generation_config.json"), "mend it, or remove the file")
+    if (folder / "config.json").is_file():
+        _check_sizes(folder / "config.json", read_json(folder / "config.json", duplicates=True, finite=False))
+
+
+def _check_sizes(file: Path, config: dict[str, Any]) -> None:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(file, value)
+        if re.search("dropout|pdrop", name) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise UserError(f"{file}: {name} {value} is not possible; give a number from 0 to 1")
+        for pattern, least, most in RANGES:
+            if value is None or not re.fullmatch(pattern, name):
+                continue
+            for one in value if isinstance(value, list) else [value]:
+                if not isinstance(one, int) or isinstance(one, bool) or not least <= one <= most:
+                    shown = repr(one)[:40]
+                    raise UserError(
+                        f"{file}: {name} {shown} is not possible; give a whole number from {least} to {most:,}"
+                    )
+
+
+def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a hub id or folder. No code that comes with a model is ever run.
+
+    Raises: UserError for a config that cannot be read, holds impossible sizes, or needs code of its own.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    try:
+        with guarded(f"{source}: its config cannot be read", "give a model that transformers loads"):
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except UserError as error:
+        if error.__cause__ is None:
+            raise
+        known = isinstance(error.__cause__, OSError) or _needs_code(error.__cause__)
+        raise UserError(_why_not(source, error.__cause__)) from (None if known else error.__cause__)
+
+
+def read_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder. No code that comes with it is ever run.
+
+    Raises: UserError if there is none, or it needs code of its own.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    try:
+        with guarded(f"{source}: no tokenizer can be loaded", "name one with --tokenizer_name"):
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except UserError as error:
+        if _needs_code(error.__cause__):
+            raise UserError(_own_code(f"the tokenizer of {source}")) from None
+        raise
+
+
+def read_model(source: str, config: PreTrainedConfig, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with its weights, and what `from_pretrained` found. Pickles are only read as tensors, and no code is run.
+
+    Raises: UserError for weights that cannot be loaded.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        check_weight_files(folder)
+    try:
+        with guarded(f"{source}: its weights cannot be loaded", "give a whole checkpoint of this architecture"):
+            return auto_class(config).from_pretrained(
+                source, config=config, output_loading_info=True, trust_remote_code=False, **options
+            )
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(_why_not(source, error.__cause__)) from error.__cause__
+        raise
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raises UserError for files of weights that are none: pointers, web pages, cut files, pickles that are no tensors' archive.
+
+    Also for an index that names a file which is missing or outside of `folder`.
+    """
+    remedy = "download it again"
+    for file in sorted(folder.glob("*.index.json")):
+        weights = read_json(file, remedy=remedy).get("weight_map")
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+            raise UserError(f"{file}: it has no weight_map of names to files; {remedy}")
+        for name in sorted(set(weights.values())):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"{file}: it names {name}, which is no file of this folder; {remedy}")
+    tensors = sorted(file for start in ("model", "adapter_model") for file in folder.glob(f"{start}*.safetensors"))
+    for file in tensors or sorted(folder.glob("*model*.bin")):
+        check_regular(file)
+        if not file.is_file():
+            raise UserError(f"{file}: it is a folder, or a link that leads nowhere; {remedy}")
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(200)
+        if not start:
+            what = "it is empty"
+        elif start.startswith(b"version https://git-lfs"):
+            what, remedy = "it is a Git LFS pointer, not the file itself", "git lfs pull fetches it"
+        elif start.lstrip()[:100].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+            what = "it is a web page, not the file itself"
+        elif file.suffix == ".safetensors" and not 2 <= int.from_bytes(start[:8], "little") <= size - 8:
+            what = f"its {size:,} bytes are no whole safetensors file"
+        elif file.suffix == ".bin" and start[:2] not in (b"PK", b"\x80\x02"):
+            what = (
+                "it is a pickle of an unknown kind, which could run code"
+                if start[:1] == b"\x80"
+                else "it holds no weights"
+            )
+        else:
+            if file.suffix == ".safetensors":
+                with guarded(f"{file}: its list of tensors cannot be read", remedy), safe_open(file, "pt"):
+                    pass
+            continue
+        raise UserError(f"{file}: {what}; {remedy}")
+
+
+def _needs_code(error: BaseException | None) -> bool:
+    return "trust_remote_code" in str(error) or "custom code" in str(error)
+
+
+def _own_code(what: str) -> str:
+    return (
+        f"{what} needs code of its own (auto_map), which footprint never runs; give a model that transformers knows without "
+        "--trust_remote_code"
+    )
+
+
+def _why_not(source: str, error: BaseException) -> str:
     """One line that says why a config could not be read."""
+    if _needs_code(error):
+        return _own_code(source)
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -123,7 +311,7 @@ def _why_not(source: str, error: Exception) -> str:
             f"{source}: transformers {transformers.__version__} does not know the architecture {model_type!r}; "
             "check model_type in its config.json, or upgrade transformers"
         )
-    return f"{source}: its config cannot be read ({' '.join(str(error).split())[:200]})"
+    return f"{source}: its config cannot be read ({words_of(error)}); give a model that transformers loads"
 
 
 def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -132,11 +320,7 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     Raises: UserError if there is no tokenizer, or if it has neither of these tokens.
     """
     source = args.tokenizer_name or args.source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=None if args.tokenizer_name else args.model_revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{source}: no tokenizer can be loaded ({reason}); name one with --tokenizer_name") from None
+    tokenizer = read_tokenizer(source, None if args.tokenizer_name else args.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -182,17 +366,20 @@ def build_on_meta(
 
     `sharded`: see `quantization_config`.
     """
-    try:
-        with without_partitioning():
-            return model_on_meta(
-                auto_class(config),
-                copy.deepcopy(config),
-                dtype,
-                args.attn_implementation,
-                quantization_config(args, config, dtype, sharded),
-            )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None
+    remedy = "change its config.json, or give another model"
+    too_slow = f"{args.source}: building the model of its config.json takes more than {BUILD_SECONDS:g} s; {remedy}"
+    with (
+        time_limit(BUILD_SECONDS, too_slow),
+        guarded(f"{args.source}: no model can be built from its config.json", remedy),
+        without_partitioning(),
+    ):
+        return model_on_meta(
+            auto_class(config),
+            copy.deepcopy(config),
+            dtype,
+            args.attn_implementation,
+            quantization_config(args, config, dtype, sharded),
+        )
 
 
 def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Collection[str]) -> None:
@@ -202,7 +389,7 @@ def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Colle
     the names of the weights that the checkpoint lacks: a checkpoint whose config names no architecture, or an unknown one, can
     contain a whole head.
     """
-    shipped, config = AutoConfig.from_pretrained(args.source, revision=args.model_revision), model.config
+    shipped, config = read_config(args.source, args.model_revision), model.config
     other = any(name.endswith(OTHER_HEADS) for name in shipped.architectures or ())
     whole = not any(name.startswith(tuple(f"{head}." for head in head_modules(model))) for name in missing)
     if not (whole or other or has_own_head(shipped)):
@@ -270,10 +457,13 @@ def load_model(
     """
     if args.random_weights:
         set_seed(training.seed)
-        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+        with guarded(f"{args.source}: no model can be built from its config.json", "give another model"):
+            model = auto_class(config).from_config(
+                config, dtype=dtype, attn_implementation=args.attn_implementation, trust_remote_code=False
+            )
         set_seed(training.seed)
         return model.to(training.device)
-    options: dict[str, Any] = {"config": config, "revision": args.model_revision, "dtype": dtype}
+    options: dict[str, Any] = {"revision": args.model_revision, "dtype": dtype}
     # a head of another size is initialized anew; `check_weights` checks the rest
     options["ignore_mismatched_sizes"] = True
     if args.attn_implementation:
@@ -284,11 +474,8 @@ def load_model(
         if engine.kind is not EngineKind.ZERO_3:
             options["device_map"] = {"": training.device}
     set_seed(training.seed)  # for a new head
-    try:
-        with _quiet() if has_head(config) else nullcontext():  # no warning about a new head
-            model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
-    except OSError as error:
-        raise UserError(_why_not(args.source, error)) from None
+    with _quiet() if has_head(config) else nullcontext():  # no warning about a new head
+        model, found = read_model(args.source, config, **options)
     check_weights(args.source, model, found)
     if has_head(config):
         set_seed(training.seed)

@@ -26,7 +26,9 @@ def model_on_meta(
 
     Raises: UserError for a quantization method other than that of bitsandbytes.
     """
-    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    kwargs: dict[str, Any] = {"trust_remote_code": False}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
     quantizer = None
     if quantization_config is not None:
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)

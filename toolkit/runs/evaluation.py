@@ -1,5 +1,6 @@
 """Scoring: a model answers the test split, and its answers are scored against the references."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -7,6 +8,7 @@ from transformers import PreTrainedModel
 from toolkit.config import Config
 from toolkit.console import is_main
 from toolkit.data.loading import TaskData
+from toolkit.errors import guarded
 from toolkit.memory.cuda.meter import excluded_from_peak
 
 
@@ -25,7 +27,10 @@ def evaluate_by_generation(model: PreTrainedModel, data: TaskData, config: Confi
     """
     prompts = [tuple(ids) for ids in data.test_prompts]
     unique = list(dict.fromkeys(prompts))
-    with excluded_from_peak(model.device):
+    name = config.model.model_name_or_path or "the embedded model"
+    guard = guarded(f"{name}: the {title} cannot answer the test split", "mend its files, or give another model")
+    # with several processes an exception can be the loss of another one, which `exits_cleanly` explains
+    with excluded_from_peak(model.device), guard if config.training.world_size == 1 else nullcontext():
         answers = data.task.answers(
             model,
             data.prompt_tokenizer,

@@ -1,32 +1,72 @@
 """Loads finished runs, and their models, from run folders; runs over the same base share it."""
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, guarded
+from toolkit.errors.numbers import check_numbers
+from toolkit.errors.reading import check_regular, check_shape, read_json, read_yaml
 from toolkit.files import read_csv
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS, Method  # importing them also registers our own adapters with PEFT
+from toolkit.methods.base import check_patterns
 from toolkit.models.arguments import ModelArguments
-from toolkit.models.heads import auto_class, set_head
-from toolkit.models.loading import check_weights, load_model, load_model_config
+from toolkit.models.heads import set_head
+from toolkit.models.loading import (
+    check_weight_files,
+    check_weights,
+    load_model,
+    load_model_config,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 from toolkit.models.soft_prompts import fit_head
 from toolkit.tasks import TASKS
 from toolkit.tasks.base import Task
 from toolkit.tasks.tokenization import PromptTokenizer
 
-# The keys of run.json that are needed to load a run.
-NEEDED = ("method", "task", "seed", "weights", "prompt_template", "label_names", "max_length", "max_target_length")
+# What run.json must hold to load a run, and the shape of what else is read from it.
+RECORD = {
+    "method": str,
+    "task": str,
+    "seed": int,
+    "weights": str,
+    "prompt_template": str,
+    "label_names": [str],
+    "max_length": int,
+    "max_target_length": int,
+    "finished?": bool,
+    "command?": str,
+    "precision?": str,
+    "seconds?": float,
+    "scores?": {str: {str: float}},
+    "parameters?": {"trainable": int, "all": int},
+    "versions?": {str: (str, None)},
+    "data?": {"name": str, "rows": {str: int}, "sha256": {str: str}},
+    "context?": {str: {str: float}},
+}
+AGAIN = "run the recipe again"
+# Numbers of an adapter's configuration that make tensors: as large as a flag's
+SIZES: tuple[str, ...] = (
+    "r",
+    "init_r",
+    "target_r",
+    "rank",
+    "num_virtual_tokens",
+    "num_layers",
+    "num_attention_heads",
+    "token_dim",
+)
+SIZES += ("encoder_hidden_size", "encoder_num_layers", "adapter_size")
 
 
 class FinishedRun:
@@ -39,16 +79,10 @@ class FinishedRun:
 
     def __init__(self, path: Path, must_be_finished: bool = True) -> None:
         self.path = path
-        self.record = read_json(path / "run.json")
-        self.settings = _read_yaml(path / "config.yaml")
+        self.record = read_record(path)
+        self.settings = _read_settings(path)
         if must_be_finished and not self.record.get("finished"):
             raise UserError(f"{path}: the run did not finish; continue it with --resume_from_checkpoint true")
-        if missing := [name for name in NEEDED if name not in self.record]:
-            raise UserError(f"{path / 'run.json'} is damaged: it has no {missing[0]!r}; run the recipe again")
-        if self.record["task"] not in TASKS:
-            raise UserError(
-                f"{path}: its task {self.record['task']!r} is unknown; there are {', '.join(sorted(TASKS))}"
-            )
 
     def __repr__(self) -> str:
         return f"FinishedRun({str(self.path)!r}, method={self.record['method']!r}, scores={self.scores})"
@@ -70,18 +104,23 @@ class FinishedRun:
         Raises: UserError if memory.json is damaged.
         """
         path = self.path / "memory.json"
-        return Ledger.load(path) if path.is_file() else None
+        return Ledger.load(path) if path.exists() else None
 
     @cached_property
     def adapter(self) -> PeftConfig | None:
         """The configuration of the saved adapter; None if a whole model was saved."""
-        if not (self.path / "adapter_config.json").is_file():
+        file = self.path / "adapter_config.json"
+        if not file.exists():
             return None
-        try:
+        content = read_json(file, f"{file} is damaged", AGAIN)
+        for name in SIZES:
+            value = content.get(name)
+            if isinstance(value, int) and not 0 < value <= 10**6:
+                raise UserError(f"{file} is damaged: {name} {value} is not possible; {AGAIN}")
+        if content.get("megatron_config") is not None:  # PEFT would import a module that the file names
+            raise UserError(f"{file} asks PEFT to import {content.get('megatron_core')!r}, which footprint never does")
+        with guarded(f"{file} is damaged", AGAIN):
             return PeftConfig.from_pretrained(self.path)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.path / 'adapter_config.json'} is damaged: {reason}; run the recipe again") from None
 
     @cached_property
     def base(self) -> ModelArguments:
@@ -97,13 +136,13 @@ class FinishedRun:
     def load_base(self) -> PreTrainedModel:
         """The base model in the run's precision, or the whole tuned model if that was saved."""
         if self.adapter is None and any(self.path.glob("*.safetensors")):
-            config = AutoConfig.from_pretrained(self.path)
-            model, found = auto_class(config).from_pretrained(self.path, config=config, output_loading_info=True)
+            config = read_config(str(self.path))
+            model, found = read_model(str(self.path), config)
             check_weights(str(self.path), model, found)
             return model.to(_device()).eval()
         config = load_model_config(self.base, kind=self.task.model_kind)
         if self.task.model_kind == "head":
-            set_head(config, self.record["label_names"], AutoTokenizer.from_pretrained(self.path).pad_token_id)
+            set_head(config, self.record["label_names"], read_tokenizer(str(self.path)).pad_token_id)
         training = TrainingArguments(seed=self.record["seed"], report_to="none")
         return load_model(self.base, config, getattr(torch, self.record["weights"]), training).eval()
 
@@ -126,7 +165,7 @@ class FinishedRun:
         """Makes the same prompts as the run did."""
         config = load_model_config(self.base, needs_weights=False, kind=self.task.model_kind)
         return self.task.prompt_tokenizer(
-            AutoTokenizer.from_pretrained(self.path),
+            read_tokenizer(str(self.path)),
             self.record["prompt_template"],
             config.is_encoder_decoder,
             self.record["max_length"],
@@ -182,7 +221,10 @@ class Models:
         """The tuned model of `run`, with its adapter active. A model from an earlier call may have lost its adapter."""
         key, name = run.shares_with, str(run.path.resolve()).replace(".", "_")  # module names have no dots
         model = self.loaded[key] if key in self.loaded else run.load_base()
-        try:
+        if run.adapter is not None:
+            check_patterns(run.adapter, model, f"{run.path / 'adapter_config.json'}")
+            check_weight_files(run.path)
+        with guarded(f"{run.path}: its adapter cannot be loaded", AGAIN):
             if run.adapter is None:
                 pass
             elif not isinstance(model, PeftModel):
@@ -192,12 +234,10 @@ class Models:
                 model = _with_adapter(base, run.path, name)
             else:
                 if name not in model.peft_config and (lost := model.load_adapter(run.path, name).missing_keys):
-                    raise ValueError(f"it lacks {len(lost)} tensors, {lost[0]} among them")
+                    raise UserError(
+                        f"{run.path}: its adapter cannot be loaded (it lacks {len(lost)} tensors, {lost[0]} among them)"
+                    )
                 model.set_adapter(name, inference_mode=True)
-        except Exception as error:  # PEFT, safetensors and torch raise exceptions of their own
-            raise UserError(
-                f"{run.path}: its adapter cannot be loaded ({' '.join(str(error).split())[:200]})"
-            ) from None
         self.loaded[key] = model
         return model.eval()
 
@@ -217,7 +257,7 @@ def _device() -> torch.device:
 def is_run_folder(path: Path) -> bool:
     """Whether `path` looks like a run folder, finished or not; also safe for texts that are too long to be a path."""
     try:
-        return (path / "run.json").is_file() or (path / "config.yaml").is_file()
+        return (path / "run.json").exists() or (path / "config.yaml").exists()
     except (OSError, ValueError):
         return False
 
@@ -227,6 +267,7 @@ def read_completions(folder: Path) -> dict[str, list[str]]:
 
     Raises: UserError if the file is missing or damaged.
     """
+    check_regular(folder / "completions.csv")
     try:
         columns = read_csv(folder / "completions.csv")
         if columns.keys() >= {"text", "reference"}:
@@ -236,28 +277,47 @@ def read_completions(folder: Path) -> dict[str, list[str]]:
     raise UserError(f"{folder} has no readable completions.csv; give the folder of a finished run")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run folder.
+def read_record(folder: Path) -> dict[str, Any]:
+    """The content of a run's run.json; its scores may be infinite or no number.
 
-    Raises: UserError if the file is missing or damaged.
+    Raises: UserError if the folder is not that of a run, or the file is damaged.
     """
-    return _mapping(path, json.loads, json.JSONDecodeError)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return _mapping(path, yaml.safe_load, yaml.YAMLError)
-
-
-def _mapping(path: Path, parse: Any, damage: type[Exception]) -> dict[str, Any]:
+    path = _there(folder, "run.json")
+    what = f"{path} is damaged"
+    record = read_json(path, what, AGAIN, finite=False)
+    check_shape(record, RECORD, what, AGAIN)
+    if record["task"] not in TASKS:
+        raise UserError(f"{folder}: its task {record['task']!r} is unknown; there are {', '.join(sorted(TASKS))}")
+    if record["weights"] not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"{what}: weights {record['weights']!r} is none of float32, bfloat16, float16; {AGAIN}")
+    names = ("seed", "max_length", *(["max_target_length"] if record["max_target_length"] else []))
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"{path.parent} is not a run folder: it has no {path.name}; give the output folder of a recipe"
-        ) from None
-    except (damage, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} is damaged: {reason}; run the recipe again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}; run the recipe again")
-    return content
+        check_numbers({name: record[name] for name in names})
+    except UserError as error:
+        raise UserError(f"{what}: {str(error).removeprefix('--')}") from None
+    return record
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml, by flag name.
+
+    Raises: UserError if the folder is not that of a run, or the file is damaged.
+    """
+    path = _there(folder, "config.yaml")
+    what = f"{path} is damaged"
+    settings = read_yaml(path, what, AGAIN)
+    shapes: dict[str, Any] = {}
+    for name, kind in get_type_hints(ModelArguments).items():
+        kinds = tuple(one if isinstance(one, type) and one is not type(None) else None for one in get_args(kind))
+        literal = get_origin(kind) is Literal
+        shapes[f"{name}?"] = str if literal else kinds or kind
+        if literal and settings.get(name, get_args(kind)[0]) not in get_args(kind):
+            raise UserError(f"{what}: {name} {settings[name]!r} is none of {', '.join(get_args(kind))}; {AGAIN}")
+    check_shape(settings, shapes, what, AGAIN)
+    return settings
+
+
+def _there(folder: Path, name: str) -> Path:
+    if not (folder / name).exists():
+        raise UserError(f"{folder} is not a run folder: it has no {name}; give the output folder of a recipe")
+    return folder / name

@@ -13,8 +13,8 @@ from itertools import groupby, zip_longest
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from toolkit.config import Config, Flags, configure, read_flags
 from toolkit.console import console, say
@@ -210,7 +210,7 @@ def show(out: Console, rows: Sequence[Pair]) -> None:
         phases = dict.fromkeys(event.phase.replace("_", " ") for event in there)
         sizes = ["" if event is None else str(event) for event in row]
         cells = ("" if row.is_equal else "≠", "\n".join(phases), *sizes, "\n".join(modules))
-        table.add_row(*map(escape, cells), style="" if row.is_equal else "bold")
+        table.add_row(*map(Text, cells), style="" if row.is_equal else "bold")
     out.print(table)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from toolkit.config import Config, Flags, configure, read_flags
 from toolkit.console import console, is_main, say
-from toolkit.data.loading import label_names, lengths, load_data
+from toolkit.data.loading import guarded_rows, label_names, lengths, load_data
 from toolkit.data.shared_rows import SharedRows, shared_length
 from toolkit.distributed.deepspeed import without_partitioning
 from toolkit.distributed.engine import EngineKind
@@ -293,7 +293,8 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
     """
     data, virtual_tokens = config.data, config.method.virtual_tokens
     reads_data = reads_data and data.dataset_name is not None
-    rows_found = data.read() if reads_data else None  # also decides the task, on which the lengths depend
+    with guarded_rows(data):
+        rows_found = data.read() if reads_data else None  # also decides the task, on which the lengths depend
     length, target_length, _ = lengths(data, model_config, virtual_tokens=virtual_tokens)
     if not reads_data:
         unread = "--dataset_name was not read" if data.dataset_name else "no --dataset_name was given"
@@ -310,7 +311,8 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
             f"--dataset_name {data.dataset_name} is counted in tokens, which needs the tokenizer: {error}; without --dataset_name "
             "rows of --max_length tokens are predicted"
         ) from None
-    rows = load_data(data, model_config, tokenizer, virtual_tokens, rows_found).train
+    with guarded_rows(data):
+        rows = load_data(data, model_config, tokenizer, virtual_tokens, rows_found).train
     longest = max(map(len, rows["input_ids"]))
     if model_config.is_encoder_decoder and not has_head(model_config):
         target_length = max(map(len, rows["labels"]))

@@ -27,7 +27,7 @@ from transformers.utils import is_liger_kernel_available
 from toolkit.config import Config, optimizers
 from toolkit.config.arguments import TrainArguments
 from toolkit.console import say
-from toolkit.data.loading import TaskData, load_data
+from toolkit.data.loading import TaskData, guarded_rows, load_data
 from toolkit.distributed.deepspeed import NOT_READ_BACK, OFFLOADED_OPTIMIZERS, check_builds, check_disk, join_deepspeed
 from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
@@ -75,7 +75,7 @@ def prepare(config: Config) -> Preflight:
     check_engine(config.engine, training)
     check_installed(training)
     _check_same_precision(config)
-    with training.main_process_first(desc="reading the data"):
+    with training.main_process_first(desc="reading the data"), guarded_rows(config.data):
         source = config.data.read()  # also decides the task, on which the kind of model depends
     try:
         check_combination(config)
@@ -85,7 +85,7 @@ def prepare(config: Config) -> Preflight:
         raise
     model_config = copy.deepcopy(config.model_config)  # the head below depends on this run's data
     tokenizer = load_tokenizer(config.model)
-    with training.main_process_first(desc="tokenizing the data"):
+    with training.main_process_first(desc="tokenizing the data"), guarded_rows(config.data):
         data = load_data(config.data, model_config, tokenizer, config.method.virtual_tokens, source)
     if config.task.model_kind == "head":
         if not config.model.random_weights:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from toolkit.console import console, is_main
+from toolkit.console import console, is_main, labelled
 
 
 class ProgressCallback(TrainerCallback):
@@ -29,7 +29,7 @@ class ProgressCallback(TrainerCallback):
                 TextColumn("[bold]training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
             self.bar.start()
@@ -60,11 +60,9 @@ class ProgressCallback(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, note=note)
             if "eval_loss" in logs:
-                self.bar.console.print(f"[bold]{'step':>11}[/bold]  {state.global_step}: {note}")
+                self.bar.console.print(labelled("step", f"{state.global_step}: {note}"))
         else:
-            console.print(
-                f"[bold]{'step':>11}[/bold]  {state.global_step}/{state.max_steps}  {note}, {left:.0f} s left"
-            )
+            console.print(labelled("step", f"{state.global_step}/{state.max_steps}  {note}, {left:.0f} s left"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
