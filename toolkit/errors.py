@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake in flags, files or data. The message is one line: what was got, what is valid, and what to change."""
 
 
+class NothingToDo(Exception):
+    """What was asked for is done already. The message is one line."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse with one-line errors instead of a usage page."""
 

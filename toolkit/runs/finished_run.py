@@ -40,7 +40,7 @@ class FinishedRun:
     def __init__(self, path: Path, must_be_finished: bool = True) -> None:
         self.path = path
         self.record = read_json(path / "run.json")
-        self.settings = _read_yaml(path / "config.yaml")
+        self.settings = read_yaml(path / "config.yaml")
         if must_be_finished and not self.record.get("finished"):
             raise UserError(f"{path}: the run did not finish; continue it with --resume_from_checkpoint true")
         if missing := [name for name in NEEDED if name not in self.record]:
@@ -244,7 +244,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return _mapping(path, json.loads, json.JSONDecodeError)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file of a run folder.
+
+    Raises: UserError if the file is missing or damaged.
+    """
     return _mapping(path, yaml.safe_load, yaml.YAMLError)
 
 

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 
 from toolkit.console import say, table
+from toolkit.distributed.launcher import without_secrets
 from toolkit.errors import UserError
 from toolkit.methods import METHODS, Method
 from toolkit.runs.finished_run import FinishedRun
-from toolkit.runs.run_folder import without_secrets
 from toolkit.tasks.metrics import score_title
 
 SAMPLE = 16  # rows of the test split on which logits and scores are compared
