@@ -1,8 +1,11 @@
 """Runs a recipe and kills this process at its NUMBER-th file operation in --output_dir (0: never; COUNT gets their number).
 
+If NUMBER is negative, the disk is full from that operation on: nothing can be created.
+
 python tests/killed.py NUMBER COUNT recipes/lora.py --output_dir DIR --use_cpu
 """
 
+import errno
 import os
 import runpy
 import signal
@@ -21,6 +24,9 @@ def watch(event: str, args: tuple) -> None:
         seen += 1
         if seen == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
+        creates = event == "os.mkdir" or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR))
+        if int(number) < 0 and seen >= -int(number) and creates:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[0])
 
 
 if __name__ == "__main__":

@@ -101,7 +101,10 @@ class Interruption:
         if number != signal.SIGINT:
             return
         if first is None:
-            _say("stopping", "after this step, with a checkpoint; press Ctrl-C again to end at once")
+            _say(
+                "stopping",
+                f"after this step, with a checkpoint; to end at once, press Ctrl-C again, or: kill -9 {self.process}",
+            )
         elif now - self.at > ONE_SIGNAL_SECONDS:
             self.received = number
             self.leave()

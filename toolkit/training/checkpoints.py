@@ -132,7 +132,7 @@ def readable_write_errors(what: str, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_write_failure(error):
+        if not is_write_failure(error):
             raise
         raise UserError(_cannot_write(what, output_dir, error)) from error
 
@@ -172,7 +172,8 @@ def _canonical(content: dict[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def _is_write_failure(error: BaseException) -> bool:
+def is_write_failure(error: BaseException) -> bool:
+    """Whether any library raised `error` because it could not write a file."""
     if isinstance(error, OSError | SafetensorError | CheckpointException):
         return not isinstance(error, ConnectionError)
     # torch and the tokenizers' library have no exception of their own
