@@ -26,6 +26,7 @@ from toolkit.runs.prediction import say_prediction, show_comparison, show_predic
 from toolkit.runs.preflight import prepare
 from toolkit.runs.run_folder import RunFolder
 from toolkit.training.callbacks import MetricsFile
+from toolkit.training.checkpoints import whole_files
 from toolkit.training.guards import Guards, check_generation, check_saved
 
 # toolkit comes first, because it hides messages that bitsandbytes logs when transformers imports it.
@@ -137,10 +138,13 @@ def main() -> None:
                 losses = []
     callbacks.on_train_end(*callback_args)
 
-    if accelerator.is_main_process:
-        model.save_pretrained(args.output_dir)
-        ready.data.tokenizer.save_pretrained(args.output_dir)
-        config.method.finish_saving(model, Path(args.output_dir))
+    is_main = accelerator.is_main_process
+    with whole_files(Path(args.output_dir), is_main, accelerator.wait_for_everyone) as folder:
+        if is_main:
+            model.save_pretrained(folder)
+            ready.data.tokenizer.save_pretrained(folder)
+            config.method.finish_saving(model, folder)
+    if is_main:
         check_saved(model, config, collate([ready.data.train[0]]))
     check_generation(model, ready.data, args)
     tuned = evaluate_by_generation(model, ready.data, config, title="tuned model")

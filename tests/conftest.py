@@ -10,6 +10,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
@@ -17,6 +18,8 @@ from typing import IO
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
+# the key that signs checkpoints is not this user's own
+os.environ["XDG_CONFIG_HOME"] = os.environ.get("FOOTPRINT_TEST_CONFIG") or tempfile.mkdtemp()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is a mistake
 
 import transformers  # noqa: F401 - its log handler must not keep the streams of the first test that imports it

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from toolkit.config import parse_config
+from toolkit.distributed.launcher import command, command_that_continues, without_secrets
 from toolkit.errors import UserError
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
@@ -23,7 +24,6 @@ from toolkit.methods.in_context import InContext
 from toolkit.models.generation import make_saveable
 from toolkit.runs.in_context import prompts_with_examples
 from toolkit.runs.preflight import prepare
-from toolkit.runs.run_folder import _command, without_secrets
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if path.stem != "bare_loop")  # test_bare_loop.py
 SHORT = ("--max_eval_samples", "4", "--max_target_length", "8", "--logging_steps", "1")
@@ -199,9 +199,10 @@ def test_the_recorded_command_is_the_launchers_without_secrets(monkeypatch):
         (["/bin/python", "/bin/torchrun", "--nproc_per_node", "2"], "torchrun --nproc_per_node 2"),
         (["timeout", "9", "python"], "python"),
     ):
-        parents = [SimpleNamespace(cmdline=lambda w=w: w) for w in (["bash"], [*launcher, *words], ["init"])]
+        parents = [SimpleNamespace(pid=1, cmdline=lambda w=w: w) for w in (["bash"], [*launcher, *words], ["init"])]
         monkeypatch.setattr("psutil.Process", lambda parents=parents: SimpleNamespace(parents=lambda: parents))
-        assert without_secrets(shlex.join(_command())) == f"{expected} recipes/lora.py --hub_token=HIDDEN --lora_r 4"
+        assert without_secrets(shlex.join(command())) == f"{expected} recipes/lora.py --hub_token=HIDDEN --lora_r 4"
+        assert command_that_continues("a b").endswith("--lora_r 4 --output_dir 'a b' --resume_from_checkpoint")
     assert without_secrets("accelerate launch a.py --hub-token hf_x") == "accelerate launch a.py --hub-token HIDDEN"
 
 

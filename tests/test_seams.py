@@ -182,7 +182,7 @@ def test_a_missing_text_in_a_librarys_source_is_reported():
         ),
         (
             "errors of a full disk",
-            "training.checkpoints:_is_write_failure",
+            "training.checkpoints:is_write_failure",
             lambda old: lambda error: False,
             "RuntimeError",
         ),

@@ -145,11 +145,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
     assert resume_point("true", tmp_path) is None and not (tmp_path / TEMPORARY).exists()
     (tmp_path / "empty").mkdir()
     assert resume_point("true", tmp_path / "empty") is None
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    for folder in ("other", "misspelt"):
-        with pytest.raises(UserError, match="no checkpoint in"):
-            resume_point("true", tmp_path / folder)
 
 
 def test_a_run_that_cannot_resume_is_refused_before_a_model_is_loaded(tmp_path):
@@ -247,7 +242,7 @@ def test_the_flags_of_resuming_that_have_no_effect_are_refused():
     assert parse_config(Lora, [RESUME, "a/checkpoint-2"]).training.output_dir == "a"
     with pytest.raises(UserError, match="--allow_changed_data has no effect without --resume_from_checkpoint"):
         parse_config(Lora, ["--allow_changed_data"])
-    with pytest.raises(UserError, match="--enable_jit_checkpoint has no effect here: SIGTERM always"):
+    with pytest.raises(UserError, match="--enable_jit_checkpoint has no effect here: SIGTERM and Ctrl-C always"):
         parse_config(Lora, ["--enable_jit_checkpoint"])
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 def atomic_write(path: Path, text: str) -> None:
     """Writes `text` to a temporary file next to `path` and renames it to `path`, so no reader sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def csv_text(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

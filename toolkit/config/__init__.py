@@ -7,7 +7,7 @@ Hugging Face's `TrainingArguments`, under its own flag names). Each field is a f
 
 from toolkit.config.arguments import TrainArguments
 from toolkit.config.parser import Flags, RecipeParser, read_flags
-from toolkit.config.resolved import Config, choose_precision, configure, parse_config
+from toolkit.config.resolved import Config, choose_precision, configure, new_output_dir, parse_config
 
 __all__ = [
     "Config",
@@ -16,6 +16,7 @@ __all__ = [
     "TrainArguments",
     "choose_precision",
     "configure",
+    "new_output_dir",
     "parse_config",
     "read_flags",
 ]

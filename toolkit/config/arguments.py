@@ -24,7 +24,7 @@ OVERRIDDEN = {
     "do_train": "a recipe trains",
     "eval_accumulation_steps": "evaluation keeps no logits, so there is nothing to accumulate",
     "eval_do_concat_batches": "evaluation keeps no logits, so there is nothing to concatenate",
-    "enable_jit_checkpoint": "SIGTERM always saves a checkpoint and ends the run",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C always save a checkpoint and end the run",
     "eval_use_gather_object": "evaluation keeps no logits, so there is nothing to gather",
     "fp16_full_eval": "evaluation computes in the precision of training: --fp16",
     "include_for_metrics": "metrics are computed from generated text, once, at the end",
@@ -75,6 +75,12 @@ class TrainArguments(TrainingArguments):
     allow_changed_data: bool = field(
         default=False,
         metadata={"help": "Resume even if the rows, their order or the rows per step changed since the checkpoint."},
+    )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume from a checkpoint that another user or machine wrote. Loading it may run code that is hidden in it."
+        },
     )
     optim: str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
@@ -139,8 +145,9 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         raise UserError(
             "--early_stopping_threshold has no effect without --early_stopping_patience; add it or leave it out"
         )
-    if settings.get("allow_changed_data") and not settings.get("resume_from_checkpoint"):
-        raise UserError("--allow_changed_data has no effect without --resume_from_checkpoint; add it or leave it out")
+    for name in ("allow_changed_data", "trust_checkpoint"):
+        if settings.get(name) and not settings.get("resume_from_checkpoint"):
+            raise UserError(f"--{name} has no effect without --resume_from_checkpoint; add it or leave it out")
     _check_strategies(settings, given)
     _check_texts(settings, given)
     reports = settings.get("report_to") not in (None, "none", ["none"], [])

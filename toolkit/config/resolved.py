@@ -1,6 +1,7 @@
 """Resolves flags into one frozen `Config`: every decision about a run is made here, once, before anything is loaded."""
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -47,6 +48,7 @@ class Config:
     precision_reason: str
     optimizer: str  # its name
     optimizer_reason: str
+    chooses_folder: bool = False  # --output_dir was not given, so that any new folder will do
     predict: bool = False  # show the predicted memory instead of training; needs a model's config, but no weights
 
     @property
@@ -76,7 +78,14 @@ class Config:
         flat: dict[str, Any] = {}
         for part in (self.method, self.model, self.data):
             flat |= dataclasses.asdict(part)
-        hidden = {*OVERRIDDEN, "output_dir", "resume_from_checkpoint", "allow_changed_data", "hub_token"}
+        hidden = {
+            *OVERRIDDEN,
+            "output_dir",
+            "resume_from_checkpoint",
+            "allow_changed_data",
+            "trust_checkpoint",
+            "hub_token",
+        }
         flat |= {name: value for name, value in self.training.to_dict().items() if name not in hidden}
         return {name: value for name, value in flat.items() if value not in (None, "", [], {})}
 
@@ -155,6 +164,7 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
         precision_reason=reason,
         optimizer=optimizers.name_of(training),
         optimizer_reason="as asked for" if "optim" in named else why,
+        chooses_folder=not named.get("output_dir") and not training.resume_from_checkpoint,
         predict=flags.predict,
     )
 
@@ -274,7 +284,7 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         resume = settings["resume_from_checkpoint"] = NEWEST if resume.lower() in ("true", "1") else None
     if not settings.get("output_dir"):
         names_folder = resume is not None and resume != NEWEST
-        settings["output_dir"] = str(Path(str(resume)).parent) if names_folder else _new_output_dir(method, model)
+        settings["output_dir"] = str(Path(str(resume)).parent) if names_folder else str(new_output_dir(method, model))
     try:
         training = _build(TrainArguments, settings)
     except (ValueError, ImportError) as error:  # in transformers' words, without the names of its enumerations
@@ -294,9 +304,9 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
     return training
 
 
-def _new_output_dir(method: methods.Method, model: ModelArguments) -> str:
+def new_output_dir(method: methods.Method, model: ModelArguments) -> Path:
     """`runs/<method>-<model>-<time>`: a folder that no earlier run has used."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"{method.name}-{model.short_name}-{stamp}"
-    names = [folder] + [folder.with_name(f"{folder.name}-{n}") for n in range(2, 100)]
-    return str(next(name for name in names if not name.exists()))
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([folder], names) if not name.exists())

@@ -10,13 +10,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from toolkit.errors import LESS_MEMORY, UserError
+from toolkit.distributed.launcher import launcher_pid
+from toolkit.errors import LESS_MEMORY, NothingToDo, UserError
 
 RANK0_HEAD_START_SECONDS = 1.0  # the other ranks wait this long for rank 0 to print an error that all of them have
 SHUTDOWN_GRACE_SECONDS = 10.0  # after an error was printed, the other ranks have this long to end by themselves
@@ -24,64 +25,97 @@ TIMEOUT_SHARE = 0.9  # of --ddp_timeout: earlier than NCCL's own time-out, which
 ROLL_CALL_SECONDS = 4.0  # after its own time-out a rank waits this long for the others to reach theirs
 # Texts of gloo (also inside a backward pass), and of NCCL when it is set to raise exceptions: seam "texts of a time-out".
 TIMED_OUT = r"(gloo|NCCL|ProcessGroup)[\s\S]*(timed out|time-?out)|Application timeout caused pair closure"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-TERMINATED = 128 + signal.SIGTERM  # 143, the exit code that shells report after SIGTERM
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SIGNALS: dict[int, str] = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "Ctrl-C",
+}  # shells report 128 + their number as the exit code
+ONE_SIGNAL_SECONDS = (
+    1.0  # one Ctrl-C may arrive twice: the terminal sends it to all processes, and the launcher to its ranks
+)
+WATCH_SECONDS = 1.0
 
 
 class Preempted(Exception):
-    """Raised on all ranks together after SIGTERM, once the checkpoint is saved."""
+    """Raised on all ranks together after a signal, its argument, once the checkpoint is saved."""
 
 
-class Sigterm:
-    """Handles SIGTERM in a recipe: the process ends with exit code 143; during training, after the step and with a checkpoint.
+class Interruption:
+    """Handles SIGTERM and Ctrl-C (SIGINT): the process ends with exit code 143 or 130.
 
-    The launcher also sends SIGTERM to ranks that wait for a failed rank: they end at once.
+    During training it ends after the step and with a checkpoint; a second Ctrl-C ends it at once. The launcher also sends SIGTERM to
+    ranks that wait for a failed rank: they end at once.
     """
 
     def __init__(self) -> None:
-        self.received = self.deferred = False
+        self.received: int | None = None  # the signal
+        self.deferred = False
+        self.continue_with = ""  # the command that continues the run, once its folder exists
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """While open, SIGTERM is handled here (only in the main thread, the only one that receives signals)."""
+        """While open, the signals are handled here (only in the main thread, the only one that receives signals)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.received, self.process = False, os.getpid()
-        before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.received, self.process, self.continue_with = None, os.getpid(), ""
+        # a process that was started in the background ignores Ctrl-C, and so do we
+        ours = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in ours}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def deferred_to_a_step(self) -> Iterator[None]:
-        """While open, SIGTERM only sets `received`; the training loop checks it and reacts."""
+        """While open, a signal only sets `received`; the training loop checks it and reacts."""
         self.deferred = True
         try:
             yield
         finally:
             self.deferred = False
-        if self.received:
-            _exit(TERMINATED)
+        if self.received is not None:
+            self.leave()
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.process:  # a forked process ends as usual, without effect on the run
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def leave(self) -> NoReturn:
+        """Prints how to continue the run, and ends this process."""
+        assert self.received is not None
+        if self.continue_with:
+            _say("stopped", f"by {SIGNALS[self.received]}; continue with: {self.continue_with}")
+        _exit(128 + self.received)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:  # a forked process has no part in the run, which ends it
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
-        self.received = True
+        first, now = self.received, time.monotonic()
+        if first is None:
+            self.received, self.at = number, now
         if (mark := _error_mark()) is not None and mark.exists():
             _exit(1)
         if not self.deferred:
-            _exit(TERMINATED)
+            self.leave()
+        if number != signal.SIGINT:
+            return
+        if first is None:
+            _say(
+                "stopping",
+                f"after this step, with a checkpoint; to end at once, press Ctrl-C again, or: kill -9 {self.process}",
+            )
+        elif now - self.at > ONE_SIGNAL_SECONDS:
+            self.received = number
+            self.leave()
 
 
-sigterm = Sigterm()
+interruption = Interruption()
 
 
 class RollCall:
-    """Collects a flag from all ranks at the same point of each step; all ranks must call it.
+    """Collects a number from all ranks at the same point of each step; all ranks must call it.
 
     On one machine it uses gloo. On GPUs gloo does not touch the CUDA queue, and a rank that does not answer causes an exception
     that names it, whereas NCCL's watchdog would end the process. Between machines it uses the run's own process group, because
@@ -98,19 +132,21 @@ class RollCall:
                 new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT_SHARE * timeout)),
             )
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
+    def highest(self, number: int) -> int:
+        """The highest `number` of all ranks."""
         if not _in_group():
-            return flag
+            return number
         import torch
 
-        found = torch.tensor(int(flag), device=self.device)
+        found = torch.tensor(number, device=self.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.group)
-        return bool(found)
+        return int(found)
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
-    """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2; an interrupt gives 130, SIGTERM 143.
+    """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2; Ctrl-C gives 130, SIGTERM 143.
+
+    `NothingToDo` becomes one line and exit code 0. A process whose launcher was killed ends as if it had received SIGTERM.
 
     At the end of a successful run the ranks wait for each other and leave their process group; otherwise SIGABRT can end some
     of them. An error on any rank ends all: that rank prints the error and exits at once, and the launcher stops the ranks that
@@ -119,12 +155,16 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
 
     @wraps(main)
     def run(*args: Any) -> None:
-        threading.Thread(target=_end_after_an_error, daemon=True).start()
-        with sigterm.handled():
+        threading.Thread(target=_watch, args=(launcher_pid(),), daemon=True).start()
+        with interruption.handled():
             try:
                 code = main(*args)
-            except Preempted:
-                code = TERMINATED
+            except Preempted as stopped:
+                code = 128 + stopped.args[0]
+            except NothingToDo as done:
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"{'finished':>11}  {done}", flush=True)
+                code = 0
             except UserError as error:
                 _say_error(str(error), error.__cause__)
                 _exit(2)
@@ -153,14 +193,27 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
     return run
 
 
-def _end_after_an_error() -> None:
-    """Ends this rank some seconds after another rank printed an error: while it waits for a GPU, SIGTERM has no effect."""
+def _watch(launcher: int | None) -> None:
+    """Ends this rank some seconds after another rank printed an error: while it waits for a GPU, SIGTERM has no effect.
+
+    If the process `launcher` started this one, and ends before it, this one receives SIGTERM.
+    """
     mark = _error_mark()
-    while mark is not None:
-        time.sleep(1)
-        if mark.exists():
+    while mark is not None or launcher is not None:
+        time.sleep(WATCH_SECONDS)
+        if launcher is not None and os.getppid() != launcher:
+            launcher = None
+            os.kill(os.getpid(), signal.SIGTERM)
+        if mark is not None and mark.exists():
             time.sleep(SHUTDOWN_GRACE_SECONDS)
             os._exit(1)
+
+
+def _say(label: str, text: str) -> None:
+    """Prints a line from rank 0, as `toolkit.console.say` does, but safely within a signal handler."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # nobody reads it any more
+            os.write(1, f"{label:>11}  {text}\n".encode())
 
 
 def _say_error(text: str, cause: BaseException | None = None) -> None:
@@ -266,7 +319,7 @@ def leave_process_group() -> None:
 
 
 def broadcast_from_main(decide: Callable[[], Any]) -> Any:
-    """Calls `decide` on rank 0 and returns its result on every rank; a `UserError` from it is raised on every rank."""
+    """Calls `decide` on rank 0 and returns its result on every rank; a `UserError` or `NothingToDo` from it is raised on every rank."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -275,14 +328,14 @@ def broadcast_from_main(decide: Callable[[], Any]) -> Any:
     if state.is_main_process:
         try:
             outcome[0] = decide()
-        except UserError as error:
+        except (UserError, NothingToDo) as error:
             if state.num_processes == 1:
                 raise
-            outcome[1] = str(error)
+            outcome[1] = type(error)(str(error))  # without its traceback and cause, which cannot be pickled
     if state.num_processes > 1:
         broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 

@@ -34,6 +34,10 @@ class UserError(Exception):
         super().__init__(printable(re.sub(r"\s*[\r\n]+\s*", " ", message.strip())))
 
 
+class NothingToDo(Exception):
+    """What was asked for is done already. The message is one line."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse with one-line errors instead of a usage page."""
 

@@ -229,9 +229,13 @@ class Ledger:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"not a ledger: {type(error).__name__} {error}") from error
 
+    def to_text(self) -> str:
+        """The content of the file that `save` writes."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Writes the ledger as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(self.to_text(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:

@@ -1,6 +1,5 @@
 """In-context learning: examples in the prompt, their gain in quality, and their cost in context and time."""
 
-import json
 import random
 import sys
 import time
@@ -144,11 +143,11 @@ def finish_in_context(run: RunFolder, ready: Preflight, results: list[Shots]) ->
         return
     run.record["scores"] = {shots.name: shots.completions.scores for shots in results}
     costs: dict[str, Any] = {s.name: {"prompt_tokens": s.prompt_tokens, "seconds_a_row": s.seconds} for s in results}
-    run.record |= {"context": costs, "finished": True, "seconds": round(time.monotonic() - run.began, 1)}
-    run.write("run.json", json.dumps(run.record, indent=2))
+    run.record["context"] = costs
     answers = [ready.data.test_texts, ready.data.references, *(shots.completions.texts for shots in results)]
     header = ["text", "reference", *(shots.name for shots in results)]
     run.write("completions.csv", csv_text(header, zip(*answers, strict=True)))
+    run.end()
     kinds = list(results[0].completions.scores)
     columns = ["examples", *map(score_title, kinds), "prompt tokens", "ms a row"]
     rows = [

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 
 from toolkit.console import say, table
+from toolkit.distributed.launcher import without_secrets
 from toolkit.errors import UserError
 from toolkit.methods import METHODS, Method
 from toolkit.runs.finished_run import FinishedRun
-from toolkit.runs.run_folder import without_secrets
 from toolkit.tasks.metrics import score_title
+from toolkit.training.checkpoints import is_write_failure
 
 SAMPLE = 16  # rows of the test split on which logits and scores are compared
 
@@ -151,7 +152,12 @@ def _save(model: Any, run: FinishedRun, folder: Path, about: dict[str, Any]) -> 
         run.prompt_tokenizer.tokenizer.save_pretrained(temporary)
         (temporary / "merge.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         temporary.replace(folder)  # an empty folder is replaced
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written ({error.strerror}); give a folder that can") from None
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--output_dir {folder} cannot be written ({reason}); make room, or give a folder that can"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

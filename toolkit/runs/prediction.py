@@ -25,6 +25,7 @@ from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.launch_files import LaunchEnvironment
 from toolkit.distributed.ranks import broadcast_from_main
 from toolkit.errors import LESS_MEMORY, UserError
+from toolkit.files import atomic_write
 from toolkit.memory.cuda.cards import CARDS, Card, card_of_device
 from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger, LedgerError
@@ -41,6 +42,7 @@ from toolkit.models.hub import TOKENIZER_FILE, check_reachable
 from toolkit.models.loading import build_on_meta, load_tokenizer
 from toolkit.models.quantization import Packed
 from toolkit.runs.preflight import check_checkpointing, check_combination
+from toolkit.training.checkpoints import readable_write_errors
 from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
 
@@ -442,12 +444,15 @@ def say_prediction(config: Config) -> None:
 
 def show_comparison(config: Config, memory: MemoryCallback) -> None:
     """After a run: compares the measured ledger with a prediction for the same batches, and prints both."""
-    if not is_main or memory.ledger is None or "labels" not in memory.batches[0]:
-        return
+    if not is_main or memory.ledger is None or not memory.batches or "labels" not in memory.batches[0]:
+        return  # a run that resumes after its last step measures no step
     try:
         row = config.engine.sequence_parallel_size
         predicted = _predicted_here(config, [_whole_rows(batch, row) for batch in memory.batches])
-        predicted.save(Path(config.training.output_dir) / "predicted_memory.json")
-        print_comparison(console, predicted, memory.ledger)
     except (UserError, LedgerError) as error:
         say("memory", f"not predicted: {error}")
+        return
+    folder = Path(config.training.output_dir)
+    with readable_write_errors("predicted_memory.json", folder):
+        atomic_write(folder / "predicted_memory.json", predicted.to_text())
+    print_comparison(console, predicted, memory.ledger)

@@ -12,33 +12,28 @@ adapter_model.safetensors or model.safetensors, the tokenizer, and checkpoint-N 
 import json
 import os
 import shlex
-import sys
+import shutil
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from toolkit.config import Config
 from toolkit.console import console, is_main, say, table
-from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
+from toolkit.distributed.launcher import command, command_that_continues, without_secrets
+from toolkit.distributed.ranks import broadcast_from_main, interruption, raise_on_all_ranks
 from toolkit.errors import UserError
 from toolkit.files import atomic_write, csv_text
 from toolkit.memory.environment import stack_versions
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.report import print_ledger
+from toolkit.runs.claim import claim, release
 from toolkit.runs.evaluation import Completions
 from toolkit.runs.model_card import model_card
 from toolkit.runs.preflight import Preflight
 from toolkit.tasks.metrics import score_title
-from toolkit.training.checkpoints import (
-    RunFingerprint,
-    check_resumable,
-    rename_later_checkpoints,
-    resume_point,
-)
+from toolkit.training.checkpoints import readable_write_errors
 from toolkit.version import __version__
 
 
@@ -57,35 +52,57 @@ class RunFolder:
 
         `checkpoint` is the folder to resume from; None if the run starts from the beginning.
 
-        Raises: UserError if the folder cannot be written, is not empty and not resumed, or cannot be resumed.
+        Raises: UserError if the folder cannot be written, is not empty and not resumed, is being written by another process, or
+            cannot be resumed; NothingToDo if its run is finished.
         """
-        path = Path(config.training.output_dir)
-        checkpoint, mark = broadcast_from_main(lambda: _claim(path, config, ready))
+        path, checkpoint, mark, resumed = broadcast_from_main(lambda: claim(config, ready))
+        config.training.output_dir = str(path)
         raise_on_all_ranks(lambda: _check_shared(mark, config, resumes=checkpoint is not None))
-        if is_main:
-            mark.unlink()
-        run = cls(path, _record(config, ready), checkpoint)
-        run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
-        run.write("run.json", json.dumps(run.record, indent=2))
+        run = cls(path, _record(config, ready) | ({"resumed": resumed} if resumed else {}), checkpoint)
+        try:
+            if is_main:
+                mark.unlink()
+            run.write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=True, allow_unicode=True))
+            run.write("run.json", json.dumps(run.record, indent=2))
+        except BaseException:
+            if is_main and config.training.resume_from_checkpoint is None:
+                release(path)
+                shutil.rmtree(path, ignore_errors=True)  # it was new or empty
+            raise
+        interruption.continue_with = command_that_continues(str(path))
         say("folder", str(path))
         return run
 
     def write(self, name: str, text: str) -> None:
-        """Writes one file of the folder, from rank 0."""
+        """Writes one file of the folder, from rank 0.
+
+        Raises: UserError if it cannot be written.
+        """
         if is_main:
-            atomic_write(self.path / name, text)
+            with readable_write_errors(name, self.path):
+                atomic_write(self.path / name, text)
+
+    def end(self) -> None:
+        """Records that everything of the run is written; it can no longer be resumed."""
+        self.record |= {"finished": True, "seconds": round(time.monotonic() - self.began, 1)}
+        self.write("run.json", json.dumps(self.record, indent=2))
+        interruption.continue_with = ""
+        if is_main:
+            release(self.path)
 
     def finish(
         self, config: Config, ready: Preflight, base: Completions, tuned: Completions, ledger: Ledger | None
     ) -> None:
         """Writes scores, completions, memory ledger and model card, and prints scores and memory."""
-        self.record |= {"scores": {"base": base.scores, "tuned": tuned.scores}, "finished": True}
+        if ledger is not None:
+            self.write("memory.json", ledger.to_text())
+        elif is_main and self.checkpoint is not None and (self.path / "memory.json").is_file():
+            ledger = Ledger.load(self.path / "memory.json")  # no step was left to measure: an earlier start wrote it
+        self.record["scores"] = {"base": base.scores, "tuned": tuned.scores}
         self.record["seconds"] = round(time.monotonic() - self.began, 1)
-        self.write("run.json", json.dumps(self.record, indent=2))
         self.write("completions.csv", _completions(ready, base, tuned))
-        if ledger is not None and is_main:
-            ledger.save(self.path / "memory.json")
         self.write("README.md", model_card(config, self.record, ledger))
+        self.end()
         if not is_main:
             return
         kinds = list(base.scores)
@@ -97,29 +114,6 @@ class RunFolder:
         say("folder", str(self.path))
         example = "#Person1#: ..." if config.data.dataset_name is None else "a text"
         say("next", f'footprint generate {self.path} "{example}"')
-
-
-def _claim(path: Path, config: Config, ready: Preflight) -> tuple[str | None, Path]:
-    """Makes the folder for this run; returns the checkpoint to resume from, and a marker file for the other ranks."""
-    training = config.training
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
-    checkpoint = resume_point(training.resume_from_checkpoint, path)
-    if checkpoint is not None:
-        fingerprint = RunFingerprint.of(config.engine, training, ready.data.train_fingerprint)
-        check_resumable(checkpoint, fingerprint, training.allow_changed_data)
-        rename_later_checkpoints(checkpoint, path)
-    elif training.resume_from_checkpoint is None and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
-        )
-    mark = path / f".claimed.{uuid.uuid4().hex}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    except OSError as error:
-        raise UserError(f"--output_dir {path} cannot be written ({error.strerror}); give a folder that can") from None
-    return str(checkpoint) if checkpoint else None, mark
 
 
 def _check_shared(mark: Path, config: Config, resumes: bool) -> None:
@@ -144,7 +138,7 @@ def _record(config: Config, ready: Preflight) -> dict[str, Any]:
         "footprint": __version__,
         "method": config.method.name,
         "task": data.task.name,
-        "command": without_secrets(shlex.join(_command())),
+        "command": without_secrets(shlex.join(command())),
         "seed": training.seed,
         "processes": training.world_size,
         "versions": stack_versions(),
@@ -163,39 +157,6 @@ def _record(config: Config, ready: Preflight) -> dict[str, Any]:
         "max_target_length": data.prompt_tokenizer.max_target_length,
         "finished": False,
     }
-
-
-def _command() -> list[str]:
-    """The command that started this run: its launcher's, if a parent process is a launcher; otherwise python's."""
-    argv = list(sys.argv)
-    for parent in psutil.Process().parents():
-        try:
-            words = parent.cmdline()
-        except psutil.Error:  # another user's, or gone
-            continue
-        if words[-len(argv) :] != argv:
-            continue
-        before = words[: -len(argv)]
-        for at, word in enumerate(before):
-            if Path(word).name in ("accelerate", "accelerate-launch", "torchrun", "deepspeed"):
-                return [Path(word).name, *before[at + 1 :], *argv]
-            if word == "accelerate.commands.launch":  # python -m
-                return ["accelerate", "launch", *before[at + 1 :], *argv]
-    return ["python", *argv]
-
-
-def without_secrets(command: str) -> str:
-    """`command` with HIDDEN instead of the hub's token, because run folders are shared and pushed."""
-    words = shlex.split(command)
-    for at, word in enumerate(words):
-        name, assigned, _ = word.partition("=")
-        if name not in ("--hub_token", "--hub-token"):
-            continue
-        if assigned:
-            words[at] = f"{name}=HIDDEN"
-        elif at + 1 < len(words):
-            words[at + 1] = "HIDDEN"
-    return shlex.join(words)
 
 
 def _completions(ready: Preflight, base: Completions, tuned: Completions) -> str:

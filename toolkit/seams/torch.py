@@ -505,7 +505,7 @@ def _full_disk_is_told_otherwise() -> str | None:
     except Exception as error:
         return (
             None
-            if ours("training.checkpoints:_is_write_failure")(error)
+            if ours("training.checkpoints:is_write_failure")(error)
             else f"it is {type(error).__name__}: {' '.join(str(error).split())[:120]}"
         )
     return "torch.save writes to a full disk without an error"

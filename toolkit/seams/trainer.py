@@ -147,6 +147,16 @@ TRAINER = (
         silent=True,
     ),
     Seam(
+        name="early stopping's counter",
+        kind="private",
+        where="training.callbacks",
+        target="transformers.trainer_callback: EarlyStoppingCallback.early_stopping_patience_counter",
+        source=(("transformers.trainer_callback", r"self\.early_stopping_patience_counter \+= 1"),),
+        reason="a resumed run counts on from the checkpoint, without --restore_callback_states_from_checkpoint",
+        breaks="a run that is killed and resumed stops later than an undisturbed one",
+        silent=True,
+    ),
+    Seam(
         name="Trainer._train_batch_size",
         kind="private",
         where="training.trainer",

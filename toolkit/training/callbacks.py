@@ -1,4 +1,4 @@
-"""Trainer callbacks: a checkpoint and a clean exit after SIGTERM, and metrics.jsonl."""
+"""Trainer callbacks: a checkpoint and a clean exit after SIGTERM or Ctrl-C, what a resumed run takes over, and metrics.jsonl."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    EarlyStoppingCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -15,12 +16,13 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from toolkit.console import say
-from toolkit.distributed.ranks import Preempted, RollCall, sigterm
+from toolkit.distributed.ranks import SIGNALS, Preempted, RollCall, interruption
 from toolkit.files import atomic_write
+from toolkit.training.checkpoints import best_of, readable_write_errors
 
 
 class Preemption(TrainerCallback):
-    """After SIGTERM on any rank, all ranks finish the step, save a checkpoint, and exit with code 143.
+    """After SIGTERM or Ctrl-C on any rank, all ranks finish the step, save a checkpoint, and exit with code 143 or 130.
 
     Trainer's own --enable_jit_checkpoint saves when each rank's own timer expires. Then ranks wait for each other in
     different steps, and a checkpoint may fall between accumulated batches, which the resumed run would lose.
@@ -29,11 +31,11 @@ class Preemption(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.leaving = False
+        self.leaving = 0  # the signal
         self.ranks = RollCall(args.device, args.ddp_timeout)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.leaving = self.ranks.any(sigterm.received)
+        self.leaving = self.ranks.highest(int(interruption.received or 0))
         if self.leaving:
             control.should_training_stop = True
             # time is short, but choosing the best checkpoint needs every evaluation
@@ -49,11 +51,39 @@ class Preemption(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.leaving:
-            say(
-                "stopped",
-                f"by SIGTERM, with {PREFIX_CHECKPOINT_DIR}-{state.global_step}; continue with --resume_from_checkpoint",
-            )
-            raise Preempted
+            kept = f"by {SIGNALS[self.leaving]}, with {PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            say("stopped", f"{kept}; continue with: {interruption.continue_with or '--resume_from_checkpoint'}")
+            raise Preempted(self.leaving)
+
+
+class ResumedChoice(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in the run's folder, also after that was renamed."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.resume_from_checkpoint is None or not args.load_best_model_at_end:
+            return
+        best = best_of(Path(args.resume_from_checkpoint), Path(args.output_dir))
+        if best is None:
+            return
+        state.best_model_checkpoint = str(best)
+        if not best.is_dir():
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+            say("warning", f"{best}, the best checkpoint so far, is gone: the best of the later ones will be chosen")
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Transformers' early stopping, which a resumed run continues: it counts on, and stops at once if it had stopped."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        self.early_stopping_patience_counter = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        if state.global_step and self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 class MetricsFile(TrainerCallback):
@@ -79,7 +109,8 @@ class MetricsFile(TrainerCallback):
             # a killed run may have left an incomplete last line
             whole = [line for line in lines if line.endswith("}\n")]
             kept = [line.rstrip() for line in whole if json.loads(line)["step"] <= state.global_step]
-            atomic_write(self.path, "".join(f"{line}\n" for line in kept))
+            with readable_write_errors(self.path.name, self.path.parent):
+                atomic_write(self.path, "".join(f"{line}\n" for line in kept))
         self.seen, self.durations, self.tokens = state.num_input_tokens_seen, [], []
 
     def on_step_begin(
@@ -110,5 +141,5 @@ class MetricsFile(TrainerCallback):
         line |= {"seconds": round(sum(self.durations), 3), "tokens_per_second": round(rate, 1)}
         line |= {name: value for name, value in logs.items() if name != "num_input_tokens_seen"}
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in line.items()}
-        with self.path.open("a", encoding="utf-8") as stream:
+        with readable_write_errors(self.path.name, self.path.parent), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(finite) + "\n")

@@ -1,13 +1,15 @@
 """Complete checkpoints, written atomically, and what a run must share with the checkpoint that it resumes from.
 
-    checkpoint-N/manifest.json   size in bytes and SHA-256 of every other file, and the run that wrote them
-    .saving/checkpoint-N         a checkpoint that is being written; resuming removes what a killed run left here
+    checkpoint-N/manifest.json   size in bytes and SHA-256 of every other file, and the run that wrote them, signed with this user's
+                                 key (`toolkit.training.signatures`), because loading a checkpoint may run code that is hidden in it
+    .saving/                     what is being written; resuming removes what a killed run left here
     damaged-checkpoint-N         on resuming, its files did not match its manifest
     abandoned-checkpoint-N       later than the checkpoint that the run was resumed from
 
 After writing, the files are flushed to disk and read once more for the hashes; resuming reads them once more as well.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -27,11 +29,16 @@ from toolkit.console import say
 from toolkit.distributed.deepspeed import NOT_READ_BACK
 from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.errors import UserError
+from toolkit.training.signatures import is_signed, key_file, signature
 from toolkit.units import format_bytes
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_SAID_OF_WRITING = (
+    *("PytorchStreamWriter", "inline_container", "(os error "),
+    *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def atomic_folder(final: Path, fingerprint: RunFingerprint, is_main: bool, wait:
     temporary = final.parent / TEMPORARY / final.name
     with readable_write_errors(final.name, final.parent):
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
+            _make(temporary)
             yield temporary
             wait()
             if is_main:
@@ -89,12 +96,43 @@ def atomic_folder(final: Path, fingerprint: RunFingerprint, is_main: bool, wait:
 
 
 @contextmanager
+def whole_files(folder: Path, is_main: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """Gives a temporary folder for files that belong into `folder`; at the end of the block rank 0 moves them there.
+
+    Every rank calls this and may write; `wait` is a barrier. So `folder` never holds a part of a file.
+
+    Raises: UserError if a file cannot be written; the temporary folder is removed first.
+    """
+    temporary = folder / TEMPORARY / "final"
+    with readable_write_errors("the trained weights", folder):
+        try:
+            _make(temporary)
+            yield temporary
+            wait()
+            if is_main:
+                for path in sorted(temporary.iterdir()):
+                    if path.is_dir():
+                        shutil.rmtree(folder / path.name, ignore_errors=True)
+                    path.replace(folder / path.name)
+        finally:
+            if is_main:
+                shutil.rmtree(temporary.parent, ignore_errors=True)
+        wait()
+
+
+def _make(temporary: Path) -> None:
+    """Makes a folder below TEMPORARY, but not the run's folder: if that was renamed, it must not be made again."""
+    temporary.parent.mkdir(exist_ok=True)
+    temporary.mkdir(exist_ok=True)
+
+
+@contextmanager
 def readable_write_errors(what: str, output_dir: Path) -> Iterator[None]:
     """Turns write errors of any library within the block into a `UserError`."""
     try:
         yield
     except BaseException as error:
-        if not _is_write_failure(error):
+        if not is_write_failure(error):
             raise
         raise UserError(_cannot_write(what, output_dir, error)) from error
 
@@ -106,7 +144,8 @@ def _write_manifest(folder: Path, fingerprint: RunFingerprint) -> None:
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     content = {"run": asdict(fingerprint), "files": files}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=1) + "\n", encoding="utf-8")
+    seals = {"sha256": _sha256_of(content), "signature": signature(_canonical(content))}
+    manifest.write_text(json.dumps(content | seals, indent=1) + "\n", encoding="utf-8")
     _to_disk(manifest)
 
 
@@ -126,16 +165,27 @@ def _sha256(path: Path) -> str:
 
 def _sha256_of(content: dict[str, Any]) -> str:
     """The SHA-256 of a manifest's content, which the manifest also records."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_canonical(content)).hexdigest()
 
 
-def _is_write_failure(error: BaseException) -> bool:
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether any library raised `error` because it could not write a file."""
     if isinstance(error, OSError | SafetensorError | CheckpointException):
         return not isinstance(error, ConnectionError)
-    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("PytorchStreamWriter", "inline_container"))
+    # torch and the tokenizers' library have no exception of their own
+    return isinstance(error, Exception) and any(said in str(error) for said in _SAID_OF_WRITING)
 
 
 def _cannot_write(what: str, output_dir: Path, error: BaseException) -> str:
+    if not output_dir.is_dir():
+        return (
+            f"{what} could not be written: {output_dir} was renamed or deleted while the run wrote to it; if you renamed it, go on "
+            "there with --output_dir NEW_NAME --resume_from_checkpoint true"
+        )
     free = shutil.disk_usage(output_dir).free
     kept = newest_first(output_dir)
     needed = sum(file["bytes"] for file in _manifest(kept[0])["files"].values()) if kept else 0
@@ -159,11 +209,12 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest's `run` and `files`; no files if the manifest is missing or was altered."""
+    """The manifest's `run`, `files` and `signature`; no files if the manifest is missing or was altered."""
     try:
         content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if content.pop("sha256") == _sha256_of(content):
-            return content
+        sha256, signed = content.pop("sha256"), content.pop("signature", None)
+        if sha256 == _sha256_of(content):
+            return content | {"signature": signed}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         pass
     return {"files": {}}
@@ -185,12 +236,51 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def check_trusted(checkpoint: Path, trust: bool) -> None:
+    """Raises UserError if a file of `checkpoint` is not of this user's own run, unless `trust` is given.
+
+    Call it after `damage`, which compares the files with the manifest; here the manifest's signature is checked, and that no file
+    was added, which a library might load instead of another.
+    """
+    if trust:
+        return
+    content = _manifest(checkpoint)
+    signed = content.pop("signature", None)
+    found = (path for path in checkpoint.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+    added = {path.relative_to(checkpoint).as_posix() for path in found} - content["files"].keys() - {MANIFEST}
+    if not is_signed(_canonical(content), signed):
+        why = "has no signature" if signed is None else "was not signed with your key"
+        why += f" ({key_file()})"
+    elif added:
+        why = f"holds {min(added)}, which was added after it was written"
+    else:
+        return
+    raise UserError(
+        f"--resume_from_checkpoint: {checkpoint} {why}, and loading a checkpoint may run code that is hidden in it; if you trust all "
+        "who could write there, add --trust_checkpoint"
+    )
+
+
+def best_of(checkpoint: Path, output_dir: Path) -> Path | None:
+    """The best checkpoint that `checkpoint` records; None if it records none.
+
+    It is found by its name in `output_dir` or beside `checkpoint`, since folders may have been renamed. Otherwise the recorded path,
+    which may not exist.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    recorded = state.get("best_model_checkpoint")
+    if not isinstance(recorded, str):
+        return None
+    places = (folder / Path(recorded).name for folder in (output_dir, checkpoint.parent))
+    return next((place for place in places if place.is_dir()), Path(recorded))
+
+
 def resume_point(requested: str | None, output_dir: Path) -> Path | None:
     """The checkpoint to resume from, or None to start. `requested` is the value of `--resume_from_checkpoint`.
 
     `true` takes the newest complete checkpoint. Newer ones that are damaged are reported and renamed, and half-written
     ones of a killed run are removed. A run that was stopped before its first checkpoint starts again. So the same command
-    restarts a run whenever it was killed.
+    restarts a run whenever it was killed. The caller has checked that a run has begun in `output_dir`.
 
     Raises: UserError if there is no checkpoint to resume from, or it is damaged.
     """
@@ -208,12 +298,6 @@ def resume_point(requested: str | None, output_dir: Path) -> Path | None:
             )
         return Path(requested)
     found = newest_first(output_dir)
-    begun = output_dir.is_dir() and ((output_dir / "config.yaml").is_file() or not any(output_dir.iterdir()))
-    if not found and not begun:
-        raise UserError(
-            f"--resume_from_checkpoint: no checkpoint in {output_dir}; give --output_dir of the run to resume, "
-            "or the path of one of its checkpoint-N folders"
-        )
     if not found:
         say("resuming", f"{output_dir} has no checkpoint yet, so the run starts from its beginning")
         return None

@@ -10,7 +10,6 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -26,16 +25,17 @@ from toolkit.config.optimizers import OWN, name_of
 from toolkit.console import say
 from toolkit.data.loading import TaskData
 from toolkit.distributed.engine import EngineKind
-from toolkit.distributed.ranks import leave_process_group, sigterm
+from toolkit.distributed.ranks import interruption, leave_process_group
 from toolkit.distributed.running import EngineCheck
 from toolkit.distributed.sharded_models import share_tied_tables
 from toolkit.errors import UserError
+from toolkit.files import atomic_write
 from toolkit.memory.measure import MemoryCallback
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.soft_prompts import has_virtual_tokens
-from toolkit.training.callbacks import MetricsFile, Preemption
-from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors
+from toolkit.training.callbacks import EarlyStopping, MetricsFile, Preemption, ResumedChoice
+from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors, whole_files
 from toolkit.training.guards import Guards, check_generation, check_saved
 from toolkit.training.progress import ProgressCallback
 from toolkit.training.sampling import LengthGrouped
@@ -220,8 +220,8 @@ class FineTuner(Trainer):
         return self.sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Runs one epoch; none if the run resumes from its last checkpoint, where Trainer would take one more step."""
-        if self.state.global_step >= self.state.max_steps:
+        """Runs one epoch; none if the run resumes after its last step, where Trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         set_epoch = getattr(self.sampler, "set_epoch", None)
@@ -242,10 +242,20 @@ class FineTuner(Trainer):
                 state.best_model_checkpoint = str(final)
                 if args.should_save:
                     state.save_to_json(str(temporary / TRAINER_STATE_NAME))
+        if args.should_save:
+            self._keep_measured_memory()
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if args.should_save:
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
+    def _keep_measured_memory(self) -> None:
+        """Writes memory.json, because a run that resumes from a checkpoint after the last step measures nothing."""
+        for memory in (one for one in self.callback_handler.callbacks if isinstance(one, MemoryCallback)):
+            file = Path(self.args.output_dir) / "memory.json"
+            if memory.ledger is not None and not file.exists():
+                with readable_write_errors(file.name, file.parent):
+                    atomic_write(file, memory.ledger.to_text())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Saves optimizer and scheduler; under FSDP2 each rank saves its shards of weights and optimizer state."""
@@ -318,9 +328,15 @@ class FineTuner(Trainer):
 
 
 def _own_callbacks(args: TrainArguments) -> list[TrainerCallback]:
-    callbacks = [ProgressCallback(), MetricsFile(Path(args.output_dir) / "metrics.jsonl"), Guards(), Preemption()]
+    callbacks = [
+        ProgressCallback(),
+        MetricsFile(Path(args.output_dir) / "metrics.jsonl"),
+        Guards(),
+        Preemption(),
+        ResumedChoice(),
+    ]
     if args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        callbacks.append(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
     return callbacks
 
 
@@ -329,7 +345,7 @@ def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
     args = trainer.args
     args.resume_from_checkpoint = checkpoint  # for trackers, which report whether a run is resumed
     try:
-        with sigterm.deferred_to_a_step():
+        with interruption.deferred_to_a_step():
             trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:
         for callback in trainer.callback_handler.callbacks:
@@ -342,10 +358,12 @@ def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
             f"{Path(trainer.state.best_model_checkpoint).name}: best {args.metric_for_best_model} on the validation split"
             f" ({trainer.state.best_metric:.4f})",
         )
-    with readable_write_errors("the trained weights", Path(args.output_dir)):
-        trainer.save_model(args.output_dir, _internal_call=True)
-    if trainer.is_world_process_zero():
-        trainer.config.method.finish_saving(trainer.model, Path(args.output_dir))
+    is_main = trainer.is_world_process_zero()
+    with whole_files(Path(args.output_dir), is_main, trainer.accelerator.wait_for_everyone) as temporary:
+        trainer.save_model(str(temporary), _internal_call=True)
+        if is_main:
+            trainer.config.method.finish_saving(trainer.model, temporary)
+    if is_main:
         check_saved(trainer.model, trainer.config, trainer.data_collator([trainer.data.train[0]]))
     if isinstance(trainer.data, TaskData):
         check_generation(trainer.model, trainer.data, args)
