@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,8 +42,10 @@ from toolkit.models.heads import (
     head_modules,
     keeps_head,
 )
+from toolkit.models.language_part import NAMES, language_part, save_under_own_names
 from toolkit.models.meta import model_on_meta
 from toolkit.models.quantization import quantization_config
+from toolkit.models.stored import check_name, check_stored, method_of
 
 # T5-like models. They were trained in bf16; in fp16 their activations exceed the largest number (65,504) and become inf or NaN.
 # Their positions are relative, so inputs longer than in training work.
@@ -52,15 +55,16 @@ T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 def load_model_config(
     args: ModelArguments, fp16: bool = False, needs_weights: bool = True, kind: ModelKind = "generating"
 ) -> PreTrainedConfig:
-    """Reads the model's config, the only file that is downloaded before the flags are checked.
+    """Reads the model's config, the only file that is downloaded before the flags are checked; of a multimodal model its language part.
 
     Without `needs_weights` a folder with only a config is enough, and models of the catalogue need no hub.
 
     Raises: UserError for a missing or gated model, a folder without a config, an architecture that transformers does not
-    know or that is not of the `kind` that the task needs, T5 in fp16, or quantization of a model that is already
-    quantized.
+    know or that is not of the `kind` that the task needs, T5 in fp16, or a checkpoint that is stored in a form that is
+    not trained.
     """
     source = args.source
+    check_name(source)
     if args.is_local:
         folder = Path(source).expanduser()
         if not folder.is_dir():
@@ -82,6 +86,7 @@ def load_model_config(
         config = known or AutoConfig.from_pretrained(source, revision=args.model_revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_why_not(source, error)) from None
+    config = language_part(config)
     check_kind(source, config, kind)
     config.problem_type = None  # the checkpoint's value does not count: `set_head` decides
     if fp16 and config.model_type in T5_FAMILY:
@@ -91,10 +96,7 @@ def load_model_config(
         )
     if args.dtype == "float16" and config.model_type in T5_FAMILY:
         raise UserError(f"--dtype float16 with {config.model_type} overflows; use bfloat16 or float32")
-    if (args.load_in_4bit or args.load_in_8bit) and getattr(config, "quantization_config", None) is not None:
-        flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
-        method = config.quantization_config.get("quant_method", "some method")
-        raise UserError(f"{flag}: {source} is already quantized (by {method}); leave the flag out")
+    check_stored(args, config)
     return config
 
 
@@ -221,6 +223,12 @@ def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Colle
         model.initialize_weights()
 
 
+def _is_multimodal(args: ModelArguments) -> bool:
+    """Whether the checkpoint is that of a multimodal model, so that only its language part is loaded."""
+    whole = AutoConfig.from_pretrained(args.source, revision=args.model_revision)
+    return language_part(whole) is not whole
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
@@ -231,8 +239,10 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any], is_part: bool = False) -> None:
     """Checks the loading info `found` of `from_pretrained`, and warns of tensors that were not loaded; the head may be new.
+
+    `is_part`: the file is that of a multimodal model, of which only the language part is wanted.
 
     Raises: UserError if weights of the model are missing in `source` or have other shapes there: transformers would initialize
     them randomly.
@@ -241,6 +251,12 @@ def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) ->
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(heads))
     missing += sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(heads))
     unknown = sorted(found["unexpected_keys"])
+    if not missing and is_part:
+        say(
+            "model",
+            f"{source} is multimodal: its language part is loaded, {len(unknown)} tensors of other parts are left out",
+        )
+        return
     if not missing:
         body = [name for name in unknown if name.startswith(f"{model.base_model_prefix}.")]
         if body:
@@ -277,18 +293,33 @@ def load_model(
     options["ignore_mismatched_sizes"] = True
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
+    stored = method_of(config)
+    quantization: Any
+    if stored == "mxfp4":
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     if args.load_in_4bit or args.load_in_8bit:
-        options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.kind.shards_parameters)
+        quantization = quantization_config(args, config, dtype, sharded=engine.kind.shards_parameters)
+        if stored is None or quantization is None:
+            options["quantization_config"] = quantization
+        else:
+            config.quantization_config = quantization.to_dict()
         # under ZeRO-3 transformers itself puts weights on the process's device
         if engine.kind is not EngineKind.ZERO_3:
             options["device_map"] = {"": training.device}
+    is_part = _is_multimodal(args)
+    if is_part:
+        options["key_mapping"] = NAMES
     set_seed(training.seed)  # for a new head
     try:
-        with _quiet() if has_head(config) else nullcontext():  # no warning about a new head
+        with (
+            _quiet() if has_head(config) or is_part else nullcontext()
+        ):  # no warning about a new head, or parts left out
             model, found = auto_class(config).from_pretrained(args.source, output_loading_info=True, **options)
     except OSError as error:
         raise UserError(_why_not(args.source, error)) from None
-    check_weights(args.source, model, found)
+    check_weights(args.source, model, found, is_part)
+    if is_part:
+        save_under_own_names(model)
     if has_head(config):
         set_seed(training.seed)
         _make_head_anew(args, model, found["missing_keys"])
