@@ -9,19 +9,25 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
+from toolkit.memory.measure import MemoryCallback
 from toolkit.methods import METHODS
 from toolkit.models.arguments import ModelArguments
-from toolkit.models.generation import generation_error
+from toolkit.models.generation import end_as_the_tokenizer, generation_error
 from toolkit.models.language_part import language_part
 from toolkit.models.loading import build_on_meta, load_model, load_model_config, load_tokenizer
 from toolkit.models.stored import original_of
+from toolkit.tasks.sequence_classification import HeadPromptTokenizer
+from toolkit.tasks.tokenization import Truncation
 
 CPU = TrainingArguments(use_cpu=True, report_to="none")
 WHOLE = sorted(ARCHITECTURES.keys() - {"gemma3n"})  # its vision tower needs timm
@@ -197,3 +203,52 @@ def test_the_original_of_a_quantized_copy(source, original):
 def test_ids_of_formats_for_inference_are_refused_without_asking_the_hub(source):
     with pytest.raises(UserError, match="a format that is made for inference alone; give the original, "):
         load_model_config(ModelArguments(source))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "encoder-decoder", "prophetnet"])
+def test_an_encoder_decoder_without_a_first_token_is_refused_before_training(name, folder_of, tmp_path):
+    config = load_model_config(ModelArguments(str(folder_of(name))))
+    config.decoder_start_token_id = config.bos_token_id = None
+    with pytest.raises(UserError, match="does not say with which token a target begins; add decoder_start_token_id"):
+        build_on_meta(ModelArguments(str(folder_of(name))), config, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
+def test_a_head_reads_one_end_of_text_token_whatever_the_text_holds(name, folder_of):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    made = HeadPromptTokenizer(tokenizer, "{text}", True, 12, 0, ("a", "b"))
+    end = tokenizer.eos_token
+    texts = ["I saw cats", f"I {end} saw {end}", end, "", "dogs " * 40, f"dogs {end} " * 40]
+    rows = [made.row(text, "a", Truncation()) for text in texts]
+    assert all(row["input_ids"].count(tokenizer.eos_token_id) == 1 and len(row["input_ids"]) <= 12 for row in rows)
+    config = ARCHITECTURES[name]()
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert model(**tokenizer.pad(rows, return_tensors="pt")).loss.isfinite()
+
+
+def test_steps_of_a_compiled_model_are_not_measured_and_end_without_an_error():
+    callback = MemoryCallback()
+    state, control = TrainerState(), TrainerControl()
+    arguments = TrainingArguments(use_cpu=True, report_to="none")
+    arguments.torch_compile = True
+    for event in (callback.on_train_begin, callback.on_step_begin, callback.on_step_end, callback.on_train_end):
+        event(arguments, state, control, model=torch.nn.Linear(1, 1))
+    assert callback.ledger is None and "--torch_compile" in callback.problem
+
+
+def test_settings_that_scoring_does_not_follow_are_said(folder_of, capsys):
+    model = load_model(
+        ModelArguments(str(folder_of("llama"))),
+        load_model_config(ModelArguments(str(folder_of("llama")))),
+        torch.float32,
+        CPU,
+    )
+    for name, value in {"num_return_sequences": 3, "stop_strings": ["x"], "cache_implementation": "quantized"}.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.num_beams = 3
+    end_as_the_tokenizer(model, load_tokenizer(ModelArguments(str(folder_of("llama")))))
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "cache_implementation quantized, num_beams 3, num_return_sequences 3, stop_strings ['x']; scoring answers with"
+        in out
+    )

@@ -54,7 +54,9 @@ class IA3(PeftBased):
 
     ia3_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the modules to rescale. Default: PEFT's choice for the architecture."},
+        metadata={
+            "help": "Names of the modules to rescale. Default: PEFT's choice for the architecture, else by their usual names."
+        },
     )
     ia3_feedforward_modules: list[str] | None = field(
         default=None,

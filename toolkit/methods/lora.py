@@ -54,7 +54,9 @@ class Lora(PeftBased):
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before A; costs one mask a target in memory."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the modules to adapt, or all-linear. Default: PEFT's choice for the architecture."},
+        metadata={
+            "help": "Names of the modules to adapt, or all-linear. Default: PEFT's choice for the architecture, else all linear layers."
+        },
     )
     use_rslora: bool = field(
         default=False,

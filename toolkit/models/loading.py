@@ -50,6 +50,7 @@ from toolkit.models.stored import check_name, check_stored, method_of
 # T5-like models. They were trained in bf16; in fp16 their activations exceed the largest number (65,504) and become inf or NaN.
 # Their positions are relative, so inputs longer than in training work.
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+ORDINARY_TOKEN_ID = 5  # not a special token
 
 
 def load_model_config(
@@ -185,7 +186,7 @@ def build_on_meta(
     """
     try:
         with without_partitioning():
-            return model_on_meta(
+            model = model_on_meta(
                 auto_class(config),
                 copy.deepcopy(config),
                 dtype,
@@ -194,6 +195,26 @@ def build_on_meta(
             )
     except (ValueError, ImportError) as error:
         raise UserError(f"{args.source}: {' '.join(str(error).split())[:300]}") from None
+    _check_beginning(args.source, model)
+    return model
+
+
+def _check_beginning(source: str, model: PreTrainedModel) -> None:
+    """Raises UserError for an encoder-decoder whose config does not say with which token a target begins."""
+    config = model.config
+    if not config.is_encoder_decoder:
+        return
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        if shift is not None:
+            shift(torch.tensor([[ORDINARY_TOKEN_ID]]))
+        elif has_head(config) and config.decoder_start_token_id is None:
+            raise ValueError
+    except (ValueError, TypeError, AssertionError, RuntimeError):
+        raise UserError(
+            f"{source}: its config.json does not say with which token a target begins; add decoder_start_token_id to it (T5: its "
+            "pad_token_id; BART: its eos_token_id) and pad_token_id"
+        ) from None
 
 
 def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Collection[str]) -> None:

@@ -69,7 +69,7 @@ MODELS = (
     Seam(
         name="prepare_decoder_input_ids_from_labels",
         kind="private",
-        where="models.generation",
+        where=("models.generation", "models.loading"),
         target="transformers.models.mbart.modeling_mbart: MBartForConditionalGeneration.prepare_decoder_input_ids_from_labels",
         signature=("labels",),
         reason="an answer begins as labels do: with mBART's token of the target's language",
