@@ -112,7 +112,7 @@ def test_4_bit_on_a_model_that_is_already_quantized(refused, data, tmp_path):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config))
     message = refused("--model_name_or_path", folder, "--load_in_4bit")
-    assert "already quantized (by bitsandbytes)" in message
+    assert "stored in bitsandbytes' 8 bits: recipes/qlora.py --load_in_8bit trains it" in message
 
 
 def test_a_lora_target_that_matches_no_module_lists_those_that_exist(refused, data, rows):

@@ -102,9 +102,9 @@ class MemoryCallback(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        number = state.global_step - self._first_step + 1
-        if self._trace is None or number not in self.steps:
+        if self._trace is None or state.global_step - self._first_step + 1 not in self.steps:
             return
+        number = state.global_step - self._first_step + 1
         self._began, self._batches_before = time.perf_counter(), len(self.batches)
         census.label_model(self._trace, model)
         self._optimizer = optimizer

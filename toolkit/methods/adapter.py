@@ -15,11 +15,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError
-from toolkit.methods.base import EMBEDDED, PeftBased, check_least, check_names, linear_names, task_type
+from toolkit.methods.base import (
+    EMBEDDED,
+    FEED_FORWARD_OUTPUTS,
+    PeftBased,
+    check_least,
+    check_names,
+    left_out,
+    linear_names,
+    linear_paths,
+    say_in_run,
+    task_type,
+)
+from toolkit.models.quantization import stacked_experts
 
-# Names that architectures give to the last linear layer of a sublayer.
-ATTENTION_OUTPUTS = ("o", "o_proj", "out_proj", "attn.c_proj", "self_attn.dense", "attention.dense")
-FEED_FORWARD_OUTPUTS = ("wo", "down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "fc_out")
+# Names that architectures give to the last linear layer of attention
+ATTENTION_OUTPUTS: tuple[str, ...] = (
+    "o",
+    "o_proj",
+    "out_proj",
+    "attn.c_proj",
+    "self_attn.dense",
+    "attention.dense",
+    "self_attention.dense",
+)
+ATTENTION_OUTPUTS += ("attention.output.dense", "self_attn.output")
 
 
 class AdapterType(StrEnum):
@@ -155,13 +175,20 @@ class Adapter(PeftBased):
         if targets:
             check_names(model, "adapter_target_modules", targets, linear_names(model))
         else:
-            names = [name for name, _ in model.named_modules()]
+            paths = linear_paths(model)
             both = (FEED_FORWARD_OUTPUTS, *([ATTENTION_OUTPUTS] if self.adapter_style == "houlsby" else []))
-            found = [[n for n in group if any(name.endswith(f".{n}") for name in names)] for group in both]
-            if not all(found):
+            found = [[n for n in group if any(path.endswith(f".{n}") for path in paths)] for group in both]
+            if stacked_experts(model) and any(found):
+                say_in_run(model, "targets", "no adapter follows the experts, because they are stacked tensors")
+            elif not all(found):
                 raise UserError(
                     f"the last layers of the sublayers of {model.config.model_type!r} are not known; "
                     f"name them with --adapter_target_modules, from: {', '.join(linear_names(model))}"
                 )
             targets = [name for group in found for name in group]
-        return BottleneckConfig(target_modules=targets, bottleneck_size=self.adapter_size, task_type=task_type(model))
+        return BottleneckConfig(
+            target_modules=targets,
+            exclude_modules=left_out(model),
+            bottleneck_size=self.adapter_size,
+            task_type=task_type(model),
+        )

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from toolkit.console import say
 from toolkit.errors import UserError, did_you_mean, guarded, time_limit, words_of
 from toolkit.models.heads import has_head, head_modules
-from toolkit.models.quantization import is_packed
+from toolkit.models.language_part import unused_modules
+from toolkit.models.quantization import is_packed, stacked_experts
 from toolkit.models.soft_prompts import IN_THE_CACHE, fit_head
 from toolkit.units import format_bytes
 
@@ -37,6 +38,21 @@ KBIT_UPCAST = (
     "is computed in, which needs less memory (none, the default of recipes/qlora.py)."
 )
 PATTERN_SECONDS = 5.0  # matching the names of the largest model takes milliseconds
+# Names that architectures give to the last linear layer of a feed-forward
+FEED_FORWARD_OUTPUTS = (
+    "wo",
+    "down_proj",
+    "fc2",
+    "mlp.c_proj",
+    "dense_4h_to_h",
+    "fc_out",
+    "feed_forward.output",
+    "output.dense",
+)
+# Names of linear layers in the feed-forward of mixtures of experts. PEFT (0.21) takes them for those of the stacked experts too.
+OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+# Their kernels read the weights of out_proj and conv1d themselves, so that adapters there have no effect; PEFT refuses them.
+FUSED_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 NORMS = "Norm"  # in the class name of every normalization layer: LayerNorm, T5LayerNorm, LlamaRMSNorm
 
 
@@ -222,6 +238,26 @@ def task_type(model: PreTrainedModel) -> TaskType:
     return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
+def embedding_shape(model: PreTrainedModel) -> dict[str, int]:
+    """The fields of PEFT's soft prompts that depend on the model; PEFT (0.21) does not find them in the config of two models.
+
+    Only the width matters for tokens before the input; PEFT requires the others.
+
+    Raises: UserError for a table of embeddings with more rows than the vocabulary, which PEFT does not find.
+    """
+    text, table = model.config.get_text_config(decoder=True), model.get_input_embeddings().weight
+    if model.config.model_type == "mllama_text_model":
+        raise UserError(
+            f"soft prompts do not fit {model.config.model_type}: its table of embeddings has {table.shape[0] - text.vocab_size} rows "
+            "more than its vocabulary, and PEFT looks for one of the same size; use LoRA"
+        )
+    return {
+        "token_dim": table.shape[1],
+        "num_layers": 1,
+        "num_attention_heads": 1,
+    }
+
+
 def prepare_quantized(model: PreTrainedModel, upcast: str) -> None:
     """Freezes a quantized base, upcasts the rest to fp32 if `upcast` is "all", and prints what that costs.
 
@@ -262,7 +298,9 @@ def refuse_quantized(given: dict[str, Any], what: str) -> None:
 def refuse_quantized_model(model: PreTrainedModel) -> None:
     """Raises UserError for a checkpoint that is already quantized."""
     if getattr(model, "is_quantized", False):
-        raise UserError("this model is already quantized, and quantized weights cannot be trained; use recipes/lora.py")
+        raise UserError(
+            "this model is already quantized, and quantized weights cannot be trained; use recipes/qlora.py"
+        )
 
 
 def check_least(method: Method, least: int, *names: str) -> None:
@@ -273,24 +311,29 @@ def check_least(method: Method, least: int, *names: str) -> None:
             raise UserError(f"--{name} {value} is not possible; give a whole number of at least {least}")
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def linear_paths(model: PreTrainedModel, head: bool = False) -> list[str]:
+    """The full names of the model's linear layers, with or without the output head."""
+    output = None if head else model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if ("Linear" in type(module).__name__ or type(module).__name__ == "Conv1D") and module is not output
+    ]
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
     """The valid targets: the distinct last names of the model's linear layers, such as `q` or `o_proj`."""
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
-        }
-    )
+    return sorted({path.rsplit(".", 1)[-1] for path in linear_paths(model, head=True)})
 
 
 def _say_absent(model: nn.Module, flag: str, names: Any) -> None:
     """Warns about default targets of PEFT that this model lacks, for example because its experts are one stacked tensor."""
-    if isinstance(names, str) or any(p.is_meta for p in model.parameters()):
-        return  # a pattern; or a count or prediction, not a run
+    if isinstance(names, str):
+        return  # a pattern
     there = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     if absent := [name for name in names if name.rsplit(".", 1)[-1] not in there]:
-        say(
+        say_in_run(
+            model,
             "warning",
             f"PEFT's default targets {', '.join(absent)} are not in this model and are left out; --{flag} names others",
         )
@@ -307,19 +350,42 @@ def check_names(model: nn.Module, flag: str, names: Iterable[str], valid: list[s
 
 
 def targets_of(model: PreTrainedModel, flag: str, names: list[str] | None, mapping: dict[str, Any]) -> Any:
-    """The value of PEFT's `target_modules`: the user's `names`, or None for PEFT's default targets (`mapping`).
+    """The value of PEFT's `target_modules`: the user's `names`, or PEFT's default targets (`mapping`), or all linear layers.
 
-    Raises: UserError for a name that does not exist, and if PEFT has no default targets for this architecture.
+    Raises: UserError for a name that does not exist.
     """
     if names == ["all-linear"]:
         return "all-linear"
     if names:
-        check_names(model, flag, names, linear_names(model))
-    elif (known := mapping.get(model.config.model_type)) is not None:
+        merged = OF_EXPERTS if stacked_experts(model) else set()
+        check_names(model, flag, [name for name in names if name not in merged], linear_names(model))
+        return names
+    if (known := mapping.get(model.config.model_type)) is not None:
         _say_absent(model, flag, known)
-    else:
-        raise UserError(
-            f"PEFT has no default targets for the architecture {model.config.model_type!r}; "
-            f"name them with --{flag}, from: {', '.join(linear_names(model))}"
-        )
-    return names
+        return known
+    return _all_linear(model, flag)
+
+
+def _all_linear(model: PreTrainedModel, flag: str) -> Any:
+    """PEFT's all-linear, which leaves out the output head; of a mixture of stacked experts the layers outside of the experts."""
+    what, architecture = "all linear layers", model.config.model_type
+    targets: Any = "all-linear"
+    if experts := stacked_experts(model):
+        targets = sorted({path.rsplit(".", 1)[-1] for path in linear_paths(model)} - OF_EXPERTS)
+        share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
+        what = f"the linear layers outside of the experts ({', '.join(targets)}); the experts, {share:.0%} of the weights, are left out"
+    say_in_run(model, "targets", f"PEFT names none for {architecture}: {what} (--{flag} chooses others)")
+    return targets
+
+
+def say_in_run(model: nn.Module, topic: str, text: str) -> None:
+    """Prints a line, but not where `model` has no weights: then it is only counted or predicted."""
+    if not any(p.is_meta for p in model.parameters()):
+        say(topic, text)
+
+
+def left_out(model: PreTrainedModel) -> str | None:
+    """PEFT's `exclude_modules`: a classification head, which is trained whole, and layers that no text passes through."""
+    heads = [rf"{re.escape(name)}(\..*)?" for name in head_modules(model)] if has_head(model.config) else []
+    mamba = [r".*\.(out_proj|conv1d)"] if model.config.model_type in FUSED_MAMBA else []
+    return "|".join(filter(None, [*heads, *mamba, unused_modules(model)])) or None

@@ -1,11 +1,13 @@
 """Full fine-tuning: every weight is trained."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from toolkit.methods.base import EMBEDDED, Method, refuse_quantized, refuse_quantized_model
+from toolkit.models.language_part import unused_modules
 
 
 @dataclass
@@ -23,7 +25,11 @@ class Full(Method):
         refuse_quantized(given, "full fine-tuning")
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Returns `model` with every parameter trainable."""
+        """Returns `model` with every parameter trainable, except in layers that no text passes through."""
         refuse_quantized_model(model)
         model.requires_grad_(True)
+        unused = unused_modules(model)
+        for name, module in model.named_modules():
+            if unused and re.fullmatch(unused, name):
+                module.requires_grad_(False)
         return model

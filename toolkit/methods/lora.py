@@ -14,13 +14,15 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import dora
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_CHOICE
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
 
 from toolkit.console import say
 from toolkit.errors import UserError
-from toolkit.methods.base import EMBEDDED, PeftBased, check_least, targets_of, task_type
+from toolkit.methods.base import EMBEDDED, PeftBased, check_least, left_out, say_in_run, targets_of, task_type
+from toolkit.models.quantization import stacked_experts
 from toolkit.seams import patched
 
 # Initializations that subtract the adapter's initial product from the base. Such an adapter only works on a base that was
@@ -52,7 +54,9 @@ class Lora(PeftBased):
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before A; costs one mask a target in memory."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the modules to adapt, or all-linear. Default: PEFT's choice for the architecture."},
+        metadata={
+            "help": "Names of the modules to adapt, or all-linear. Default: PEFT's choice for the architecture, else all linear layers."
+        },
     )
     use_rslora: bool = field(
         default=False,
@@ -113,20 +117,42 @@ class Lora(PeftBased):
         """The configuration for PEFT. On the meta device it uses the default init, because there are no weights to start from."""
         empty = any(p.is_meta for p in model.parameters())
         init: bool | str = True if empty or self.init_lora_weights == "default" else self.init_lora_weights
+        # PEFT (0.21) skips its own default targets for models with experts that it knows, so they are always named
         targets = targets_of(model, "lora_target_modules", self.lora_target_modules, PEFTS_CHOICE)
-        # set explicitly: PEFT (0.21) skips its own default targets for models with experts that it knows
-        if targets is None:
-            targets = PEFTS_CHOICE[model.config.model_type]
-        return LoraConfig(
+        config = LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=targets,
+            exclude_modules=left_out(model),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=init,
             task_type=task_type(model),
         )
+        if _reaches_experts(config, model):
+            self._fit_experts(config, model)
+        return config
+
+    def _fit_experts(self, config: LoraConfig, model: PreTrainedModel) -> None:
+        """Sets the dropout to 0: PEFT adds the product of A and B to the stacked experts, so nothing comes before A.
+
+        Raises: UserError for a dropout that was asked for, and for variants that PEFT does not have for stacked experts.
+        """
+        if self.use_dora or self.init_lora_weights != "default":
+            given = "--use_dora" if self.use_dora else f"--init_lora_weights {self.init_lora_weights}"
+            raise UserError(
+                f"{given} does not go with stacked experts, which --lora_target_modules names; leave one out"
+            )
+        if self.lora_dropout not in (0, Lora.lora_dropout):
+            raise UserError(
+                f"--lora_dropout {self.lora_dropout:g} does not go with stacked experts, which --lora_target_modules names; give 0"
+            )
+        if config.lora_dropout:
+            config.lora_dropout = 0.0
+            say_in_run(
+                model, "targets", "stacked experts are adapted too, for which PEFT has no dropout: it is 0 everywhere"
+            )
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Returns `model` wrapped by PEFT, with the base's weights frozen.
@@ -172,6 +198,16 @@ class Lora(PeftBased):
         return takes_from_base(config)
 
 
+def _reaches_experts(config: LoraConfig, model: PreTrainedModel) -> bool:
+    """Whether PEFT turns targets of `config` into stacked experts of `model`."""
+    converted = copy.deepcopy(config)
+    try:
+        convert_peft_config_for_transformers(converted, model, None)
+    except ValueError:  # PEFT says it again, and why, when it attaches
+        return False
+    return bool(converted.target_parameters)
+
+
 def takes_from_base(config: PeftConfig) -> bool:
     """Whether PEFT, when it loads an adapter with `config`, subtracts the adapter's initial product from the base."""
     return str(getattr(config, "init_lora_weights", "")).startswith(ALTERS_BASE)
@@ -179,10 +215,11 @@ def takes_from_base(config: PeftConfig) -> bool:
 
 def _say_left_out(model: PeftModel) -> None:
     """Warns if all-linear leaves out experts: stacked tensors in architectures that PEFT does not know are not adapted."""
-    weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
-    left = [p.numel() for name, p in weights.items() if re.search(r"\.experts\.(?!base_layer)", name) and p.dim() == 3]
+    left = [
+        p.numel() for name, p in stacked_experts(model).items() if not re.search(r"\.experts\.(lora_|base_layer)", name)
+    ]
     if left:
-        share = sum(left) / sum(p.numel() for p in weights.values())
+        share = sum(left) / sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
         say(
             "warning",
             f"all-linear leaves out the experts, {share:.0%} of the weights: they are stacked tensors in this model, not linear layers",

@@ -7,7 +7,7 @@ import torch
 from peft import PromptEncoderConfig
 from transformers import PreTrainedModel
 
-from toolkit.methods.base import EMBEDDED, PeftBased, check_least, task_type
+from toolkit.methods.base import EMBEDDED, PeftBased, check_least, embedding_shape, task_type
 
 
 @dataclass
@@ -45,6 +45,7 @@ class PTuning(PeftBased):
             num_virtual_tokens=self.num_virtual_tokens,
             encoder_hidden_size=self.encoder_hidden_size,
             task_type=task_type(model),
+            **embedding_shape(model),
         )
 
     @torch.no_grad()

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError, did_you_mean
 from toolkit.errors.reading import read_yaml
 from toolkit.methods.adapter import Adapter, AdapterType
-from toolkit.methods.base import EMBEDDED, PeftBased, task_type
+from toolkit.methods.base import EMBEDDED, PeftBased, left_out, targets_of, task_type
 from toolkit.methods.lora import takes_from_base
 
 # Methods that need more than a model, a configuration and rows, according to PEFT's documentation.
@@ -24,6 +24,7 @@ UNFIT = {
     "POLY": "it needs a task id with each row",
     "XLORA": "it mixes LoRA adapters that were trained before",
 }
+OTHER_TARGETS = {"IA3", "LN_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK"}  # not all linear layers, if none are named
 # Methods that support bitsandbytes' layers, or do not change linear layers.
 OVER_QUANTIZED = {"ADALORA", "BOFT", "BOTTLENECK", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS", "OFT", "PREFIX_TUNING"}
 OVER_QUANTIZED |= {"PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VERA"}
@@ -69,7 +70,14 @@ class AnyPeft(PeftBased):
 
     def configure(self, model: PreTrainedModel) -> PeftConfig:
         """The configuration for PEFT."""
-        return self._made({"task_type": task_type(model)} | self._settings())
+        config = self._made({"task_type": task_type(model)} | self._settings())
+        fits_linear = hasattr(config, "target_modules") and self.peft_type not in OTHER_TARGETS
+        if fits_linear and not config.target_modules and "target_parameters" not in self._settings():
+            known = getattr(PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type], "target_module_mapping", None)
+            if known and model.config.model_type not in known:
+                config.target_modules = targets_of(model, "peft_config (target_modules)", None, known)
+                config.exclude_modules = left_out(model)
+        return config
 
     @classmethod
     def adapter_changes_base(cls, config: PeftConfig) -> bool:

@@ -1,15 +1,23 @@
 """Prefix tuning: learned keys and values precede those of the input in every layer."""
 
+import copy
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PrefixTuningConfig
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.errors import UserError
 from toolkit.methods.base import EMBEDDED, PeftBased, check_least, task_type
+from toolkit.models.heads import auto_class
+from toolkit.models.meta import model_on_meta
+
+ONE_TOKEN_AT_A_TIME = {
+    "prophetnet"
+}  # with a cache they take a single token, so that no row of text can follow a prefix
 
 
 @dataclass
@@ -48,11 +56,21 @@ class PrefixTuning(PeftBased):
             )
 
     def configure(self, model: PreTrainedModel) -> PrefixTuningConfig:
-        """The configuration for PEFT."""
+        """The configuration for PEFT, with the shape of the keys and values that the model really caches.
+
+        PEFT (0.21) reads it from fields that not every config has under the same name: Falcon, whose heads share one key.
+
+        Raises: UserError if layers cache keys and values of different shapes, or none.
+        """
+        if model.config.model_type in ONE_TOKEN_AT_A_TIME:
+            raise UserError(
+                f"prefix_tuning does not fit this {model.config.model_type} model; use prompt tuning or LoRA"
+            )
         return PrefixTuningConfig(
             num_virtual_tokens=self.num_virtual_tokens,
             init_weights="zero" if self.prefix_init == "zero" else None,
             task_type=task_type(model),
+            **_cached(model),
         )
 
     @torch.no_grad()
@@ -61,13 +79,45 @@ class PrefixTuning(PeftBased):
         model = super().attach(model)
         if self.prefix_init != "vocabulary" or any(p.is_meta for p in model.parameters()):
             return model
-        base, text = model.get_base_model(), model.config.get_text_config()
-        words = torch.randint(0, text.vocab_size, (1, self.num_virtual_tokens), device=model.device)
-        decoder = {"decoder_input_ids": words} if model.config.is_encoder_decoder else {}
+        base = model.get_base_model()
+        vocabulary = base.get_input_embeddings().weight.shape[0]
+        words = torch.randint(0, vocabulary, (1, self.num_virtual_tokens), device=model.device)
         was_training = base.training
         base.train()  # in evaluation mode bitsandbytes would repack 4-bit weights for a CPU, permanently
-        cache = base(input_ids=words, use_cache=True, **decoder).past_key_values
-        base.train(was_training)
-        cache = getattr(cache, "self_attention_cache", cache)
-        initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+        try:
+            cache = _cache_of(base, words)
+            base.train(was_training)
+            initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+        except (ValueError, AssertionError, AttributeError) as error:
+            raise UserError(
+                f"prefix_tuning does not fit this {base.config.model_type} model: {error}; use LoRA"
+            ) from None
         return model
+
+
+def _cache_of(model: PreTrainedModel, words: torch.Tensor) -> Any:
+    """The keys and values of `words` (1, length) in the layers that generate, a `DynamicCache` of whole rows."""
+    if model.config.is_encoder_decoder:
+        return model(input_ids=words, decoder_input_ids=words, use_cache=True).past_key_values.self_attention_cache
+    # a model's own cache would drop what is outside of a sliding window
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return model(input_ids=words, use_cache=True, **{name: DynamicCache()}).past_key_values
+
+
+@torch.no_grad()
+def _cached(model: PreTrainedModel) -> dict[str, int]:
+    """PEFT's fields for the keys that `model` caches; none if it only computes on real weights, where PEFT reads its config."""
+    what = f"prefix_tuning does not fit this {model.config.model_type} model"
+    # grouped products of experts want bf16
+    empty = model_on_meta(auto_class(model.config), copy.deepcopy(model.config), torch.bfloat16)
+    try:
+        layers = _cache_of(empty, torch.zeros(1, 1, dtype=torch.long, device="meta")).layers
+    except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        if model.config.sub_configs:  # two models, in whose config PEFT finds no shape
+            raise UserError(f"{what}; use prompt tuning or LoRA") from None
+        return {}
+    shapes = {tuple(part.shape) if part is not None else () for one in layers for part in (one.keys, one.values)}
+    if len(shapes) != 1 or shapes == {()}:
+        raise UserError(f"{what}: its layers do not all cache keys and values of one shape; use prompt tuning or LoRA")
+    (_, heads, _, width), *_ = shapes
+    return {"num_layers": len(layers), "num_attention_heads": heads, "token_dim": heads * width}

@@ -7,7 +7,7 @@ from peft import PromptTuningConfig
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError
-from toolkit.methods.base import EMBEDDED, PeftBased, check_least, task_type
+from toolkit.methods.base import EMBEDDED, PeftBased, check_least, embedding_shape, task_type
 from toolkit.models.loading import read_tokenizer
 
 
@@ -64,4 +64,5 @@ class PromptTuning(PeftBased):
             prompt_tuning_init_text=self.prompt_tuning_init_text if from_text else None,
             tokenizer_name_or_path=model.config._name_or_path if from_text else None,
             task_type=task_type(model),
+            **embedding_shape(model),
         )

@@ -1,5 +1,6 @@
 """Selective fine-tuning: trains a part of the model's own weights and freezes the rest."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from toolkit.methods.base import (
     refuse_quantized_model,
 )
 from toolkit.models.heads import has_head, head_modules
+from toolkit.models.language_part import unused_modules
 
 LAST_LAYERS = 2
 CHOICES = ("train_last_layers", "train_modules", "train_biases", "train_norms")
@@ -91,7 +93,8 @@ class Selective(Method):
                     f"--train_biases: this {model.config.model_type} model has no biases; use --train_norms or --train_last_layers"
                 )
             return biases
-        layers = layers_of(model)
+        unused = unused_modules(model)
+        layers = [layer for name, layer in layers_of(model) if not (unused and re.fullmatch(unused, name))]
         wanted = LAST_LAYERS if self.train_last_layers is None else self.train_last_layers
         if wanted > len(layers):
             if self.train_last_layers is not None:
@@ -100,11 +103,17 @@ class Selective(Method):
         return layers[len(layers) - wanted :]
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The model's layers from input to output: the outermost ModuleLists with modules of one class, encoder before decoder.
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's layers with their names, from input to output: the outermost ModuleLists with modules of one class, encoder before decoder.
 
     T5 has `encoder.block` and `decoder.block`, BART `encoder.layers` and `decoder.layers`, Llama and Qwen2 `layers`, GPT-2 `h`.
     """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    outer = [m for name, m in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    return [layer for stack in outer if len({type(layer) for layer in stack}) == 1 for layer in stack]
+    outer = [(name, m) for name, m in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    kinds = {name: {_plain_class(layer) for layer in stack} for name, stack in outer}
+    return [(f"{name}.{i}", layer) for name, stack in outer if len(kinds[name]) == 1 for i, layer in enumerate(stack)]
+
+
+def _plain_class(layer: nn.Module) -> str:
+    """The class of a layer; a layer with cross-attention to images counts as one of the others."""
+    return type(layer).__name__.replace("CrossAttention", "SelfAttention")

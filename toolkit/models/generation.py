@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from toolkit.console import console
+from toolkit.console import console, say
 from toolkit.distributed.deepspeed import gathered_in_use
 from toolkit.distributed.sharded_models import is_sharded
 from toolkit.errors import UserError
@@ -34,6 +34,10 @@ TAKEN_OVER = (
     *("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
 )
+
+# Settings that change no answer, or that scoring sets itself
+OF_NO_EFFECT = {"pad_token_id", "eos_token_id", "use_cache", "transformers_version", "max_length", "max_new_tokens"}
+OF_NO_EFFECT |= {"_from_model_config", "output_attentions", "output_hidden_states", "generation_kwargs", "dtype"}
 
 IGNORES_MASK = {"rwkv"}  # recurrent models that read padding as text: they answer one row at a time
 
@@ -117,12 +121,19 @@ def _settings(
 def _generating_by(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
     """While open, `model` generates with `settings` and a cache."""
     holder = _without_peft(model)
-    shipped, use_cache = holder.generation_config, model.config.use_cache
-    model.config.use_cache, holder.generation_config = True, settings
+    # a model of two models has its setting in the config of its decoder
+    configs: list[Any] = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs)]
+    parts = [part for part in configs if hasattr(part, "use_cache")]
+    shipped, use_cache = holder.generation_config, [part.use_cache for part in parts]
+    holder.generation_config = settings
     try:
+        for part in parts:
+            part.use_cache = True
         yield
     finally:
-        model.config.use_cache, holder.generation_config = use_cache, shipped
+        holder.generation_config = shipped
+        for part, before in zip(parts, use_cache, strict=True):
+            part.use_cache = before
 
 
 def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
@@ -265,7 +276,22 @@ def end_as_the_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     for settings in filter(None, (model.config, generation)):
         settings.pad_token_id = tokenizer.pad_token_id
     if generation is not None:
+        _say_overruled(generation)
         make_saveable(generation)
+
+
+def _say_overruled(shipped: GenerationConfig) -> None:
+    """Prints which of the model's generation settings scoring does not follow: all that are not in `TAKEN_OVER`."""
+    asked = shipped.to_diff_dict()
+    names = sorted(
+        name for name, value in asked.items() if name not in (*TAKEN_OVER, *OF_NO_EFFECT) and value is not None
+    )
+    if names:
+        shown = ", ".join(f"{name} {asked[name]}" for name in names)[:300]
+        say(
+            "generation",
+            f"generation_config.json asks for {shown}; scoring answers with the most probable tokens instead",
+        )
 
 
 def make_saveable(settings: GenerationConfig) -> None:

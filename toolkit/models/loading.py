@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -45,27 +46,31 @@ from toolkit.models.heads import (
     keeps_head,
 )
 from toolkit.models.hub import check_reachable, did_you_mean, unreachable
+from toolkit.models.language_part import NAMES, language_part, save_under_own_names
 from toolkit.models.meta import model_on_meta
 from toolkit.models.quantization import quantization_config
+from toolkit.models.stored import check_name, check_stored, method_of
 
 BUILD_SECONDS = 120.0  # without weights the largest model of today takes a few
 # T5-like models. They were trained in bf16; in fp16 their activations exceed the largest number (65,504) and become inf or NaN.
 # Their positions are relative, so inputs longer than in training work.
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
+ORDINARY_TOKEN_ID = 5  # not a special token
 
 
 def load_model_config(
     args: ModelArguments, fp16: bool = False, needs_weights: bool = True, kind: ModelKind = "generating"
 ) -> PreTrainedConfig:
-    """Reads the model's config, the only file that is downloaded before the flags are checked.
+    """Reads the model's config, the only file that is downloaded before the flags are checked; of a multimodal model its language part.
 
     Without `needs_weights` a folder with only a config is enough, and models of the catalogue need no hub.
 
     Raises: UserError for a missing or gated model, a folder without a config, an architecture that transformers does not
-    know or that is not of the `kind` that the task needs, T5 in fp16, or quantization of a model that is already
-    quantized.
+    know or that is not of the `kind` that the task needs, T5 in fp16, or a checkpoint that is stored in a form that is
+    not trained.
     """
     source = args.source
+    check_name(source)
     if args.is_local:
         folder = Path(source).expanduser()
         if not folder.is_dir():
@@ -88,6 +93,7 @@ def load_model_config(
     if known is None and not args.is_local:
         check_reachable(source, args.model_revision)
     config = known or read_config(source, args.model_revision)
+    config = language_part(config)
     check_kind(source, config, kind)
     config.problem_type = None  # the checkpoint's value does not count: `set_head` decides
     if fp16 and config.model_type in T5_FAMILY:
@@ -97,11 +103,7 @@ def load_model_config(
         )
     if args.dtype == "float16" and config.model_type in T5_FAMILY:
         raise UserError(f"--dtype float16 with {config.model_type} overflows; use bfloat16 or float32")
-    if (args.load_in_4bit or args.load_in_8bit) and getattr(config, "quantization_config", None) is not None:
-        flag = "--load_in_4bit" if args.load_in_4bit else "--load_in_8bit"
-        own = config.quantization_config
-        method = own.get("quant_method", "some method") if isinstance(own, dict) else own.quant_method
-        raise UserError(f"{flag}: {source} is already quantized (by {method}); leave the flag out")
+    check_stored(args, config)
     return config
 
 
@@ -373,13 +375,33 @@ def build_on_meta(
         guarded(f"{args.source}: no model can be built from its config.json", remedy),
         without_partitioning(),
     ):
-        return model_on_meta(
+        model = model_on_meta(
             auto_class(config),
             copy.deepcopy(config),
             dtype,
             args.attn_implementation,
             quantization_config(args, config, dtype, sharded),
         )
+    _check_beginning(args.source, model)
+    return model
+
+
+def _check_beginning(source: str, model: PreTrainedModel) -> None:
+    """Raises UserError for an encoder-decoder whose config does not say with which token a target begins."""
+    config = model.config
+    if not config.is_encoder_decoder:
+        return
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        if shift is not None:
+            shift(torch.tensor([[ORDINARY_TOKEN_ID]]))
+        elif has_head(config) and config.decoder_start_token_id is None:
+            raise ValueError
+    except (ValueError, TypeError, AssertionError, RuntimeError):
+        raise UserError(
+            f"{source}: its config.json does not say with which token a target begins; add decoder_start_token_id to it (T5: its "
+            "pad_token_id; BART: its eos_token_id) and pad_token_id"
+        ) from None
 
 
 def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Collection[str]) -> None:
@@ -409,6 +431,12 @@ def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Colle
         model.initialize_weights()
 
 
+def _is_multimodal(args: ModelArguments) -> bool:
+    """Whether the checkpoint is that of a multimodal model, so that only its language part is loaded."""
+    whole = AutoConfig.from_pretrained(args.source, revision=args.model_revision)
+    return language_part(whole) is not whole
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
@@ -419,8 +447,10 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any], is_part: bool = False) -> None:
     """Checks the loading info `found` of `from_pretrained`, and warns of tensors that were not loaded; the head may be new.
+
+    `is_part`: the file is that of a multimodal model, of which only the language part is wanted.
 
     Raises: UserError if weights of the model are missing in `source` or have other shapes there: transformers would initialize
     them randomly.
@@ -429,6 +459,12 @@ def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any]) ->
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(heads))
     missing += sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(heads))
     unknown = sorted(found["unexpected_keys"])
+    if not missing and is_part:
+        say(
+            "model",
+            f"{source} is multimodal: its language part is loaded, {len(unknown)} tensors of other parts are left out",
+        )
+        return
     if not missing:
         body = [name for name in unknown if name.startswith(f"{model.base_model_prefix}.")]
         if body:
@@ -468,15 +504,28 @@ def load_model(
     options["ignore_mismatched_sizes"] = True
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
+    stored = method_of(config)
+    quantization: Any
+    if stored == "mxfp4":
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     if args.load_in_4bit or args.load_in_8bit:
-        options["quantization_config"] = quantization_config(args, config, dtype, sharded=engine.kind.shards_parameters)
+        quantization = quantization_config(args, config, dtype, sharded=engine.kind.shards_parameters)
+        if stored is None or quantization is None:
+            options["quantization_config"] = quantization
+        else:
+            config.quantization_config = quantization.to_dict()
         # under ZeRO-3 transformers itself puts weights on the process's device
         if engine.kind is not EngineKind.ZERO_3:
             options["device_map"] = {"": training.device}
+    is_part = _is_multimodal(args)
+    if is_part:
+        options["key_mapping"] = NAMES
     set_seed(training.seed)  # for a new head
-    with _quiet() if has_head(config) else nullcontext():  # no warning about a new head
+    with _quiet() if has_head(config) or is_part else nullcontext():  # no warning about a new head, or parts left out
         model, found = read_model(args.source, config, **options)
-    check_weights(args.source, model, found)
+    check_weights(args.source, model, found, is_part)
+    if is_part:
+        save_under_own_names(model)
     if has_head(config):
         set_seed(training.seed)
         _make_head_anew(args, model, found["missing_keys"])

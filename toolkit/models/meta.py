@@ -21,6 +21,8 @@ def model_on_meta(
 ) -> PreTrainedModel:
     """The result of `auto_class.from_pretrained(..., config=config, dtype=dtype, ...)`, with the same shapes and layers.
 
+    Quantized layers are those of `quantization_config`, whatever `config` says of how its checkpoint is stored.
+
     Modules that the architecture keeps in float32 are float32, as after loading. The weights of quantized layers are not yet
     packed: `fake.make_fake` packs them.
 
@@ -36,6 +38,8 @@ def model_on_meta(
         if method != "bitsandbytes":
             raise UserError(f"memory is predicted for bitsandbytes' 4-bit and 8-bit weights, not for {method}")
         dtype = quantizer.update_dtype(dtype)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype, **kwargs)
         if quantizer is not None:

@@ -14,13 +14,14 @@ from toolkit.distributed.deepspeed import without_partitioning
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import auto_class, has_head, head_modules
 from toolkit.models.meta import model_on_meta
+from toolkit.models.stored import as_dict, method_of
 from toolkit.units import format_bytes
 
 
 def quantization_config(
     args: ModelArguments, config: PreTrainedConfig, dtype: torch.dtype, sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """How weights are quantized while loading, to compute in `dtype`; None without quantization. A head is never quantized.
+    """How weights are quantized in the file or while loading, to compute in `dtype`; None without. A new head is never quantized.
 
     Packed 4-bit weights are stored as bytes. With `sharded` they are stored in `dtype`: an engine can shard only floating-point
     weights.
@@ -31,6 +32,11 @@ def quantization_config(
     if has_head(config):
         with without_partitioning():
             heads = head_modules(model_on_meta(auto_class(config), copy.deepcopy(config), dtype))
+    if method_of(config) is not None:
+        own = (as_dict(config) or {}) | {"bnb_4bit_compute_dtype": dtype}
+        if heads:
+            own["llm_int8_skip_modules"] = [*(own.get("llm_int8_skip_modules") or ()), *heads]
+        return BitsAndBytesConfig.from_dict(own)
     return BitsAndBytesConfig(
         load_in_4bit=args.load_in_4bit,
         load_in_8bit=args.load_in_8bit,
@@ -47,6 +53,11 @@ def is_packed(parameter: nn.Parameter) -> bool:
     return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
+def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The experts' weights that are one tensor (experts, out, in) for all experts of a layer, by name."""
+    return {name: p for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3}
+
+
 @dataclass(frozen=True)
 class Packed:
     """How many elements of a quantized model's weights bitsandbytes packs: only those of linear layers."""
@@ -60,7 +71,7 @@ class Packed:
         """The counts for a model without adapters, as `build_on_meta` builds it."""
         weights = dict(model.named_parameters())
         packed = {name for name, p in weights.items() if is_packed(p)}
-        experts = {name for name, p in weights.items() if ".experts." in name and p.dim() == 3} - packed
+        experts = stacked_experts(model).keys() - packed
         return cls(*(sum(weights[name].numel() for name in names) for names in (packed, weights, experts)))
 
     def warning(self, dtype: torch.dtype) -> str | None:
@@ -70,5 +81,6 @@ class Packed:
         size = format_bytes(self.experts * dtype.itemsize)
         return (
             f"{self.experts / self.all:.0%} of the weights are not quantized: bitsandbytes packs only linear layers, and this model's "
-            f"experts are stacked tensors, which stay in {str(dtype).removeprefix('torch.')} ({size})"
+            f"experts are stacked tensors, which stay in {str(dtype).removeprefix('torch.')} ({size}); what helps is a dense model, or more memory: recipes/lora.py with "
+            "launch/zero3_offload.yaml needs the host's"
         )

@@ -74,10 +74,6 @@ def predict_run(
     if not config.method.trains:
         raise UserError(f"{config.method.name} trains nothing, so there is no training step to predict")
     model_config = copy.deepcopy(config.model_config)  # `set_head` below changes it
-    if getattr(model_config, "quantization_config", None) is not None:
-        raise UserError(
-            "the memory of a checkpoint that is already quantized cannot be predicted; give the original model"
-        )
     if config.task.model_kind == "head":
         data = config.data
         names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"], data.encoding)

@@ -69,7 +69,7 @@ MODELS = (
     Seam(
         name="prepare_decoder_input_ids_from_labels",
         kind="private",
-        where="models.generation",
+        where=("models.generation", "models.loading"),
         target="transformers.models.mbart.modeling_mbart: MBartForConditionalGeneration.prepare_decoder_input_ids_from_labels",
         signature=("labels",),
         reason="an answer begins as labels do: with mBART's token of the target's language",
@@ -100,6 +100,7 @@ MODELS = (
         where=(
             "models.loading",
             "models.heads",
+            "models.language_part",
             "data.loading",
             "runs.preflight",
             "runs.prediction",
@@ -112,8 +113,31 @@ MODELS = (
         silent=True,
         target=(
             "transformers: LlamaConfig.max_position_embeddings GPT2Config.n_positions LlamaConfig.vocab_size "
-            "LlamaConfig.num_attention_heads LlamaConfig.head_dim PreTrainedConfig.problem_type PreTrainedConfig.dtype"
+            "LlamaConfig.num_attention_heads LlamaConfig.head_dim PreTrainedConfig.problem_type PreTrainedConfig.dtype "
+            "LlamaConfig.tie_word_embeddings",
+            "transformers.models.mllama.configuration_mllama: MllamaTextConfig.cross_attention_layers",
         ),
+    ),
+    Seam(
+        name="quantization_config of a checkpoint",
+        kind="private",
+        where=("models.language_part", "models.meta", "models.stored"),
+        source=(("transformers.quantizers.base", r"config\.quantization_config = "),),
+        reason="how a checkpoint is stored: trained as it is, dequantized, or refused",
+        breaks="a quantized checkpoint is taken for one of full precision",
+        silent=True,
+        checked_by="tests/test_architectures.py",
+    ),
+    Seam(
+        name="_weight_conversions",
+        kind="private",
+        where="models.language_part",
+        target="transformers.core_model_loading: WeightTransform.source_patterns",
+        source=(("transformers.core_model_loading", r'getattr\(model, "_weight_conversions", None\)'),),
+        reason="saving renames weights back; those of a language part are saved under the names of its own class",
+        breaks="a saved language part has the names of the multimodal checkpoint, and cannot be loaded",
+        silent=True,
+        checked_by="tests/test_architectures.py",
     ),
     Seam(
         name="fields of GenerationConfig",
@@ -128,7 +152,7 @@ MODELS = (
     Seam(
         name="config._name_or_path",
         kind="private",
-        where="methods.prompt_tuning",
+        where=("methods.prompt_tuning", "models.language_part"),
         target="transformers: PreTrainedConfig._name_or_path",
         reason="PEFT tokenizes --prompt_tuning_init_text with the model's own tokenizer",
         breaks="prompt tuning from a text ends with an error",

@@ -25,6 +25,15 @@ class HeadPromptTokenizer(PromptTokenizer):
         lost.text_tokens += cut
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.label_names.index(target)}
 
+    def _prompt_ids(self, text: str) -> list[int]:
+        """The ids of a text. Those for an encoder-decoder have one end-of-text token: its head reads there, and takes no other number."""
+        ids, end = super()._prompt_ids(text), self.tokenizer.eos_token_id
+        if not self.is_encoder_decoder or end is None:
+            return ids
+        last = len(ids) - 1 - ids[::-1].index(end) if end in ids else None
+        kept = [token for place, token in enumerate(ids) if token != end or place == last]
+        return kept if last is not None else [*kept, end]
+
 
 class SequenceClassification(Classification):
     """Chooses the class with `AutoModelForSequenceClassification`. Architectures whose head reads padding are refused."""
