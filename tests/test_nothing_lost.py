@@ -106,7 +106,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_results(moment, 
     run(folder, script=argv, codes=-signal.SIGKILL)
     run(folder, RESUME)
     assert same(reference, folder), number
-    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert left <= {claim.LOCK}  # stays if the run was killed after it had finished, when it removes its lock
 
 
 # ---- signals
