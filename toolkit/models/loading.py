@@ -87,8 +87,6 @@ def load_model_config(
         has_weights = args.random_weights or not needs_weights
         if not has_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
             raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
-        if not args.random_weights and needs_weights:
-            check_weight_files(folder)
     known = None if needs_weights or args.is_local else catalogue.config_of(source)
     if known is None and not args.is_local:
         check_reachable(source, args.model_revision)
@@ -104,6 +102,8 @@ def load_model_config(
     if args.dtype == "float16" and config.model_type in T5_FAMILY:
         raise UserError(f"--dtype float16 with {config.model_type} overflows; use bfloat16 or float32")
     check_stored(args, config)
+    if args.is_local and needs_weights and not args.random_weights:
+        check_weight_files(Path(source).expanduser())
     return config
 
 
