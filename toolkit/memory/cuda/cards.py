@@ -2,7 +2,7 @@
 
 **Memory.** A card of "24 GB" does not offer 24 GiB. `total_gib` is what the driver offers to CUDA, as PyTorch prints it
 in its out-of-memory message ("GPU 0 has a total capacity of ..."): the nominal size less the driver's own part and, on
-cards where it is enabled, ECC. An entry with a `report` was checked against that public report (a GitHub issue). The other
+cards where it is enabled, ECC. An entry with a `report` was checked against that public report (a GitHub issue) or measurement. The other
 totals are typical values for the card (the lowest if drivers differ) or, if none is known, the nominal size less 3.5 %; all
 of these are marked `total_is_estimate`. Checked totals are 1.3 % to 7.9 % below the nominal size. A desktop needs more.
 
@@ -11,8 +11,9 @@ memory for every thread that can be resident. Known values, in MiB per multiproc
 40 multiprocessors of 1,024 threads; 69 of the 79 runs that fitcheck-llm 0.3.1 publishes), 3.0 on an RTX 6000 Ada (426 MiB,
 142 multiprocessors of 1,536 threads; before any kernel, unslothai/unsloth-zoo#1053), 3.1 on an RTX 3090 (256 MiB, 82 of 1,536;
 before any kernel, invoke-ai/InvokeAI#9413). For cards without a measurement in training the estimate is 3.5 MiB per
-multiprocessor. It is a third more where a multiprocessor holds 2,048 threads (A100, Hopper, data-centre Blackwell): 504 MiB on
-an A100, where eight runs of fms-acceleration suggest 523. Such estimates are marked `context_is_estimate`. The context also
+multiprocessor. It is a third more where a multiprocessor holds 2,048 threads (A100, data-centre Blackwell): 504 MiB on an A100,
+where eight runs of fms-acceleration suggest 523. On Hopper it is 5.8, as measured on an H200 (767 MiB with CUDA 13.0, 132
+multiprocessors; `benchmarks/results/gpu/nvidia-h200.json`). Such estimates are marked `context_is_estimate`. The context also
 differs between drivers, and libraries with their own kernels add to it: up to 1.7 GB were seen with flash-attn. So no constant
 is right for every run; on a machine with a card the context is measured.
 
@@ -33,11 +34,14 @@ _SOLD_SHARE = (
     0.98  # of the nominal size, for a card of which only that is known: 11.76 GiB of 12, 23.52 of 24, 31.37 of 32
 )
 _CONTEXT_PER_MULTIPROCESSOR = 3.5 * MIB  # with up to 1,536 threads
-_OF_2048_THREADS = ((8, 0), (9, 0), (10, 0))  # compute capabilities
+_OF_2048_THREADS = ((8, 0), (10, 0))  # compute capabilities
+_H200_CONTEXT = 766.8  # MiB
 
 
 def _estimated_context(capability: tuple[int, int], multiprocessors: int) -> int:
     """The context in bytes for a card without a measurement; see the module's docstring."""
+    if capability == HOPPER:
+        return int(multiprocessors * _H200_CONTEXT / 132 * MIB)
     share = 2048 / 1536 if capability in _OF_2048_THREADS else 1
     return int(multiprocessors * _CONTEXT_PER_MULTIPROCESSOR * share)
 
@@ -261,7 +265,7 @@ CARDS: tuple[Card, ...] = (
     _card("GH200 96GB", HOPPER, 132, 96),
     _card("GH200 144GB", HOPPER, 132, 144),
     _card("H100 NVL", HOPPER, 132, 94, 93.02),
-    _card("H200", HOPPER, 132, 141, 139.72),
+    _card("H200", HOPPER, 132, 141, 139.80, context_mib=_H200_CONTEXT, report="benchmarks/results/gpu/nvidia-h200.json"),
     _card("RTX 5060", BLACKWELL, 30, 8, 7.52),
     _card("RTX 5050", BLACKWELL, 20, 8),
     _card("RTX 5050 Laptop", BLACKWELL, 20, 8),
