@@ -94,8 +94,10 @@ class Results:
                 temporary.replace(self.artifacts / f"{name}.zip")
 
     def write(self) -> None:
-        """Writes the file atomically."""
-        atomic_write(self.path, json.dumps(self.content, indent=1) + "\n")
+        """Writes the file atomically, each row as one line."""
+        head = json.dumps({name: value for name, value in self.content.items() if name != "rows"}, indent=1)
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in self.content["rows"])
+        atomic_write(self.path, head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n")
 
 
 def _without_folders(found: Any) -> Any:

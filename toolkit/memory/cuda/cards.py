@@ -265,7 +265,9 @@ CARDS: tuple[Card, ...] = (
     _card("GH200 96GB", HOPPER, 132, 96),
     _card("GH200 144GB", HOPPER, 132, 144),
     _card("H100 NVL", HOPPER, 132, 94, 93.02),
-    _card("H200", HOPPER, 132, 141, 139.80, context_mib=_H200_CONTEXT, report="benchmarks/results/gpu/nvidia-h200.json"),
+    _card(
+        "H200", HOPPER, 132, 141, 139.80, context_mib=_H200_CONTEXT, report="benchmarks/results/gpu/nvidia-h200.json"
+    ),
     _card("RTX 5060", BLACKWELL, 30, 8, 7.52),
     _card("RTX 5050", BLACKWELL, 20, 8),
     _card("RTX 5050 Laptop", BLACKWELL, 20, 8),
