@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from toolkit.config import RecipeParser, parse_config
 from toolkit.config.arguments import OVERRIDDEN
 from toolkit.data.loading import DataArguments, lengths
 from toolkit.errors import UserError
+from toolkit.errors.reading import read_yaml
 from toolkit.methods import METHODS
 from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
@@ -66,6 +68,14 @@ def test_a_runs_own_config_can_be_run_again(yaml_file):
     config = parse_config(Lora, ["--lora_r", "4", "--max_length", "64", "--warmup_steps", "3"])
     again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
     assert again.as_dict() == config.as_dict()
+
+
+@pytest.mark.parametrize("method", [Lora, QLora], ids=["lora", "qlora"])
+def test_flags_that_share_a_value_are_written_twice(method, yaml_file):
+    config = parse_config(method, ["--gradient_checkpointing"])
+    path = yaml_file(yaml.safe_dump(config.as_dict()))
+    assert read_yaml(Path(path)) == config.as_dict()  # it refuses aliases
+    assert parse_config(method, ["--config", path]).as_dict() == config.as_dict()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Resolves flags into one frozen `Config`: every decision about a run is made here, once, before anything is loaded."""
 
+import copy
 import dataclasses
 import itertools
 import os
@@ -87,7 +88,8 @@ class Config:
             "hub_token",
         }
         flat |= {name: value for name, value in self.training.to_dict().items() if name not in hidden}
-        return {name: value for name, value in flat.items() if value not in (None, "", [], {})}
+        # copies, because YAML writes what two flags share as an alias, which `--config` and resumed runs refuse
+        return {name: copy.deepcopy(value) for name, value in flat.items() if value not in (None, "", [], {})}
 
     def as_flags(self) -> Flags:
         """Flags that give another process the same configuration, for a prediction."""

@@ -18,70 +18,19 @@ ALPACA = (
 )  # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca
 SUMMARIZE = "Summarize the following text.\n\n{text}\n\nSummary:"
 FILLED = "filled prompt"  # the column that holds a template filled with several columns of a row
-# Names of columns in any case, the likelier ones first. Written as texts, because a list would take a line for each.
+# Names of columns in any case, the likelier ones first.
 CONVERSATIONS = ["messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns"]
 SUMMARIES = ["summary", "highlights", "abstract", "tldr", "headline", "summaries"]
 DOCUMENTS = ["dialogue", "document", "article", "text", "body", "report", "content", "maintext", "source", "passage"]
-QUESTIONS = [
-    "prompt",
-    "question",
-    "query",
-    "instruction",
-    "input",
-    "inputs",
-    "source",
-    "user",
-    "human",
-    "src",
-    "text",
-    "problem",
-]
-ANSWERS = [
-    "completion",
-    "response",
-    "answer",
-    "output",
-    "target",
-    "targets",
-    "outputs",
-    "assistant",
-    "reply",
-    "solution",
-    "tgt",
-    "gpt",
-    "bot",
-    "chosen",
-]
+QUESTIONS = ["prompt", "question", "query", "instruction", "input", "inputs", "source", "user", "human", "src"]
+QUESTIONS += ["text", "problem"]
+ANSWERS = ["completion", "response", "answer", "output", "target", "targets", "outputs", "assistant", "reply"]
+ANSWERS += ["solution", "tgt", "gpt", "bot", "chosen"]
 CONTEXTS = ["input", "context"]  # what an instruction is about; often empty
-TEXTS = [
-    "text",
-    "sentence",
-    "review",
-    "content",
-    "tweet",
-    "comment",
-    "body",
-    "headline",
-    "title",
-    "document",
-    "article",
-    "message",
-]
-TEXTS += ["question", "query", "utterance", "input", "prompt", "phrase", "description"]
-CLASSES = [
-    "label_text",
-    "label_name",
-    "label",
-    "labels",
-    "category",
-    "class",
-    "sentiment",
-    "emotion",
-    "intent",
-    "topic",
-    "coarse_label",
-]
-CLASSES += ["rating", "stars", "target", "score", "polarity", "genre", "type", "spam"]
+TEXTS = ["text", "sentence", "review", "content", "tweet", "comment", "body", "headline", "title", "document"]
+TEXTS += ["article", "message", "question", "query", "utterance", "input", "prompt", "phrase", "description"]
+CLASSES = ["label_text", "label_name", "label", "labels", "category", "class", "sentiment", "emotion", "intent"]
+CLASSES += ["topic", "coarse_label", "rating", "stars", "target", "score", "polarity", "genre", "type", "spam"]
 BETTER = ["chosen", "accepted", "preferred", "chosen_response", "better"]
 WORSE = ["rejected", "dispreferred", "rejected_response", "worse"]
 RANKS = ["rank", "ranks", "ranking", "rankings", "preference", "winner"]
