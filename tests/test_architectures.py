@@ -17,10 +17,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from toolkit.cli import main as footprint
 from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods import METHODS
+from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.generation import end_as_the_tokenizer, generation_error
 from toolkit.models.language_part import language_part
@@ -29,6 +31,30 @@ from toolkit.models.stored import original_of
 from toolkit.tasks.sequence_classification import HeadPromptTokenizer
 from toolkit.tasks.tokenization import Truncation
 
+# Of the catalogue, in their real sizes
+REAL = [
+    "microsoft/phi-4",
+    "google/gemma-3-4b-it",
+    "google/gemma-3-12b-it",
+    "Qwen/Qwen3-30B-A3B",
+    "Qwen/Qwen3-4B-Instruct-2507",
+    "mistralai/Mistral-Nemo-Instruct-2407",
+    "HuggingFaceTB/SmolLM3-3B",
+    "openai/gpt-oss-20b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "meta-llama/Llama-3.2-1B",
+    "meta-llama/Llama-3.2-3B-Instruct",
+    "meta-llama/Llama-3.1-8B-Instruct",
+    "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "google/t5gemma-2b-2b-ul2",
+    "facebook/bart-large-cnn",
+    "google/pegasus-xsum",
+    "google/flan-t5-large",
+    "bigscience/mt0-base",
+    "allenai/OLMo-2-0425-1B",
+    "ibm-granite/granite-3.3-2b-instruct",
+]
+QUICK = {("lora", "facebook/bart-large-cnn"), ("qlora", "openai/gpt-oss-20b"), ("full", "bigscience/mt0-base")}
 CPU = TrainingArguments(use_cpu=True, report_to="none")
 WHOLE = sorted(ARCHITECTURES.keys() - {"gemma3n"})  # its vision tower needs timm
 
@@ -252,3 +278,39 @@ def test_settings_that_scoring_does_not_follow_are_said(folder_of, capsys):
         "cache_implementation quantized, num_beams 3, num_return_sequences 3, stop_strings ['x']; scoring answers with"
         in out
     )
+
+
+def _real_sizes(quick):
+    return [(how, name) for name in REAL for how in ("lora", "qlora", "full") if ((how, name) in QUICK) == quick]
+
+
+def check_prediction(how, name, capfd):
+    """A whole ledger of the model's real size without a method's flag; of gpt-oss under qlora the line that says why not."""
+    with pytest.raises(SystemExit) as end:
+        footprint(["predict", how, "--model_name_or_path", name, "--gpu", "H100", "--json"])
+    out, err = capfd.readouterr()
+    if how == "qlora" and name == "openai/gpt-oss-20b":
+        assert end.value.code == 2 and out == "" and "is stored in MXFP4" in err and err.count("error: ") == 1
+        return
+    assert end.value.code in (None, 0, 1), err
+    ledger = json.loads(out)
+    assert ledger["fits"] is (end.value.code != 1)
+    assert ledger["peak"]["allocated_bytes"] == sum(ledger["categories_at_peak"].values())
+    assert set(ledger["phases"]) == {"load", "forward", "backward", "optimizer_step"}
+    # adapters add little, and of a multimodal model only the language part is trained
+    published = catalogue.find(name).parameters
+    assert 0.85 * published < ledger["parameters"]["all"] < 1.1 * published
+    share = ledger["parameters"]["trainable"] / ledger["parameters"]["all"]
+    assert share > 0.9 if how == "full" else 0 < share < 0.1
+
+
+@pytest.mark.parametrize(("how", "name"), _real_sizes(quick=True))
+def test_predictions_of_real_sizes_need_no_flag_of_a_method(how, name, capfd):
+    check_prediction(how, name, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix(sample=1)
+@pytest.mark.parametrize(("how", "name"), _real_sizes(quick=False))
+def test_predictions_of_all_real_sizes_need_no_flag_of_a_method(how, name, capfd):
+    check_prediction(how, name, capfd)

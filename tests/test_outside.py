@@ -102,6 +102,14 @@ def test_a_flag_that_the_table_does_not_name_is_checked_by_its_type(value, said)
     check_numbers({"flag_of_tomorrow": -1, "another": 0.0, "third": None, "fourth": True, "fifth": [1, 2.5], "n": "x"})
 
 
+@pytest.mark.parametrize("value", [0, -1])
+def test_the_line_says_what_other_tools_mean_by_none_or_all(value):
+    with refused("to keep every checkpoint, give a large number, such as 1000"):
+        check_numbers({"save_total_limit": value})
+    with refused("to use all rows, leave the flag out"):
+        check_numbers({"max_train_samples": value})
+
+
 def test_numbers_that_mean_something_are_accepted():
     check_numbers(
         {"num_train_epochs": 0.5, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": -1, "seed": 2**32 - 1}
@@ -265,7 +273,12 @@ def change(file, **fields):
         ("hidden_act", 5),
         ("rope_parameters", {"rope_type": "foo", "rope_theta": 1e4}),
         ("rope_parameters", 5),
-        ("rms_norm_eps", "x"),
+        *(("rms_norm_eps", value) for value in ("x", float("nan"), -1e-5, 5.0)),
+        ("num_key_value_heads", 3),
+        ("sliding_window", -5),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
+        ("initializer_range", float("nan")),
+        ("quantization_config", {"quant_method": "foo"}),
         ("attention_dropout", 5),
         ("model_type", 5),
         ("model_type", ["llama"]),

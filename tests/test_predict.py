@@ -15,12 +15,16 @@ from transformers import LlamaConfig, MixtralConfig
 from toolkit.cli import main
 from toolkit.config import Flags, parse_config
 from toolkit.distributed.launch_files import ONE_PROCESS
+from toolkit.errors import UserError
 from toolkit.memory import meta_ops
 from toolkit.memory.cuda.cards import find_card
 from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger, PhaseUse
 from toolkit.methods.lora import Lora
 from toolkit.methods.qlora import QLora
+from toolkit.models import catalogue
+from toolkit.models.arguments import ModelArguments
+from toolkit.models.loading import build_on_meta, load_model_config
 from toolkit.runs import prediction
 
 
@@ -124,7 +128,8 @@ def test_what_was_assumed_is_in_the_table_and_in_the_json(config_only, capfd):
     }
     _, out, _ = run(capfd, "predict", "qlora", *flags(config_only, "--gpu", "T4", "--gradient_checkpointing", "true"))
     said = " ".join(out.split())
-    assert "assumed: 2 rows of 64 tokens; fp32, weights 4-bit nf4; gradient checkpointing; rows as long as" in said
+    # of the two layers 49,152 weights are packed, the two embeddings of 512 x 64 and five norms of 64 are not
+    assert "weights 4-bit nf4 for 53% of the parameters, float32 for the rest; gradient checkpointing; rows as" in said
 
 
 def test_the_rows_of_a_named_data_set_are_as_long_as_its_longest(tmp_path, capfd):
@@ -355,6 +360,52 @@ def test_experts_that_stay_unquantized_are_reported_with_their_size(tmp_path, ca
     MixtralConfig(num_key_value_heads=2, num_local_experts=4, vocab_size=256, **settings).save_pretrained(tmp_path)
     targets = ("--lora_target_modules", "q_proj", "v_proj")
     _, out, _ = run(capfd, "predict", "qlora", *flags(tmp_path, *targets, "--gpu", "RTX4090", "--json"))
-    (note,) = [note for note in json.loads(out)["notes"] if "experts" in note]
+    ledger = json.loads(out)
+    note = ledger["notes"][0]
     elements = 2 * 4 * 3 * 64 * 128  # layers x experts x projections
     assert f"({elements * 2 / 1024:.1f} KiB)" in note and "stay in bfloat16" in note
+    # attention packs 2 layers x (2 x 64 x 64 + 2 x 64 x 32) of these weights, the experts, routers, embeddings and norms
+    everything = elements + 24576 + 2 * 4 * 64 + 2 * 256 * 64 + 5 * 64
+    assert (
+        ledger["assumed"]["weights"]
+        == f"4-bit nf4 for {24576 / everything:.0%} of the parameters, bfloat16 for the rest"
+    )
+    code, out, _ = run(capfd, "predict", "qlora", *flags(tmp_path, *targets, "--gpu_memory", "600KiB", "--json"))
+    assert code == 1 and "experts" in json.loads(out)["notes"][0] and "lora" in json.loads(out)["notes"][1]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--per_device_train_batch_size", "1000000"], "1,000,000 rows of 64 tokens is too large for a prediction"),
+        (
+            ["--gradient_accumulation_steps", "10000"],
+            "--gradient_accumulation_steps 10000: predicting more than 32 passes",
+        ),
+    ],
+)
+def test_a_batch_that_this_machine_could_not_hold_is_refused(more, says, config_only, capfd):
+    code, out, err = run(capfd, "predict", "lora", *flags(config_only, *more))
+    assert (code, out) == (2, "") and says in err
+
+
+@pytest.mark.parametrize("name", ["unsloth/SmolLM2-135M-Instruct-bnb-4bit", "unsloth/gemma-3-4b-it-bnb-4bit"])
+def test_a_copy_in_4_bits_of_a_model_of_the_catalogue_is_built_without_a_network(name):
+    whole = name.removesuffix("-bnb-4bit")
+
+    def built(source: str) -> dict[str, Any]:
+        args = ModelArguments(source, load_in_4bit=True)
+        config = load_model_config(args, needs_weights=False)
+        model = build_on_meta(args, config, torch.bfloat16)
+        return {name: (type(p), p.shape, p.dtype) for name, p in model.named_parameters()}
+
+    assert built(name) == built(whole)
+    with pytest.raises(UserError, match=f"4 bits: recipes/qlora.py trains it.*give the original, .*{whole[8:]}$"):
+        load_model_config(ModelArguments(name), needs_weights=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["unsloth/Qwen3-30B-A3B-bnb-4bit", "unsloth/gpt-oss-20b-bnb-4bit", "unsloth/Nothing-bnb-4bit"]
+)
+def test_a_copy_whose_layers_are_stored_in_another_way_is_not_in_the_catalogue(name):
+    assert catalogue.find(name) is None

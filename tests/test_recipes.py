@@ -247,7 +247,7 @@ def test_lora_on_a_4_bit_base_trains_generates_and_is_predicted(data, small_csv,
     arguments = ["--model_name_or_path", data / "models" / "stories260k", "--dataset_name", small_csv, "--load_in_4bit"]
     done = recipe("lora", *arguments, "--max_steps", "2", *SHORT, "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "weights 4-bit nf4" in done.stdout
+    assert "weights 4-bit nf4 for" in done.stdout
     ledger = Ledger.load(tmp_path / "run" / "memory.json")
     assert ledger.phases["forward"].categories["parameters_quantization_state"] > 0
     assert re.search(r"allocated, peak +│.*exact", done.stdout)

@@ -62,6 +62,13 @@ BY_NAME: dict[str, tuple[float, float]] = {
     "warmup_steps": (0, COUNT),
     "weight_decay": (0, FLOAT),
 }
+# What to give instead of the 0 or -1 by which other tools mean "all" or "none".
+INSTEAD = {
+    "early_stopping_patience": "to never stop early, leave the flag out",
+    "max_eval_samples": "to use all rows, leave the flag out",
+    "max_train_samples": "to use all rows, leave the flag out",
+    "save_total_limit": "to keep every checkpoint, give a large number, such as 1000",
+}
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
@@ -91,6 +98,7 @@ def _check(name: str, value: float, least: float, most: float) -> None:
     above = isinstance(least, float) and least == 0
     if least <= value <= most and not (above and value == 0):
         return
+    instead = f"; {INSTEAD[name]}" if name in INSTEAD and value < 1 else ""
     kind = "a whole number" if isinstance(value, int) else "a number"
     shown = f"{value:g}" if isinstance(value, float) or abs(value) >= 10**15 else str(value)
     if most <= 1:
@@ -101,4 +109,4 @@ def _check(name: str, value: float, least: float, most: float) -> None:
         allowed = "that is finite" if isinstance(value, float) else f"of at least {least:,}"
     else:
         allowed = "above 0" if above else f"of at least {least:,}"
-    raise UserError(f"--{name} {shown} is not possible; give {kind} {allowed}")
+    raise UserError(f"--{name} {shown} is not possible; give {kind} {allowed}{instead}")

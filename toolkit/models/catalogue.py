@@ -8,7 +8,7 @@ the name of a model is checked within a second.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).with_suffix(".yaml")
 MIRRORS = ("unsloth", "nousresearch")  # owners that publish the models of others under the same names
+IN_4_BITS = "-bnb-4bit"  # ends the names of copies that are stored in bitsandbytes' 4 bits, as `STORED_IN_4_BITS` says
+STORED_IN_4_BITS = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
 _REBUILT = ("phi3",)  # architectures whose models a mirror has in another one; `FILE` has their lines
 
 
@@ -69,8 +77,16 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Entry | None:
-    """The entry for a hub id (case does not matter) or a mirror of it (`unsloth/Llama-3.2-1B`), or None."""
+    """The entry for a hub id (case does not matter) or a mirror of it (`unsloth/Llama-3.2-1B`), or None.
+
+    A name with `IN_4_BITS` after it is the same model stored in bitsandbytes' 4 bits; a mixture of experts is not known so.
+    """
     known = _by_name().get(name.lower())
+    if known is None and name.lower().endswith(IN_4_BITS):
+        whole = find(name[: -len(IN_4_BITS)])
+        if whole is None or any("expert" in field or field == "quantization_config" for field in whole.fields):
+            return None
+        return replace(whole, names=(name,), fields=whole.fields | {"quantization_config": STORED_IN_4_BITS})
     owner, _, short = name.lower().partition("/")
     if known is None and owner in MIRRORS:
         same = [entry for other, entry in _by_name().items() if other.split("/")[-1] == short]

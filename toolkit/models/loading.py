@@ -1,9 +1,10 @@
 """Loads the tokenizer and the model from a hub id, a local folder, or the embedded default."""
 
 import copy
+import math
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def load_model_config(
     config = known or read_config(source, args.model_revision)
     config = language_part(config)
     check_kind(source, config, kind)
+    config.return_dict = True  # what every caller here reads
     config.problem_type = None  # the checkpoint's value does not count: `set_head` decides
     if fp16 and config.model_type in T5_FAMILY:
         raise UserError(
@@ -130,7 +132,7 @@ RANGES = (
         10**6,
     ),
     (r"vocab_size", 1, 10**8),
-    (r"max_position_embeddings|n_positions|n_ctx", 1, 10**9),
+    (r"max_position_embeddings|n_positions|n_ctx|sliding_window", 1, 10**9),
     (r"num_(local_)?experts|num_labels|type_vocab_size", 0, 10**5),
 )
 
@@ -165,11 +167,18 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_sizes(file: Path, config: dict[str, Any]) -> None:
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
     for name, value in config.items():
         if isinstance(value, dict):
             _check_sizes(file, value)
         if re.search("dropout|pdrop", name) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise UserError(f"{file}: {name} {value} is not possible; give a number from 0 to 1")
+        if name.endswith(("eps", "epsilon")) and isinstance(value, float) and not 0 <= value < 1:
+            raise UserError(f"{file}: {name} {value} is not possible; give a number from 0 to below 1, such as 1e-6")
+        if name == "rope_theta" and isinstance(value, int | float) and not value > 0:
+            raise UserError(f"{file}: rope_theta {value} is not possible; give a number above 0, such as 10000.0")
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{file}: {name} is not a number (NaN); give one")
         for pattern, least, most in RANGES:
             if value is None or not re.fullmatch(pattern, name):
                 continue
@@ -179,6 +188,11 @@ def _check_sizes(file: Path, config: dict[str, Any]) -> None:
                     raise UserError(
                         f"{file}: {name} {shown} is not possible; give a whole number from {least} to {most:,}"
                     )
+    # now both are numbers above 0, or lists with a number for each layer
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise UserError(
+            f"{file}: num_attention_heads {heads} cannot share num_key_value_heads {shared}; give a number that divides {heads}"
+        )
 
 
 def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
@@ -190,7 +204,7 @@ def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
     if folder.is_dir():
         _check_folder(folder)
     try:
-        with guarded(f"{source}: its config cannot be read", "give a model that transformers loads"):
+        with _quiet(), guarded(f"{source}: its config cannot be read", "give a model that transformers loads"):
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except UserError as error:
         if error.__cause__ is None:
@@ -371,6 +385,7 @@ def build_on_meta(
     remedy = "change its config.json, or give another model"
     too_slow = f"{args.source}: building the model of its config.json takes more than {BUILD_SECONDS:g} s; {remedy}"
     with (
+        _quiet(),
         time_limit(BUILD_SECONDS, too_slow),
         guarded(f"{args.source}: no model can be built from its config.json", remedy),
         without_partitioning(),
@@ -521,7 +536,7 @@ def load_model(
     if is_part:
         options["key_mapping"] = NAMES
     set_seed(training.seed)  # for a new head
-    with _quiet() if has_head(config) or is_part else nullcontext():  # no warning about a new head, or parts left out
+    with _quiet():  # `check_weights` says what is missing or left out
         model, found = read_model(args.source, config, **options)
     check_weights(args.source, model, found, is_part)
     if is_part:

@@ -58,6 +58,9 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3}
 
 
+EXPERTS = "of the weights are not quantized"  # the warning about experts has these words
+
+
 @dataclass(frozen=True)
 class Packed:
     """How many elements of a quantized model's weights bitsandbytes packs: only those of linear layers."""
@@ -74,13 +77,20 @@ class Packed:
         experts = stacked_experts(model).keys() - packed
         return cls(*(sum(weights[name].numel() for name in names) for names in (packed, weights, experts)))
 
+    def in_words(self, args: ModelArguments, rest: str) -> str:
+        """How the weights are held: `4-bit nf4 for 82% of the parameters, bfloat16 for the rest`; `rest` alone without quantization."""
+        if not (args.load_in_4bit or args.load_in_8bit):
+            return rest
+        short = f"4-bit {args.bnb_4bit_quant_type}" if args.load_in_4bit else "8-bit"
+        return f"{short} for {self.packed / self.all:.0%} of the parameters, {rest} for the rest"
+
     def warning(self, dtype: torch.dtype) -> str | None:
         """A warning about experts that are not quantized; None without experts."""
         if not self.experts:
             return None
         size = format_bytes(self.experts * dtype.itemsize)
         return (
-            f"{self.experts / self.all:.0%} of the weights are not quantized: bitsandbytes packs only linear layers, and this model's "
+            f"{self.experts / self.all:.0%} {EXPERTS}: bitsandbytes packs only linear layers, and this model's "
             f"experts are stacked tensors, which stay in {str(dtype).removeprefix('torch.')} ({size}); what helps is a dense model, or more memory: recipes/lora.py with "
             "launch/zero3_offload.yaml needs the host's"
         )

@@ -43,7 +43,8 @@ def predict(
             card sold as 24 GB.
         launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
         num_processes: the number of processes, instead of the launch file's own.
-        advise: where the run does not fit, search the nearest setting that does by more predictions; the first note names it.
+        advise: where the run does not fit, search the nearest setting that does by more predictions; the first note names it (the
+            second, where a mixture of experts stays unquantized).
         settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping becomes JSON,
             and None leaves the flag out. They override `flags`.
 
@@ -78,6 +79,7 @@ def predict(
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
     from toolkit.methods import method_named
+    from toolkit.models.quantization import EXPERTS
     from toolkit.runs.prediction import PredictionJob, nearest_fit, this_card
 
     recipe = method_named(method)
@@ -91,7 +93,8 @@ def predict(
     ledger = run(job)
     if ledger.fits or not advise:
         return ledger
-    return replace(ledger, notes=(nearest_fit(job, ledger, run), *ledger.notes))
+    advice = nearest_fit(job, ledger, run)
+    return replace(ledger, notes=tuple(sorted((advice, *ledger.notes), key=lambda note: EXPERTS not in note)))
 
 
 def load_run(path: str | Path) -> FinishedRun:

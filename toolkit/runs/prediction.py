@@ -48,6 +48,8 @@ from toolkit.units import format_bytes
 
 Batch = dict[str, torch.Tensor]
 SUPPORTED_ENGINES = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
+MOST_TOKENS = 20_000_000  # in a batch: its ids, mask and labels are held on this machine, 24 bytes a token
+MOST_PASSES = 32  # accumulated in a step: each takes 1 to 3 seconds for a model of 1 to 8 B
 SHORTEST = 64  # the fewest tokens that `nearest_fit` tries
 ORDINARY_TOKEN_ID = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
@@ -80,6 +82,11 @@ def predict_run(
         set_head(model_config, names, model_config.pad_token_id or 0)
     _refuse_unpredicted(config)
     check_combination(config)
+    if training.gradient_accumulation_steps > MOST_PASSES:
+        raise UserError(
+            f"--gradient_accumulation_steps {training.gradient_accumulation_steps}: predicting more than {MOST_PASSES} passes takes too "
+            f"long; predict {MOST_PASSES} or fewer, because each further pass needs only its batch of token ids"
+        )
     passes = STEPS * training.gradient_accumulation_steps
     assumed: dict[str, Any] = {}
     if not batches:
@@ -96,6 +103,8 @@ def predict_run(
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.dtype)):
             warnings.add(warning)
+        if assumed:
+            assumed["weights"] = packed.in_words(config.model, str(config.dtype).removeprefix("torch."))
         if not config.model.random_weights:  # a model with random weights has no checkpoint to take a head from
             catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
@@ -115,7 +124,7 @@ def predict_run(
         raise UserError(
             f"memory of {config.method.name}{where} cannot be predicted: {type(error).__name__}: {reason}"
         ) from error
-    notes = ledger.notes + tuple(warnings)
+    notes = (*warnings, *ledger.notes)
     if engine.kind is not EngineKind.NONE and device is not CPU:
         notes += ("memory of NCCL and of other streams is not counted, because it was not measured",)
         if ledger.host_bytes:
@@ -319,17 +328,16 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
 
 def _assumed(config: Config, batch: Batch, data: str) -> dict[str, Any]:
     """What a prediction for `batch` rests on, for `Ledger.assumed`; `data` says in words how long the rows are."""
-    training, model = config.training, config.model
+    training = config.training
     rows, length = batch["input_ids"].shape
     target = batch["labels"].shape[1] if "decoder_input_ids" in batch else 0
-    weights = f"4-bit {model.bnb_4bit_quant_type}" if model.load_in_4bit else "8-bit" if model.load_in_8bit else ""
     return {
         "rows": rows,
         "tokens": length,
         "target_tokens": target,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
-        "weights": weights or str(config.dtype).removeprefix("torch."),
+        "weights": str(config.dtype).removeprefix("torch."),  # of a quantized base: what is not packed
         "gradient_checkpointing": bool(training.gradient_checkpointing),
         "data": data,
     }
@@ -345,11 +353,16 @@ def worst_batch(config: Config, model_config: PreTrainedConfig, longest: tuple[i
     text ends with one end-of-text token, which some heads look for. If processes share the tokens of a row
     (`config.engine.sequence_parallel_size`), the batch is as `SharedRows` collates it.
 
-    Raises: UserError for a length beyond the model's positions.
+    Raises: UserError for a length beyond the model's positions, and for more than `MOST_TOKENS` tokens.
     """
     rows = config.training.per_device_train_batch_size
     length, target_length = longest or _longest_rows(config, model_config, reads_data=False)[0]
     length = shared_length(length, config.engine.sequence_parallel_size)
+    if rows * max(length, target_length) > MOST_TOKENS:
+        raise UserError(
+            f"a batch of {rows:,} rows of {max(length, target_length):,} tokens is too large for a prediction, which holds at most {MOST_TOKENS:,} "
+            "tokens; give a smaller --per_device_train_batch_size or --max_length"
+        )
     ids = torch.full((rows, length), ORDINARY_TOKEN_ID)
     mask = torch.ones_like(ids)
     mask[1:, -1] = 0

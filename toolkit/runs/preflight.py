@@ -370,8 +370,7 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed) -> None:
     name = config.model.model_name_or_path or "the embedded tiny T5"
     weights = "random weights" if config.model.random_weights else str(config.dtype).removeprefix("torch.")
     if config.model.load_in_4bit or config.model.load_in_8bit:
-        short = f"4-bit {config.model.bnb_4bit_quant_type}" if config.model.load_in_4bit else "8-bit"
-        weights = f"{short} for {packed.packed / packed.all:.0%} of the parameters, {weights} for the rest"
+        weights = packed.in_words(config.model, weights)
     else:
         weights += f": {config.dtype_reason}"
     say("model", f"{name} ({ready.model_config.model_type}, weights {weights})")
