@@ -179,7 +179,7 @@ def test_named_flags_exist(capsys):
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
     for method in METHODS.values():
         with pytest.raises(SystemExit):
-            parse_config(method, ["--help"])
+            parse_config(method, ["--help", "all"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     for path in [
         ROOT / "tests" / "conftest.py",
