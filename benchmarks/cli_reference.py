@@ -25,8 +25,8 @@ HEAD = f"""# The command line
 
 <!-- Written by `python benchmarks/cli_reference.py` from the parsers' own texts. -->
 
-Training is `accelerate launch recipes/METHOD.py`; everything else is a `footprint` command. Each command and each recipe lists its
-flags with `--help`. A mistake ends it with exit code 2 and one line that says what to change.
+Training is `accelerate launch recipes/METHOD.py`, or `footprint train METHOD`; everything else is a `footprint` command. Each
+command and each recipe shows its main flags with `--help`, and a recipe all of them with `--help all`. A mistake ends it with exit code 2 and one line that says what to change.
 
 - [Commands](#commands)
 - [Flags of recipes/{RECIPE}.py](#flags-of-recipes{RECIPE}py), most of which every recipe has

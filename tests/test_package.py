@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -100,9 +101,7 @@ def test_deepspeeds_settings_are_found_from_every_folder(name, monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     words = launch_command(find_recipe("lora"), find_launch_file(name), ["--lora_r", "4"], 2)
     assert words[-3:] == [str(ROOT / "recipes" / "lora.py"), "--lora_r", "4"]
-    named = "zero" in name
-    assert ("--deepspeed_config_file" in words) is named
+    named = re.search(r"deepspeed_config_file: launch/(.*)", (ROOT / "launch" / f"{name}.yaml").read_text())
+    assert ("--deepspeed_config_file" in words) is bool(named)
     if named:
-        assert (
-            Path(words[words.index("--deepspeed_config_file") + 1]) == shipped("launch") / "deepspeed" / f"{name}.json"
-        )
+        assert Path(words[words.index("--deepspeed_config_file") + 1]) == shipped("launch") / named[1]

@@ -121,7 +121,7 @@ class QuickParser(argparse.ArgumentParser):
                 options |= {"nargs": "?", "const": True}
         elif "str" not in field.types and field.types <= {"int", "float"} and len(field.types) == 1:
             options["type"] = int if field.types == {"int"} else float
-        elif (of := re.fullmatch(r"list\[(\w+)\]", *field.types)) if len(field.types) == 1 else None:
+        elif len(field.types) == 1 and (of := re.fullmatch(r"list\[(\w+)\]", next(iter(field.types)))):
             options |= {"nargs": "+", "type": {"int": int, "float": float}.get(of[1], str)}
         elif field.annotation.startswith("Literal[") and field.annotation.endswith("']"):
             options["choices"] = re.findall(r"'(.*?)'", field.annotation)
