@@ -1,4 +1,6 @@
-"""Writes toolkit/cli/README.md, the reference of every command and flag, from the parsers; `--check` only compares.
+"""Writes toolkit/cli/README.md, the reference of every command and flag, and the short help, from the parsers.
+
+`--check` only compares.
 
     python benchmarks/cli_reference.py
 
@@ -6,6 +8,7 @@ The text comes from the parsers' arguments, not from `--help`: the format of tha
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -15,14 +18,15 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "toolkit" / "cli" / "README.md"
+SHORT_HELP = ROOT / "toolkit" / "config" / "short_help.json"
 RECIPE = "lora"  # the recipe with all flags shown
 
 HEAD = f"""# The command line
 
 <!-- Written by `python benchmarks/cli_reference.py` from the parsers' own texts. -->
 
-Training is `accelerate launch recipes/METHOD.py`; everything else is a `footprint` command. Each command and each recipe lists its
-flags with `--help`. A mistake ends it with exit code 2 and one line that says what to change.
+Training is `accelerate launch recipes/METHOD.py`, or `footprint train METHOD`; everything else is a `footprint` command. Each
+command and each recipe shows its main flags with `--help`, and a recipe all of them with `--help all`. A mistake ends it with exit code 2 and one line that says what to change.
 
 - [Commands](#commands)
 - [Flags of recipes/{RECIPE}.py](#flags-of-recipes{RECIPE}py), most of which every recipe has
@@ -73,6 +77,16 @@ def reference() -> str:
             actions = [action for action in RecipeParser(method)._actions if action.dest in names]
             lines += [f"### recipes/{name}.py", "", *table(actions), "", own_defaults(method), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def short_help() -> str:
+    """The texts of each recipe's short `--help`, which is printed without importing the classes of the flags."""
+    sys.path.insert(0, str(ROOT))
+    from toolkit.config import RecipeParser
+    from toolkit.config.help import short_texts
+    from toolkit.methods import METHODS
+
+    return json.dumps({name: short_texts(RecipeParser(method)) for name, method in METHODS.items()}, indent=1) + "\n"
 
 
 def groups(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
@@ -140,11 +154,12 @@ def shown(value: object) -> str:
 
 
 def main() -> int:
-    """Writes the file; with `--check`, returns 1 if the file differs from the parsers."""
-    text = reference()
+    """Writes the files; with `--check`, returns 1 if one differs from the parsers."""
+    texts = {PATH: reference(), SHORT_HELP: short_help()}
     if "--check" in sys.argv:
-        return int(not PATH.exists() or PATH.read_text(encoding="utf-8") != text)
-    PATH.write_text(text, encoding="utf-8")
+        return int(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in texts.items()))
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -9,6 +9,11 @@ arXiv:2005.00247) uses half as many adapters. Loading the result needs `import t
 does this itself.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

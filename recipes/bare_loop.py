@@ -14,6 +14,11 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # prints a line now; the imports below take seconds
+
 from toolkit.config import Config, parse_config
 from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import exits_cleanly

@@ -7,6 +7,11 @@ Choose it when the task is far from what the model knows, and memory allows it: 
 two optimizer states, 16 bytes per parameter in fp32 with AdamW. It is the reference for the other methods.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

@@ -7,6 +7,11 @@ Choose it for the smallest adapter, a tenth of LoRA's size, when the model alrea
 much memory for activations as LoRA, and a high learning rate. It can be merged into weights that are not quantized.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

@@ -7,6 +7,11 @@ Choose it before any training: a method must beat what the model does with no or
 answer processes the examples again. The table shows their cost in tokens and in time.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.methods.in_context import InContext

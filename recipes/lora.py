@@ -7,6 +7,11 @@ Choose it first: it comes close to full fine-tuning on most tasks, needs almost 
 state, and leaves an adapter of a few MiB. It does not reduce activation memory: see the memory table after the run.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

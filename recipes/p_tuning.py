@@ -7,6 +7,11 @@ Choose it over prompt tuning when that does not start to learn: the network coup
 as those of prompt tuning, and on small models it gains as little.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

@@ -7,6 +7,11 @@ Choose it for a method that has no recipe of its own, such as VERA (arXiv:2310.1
 --peft_config FILE (YAML or JSON) sets the fields of PEFT's configuration class. Its cost depends on the method: --predict shows it.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

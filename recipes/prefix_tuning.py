@@ -7,6 +7,11 @@ Choose it for generation when one frozen model serves many tasks and a soft prom
 in every layer, and cannot be combined with gradient checkpointing: on long inputs LoRA needs less memory.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

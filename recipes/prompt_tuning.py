@@ -7,6 +7,11 @@ Choose it for large models that follow instructions, when one frozen model serve
 a few kilobytes. Sequences are longer in each step and when generating. It learns slowly, and gains little on small models.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

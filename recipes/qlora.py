@@ -7,6 +7,11 @@ Choose it when the weights alone fill the card: they take a quarter of their siz
 because each layer is dequantized whenever it is used, and a little quality. Activations are those of LoRA.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

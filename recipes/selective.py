@@ -8,6 +8,11 @@ Choose it when the result must be a plain model without an adapter, or when acti
 the whole model in fp32. --train_biases and --train_norms train very few weights and learn little new.
 """
 
+from toolkit.config.start import start
+
+if __name__ == "__main__":
+    start(__file__)  # checks flags and paths now; the imports below take seconds
+
 from toolkit.config import parse_config
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback

@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_galore_torch_available, is_lomo_a
 
 from toolkit.config import parse_config
 from toolkit.distributed.engine import NO_ENGINE
+from toolkit.distributed.folders import find_launch_file
 from toolkit.distributed.launch_files import read_launch_file
 from toolkit.errors import UserError
 from toolkit.methods.lora import Lora
@@ -186,8 +187,11 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--report_to foo", "--report_to foo: foo is not supported, only"),
-        ("--report_to comet_ml", "--report_to comet_ml: "),
+        ("--report_to foo", "--report_to foo is not known; there are azure_ml, "),
+        (
+            "--report_to comet_ml",
+            "--report_to comet_ml: comet-ml is not installed; pip install comet-ml, or leave it out",
+        ),
         ("--use_liger_kernel", "--use_liger_kernel: its kernels need a GPU"),
         ("--fsdp full_shard", "which accelerate only runs on GPUs, and --use_cpu was given"),
         ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
@@ -273,17 +277,14 @@ def test_optimizers_and_schedules_that_can_be_built_are_accepted(flags, data, ro
     assert prepare(parse_config(Lora, [*common, *flags.split()])).trainable_parameters > 0
 
 
-def test_a_launch_file_if_the_package_is_installed_without_its_repository(monkeypatch, tmp_path):
+def test_a_launch_file_is_found_from_every_folder(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--launch zero4: there is no such launch file .*; there are .*zero3"):
         read_launch_file("zero4")
-    monkeypatch.setattr("toolkit.distributed.launch_files.FOLDER", tmp_path / "site-packages" / "launch")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError, match=r"there is no launch/ here: its files come with the repository.*give the path of a launch file"
-    ):
-        read_launch_file("zero3")
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    assert read_launch_file("zero3", 2).engine.kind == "ZeRO-3"
+    assert read_launch_file("zero3", 2).engine.kind == read_launch_file("launch/zero3.yaml", 2).engine.kind == "ZeRO-3"
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "zero3.yaml", tmp_path / "launch" / "own.yaml")
+    assert find_launch_file("own") == tmp_path / "launch" / "own.yaml"
 
 
 def test_an_engine_that_is_not_installed(refused, monkeypatch):

@@ -158,12 +158,6 @@ def test_a_folder_with_other_settings_is_refused_and_methods_and_seeds_can_be_ad
         plan.new_plan(tmp_path / "other", "lora", 1, None, [])
 
 
-def test_without_recipes_the_error_says_where_to_get_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "REPOSITORY", tmp_path)
-    with pytest.raises(UserError, match="they come with the repository"):
-        planned(tmp_path)
-
-
 # ---- running
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT, recipe, run, write_csv
 
 from toolkit.cli import main
 from toolkit.config import parse_config
+from toolkit.config.arguments import OVERRIDDEN
 from toolkit.distributed.launch_files import read_launch_file
 from toolkit.methods import METHODS
 from toolkit.runs import first_difference
@@ -43,6 +44,7 @@ COVERED = {
         'footprint generate RUN_DIR "': "test_make_demo_trains_and_its_result_generates",
         "footprint generate RUN_DIR RUN_B": "test_make_demo_trains_and_its_result_generates",
         "footprint merge": "test_make_demo_trains_and_its_result_generates",
+        "footprint evaluate": "test_make_demo_trains_and_its_result_generates",
         "footprint compare --methods": "test_the_compare_commands_plan_every_run_and_show_finished_ones",
         "footprint compare --show": "test_the_compare_commands_plan_every_run_and_show_finished_ones",
     },
@@ -177,9 +179,10 @@ def test_named_files_and_tests_exist(file):
 
 def test_named_flags_exist(capsys):
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    known |= {f"--{name}" for name in OVERRIDDEN}  # not in the help, because they are refused
     for method in METHODS.values():
         with pytest.raises(SystemExit):
-            parse_config(method, ["--help"])
+            parse_config(method, ["--help", "all"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     for path in [
         ROOT / "tests" / "conftest.py",
@@ -353,6 +356,10 @@ def test_make_demo_trains_and_its_result_generates(tmp_path):
             written = run(*words, stdin=typed)
         assert written.returncode == 0 and written.stdout.strip(), written.stderr
     assert (tmp_path / "run-merged" / "model.safetensors").exists()
+    (tmp_path / "other.jsonl").write_text('{"dialogue": "#Person1#: Hi.", "summary": "They greet."}\n')
+    words = command("recipes/README.md", "footprint evaluate").replace("RUN_DIR", str(tmp_path / "run"))
+    written = run(*shlex.split(words.replace("other.jsonl", str(tmp_path / "other.jsonl"))))
+    assert written.returncode == 0 and "ROUGE-L" in written.stdout, written.stderr
 
 
 def test_the_prediction_of_several_gpus_is_in_the_committed_table():

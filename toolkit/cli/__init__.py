@@ -1,5 +1,7 @@
-"""The `footprint` command: everything except training, which is `accelerate launch recipes/METHOD.py`."""
+"""The `footprint` command: training, predictions, comparisons, and what can be done with a finished run."""
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ def parser() -> CommandParser:
         "show the memory that a run will need, on this machine or on GPUs that are not in it",
         usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB]\n"
         "                         [--launch zero3 | --launch FILE.yaml] [--num_processes N] [--json]",
-        epilog="All other flags are the recipe's own: python recipes/METHOD.py --help lists them, for instance python "
-        "recipes/lora.py --help. The exit code is 0 if the run fits or no GPU is known, 1 if it does not fit, and 2 for a mistake or a "
+        epilog="All other flags are the recipe's own: footprint predict METHOD --help lists them, for instance footprint predict "
+        "lora --help. The exit code is 0 if the run fits or no GPU is known, 1 if it does not fit, and 2 for a mistake or a "
         "run that cannot be predicted.",
         allow_abbrev=False,
     )
@@ -55,6 +57,29 @@ def parser() -> CommandParser:
     command.set_defaults(flags=[])
 
     command = add(
+        "train",
+        "train: run a recipe, in this process or by accelerate launch",
+        usage="footprint train METHOD [any flag of its recipe]\n"
+        "       footprint train METHOD --launch zero3 [--num_processes N] [any flag of its recipe]",
+        epilog="All other flags are the recipe's own: footprint train METHOD --help lists them, for instance footprint train lora "
+        "--help. Signals and the exit code are the recipe's.",
+        allow_abbrev=False,
+    )
+    command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora; footprint methods lists them")
+    command.add_argument(
+        "--launch",
+        metavar="FILE",
+        help="start accelerate launch with a file of launch/, such as zero3, or a path (default: one process)",
+    )
+    command.add_argument(
+        "--num_processes", metavar="N", type=int, help="number of processes (default: the launch file's own number)"
+    )
+    command.set_defaults(flags=[])
+
+    command = add("recipe", "print a recipe, to make your own: footprint recipe lora > my_recipe.py")
+    command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora, or bare_loop")
+
+    command = add(
         "compare",
         "run methods side by side, each in its own process, and compare quality, memory and time",
         usage="footprint compare --methods full,lora,... [--seeds 3] [any flag of the recipes] --output_dir DIR\n"
@@ -69,7 +94,11 @@ def parser() -> CommandParser:
     command.add_argument(
         "--output_dir", type=Path, required=True, help="folder of the comparison; finished runs in it are not repeated"
     )
-    command.add_argument("--launch", type=Path, help="accelerate's configuration (default: launch/single.yaml)")
+    command.add_argument(
+        "--launch",
+        metavar="FILE",
+        help="accelerate's configuration: the name of a file of launch/, or a path (default: single)",
+    )
     command.add_argument("--show", action="store_true", help="run nothing; write and show the results of finished runs")
     command.set_defaults(flags=[])
 
@@ -77,15 +106,37 @@ def parser() -> CommandParser:
     command.add_argument("ledger", nargs="+", metavar="LEDGER", help="a run's folder, or its memory.json")
 
     command = add(
+        "evaluate",
+        "score a finished run on its own test rows, or on other data",
+        usage="footprint evaluate RUN_DIR [--dataset_name FILE] [any flag of the data] [--output_file FILE] [--json]",
+        epilog="Of other data the test split is scored, or all rows if it has none. Nothing is written into RUN_DIR.",
+        allow_abbrev=False,
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output folder of a recipe")
+    command.add_argument("--dataset_name", metavar="DATA", help="hub id, file or folder (default: the run's own data)")
+    command.add_argument(
+        "--per_device_eval_batch_size",
+        metavar="N",
+        type=int,
+        default=8,
+        help="rows of one batch (default: %(default)s)",
+    )
+    command.add_argument(
+        "--output_file", type=Path, help="a new CSV file for text, reference and answer of each row (default: none)"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    command.set_defaults(flags=[])
+
+    command = add(
         "generate",
-        "let the models of finished runs answer a text",
+        "let models answer a text: those of finished runs, or of any model folder",
         usage='footprint generate RUN_DIR [RUN_DIR ...] ["text" ...] [--interactive] [--num_beams N]',
     )
     command.add_argument(
         "arguments",
         nargs="+",
         metavar="RUN_DIR ... TEXT",
-        help="output folders of recipes, then the texts to answer",
+        help="output folders of recipes, or folders of models (merged, or with a chat template), then the texts to answer",
     )
     command.add_argument("--interactive", action="store_true", help="answer each typed line, until Ctrl-D")
     command.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy (default: %(default)s)")
@@ -109,10 +160,22 @@ def parser() -> CommandParser:
     return top
 
 
+def subcommands(top: CommandParser) -> dict[str, CommandParser]:
+    """The parsers of the commands, by name."""
+    (found,) = [action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found)
+
+
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int | None:
     """The entry point of the `footprint` command."""
-    args, rest = parser().parse_known_args(argv)
+    top, words = parser(), list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["predict"], ["train"]):
+        from toolkit.runs.launching import show_help
+
+        if show_help(subcommands(top)[words[0]], words[1:]):
+            return None
+    args, rest = top.parse_known_args(words)
     if "flags" in args:
         args.flags = rest
     elif rest:

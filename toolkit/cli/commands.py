@@ -8,15 +8,36 @@ from pathlib import Path
 
 from toolkit.cli.listing import gpus, methods, models
 from toolkit.errors import CONTROLS, UserError, printable
+from toolkit.memory.cuda.cards import find_card, generic_card
 
-__all__ = ["compare", "generate", "gpus", "merge", "methods", "models", "predict", "report"]
+__all__ = [
+    "compare",
+    "evaluate",
+    "generate",
+    "gpus",
+    "merge",
+    "methods",
+    "models",
+    "predict",
+    "recipe",
+    "report",
+    "train",
+]
 
 
 def predict(args: argparse.Namespace) -> int:
     """Shows the memory that a run with these flags will need. Returns 1 if the GPU has less, otherwise 0."""
     from toolkit.cli.output import clean_stdout
-    from toolkit.runs import api
+    from toolkit.runs import api, launching
 
+    launching.check(args.method, args.flags, predict=True)
+    if args.launch is not None:
+        launching.find_launch_file(args.launch)
+    elif args.gpu:
+        find_card(args.gpu)
+    elif args.gpu_memory:
+        generic_card(args.gpu_memory)
+    launching.say_start(f"predict {args.method}", sys.stderr)
     with clean_stdout() as out:
         ledger = api.predict(
             args.method,
@@ -39,6 +60,20 @@ def predict(args: argparse.Namespace) -> int:
     return 0 if ledger.fits else 1
 
 
+def train(args: argparse.Namespace) -> None:
+    """Runs a recipe."""
+    from toolkit.runs.launching import train
+
+    train(args.method, args.flags, args.launch, args.num_processes)
+
+
+def recipe(args: argparse.Namespace) -> None:
+    """Prints a recipe."""
+    from toolkit.runs.launching import find_recipe
+
+    print(find_recipe(args.method).read_text(encoding="utf-8"), end="")
+
+
 def compare(args: argparse.Namespace) -> int:
     """Runs methods side by side and compares them. Returns 1 if a run failed, otherwise 0."""
     from toolkit.compare.command import compare
@@ -58,21 +93,48 @@ def report(args: argparse.Namespace) -> None:
         print_side_by_side(console, ledgers)
 
 
-def generate(args: argparse.Namespace) -> None:
-    """Prints the answers of one or several runs' models to the given texts, or to each typed line."""
-    from toolkit.errors.numbers import check_numbers
-    from toolkit.runs.finished_run import FinishedRun, Models, is_run_folder
+def evaluate(args: argparse.Namespace) -> None:
+    """Scores a finished run."""
+    from toolkit.runs import launching
 
-    paths = list(itertools.takewhile(is_run_folder, map(Path, args.arguments)))
+    given = launching.data_flags(args.flags)
+    if args.dataset_name is not None:
+        given["dataset_name"] = args.dataset_name
+    launching.check_evaluation(args.run_dir, given, args.per_device_eval_batch_size)
+    launching.say_start(f"evaluate {args.run_dir}", sys.stderr)
+    if not args.json:
+        from toolkit.runs.scoring import evaluate
+
+        evaluate(args.run_dir, given, args.per_device_eval_batch_size, args.output_file)
+        return
+    from toolkit.cli.output import clean_stdout
+
+    with clean_stdout() as out:
+        from toolkit.runs.scoring import evaluate
+
+        evaluate(args.run_dir, given, args.per_device_eval_batch_size, args.output_file, out)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Prints the answers of one or several models to the given texts, or to each typed line."""
+    from toolkit.errors.numbers import check_numbers
+    from toolkit.runs import launching
+
+    paths = list(itertools.takewhile(launching.holds_model, map(Path, args.arguments)))
     texts = args.arguments[len(paths) :]
     check_numbers({"num_beams": args.num_beams})
     if not paths:
         raise UserError(
-            f"{args.arguments[0]} is not a run folder: it has no run.json and config.yaml; give the output folder of a recipe"
+            f"{args.arguments[0]} is not a run folder: it has no run.json and config.yaml, and no config.json of a model; give the "
+            "output folder of a recipe, or the folder of a model"
         )
     if not texts and not args.interactive:
         raise UserError("no text was given; write it after the run folders, or add --interactive")
-    runs = [FinishedRun(path) for path in paths]
+    launching.say_start("generate", sys.stderr)
+    from toolkit.runs.finished_run import FinishedRun, Models, is_run_folder
+    from toolkit.runs.model_folder import ModelFolder
+
+    runs = [FinishedRun(path) if is_run_folder(path) else ModelFolder(path) for path in paths]
     models = Models()
     width = max(len(run.path.name) for run in runs)
 
@@ -95,6 +157,10 @@ def generate(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Merges a run's adapter into its base."""
+    from toolkit.runs import launching
+
+    launching.check_run_folder(args.run_dir)
+    launching.say_start(f"merge {args.run_dir}")
     from toolkit.runs.merge import merge
 
     merge(args.run_dir, args.output_dir, args.dtype)

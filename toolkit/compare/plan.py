@@ -14,9 +14,9 @@ from toolkit.errors.reading import check_shape, read_json
 from toolkit.files import atomic_write
 from toolkit.methods import METHODS
 from toolkit.runs.finished_run import read_record
+from toolkit.runs.launching import find_launch_file, find_recipe
 from toolkit.version import __version__
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FILE = "comparison.json"
 
 REFUSED = {
@@ -76,10 +76,8 @@ def new_plan(folder: Path, methods: str | None, seeds: int, launch: Path | None,
     names = _methods(methods)
     check_numbers({"seeds": seeds})
     for name in names:
-        recipe_of(name)
-    launch_file = (launch or REPOSITORY / "launch" / "single.yaml").resolve()
-    if not launch_file.is_file():
-        raise UserError(f"--launch {launch_file}: no such file; give one of launch/*.yaml")
+        find_recipe(name)
+    launch_file = find_launch_file(str(launch or "single")).resolve()
     shared = _split(flags, names)
     settings = {"launch": str(launch_file), "flags": list(flags)}
     if (folder / FILE).is_file():
@@ -144,20 +142,6 @@ def claim(plan: Plan, flags: Sequence[str]) -> None:
         raise UserError(
             f"--output_dir {plan.folder} cannot be written ({error.strerror}); give a folder that can"
         ) from None
-
-
-def recipe_of(method: str) -> Path:
-    """The script of a method.
-
-    Raises: UserError if the package was installed without the repository, which holds the recipes.
-    """
-    path = REPOSITORY / "recipes" / f"{method}.py"
-    if not path.is_file():
-        raise UserError(
-            f"compare starts the recipes, and there is no {path}: they come with the repository; "
-            "clone it and install it with pip install -e ."
-        )
-    return path
 
 
 def _methods(given: str | None) -> list[str]:

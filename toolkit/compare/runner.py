@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from statistics import mean
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from toolkit.compare.plan import Plan, Run, recipe_of
+from toolkit.compare.plan import Plan, Run
 from toolkit.console import console, say
 from toolkit.runs.finished_run import read_record
+from toolkit.runs.launching import find_recipe, launch_command
 
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Refused)\b.*")
 _SIGNAL = re.compile(r"died with <Signals\.(\w+)")
@@ -70,8 +70,7 @@ def _run(run: Run, launch: str, report: Callable[[float], None]) -> float:
 
 def command(run: Run, launch: str) -> list[str]:
     """The command that starts a run: accelerate's launcher with the file `launch`, the recipe and the run's flags."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
-    return [*launcher, str(recipe_of(run.method)), *run.argv]
+    return launch_command(find_recipe(run.method), Path(launch), run.argv)
 
 
 def _start(run: Run, launch: str) -> subprocess.Popen:

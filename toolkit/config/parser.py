@@ -12,9 +12,12 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 import toolkit.methods as methods
-from toolkit.config.arguments import NEWEST, TrainArguments
+from toolkit.config import help
+from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments
+from toolkit.config.hints import refuse_unknown
+from toolkit.config.start import in_one_spelling
 from toolkit.data.loading import DataArguments
-from toolkit.errors import UserError, did_you_mean
+from toolkit.errors import UserError
 from toolkit.errors.reading import read_yaml
 from toolkit.models.arguments import ModelArguments
 
@@ -43,13 +46,16 @@ class RecipeParser(HfArgumentParser):
     """Hugging Face's parser, with one-line errors instead of a usage page, and without abbreviated flags."""
 
     def __init__(self, method: type[methods.Method], **kwargs: Any) -> None:
-        super().__init__([method, ModelArguments, DataArguments, TrainArguments], allow_abbrev=False, **kwargs)
+        kwargs = {"allow_abbrev": False, "add_help": False} | kwargs
+        super().__init__([method, ModelArguments, DataArguments, TrainArguments], **kwargs)
+        self.method = method
+        self.add_argument("-h", "--help", action=help.HelpAction)
         self.add_argument("--config", metavar="FILE", help="YAML file whose keys are these flags; flags here win.")
         next(a for a in self._actions if a.dest == "resume_from_checkpoint").__dict__ |= {"nargs": "?", "const": NEWEST}
         self.add_argument("--predict", action="store_true", help="Show what memory the run will need, and do not run.")
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(in_one_spelling(message))
 
     def given(self, argv: Sequence[str], where: str = "") -> dict[str, Any]:
         """The settings in `argv`, as field name to typed value, without defaults.
@@ -77,16 +83,8 @@ class RecipeParser(HfArgumentParser):
 
     def _refuse_unknown(self, got: str, where: str) -> NoReturn:
         name = got.lstrip("-").split("=")[0].replace("-", "_")
-        if name == "trust_remote_code":
-            raise UserError(
-                f"{where}{name}: footprint never runs code that comes with a model; give a model whose architecture transformers has"
-            )
-        if not got.startswith("-"):
-            raise UserError(f"{where}unexpected value {got!r}: every setting is a flag, --name value")
         owners = [m for m, cls in sorted(methods.METHODS.items()) if name in {f.name for f in dataclasses.fields(cls)}]
-        hint = f" (it belongs to the method {owners[0]})" if owners else did_you_mean(name, self.flags())
-        shown = name if where else f"--{name}"
-        raise UserError(f"{where}unknown {'key' if where else 'flag'} {shown}{hint}; --help lists them all")
+        refuse_unknown(got, where, self.flags(), OVERRIDDEN, owners)
 
 
 def _from_yaml(parser: RecipeParser, path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from itertools import chain, pairwise
 from typing import Any, ClassVar
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from toolkit.data.formats import FILLED, PLACEHOLDER, recognize, split_template
-from toolkit.data.rows import Source, Splits, load_rows, read_source, sample, sample_of_classes
+from toolkit.data.rows import SPLITS, Source, Splits, load_rows, read_source, sample, sample_of_classes
 from toolkit.data.shared_rows import SharedRows
 from toolkit.errors import UserError, guarded
 from toolkit.models.arguments import lasting_path, looks_like_path
@@ -423,6 +423,42 @@ def load_data(
         {split: _fingerprint(splits[split], list(columns.values())) for split in splits},
         supervised["train"],
     )
+
+
+def rows_to_score(args: DataArguments, whole: bool) -> tuple[list[tuple[Any, Any]], list[str]]:
+    """Text and target of each row of the test split, and remarks on where they come from.
+
+    A test split that is missing is held out as for a run, or, with `whole`, stands for all rows.
+
+    Raises: UserError for mistakes in the files and columns.
+    """
+    source = args.read()
+    remarks = [*source.remarks]
+    if whole:
+        there = source.splits.get("test")
+        if there is None:
+            there = concatenate_datasets([*source.splits.values()])
+            remarks.append("no test split: all rows are scored")
+        source = Source(dict.fromkeys(SPLITS, there), source.remarks)
+    task, columns = TASKS[args.task], args.columns
+    optional = [flag for flag in task.optional if getattr(args, flag) is None]
+    _, middle, columns = _template(args, columns, source)
+    splits, _ = load_rows(
+        args.dataset_name,
+        args.dataset_config_name,
+        columns,
+        optional,
+        source,
+        middle,
+        lambda row: task.shown(task.pair(row)[0]),
+    )
+    rows = splits["test"]
+    columns = {flag: column for flag, column in columns.items() if column in rows.column_names}
+    if args.max_eval_samples is not None and args.max_eval_samples < len(rows):
+        rows, more = _sample(rows, args.max_eval_samples, columns.get("label_column"))
+        remarks += more
+    _check_sizes(rows, columns, "test")
+    return list(_pairs(task, rows, columns, "test")), remarks
 
 
 def _template(args: DataArguments, columns: dict[str, str], source: Source) -> tuple[str, str | None, dict[str, str]]:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from toolkit.distributed.deepspeed import read_deepspeed
 from toolkit.distributed.engine import Engine
+from toolkit.distributed.folders import find_launch_file, shipped
 from toolkit.distributed.request import requested_engine
-from toolkit.errors import UserError, did_you_mean, guarded
+from toolkit.errors import UserError, guarded
 from toolkit.errors.reading import check_shape, read_yaml
 from toolkit.seams import patched
 
-FOLDER = Path(__file__).resolve().parents[2] / "launch"
+FOLDER = shipped("launch")
 MOST_PROCESSES = 10**5
 
 
@@ -46,7 +47,7 @@ def read_launch_file(name: str, processes: int | None = None) -> LaunchEnvironme
 
     Raises: UserError if the file does not exist or is no launch file of accelerate, and for an impossible number of processes.
     """
-    path = _find(name)
+    path = find_launch_file(name)
     what, remedy = f"--launch {path}", "see the files of launch/ for examples"
     settings = read_yaml(path, what, remedy)
     check_shape(
@@ -93,25 +94,6 @@ def current_launch_environment() -> LaunchEnvironment:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     ranks = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(local)}
     return LaunchEnvironment(processes, processes // local, {**os.environ, **ranks})
-
-
-def _find(name: str) -> Path:
-    """The launch file `name`: a path, or a file of launch/ in the repository or in the working directory."""
-    folders = (FOLDER, Path("launch").resolve())
-    is_path = "/" in name or name.endswith((".yaml", ".yml", ".json"))
-    for path in [Path(name)] if is_path else [folder / f"{name}.yaml" for folder in folders]:
-        if path.is_file():
-            return path
-    there = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    if not there:
-        raise UserError(
-            f"--launch {name}: there is no such file, and there is no launch/ here: its files come with the repository, not with "
-            "the installed package; give the path of a launch file, or run from a clone of the repository"
-        )
-    raise UserError(
-        f"--launch {name}: there is no such launch file{did_you_mean(name, there)}; there are {', '.join(there)}, or "
-        "give the path of one of your own"
-    )
 
 
 def _environment(path: Path, processes: int) -> dict[str, str]:

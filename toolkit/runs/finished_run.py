@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -139,7 +139,7 @@ class FinishedRun:
             config = read_config(str(self.path))
             model, found = read_model(str(self.path), config)
             check_weights(str(self.path), model, found)
-            return model.to(_device()).eval()
+            return model.to(device()).eval()
         config = load_model_config(self.base, kind=self.task.model_kind)
         if self.task.model_kind == "head":
             set_head(config, self.record["label_names"], read_tokenizer(str(self.path)).pad_token_id)
@@ -211,13 +211,30 @@ class FinishedRun:
         return torch.cat(found)
 
 
+class HoldsModel(Protocol):
+    """What `Models` needs to know of a folder."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> PeftConfig | None:
+        """The configuration of the adapter; None for a whole model."""
+
+    @property
+    def shares_with(self) -> str:
+        """A key: folders with an equal key can share one loaded base."""
+
+    def load_base(self) -> PreTrainedModel:
+        """The base model, or the whole model."""
+
+
 class Models:
     """The models of several runs. A shared base is loaded once, and adapters are switched without loading it again."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, PreTrainedModel | PeftModel] = {}
 
-    def of(self, run: FinishedRun) -> PreTrainedModel:
+    def of(self, run: HoldsModel) -> PreTrainedModel:
         """The tuned model of `run`, with its adapter active. A model from an earlier call may have lost its adapter."""
         key, name = run.shares_with, str(run.path.resolve()).replace(".", "_")  # module names have no dots
         model = self.loaded[key] if key in self.loaded else run.load_base()
@@ -250,7 +267,8 @@ def _with_adapter(base: PreTrainedModel, path: Path, name: str) -> PeftModel:
     return model
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where models answer: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -14,6 +14,7 @@ from toolkit.distributed.launcher import without_secrets
 from toolkit.errors import UserError
 from toolkit.methods import METHODS, Method
 from toolkit.runs.finished_run import FinishedRun
+from toolkit.runs.model_folder import PROMPT
 from toolkit.tasks.metrics import score_title
 from toolkit.training.checkpoints import is_write_failure
 
@@ -90,6 +91,7 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
         "scores": {"adapter": scores, "merged": merged_scores},
         "logits_difference": difference,
         "tune_survived": survived,
+        **{name: run.record[name] for name in PROMPT},
     }
     _save(merged, run, folder, about)
     say("folder", str(folder))

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 from toolkit.config import Config
 from toolkit.memory.ledger import Ledger
 from toolkit.methods.base import PeftBased
+from toolkit.models.heads import auto_class
 from toolkit.tasks import TASKS
 from toolkit.tasks.metrics import score_title
 from toolkit.units import format_bytes
@@ -56,18 +57,51 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
         "## Use",
         "",
         "```",
-        'footprint generate RUN_DIR "text"',
+        f'footprint generate {_place(config)} "text"',
         "```",
         "",
-        *(
-            [f"To load it with PEFT, first `import {config.method.needs_import}`.", ""]
-            if config.method.needs_import
-            else []
-        ),
+        *_loading_lines(config, record),
         "The exact settings are in `config.yaml`, which `--config` reads.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _place(config: Config) -> str:
+    return config.training.hub_model_id or config.training.output_dir
+
+
+def _loading_lines(config: Config, record: dict[str, Any]) -> list[str]:
+    """How the result is loaded without this project: by PEFT, or by transformers for a whole model."""
+    model, place = config.model, _place(config)
+    if not config.method.trains:
+        return []
+    is_peft = isinstance(config.method, PeftBased)
+    if is_peft and (model.random_weights or config.model_config.architectures is None):
+        # random weights are drawn, and a multimodal checkpoint's language part is cut out, by this project alone
+        lines = ["import toolkit", "", f'model = toolkit.load_run("{place}").model']
+        return ["Its base is made by footprint, so footprint loads it:", "", "```python", *lines, "```", ""]
+    is_head = config.task.model_kind == "head"
+    kind = "AutoModelForSequenceClassification" if is_head else auto_class(config.model_config).__name__
+    options = [f'revision="{model.model_revision}"'] if is_peft and model.model_revision else []
+    options += [f"num_labels={len(record['label_names'])}"] if is_peft and is_head else []
+    first = f"import {config.method.needs_import}" if config.method.needs_import else ""
+    if is_peft:
+        source = ", ".join([f'"{model.source}"', *options])
+        lines = [
+            *filter(None, [first]),
+            "from peft import PeftModel",
+            f"from transformers import {kind}, AutoTokenizer",
+            "",
+        ]
+        lines += [f"base = {kind}.from_pretrained({source})", f'model = PeftModel.from_pretrained(base, "{place}")']
+    else:
+        lines = [f"from transformers import {kind}, AutoTokenizer", "", f'model = {kind}.from_pretrained("{place}")']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{place}")']
+    prompt = record["prompt_template"]
+    asked = [] if prompt == "{text}" else ["Its prompt, around `{text}`:", "", "```text", prompt, "```", ""]
+    who = "PEFT" if is_peft else "transformers"
+    return [f"To load it with {who}:", "", "```python", *lines, "```", "", *asked]
 
 
 def _memory_lines(ledger: Ledger | None) -> list[str]:

@@ -26,6 +26,7 @@ from transformers.utils import is_liger_kernel_available
 
 from toolkit.config import Config, optimizers
 from toolkit.config.arguments import TrainArguments
+from toolkit.config.start import check_trackers
 from toolkit.console import say
 from toolkit.data.loading import TaskData, guarded_rows, load_data
 from toolkit.distributed.deepspeed import NOT_READ_BACK, OFFLOADED_OPTIMIZERS, check_builds, check_disk, join_deepspeed
@@ -199,6 +200,7 @@ def check_installed(training: TrainArguments) -> None:
             "--fsdp shards a model across processes, but only one runs: accelerate launch --config_file launch/fsdp2.yaml, "
             "or leave it out"
         )
+    check_trackers(training.report_to)
     there = get_available_reporting_integrations()
     for name in training.report_to:
         try:

@@ -26,10 +26,10 @@ TABLE = (
     Seam(
         name="argparse's actions",
         kind="private",
-        where=("config.parser", "benchmarks.cli_reference"),
-        target="argparse: ArgumentParser._actions _SubParsersAction _StoreFalseAction _ArgumentGroup._group_actions",
+        where=("config.parser", "config.help", "config.start", "runs.launching", "cli", "benchmarks.cli_reference"),
+        target="argparse: ArgumentParser._actions ArgumentParser._action_groups _SubParsersAction _StoreFalseAction _ArgumentGroup._group_actions",
         library="python",
-        reason="the flags of a recipe, by name; --resume_from_checkpoint may stand without a value; the committed CLI reference",
+        reason="the flags of a recipe, by name, and their help; --resume_from_checkpoint may stand without a value; the CLI reference",
         breaks="no recipe can read its flags: an AttributeError",
         probe=lambda: _actions_differ(),
     ),

@@ -8,6 +8,17 @@ from toolkit.seams.seam import Seam, ours
 
 MODELS = (
     Seam(
+        name="TrainingArguments in the file training_args.py",
+        kind="private",
+        where="config.sources",
+        target="transformers.training_args: TrainingArguments",
+        source=(
+            ("transformers.training_args", r"class TrainingArguments:[\s\S]*\n    learning_rate: float = field\("),
+        ),
+        reason="flags are checked in the first second from the source of their class, which takes seconds to import",
+        breaks="every recipe ends with a KeyError, or refuses a flag that the class has",
+    ),
+    Seam(
         name="PreTrainedModel._get_dtype_plan",
         kind="private",
         where="models.meta",
