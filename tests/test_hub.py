@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from toolkit.data.loading import DataArguments
 from toolkit.errors import UserError
 from toolkit.models import hub
 from toolkit.models.arguments import ModelArguments
@@ -43,6 +44,18 @@ def test_the_page_of_a_model_is_its_id(given, name):
 def test_other_pages_are_refused(given, message):
     with pytest.raises(UserError, match=message):
         hub.hub_id(given)
+
+
+def test_the_page_of_a_data_set_is_its_id():
+    page = "https://huggingface.co/datasets/a/b"
+    for given in (page, f"{page}/viewer/default/train?p=1", f"{page}/tree/main", "a/b"):
+        assert DataArguments(dataset_name=given).dataset_name == "a/b"
+    for given, message in (
+        ("https://huggingface.co/a/b", "not the page of a data set"),
+        (f"{page}/tree/v2", "read from main"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DataArguments(dataset_name=given)
 
 
 @pytest.fixture
