@@ -63,6 +63,7 @@ def no_network(monkeypatch, tmp_path):
         ("Llama-3.2-3B", "did you mean meta-llama/Llama-3.2-3B?"),
         ("meta-lama/Llama-3.2-1B-Instuct", "did you mean meta-llama/Llama-3.2-1B-Instruct"),
         ("https://huggingface.co/nobody/nothing/tree/main", "nobody/nothing is not in the local cache"),
+        ("TheBloke/Mistral-7B-v0.1-GGUF", "made for inference alone; give the original, mistralai/Mistral-7B-v0.1"),
         ("two words", "neither a folder nor a hub id"),
     ],
 )
