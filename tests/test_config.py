@@ -15,6 +15,7 @@ from toolkit.errors import UserError
 from toolkit.errors.reading import read_yaml
 from toolkit.methods import METHODS
 from toolkit.methods.full import Full
+from toolkit.methods.in_context import InContext
 from toolkit.methods.lora import Lora
 from toolkit.methods.prompt_tuning import PromptTuning
 from toolkit.methods.qlora import QLora
@@ -118,6 +119,22 @@ def test_a_methods_default_that_the_task_does_not_have_is_dropped(yaml_file, tmp
     assert "max_target_length" not in config.as_dict()
     again = parse_config(Lora, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
     assert again.as_dict() == config.as_dict()
+
+
+def test_a_run_without_training_can_be_run_again(yaml_file):
+    config = parse_config(InContext, [])
+    again = parse_config(InContext, ["--config", yaml_file(yaml.safe_dump(config.as_dict()))])
+    assert again.as_dict() == config.as_dict()
+
+
+@pytest.mark.parametrize("name", ["dataset_name", "model_name_or_path", "text_column", "lora_target_modules", "task"])
+@pytest.mark.parametrize("value", ["", " "], ids=["empty", "blank"])
+def test_an_empty_value_is_refused(name, value, yaml_file):
+    said = f"--{name} is empty; give a value, or leave it out"
+    if name == "task":
+        said = "invalid choice"
+    assert said in refusal(f"--{name}={value}")
+    assert said in refusal("--config", yaml_file(f"{name}: '{value}'"))
 
 
 def test_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from toolkit.data.loading import DataArguments
 from toolkit.errors import UserError
 from toolkit.models import hub
 from toolkit.models.arguments import ModelArguments
@@ -45,6 +46,18 @@ def test_other_pages_are_refused(given, message):
         hub.hub_id(given)
 
 
+def test_the_page_of_a_data_set_is_its_id():
+    page = "https://huggingface.co/datasets/a/b"
+    for given in (page, f"{page}/viewer/default/train?p=1", f"{page}/tree/main", "a/b"):
+        assert DataArguments(dataset_name=given).dataset_name == "a/b"
+    for given, message in (
+        ("https://huggingface.co/a/b", "not the page of a data set"),
+        (f"{page}/tree/v2", "read from main"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DataArguments(dataset_name=given)
+
+
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """The environment of a process whose hub refuses every connection, and an empty cache."""
@@ -63,6 +76,7 @@ def no_network(monkeypatch, tmp_path):
         ("Llama-3.2-3B", "did you mean meta-llama/Llama-3.2-3B?"),
         ("meta-lama/Llama-3.2-1B-Instuct", "did you mean meta-llama/Llama-3.2-1B-Instruct"),
         ("https://huggingface.co/nobody/nothing/tree/main", "nobody/nothing is not in the local cache"),
+        ("TheBloke/Mistral-7B-v0.1-GGUF", "made for inference alone; give the original, mistralai/Mistral-7B-v0.1"),
         ("two words", "neither a folder nor a hub id"),
     ],
 )

@@ -225,6 +225,13 @@ def test_every_cell_of_dialogsum_matches_the_csv_module(data):
         assert all(rows[column][:] == [row[column] for row in expected] for column in expected[0])
 
 
+def test_as_many_rows_as_there_are_splits_are_enough(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"dialogue": f"d{n}", "summary": f"s{n}"}) for n in range(3)))
+    splits, _ = load_rows(str(path), None, COLUMNS)
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [1, 1, 1]
+
+
 def test_rows_with_the_same_text_stay_in_one_split(tmp_path):
     rows = [(f"text {n % 40}", f"summary {n}") for n in range(120)]
     splits, _ = load_rows(str(write_csv(tmp_path / "d", train=rows)), None, COLUMNS)

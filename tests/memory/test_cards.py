@@ -125,6 +125,11 @@ def test_every_card_is_found_by_its_own_name(card):
             (name, "shares its memory with the processor.*--gpu_memory")
             for name in ("Jetson Orin", "DGX Spark", "NVIDIA GB10")
         ),
+        *(
+            (name, "is not predicted: .*CUDA.*--gpu_memory")
+            for name in ("W7900", "MacBook Pro", "Mac Studio", "iGPU", "trainium2", "inferentia")
+        ),
+        ("0x RTX 3090", "names no card"),
         ("zzz", "give a name such as 'RTX 4090'"),
     ],
 )
@@ -204,6 +209,12 @@ def test_memory_of_other_programs_reduces_the_budget(free, own, taken):
     assert card.taken_bytes == taken * MIB
     assert card.budget_bytes == Cuda(card).budget_bytes == (15_000 - taken) * MIB
     assert any("other programs use" in note for note in Cuda(card).notes) == bool(taken)
+
+
+@pytest.mark.parametrize("given", ["12288", "12288GB", "24000 G"])
+def test_a_size_in_gb_that_no_card_has_is_refused(given):
+    with pytest.raises(UserError, match=r"no card has (12,288|24,000) GB; write the unit of another size, such as"):
+        generic_card(given)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """Every setting as flag name to plain value: the content of the run folder's `config.yaml`, which `--config` reads.
 
-        The run's folder, secrets and unset values are left out.
+        The run's folder, secrets, unset values and flags without effect are left out.
         """
         flat: dict[str, Any] = {}
         for part in (self.method, self.model, self.data):
@@ -87,7 +87,9 @@ class Config:
             "trust_checkpoint",
             "hub_token",
         }
-        flat |= {name: value for name, value in self.training.to_dict().items() if name not in hidden}
+        used = self.method.used_training_flags
+        training = self.training.to_dict()
+        flat |= {name: training[name] for name in training if name not in hidden and (used is None or name in used)}
         # copies, because YAML writes what two flags share as an alias, which `--config` and resumed runs refuse
         return {name: copy.deepcopy(value) for name, value in flat.items() if value not in (None, "", [], {})}
 
@@ -136,7 +138,10 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
     settings = method.defaults(non_default) | ({"optim": optim} if optim else {}) | named
     if (own_optimizer := optimizers.OWN.get(settings.get("optim", ""))) is not None:
         settings |= {name: value for name, value in own_optimizer.defaults.items() if name not in named}
-    for name in non_default:
+    ours = {field.name for part in (ModelArguments, DataArguments, method) for field in dataclasses.fields(part)}
+    for name, value in non_default.items():
+        if name in ours and any(isinstance(one, str) and not one.strip() for one in _listed(value)):
+            raise UserError(f"--{name} is empty; give a value, or leave it out")
         if name in OVERRIDDEN:
             raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")
     check_training(settings, non_default)
@@ -185,6 +190,10 @@ def _merged(method: type[methods.Method], flags: Flags) -> tuple[dict[str, Any],
     defaults, parser = method.defaults(named), RecipeParser(method)
     changed = {k: v for k, v in from_file.items() if v != defaults.get(k, parser.get_default(k))}
     return changed | on_command_line, named
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _not_replaced(from_file: dict[str, Any], on_command_line: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from toolkit.data.shared_rows import SharedRows
 from toolkit.errors import UserError, guarded
 from toolkit.models.arguments import lasting_path, looks_like_path
 from toolkit.models.heads import class_order, normalized
+from toolkit.models.hub import hub_id
 from toolkit.models.loading import T5_FAMILY, longest_input
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.tasks import TASKS, Task
@@ -138,7 +139,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        self.dataset_name = lasting_path(self.dataset_name)
+        self.dataset_name = lasting_path(self.dataset_name and hub_id(self.dataset_name, "data set"))
         self.chat_template = lasting_path(self.chat_template)
         self._given: frozenset[str] = frozenset()  # the user's flags, once they are checked
         self._is_chosen = False  # whether `read` chose the task

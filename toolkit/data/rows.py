@@ -171,8 +171,9 @@ def load_rows(
         if split not in splits:
             count = len(splits["train"])
             size = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * count)))
-            if count < 3:
-                missing = " and ".join(other for other in ("validation", "test") if other not in splits)
+            lacking = [other for other in ("validation", "test") if other not in splits]
+            if count <= len(lacking):
+                missing = " and ".join(lacking)
                 raise UserError(
                     f"--dataset_name {name}: {count} usable row{'s' * (count > 1)} cannot be split, because train, validation and "
                     f"test need at least one each; give at least 3 rows, or a folder with files named {missing}"
@@ -502,7 +503,7 @@ def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dat
         if column not in rows.column_names:
             raise UserError(
                 f"{where}: no column {column!r}{did_you_mean(column, rows.column_names)}; it has "
-                f"{', '.join(rows.column_names)}; name yours with --{flag}"
+                f"{', '.join(name for name in rows.column_names if name != FILLED)}; name yours with --{flag}"
             )
     if len(rows) == 0:
         raise UserError(f"{where}: there is a header but no row")

@@ -99,7 +99,7 @@ def similar(name: str, most: int = 3) -> list[str]:
     by_short: dict[str, str] = {}
     for known in sorted(names(), key=lambda known: known.lower().split("/")[0] in MIRRORS):  # originals first
         by_short.setdefault(known.split("/")[-1].lower(), known)
-    short = name.rstrip("/").split("/")[-1].lower()
+    short = name.rstrip("/").split("/")[-1].lower().removesuffix(IN_4_BITS).removesuffix("-unsloth")
     near = [short] if short in by_short else get_close_matches(short, by_short, n=most, cutoff=0.75)
     return [by_short[one] for one in near]
 

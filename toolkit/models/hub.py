@@ -19,20 +19,25 @@ TOKENIZER_FILE = "tokenizer_config.json"  # every tokenizer has it
 _PATIENCE = 2.5  # seconds
 
 
-def hub_id(name: str) -> str:
+def hub_id(name: str, of: str = "model") -> str:
     """`"https://huggingface.co/owner/name/tree/main"` -> `"owner/name"`; a name that is no page of the hub unchanged.
 
-    Raises: UserError for a page of the hub that is not a model's, and for one of another branch than main.
+    `of` is "model" or "data set"; pages of data sets begin with https://huggingface.co/datasets/.
+
+    Raises: UserError for a page of the hub that is something else, and for one of another branch than main.
     """
     page = _PAGE.fullmatch(name.strip())
     if page is None or name.lower().endswith(".gguf"):
         return name
     parts = re.split(r"[?#]", page[1])[0].strip("/").split("/")
-    if parts[0] in ("datasets", "spaces", "collections", "papers", "docs"):
-        raise UserError(f"{name} is not the page of a model; give a model's page or its id, user/name")
+    is_data = parts[0] == "datasets"
+    if is_data != (of == "data set") or parts[0] in ("spaces", "collections", "papers", "docs"):
+        raise UserError(f"{name} is not the page of a {of}; give a {of}'s page or its id, user/name")
+    parts = parts[is_data:]
     if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve") and parts[3] != "main":
+        how = f"give --model_name_or_path {parts[0]}/{parts[1]} --model_revision {parts[3]}"
         raise UserError(
-            f"{name} is another version than main; give --model_name_or_path {parts[0]}/{parts[1]} --model_revision {parts[3]}"
+            f"{name} is another version than main; {'data sets are read from main alone' if is_data else how}"
         )
     return "/".join(parts[:2])
 

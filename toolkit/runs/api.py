@@ -136,7 +136,13 @@ def _check_model_name(words: Sequence[str]) -> None:
         values[flag.replace("-", "_")] = value if equals else following
     name = hub_id(values.get("__model_name_or_path", ""))
     if name and not looks_like_path(name) and catalogue.find(name) is None:
-        check_reachable(name, values.get("__model_revision"))
+        try:
+            check_reachable(name, values.get("__model_revision"))
+        except UserError:
+            from toolkit.models.stored import check_name  # slow: it imports transformers
+
+            check_name(name)
+            raise
 
 
 def _as_flags(settings: Mapping[str, Setting]) -> list[str]:

@@ -41,7 +41,7 @@ PROBE: Message = {"role": "assistant", "content": "\u00a7"}  # an answer that sh
 REWRITTEN = (
     "the tokenizer's chat template rewrites earlier turns (reasoning, for instance) when later ones follow, or its generation "
     "prompt does not match the way it writes this answer, so the assistant's tokens cannot be found; give conversations with one "
-    "turn of the assistant, remove the reasoning, or give another chat_template (in the folder of the tokenizer)"
+    "turn of the assistant, remove the reasoning, or name another template with --chat_template"
 )
 
 
@@ -195,8 +195,8 @@ class ChatPromptTokenizer(PromptTokenizer):
         if last.missing is not None:
             raise UserError(
                 "the tokenizer's chat template leaves out a part of the assistant's last turn "
-                f"({' '.join(last.missing.split())[:60]!r}), so it could not be learned; remove it from the data, or give a "
-                "chat_template that writes it (in the folder of the tokenizer)"
+                f"({' '.join(last.missing.split())[:60]!r}), so it could not be learned; remove it from the data, or name a "
+                "template that writes it with --chat_template"
             )
         ids, spans, starts = self._ids(written, _begins(turns))
         labels = [IGNORE_INDEX] * len(ids)

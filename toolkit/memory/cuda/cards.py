@@ -315,12 +315,14 @@ _SEVERAL = re.compile(
     rf"^\s*(?:(\d{{1,2}})\s*[x×*]\s*(?=\S)|(\d{{1,2}}|{'|'.join(_NUMBERS)})\s+(?!x\s|gi?b\b)(?=\S))|\s[x×*]\s*(\d{{1,2}})\s*$"
 )
 _SLICE = re.compile(r"\bmig\b|\b\d+g\.\d+gb\b|-\d+[qcab]\s*$")  # of a card: MIG, and virtual GPUs such as "L40S-48Q"
+_LARGEST_GB = 2000
 _AS_SOLD = 0.08  # a size this close to the nominal one means the nominal one: drivers report "15 GB" for a T4 with 16
 _GRACE_HOST_GB = (120, 480)  # "GH200 480GB": the memory of the CPU on the same board, not the GPU's
 
 # Names of devices that are no CUDA cards, or that share memory with the CPU
 _OTHER_MAKERS = re.compile(
     r"\b(amd|radeon|instinct|intel|arc|gaudi\d?|apple|tpu|ascend|mi\d{2,3}[a-z]?|rx\s?\d{3,4}|\d{4}\s?(xtx?|gre)|gfx\d+|"
+    r"w[67][5-9]00|igpu|macbook( air| pro)?|imac|mac (mini|studio|pro)|trainium\d?|inferentia\d?|trn\d|"
     r"max 1[15]\d0|strix halo|ai max|m[1-9]( (pro|max|ultra))?)\b|^\s*[ab](3[1578]0|5[5-8]0|7[3-7]0)\s*$"
 )
 _SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|spark|gb10)\b")
@@ -344,13 +346,20 @@ def _memory(name: str) -> float | None:
 
 
 def split_count(name: str) -> tuple[int, str]:
-    """`"2x RTX 3090"` -> `(2, "RTX 3090")`; `(1, name)` for the name of one card."""
+    """`"2x RTX 3090"` -> `(2, "RTX 3090")`; `(1, name)` for the name of one card.
+
+    Raises: UserError for 0 cards.
+    """
     several = _SEVERAL.search(name.lower())
     if several is None or _OTHER_MAKERS.search(name.lower()):
         return 1, name
     count = next(filter(None, several.groups()))
-    rest = name[: several.start()] + name[several.end() :]
-    return (int(count) if count.isdigit() else _NUMBERS[count]), rest.strip()
+    number = int(count) if count.isdigit() else _NUMBERS[count]
+    if number < 1:
+        raise UserError(
+            f"--gpu {name!r} names no card; give one, or with --launch a number of them such as '2x RTX 3090'"
+        )
+    return number, (name[: several.start()] + name[several.end() :]).strip()
 
 
 def find_card(name: str) -> Card:
@@ -436,12 +445,16 @@ def generic_card(memory: str) -> Card:
     is bytes.
 
     Raises:
-        UserError: if `memory` is not a size.
+        UserError: if `memory` is not a size, or one that no card has.
     """
     sold = _MEMORY_AS_SOLD.fullmatch(memory.strip().lower())
     if sold is None or not 0 < float(sold[1]) < 10**6:
         return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
     size = float(sold[1])
+    if size > _LARGEST_GB:
+        raise UserError(
+            f"--gpu_memory {memory}: no card has {size:,g} GB; write the unit of another size, such as {memory.lower().strip(' gb')}MiB"
+        )
     return Card(
         f"a card sold as {size:g} GB",
         AMPERE,
