@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,17 +15,8 @@ from conftest import ROOT
 from toolkit.distributed.folders import find_launch_file, find_recipe, shipped
 from toolkit.runs.launching import launch_command
 
-SHORT = [
-    "--max_train_samples",
-    "32",
-    "--max_eval_samples",
-    "2",
-    "--max_steps",
-    "2",
-    "--use_cpu",
-    "--save_strategy",
-    "no",
-]
+SHORT = ["--max_train_samples", "32", "--max_eval_samples", "2", "--max_steps", "2", "--use_cpu"]
+SHORT += ["--save_strategy", "no"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +45,12 @@ def footprint(site: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess
     return subprocess.run(
         [sys.executable, "-c", code, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def test_the_package_lists_every_folder_of_the_code():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {str(file.parent.relative_to(ROOT)).replace("/", ".") for file in (ROOT / "toolkit").rglob("__init__.py")}
+    assert {*project["packages"]} == found | {"toolkit.recipes", "toolkit.launch", "toolkit.launch.deepspeed"}
 
 
 @pytest.mark.slow
