@@ -179,6 +179,16 @@ def test_help_and_the_list_of_gpus_import_no_pytorch():
     assert "RTX 4090" in done.stdout
 
 
+@pytest.mark.parametrize("words", [["gpus"], ["models"], ["predict", "lora", "--help", "all"]])
+def test_a_reader_that_stops_early_sees_no_traceback(words):
+    command = [sys.executable, "-u", "-c", "from toolkit.cli import main; main()", *words]
+    shown = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shown.stdout.readline()
+    shown.stdout.close()
+    assert "Traceback" not in shown.stderr.read()
+    assert shown.wait(60) in (0, 141)
+
+
 def test_the_committed_reference_matches_the_parsers():
     reference = runpy.run_path(str(ROOT / "benchmarks" / "cli_reference.py"))["reference"]()
     committed = (ROOT / "toolkit" / "cli" / "README.md").read_text(encoding="utf-8")

@@ -170,6 +170,9 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
                 _exit(2)
             except KeyboardInterrupt:
                 _exit(130)
+            except BrokenPipeError:  # whoever reads the output, such as `head`, has read enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _exit(128 + signal.SIGPIPE)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in NO_ROOM:
                     where = f" for {error.filename}" if error.filename else ""
