@@ -221,4 +221,16 @@ ENCODER_DECODERS = {
     ),
     "encoder-decoder": _encoder_decoder,
 }
+HYBRIDS = {  # of attention and layers that keep a state, in which soft prompts do not fit
+    "bamba": _of(
+        "bamba",
+        DECODER,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        attn_layer_indices=[1],
+    ),
+    "lfm2": _of("lfm2", DECODER, layer_types=["conv", "full_attention"]),
+}
 ARCHITECTURES = DENSE | MIXTURES | MULTIMODAL | ENCODER_DECODERS

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, ENCODER_DECODERS, MIXTURES, MULTIMODAL
+from architectures import ARCHITECTURES, ENCODER_DECODERS, HYBRIDS, MIXTURES, MULTIMODAL
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -66,7 +66,7 @@ def folder_of(tmp_path_factory):
 
     def make(name):
         if not (place / name).exists():
-            config = ARCHITECTURES[name]()
+            config = (ARCHITECTURES | HYBRIDS)[name]()
             seq2seq = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             torch.manual_seed(0)
             (AutoModelForImageTextToText if name in MULTIMODAL else seq2seq).from_config(config).save_pretrained(
@@ -154,10 +154,17 @@ def test_a_prefix_has_the_shape_of_the_cache(name, folder_of):
     assert generation_error(model, tokenizer, [7, 8, 9, 10]) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "mllama", "t5gemma", "prophetnet"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "mllama", "t5gemma", "prophetnet", "lfm2", "bamba"])
 def test_a_prefix_that_does_not_fit_is_refused(name, folder_of):
     with pytest.raises(UserError, match="prefix_tuning does not fit"):
         attached(folder_of(name), "prefix_tuning")
+
+
+@pytest.mark.parametrize("how", ["prompt_tuning", "p_tuning"])
+def test_soft_prompts_before_a_model_that_does_not_generate_from_embeddings_are_refused(how, folder_of):
+    with pytest.raises(UserError, match="does not generate from embeddings; use LoRA"):
+        attached(folder_of("bamba"), how)
+    attached(folder_of("lfm2"), how)
 
 
 @pytest.mark.matrix(sample=4)

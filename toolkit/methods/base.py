@@ -1,5 +1,6 @@
 """The interface of a method, and the shared parts of methods over a frozen base: PEFT, its errors, quantized bases."""
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -243,8 +244,14 @@ def embedding_shape(model: PreTrainedModel) -> dict[str, int]:
 
     Only the width matters for tokens before the input; PEFT requires the others.
 
-    Raises: UserError for a table of embeddings with more rows than the vocabulary, which PEFT does not find.
+    Raises: UserError for a table of embeddings with more rows than the vocabulary, which PEFT does not find, and for a model that
+        does not generate from embeddings, which soft prompts are.
     """
+    generates = inspect.signature(model.prepare_inputs_for_generation).parameters
+    if not (has_head(model.config) or model.config.is_encoder_decoder or "inputs_embeds" in generates):
+        raise UserError(
+            f"soft prompts do not fit this {model.config.model_type} model, which does not generate from embeddings; use LoRA"
+        )
     text, table = model.config.get_text_config(decoder=True), model.get_input_embeddings().weight
     if model.config.model_type == "mllama_text_model":
         raise UserError(

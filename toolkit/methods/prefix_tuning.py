@@ -112,6 +112,8 @@ def _cached(model: PreTrainedModel) -> dict[str, int]:
     empty = model_on_meta(auto_class(model.config), copy.deepcopy(model.config), torch.bfloat16)
     try:
         layers = _cache_of(empty, torch.zeros(1, 1, dtype=torch.long, device="meta")).layers
+    except IndexError:  # of the model's own cache, in which layers without attention keep a state
+        raise UserError(f"{what}, whose layers do not all cache keys and values; use LoRA") from None
     except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
         if model.config.sub_configs:  # two models, in whose config PEFT finds no shape
             raise UserError(f"{what}; use prompt tuning or LoRA") from None
