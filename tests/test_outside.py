@@ -311,6 +311,16 @@ def test_a_damaged_file_of_a_model_is_named(name, content, model):
         read_tokenizer(str(model))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_return_sequences": 3}, {"cache_implementation": "foo"}, {"max_new_tokens": 0}, {"compile_config": 5}],
+)
+def test_settings_of_generation_that_transformers_refuses_are_named(fields, model):
+    change(model / "generation_config.json", **fields)
+    with refused(model / "generation_config.json"):
+        load_model_config(ModelArguments(str(model)))
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_a_device_or_a_pipe_in_a_models_folder_is_refused(name, kind, model):

@@ -298,6 +298,8 @@ def test_the_default_batch_gives_way_to_what_is_asked_for(argv, expected, config
         ("lora", ["--launch", "zero2_offload", "--optim", "sgd"], "--optim sgd"),
         ("qlora", ["--launch", "fsdp2_qlora", "--optim", "paged_adamw_8bit"], "--optim paged_adamw_8bit under FSDP2"),
         ("lora", ["--launch", "fsdp2", "--load_in_8bit"], "cannot be sharded"),
+        ("lora", ["--gpu", ""], "--gpu is empty; give it a value, or leave it out"),
+        ("lora", ["--gpu_memory", ""], "--gpu_memory is empty"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(method, more, says, config_only, capfd):

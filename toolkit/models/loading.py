@@ -19,6 +19,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     Mxfp4Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -161,7 +162,10 @@ def _check_folder(folder: Path) -> None:
             read_json(folder / name, duplicates=True, finite=False)
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json", duplicates=True, finite=False)
-        check_shape(generation, GENERATION, str(folder / "generation_config.json"), "mend it, or remove the file")
+        file, remedy = folder / "generation_config.json", "mend it, or remove the file"
+        check_shape(generation, GENERATION, str(file), remedy)
+        with _quiet(), guarded(f"{file}: transformers refuses it", remedy):
+            GenerationConfig.from_pretrained(folder)
     if (folder / "config.json").is_file():
         _check_sizes(folder / "config.json", read_json(folder / "config.json", duplicates=True, finite=False))
 

@@ -55,6 +55,9 @@ def predict(
         UserError: for an unknown method, card, launch file or flag, for values that cannot be right, and for a run whose
             memory cannot be predicted.
     """
+    for flag, value in (("gpu", gpu), ("gpu_memory", gpu_memory), ("launch", launch)):
+        if value == "":
+            raise UserError(f"--{flag} is empty; give it a value, or leave it out")
     if gpu and gpu_memory:
         raise UserError("--gpu and --gpu_memory exclude each other; give one of them")
     if gpu and launch is not None:  # "2x RTX 3090": each process has one of them
