@@ -317,8 +317,7 @@ def test_predictions_of_real_sizes_need_no_flag_of_a_method(how, name, capfd):
     check_prediction(how, name, capfd)
 
 
-@pytest.mark.slow
-@pytest.mark.matrix(sample=1)
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "name"), _real_sizes(quick=False))
 def test_predictions_of_all_real_sizes_need_no_flag_of_a_method(how, name, capfd):
     check_prediction(how, name, capfd)
