@@ -84,7 +84,7 @@ def short_texts(parser: Any) -> dict[str, Any]:
     if (optim := method.optimizer(on_gpu=True)[0]) and "optim" in groups["training"]:
         defaults, groups["training"]["optim"] = defaults | {"optim": optim}, "on a GPU; else adamw_torch_fused"
     return {
-        "about": [textwrap.shorten(f"{summary}.", WIDTH, placeholder=" ...")],
+        "about": textwrap.wrap(f"{summary}.", WIDTH, max_lines=2, placeholder=" ..."),
         "groups": {
             title: [
                 line(actions[name], text, defaults.get(name, actions[name].default)) for name, text in flags.items()

@@ -32,7 +32,7 @@ def assemble(method: str, text: dict[str, Any], command: str = "", own: Sequence
         del groups["run"]
     elif own:
         groups["run"] = [one for one in groups["run"] if "--predict" not in one]
-    lines = [f"usage: {begin} [--flag value ...]", "", *text["about"]]
+    lines = [f"usage: {begin} [--flag value ...]", *text["about"]]
     for title, flags in groups.items():
         lines += [f"{title}:", *flags]
     return "\n".join([*lines, *text["notes"], f"All flags: {every}"])
