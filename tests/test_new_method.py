@@ -130,7 +130,7 @@ def trained(project) -> tuple[Path, str]:
 def test_a_new_method_has_its_flags_their_help_and_their_errors(project):
     done = run(project, "recipes/halved.py", "--help")
     assert done.returncode == 0, done.stderr
-    assert "of no use, but it needs everything" in " ".join(done.stdout.split()) and "--halved_ratio" in done.stdout
+    assert "Vectors that rescale the layers" in " ".join(done.stdout.split()) and "--halved_ratio" in done.stdout
     done = run(project, "recipes/halved.py", "--halved_ratio", "0")
     assert (done.returncode, done.stderr) == (2, "error: --halved_ratio 0 is not possible; give a number above 0\n")
     done = footprint(project, "methods", "--json")

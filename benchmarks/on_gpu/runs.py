@@ -26,6 +26,7 @@ from on_gpu.results import slug
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the quick brown fox jumps over a lazy dog"
+KILLED_STEPS = 40  # of a run that is killed at its first checkpoint, after 2
 UNMERGED = ("prefix_tuning", "adapter", "full")  # `footprint merge` refuses these
 
 
@@ -110,20 +111,18 @@ def play(scenario: dict[str, Any], work: str, rehearsed: bool) -> dict[str, Any]
             raise RuntimeError(f"{one.name}: {name} ended with {code} instead of {expected}:\n{said}")
 
     recipe = ROOT / "recipes" / f"{one.method}.py"
-    if one.killed:
-        step("train", lambda: _script(recipe, [*argv, "--max_steps", "400"]), lambda: any(run.glob("checkpoint-*")))
-        newest = max(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
-    else:
-        step("train", lambda: _script(recipe, [*argv, "--max_steps", "2"]))
-        newest = 2
+    steps_of_run = KILLED_STEPS if one.killed else 2
+    argv += ["--max_steps", str(steps_of_run)]
+    kill_when = (lambda: any(run.glob("checkpoint-*"))) if one.killed else None
+    step("train", lambda: _script(recipe, argv), kill_when)
     if one.whole:
-        resume = ["--max_steps", str(newest + 2), "--resume_from_checkpoint", "true"]
-        step("resume", lambda: _script(recipe, [*argv, *resume]))
+        # a killed run goes on to its end, and a finished one says so and stays as it is
+        step("resume", lambda: _script(recipe, [*argv, "--resume_from_checkpoint", "true"]))
         step("generate", lambda: _footprint("generate", str(run), TEXT))
         if one.method not in UNMERGED:
             merged = str(folder / "merged")
             step("merge", lambda: _footprint("merge", str(run), "--output_dir", merged, "--dtype", "float32"))
-    _check(run, newest + 2 if one.whole else newest)
+    _check(run, steps_of_run)
     found: dict[str, Any] = {"steps": steps}
     for name in ("memory.json", "predicted_memory.json"):
         if (run / name).is_file():

@@ -49,6 +49,7 @@ def test_a_comparison_of_predicted_and_measured_shows_the_error():
     assert "-25.00 %" in text
     assert "exact" in text
     assert format_error(1, 0) == "not measured"
+    assert format_error(44, 40) == "+4 B" and format_error(2_000_000, 2_000_900) == "-900 B"
     assert "offloaded" not in text
     on_disk = [replace(ledger(1, 1), host_bytes=5 * GIB, nvme_bytes=7 * GIB) for _ in range(2)]
     text = text_of(print_comparison, *on_disk)

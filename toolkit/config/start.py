@@ -183,6 +183,11 @@ def check_paths(given: dict[str, Any]) -> None:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
+    # other ranks may begin when rank 0 has written into it; a lock means that a run may be going there
+    if _is_main() and path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
+        raise UserError(
+            f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
+        )
 
 
 def _is_path(name: str) -> bool:

@@ -126,9 +126,11 @@ def comparison_rows(predicted: Ledger, measured: Ledger) -> list[tuple[str, int,
 
 
 def format_error(predicted: int, measured: int) -> str:
-    """The error of a prediction in percent of the measured value, such as `"+0.12 %"`, or `"exact"`."""
+    """The error of a prediction in percent of the measured value, such as `"+0.12 %"`, in bytes below 1 KiB, or `"exact"`."""
     if predicted == measured:
         return "exact"
+    if measured and abs(predicted - measured) < 1024:
+        return f"{predicted - measured:+d} B"
     return f"{100 * (predicted / measured - 1):+.2f} %" if measured else "not measured"
 
 

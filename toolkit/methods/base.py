@@ -247,8 +247,8 @@ def embedding_shape(model: PreTrainedModel) -> dict[str, int]:
     Raises: UserError for a table of embeddings with more rows than the vocabulary, which PEFT does not find, and for a model that
         does not generate from embeddings, which soft prompts are.
     """
-    generates = inspect.signature(model.prepare_inputs_for_generation).parameters
-    if not (has_head(model.config) or model.config.is_encoder_decoder or "inputs_embeds" in generates):
+    generates = not (has_head(model.config) or model.config.is_encoder_decoder)
+    if generates and "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
         raise UserError(
             f"soft prompts do not fit this {model.config.model_type} model, which does not generate from embeddings; use LoRA"
         )

@@ -133,7 +133,8 @@ RANGES = (
         10**6,
     ),
     (r"vocab_size", 1, 10**8),
-    (r"max_position_embeddings|n_positions|n_ctx|sliding_window", 1, 10**9),
+    (r"max_position_embeddings|n_positions|n_ctx", 1, 10**9),
+    (r"sliding_window", 0, 10**9),  # 0: there is none
     (r"num_(local_)?experts|num_labels|type_vocab_size", 0, 10**5),
 )
 

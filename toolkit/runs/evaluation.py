@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from toolkit.config import Config
-from toolkit.console import is_main
+from toolkit.console import is_main, say
 from toolkit.data.loading import TaskData
 from toolkit.errors import guarded
 from toolkit.memory.cuda.meter import excluded_from_peak
@@ -28,6 +28,7 @@ def evaluate_by_generation(model: PreTrainedModel, data: TaskData, config: Confi
     prompts = [tuple(ids) for ids in data.test_prompts]
     unique = list(dict.fromkeys(prompts))
     name = config.model.model_name_or_path or "the embedded model"
+    say("scoring", f"the {title} answers {len(unique):,} rows of the test split")
     guard = guarded(f"{name}: the {title} cannot answer the test split", "mend its files, or give another model")
     # with several processes an exception can be the loss of another one, which `exits_cleanly` explains
     with excluded_from_peak(model.device), guard if config.training.world_size == 1 else nullcontext():

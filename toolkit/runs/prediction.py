@@ -445,8 +445,10 @@ def say_prediction(config: Config) -> None:
     except (UserError, LedgerError) as error:
         say("memory", f"not predicted: {error}")
         return
-    worst = f"{ledger.peak_phase_name.replace('_', ' ')} of the longest batch"
-    say("memory", f"{format_bytes(ledger.needed_bytes)} at the peak, predicted for the {worst} ({ledger.device})")
+    when = ledger.peak_phase_name.replace("_", " ")
+    tokens = ledger.assumed.get("tokens")
+    rows = f" of rows of {tokens:,} tokens, the longest that the flags allow" if tokens else ""
+    say("memory", f"{format_bytes(ledger.needed_bytes)} at the peak, predicted for the {when}{rows} ({ledger.device})")
     if not ledger.fits and ledger.budget_bytes is not None:
         say("warning", f"that is more than the {format_bytes(ledger.budget_bytes)} of {ledger.device}; {LESS_MEMORY}")
 
