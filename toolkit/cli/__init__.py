@@ -20,6 +20,16 @@ def parser() -> CommandParser:
     def add(name: str, help: str, **more: Any) -> CommandParser:
         return subparsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more)
 
+    def takes_method(command: CommandParser) -> None:
+        command.add_argument(
+            "method", metavar="METHOD", help="a recipe's name, such as lora; footprint methods lists them"
+        )
+
+    def takes_processes(command: CommandParser) -> None:
+        command.add_argument(
+            "--num_processes", metavar="N", type=int, help="number of processes (default: the launch file's own number)"
+        )
+
     command = add(
         "predict",
         "show the memory that a run will need, on this machine or on GPUs that are not in it",
@@ -30,7 +40,7 @@ def parser() -> CommandParser:
         "run that cannot be predicted.",
         allow_abbrev=False,
     )
-    command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora; footprint methods lists them")
+    takes_method(command)
     command.add_argument(
         "--gpu",
         metavar="NAME",
@@ -47,12 +57,7 @@ def parser() -> CommandParser:
         metavar="FILE",
         help="predict one of several processes: the name of a file of launch/, such as zero3, or a path (default: one process)",
     )
-    command.add_argument(
-        "--num_processes",
-        metavar="N",
-        type=int,
-        help="number of processes (default: the launch file's own number)",
-    )
+    takes_processes(command)
     command.add_argument("--json", action="store_true", help="print the ledger as one JSON object")
     command.set_defaults(flags=[])
 
@@ -65,15 +70,13 @@ def parser() -> CommandParser:
         "--help. Signals and the exit code are the recipe's.",
         allow_abbrev=False,
     )
-    command.add_argument("method", metavar="METHOD", help="a recipe's name, such as lora; footprint methods lists them")
+    takes_method(command)
     command.add_argument(
         "--launch",
         metavar="FILE",
         help="start accelerate launch with a file of launch/, such as zero3, or a path (default: one process)",
     )
-    command.add_argument(
-        "--num_processes", metavar="N", type=int, help="number of processes (default: the launch file's own number)"
-    )
+    takes_processes(command)
     command.set_defaults(flags=[])
 
     command = add("recipe", "print a recipe, to make your own: footprint recipe lora > my_recipe.py")

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from toolkit.cli.listing import gpus, methods, models
@@ -102,14 +103,9 @@ def evaluate(args: argparse.Namespace) -> None:
         given["dataset_name"] = args.dataset_name
     launching.check_evaluation(args.run_dir, given, args.per_device_eval_batch_size)
     launching.say_start(f"evaluate {args.run_dir}", sys.stderr)
-    if not args.json:
-        from toolkit.runs.scoring import evaluate
-
-        evaluate(args.run_dir, given, args.per_device_eval_batch_size, args.output_file)
-        return
     from toolkit.cli.output import clean_stdout
 
-    with clean_stdout() as out:
+    with clean_stdout() if args.json else nullcontext() as out:
         from toolkit.runs.scoring import evaluate
 
         evaluate(args.run_dir, given, args.per_device_eval_batch_size, args.output_file, out)

@@ -21,6 +21,7 @@ from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_yaml
 
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as transformers reads a switch
+LOCK = ".lock"  # in the folder of a run that is being written; see `toolkit.runs.claim`
 FILES = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.(gz|bz2|xz|zip))?$", re.IGNORECASE)
 # What --report_to needs, by its name: modules of which one must be there, and the package to install.
 TRACKERS = {
@@ -67,16 +68,17 @@ def say(text: str, stream: Any = None) -> None:
     print(f"{'footprint':>11}  {text}", file=stream or sys.stdout, flush=True)
 
 
-@exits_cleanly
-def _checked(method: str, argv: Sequence[str]) -> None:
-    check(method, argv)
-
-
 def _or_end(method: str, argv: Sequence[str]) -> None:
     try:
         check(method, argv)
-    except UserError:
-        _checked(method, argv)  # ends the process as a recipe's own errors do: one line, from the first rank
+    except UserError as error:
+        _end(error)
+
+
+@exits_cleanly
+def _end(error: UserError) -> NoReturn:
+    """Ends the process as a recipe's own errors do: one line, from the first rank."""
+    raise error
 
 
 def check(method: str, argv: Sequence[str]) -> None:
@@ -181,10 +183,21 @@ def check_paths(given: dict[str, Any]) -> None:
     if not folder or config is not None or "resume_from_checkpoint" in given or given.get("predict"):
         return
     path = Path(folder)
+    check_no_file(path)
+    # other ranks may begin when rank 0 has written into it; a lock means that a run may be going there
+    if _is_main() and path.is_dir() and not (path / LOCK).exists():
+        check_empty(path)
+
+
+def check_no_file(path: Path) -> None:
+    """Raises UserError if the run's folder `path` is a file."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
-    # other ranks may begin when rank 0 has written into it; a lock means that a run may be going there
-    if _is_main() and path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists():
+
+
+def check_empty(path: Path) -> None:
+    """Raises UserError if the folder `path` of a new run holds anything."""
+    if any(path.iterdir()):
         raise UserError(
             f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
         )

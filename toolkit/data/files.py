@@ -76,6 +76,11 @@ def kind_of(file: Path) -> str:
     return suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
 
 
+def empty(file: Path) -> UserError:
+    """The error for a file that holds nothing."""
+    return UserError(f"{file}: the file is empty; give one with a header line and rows")
+
+
 def content_of(file: Path) -> bytes:
     """The bytes of a file, unpacked if its name says that it is compressed or its first bytes are gzip's.
 
@@ -84,7 +89,7 @@ def content_of(file: Path) -> bytes:
     regular_file(file)
     size = file.stat().st_size
     if size == 0:
-        raise UserError(f"{file}: the file is empty; give one with a header line and rows")
+        raise empty(file)
     with file.open("rb") as stream:
         opener = gzip.open if stream.read(2) == b"\x1f\x8b" else PACKED.get(file.suffix.lower())
     if opener is None:
@@ -102,7 +107,7 @@ def content_of(file: Path) -> bytes:
     if len(content) > most:
         raise UserError(f"{file}: it unpacks to more than {most:,} bytes, {MOST_RATIO} times its size; unpack it first")
     if not content:
-        raise UserError(f"{file}: the file is empty; give one with a header line and rows")
+        raise empty(file)
     return content
 
 

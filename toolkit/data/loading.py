@@ -331,27 +331,16 @@ def load_data(
     Raises: UserError for mistakes in the files, the columns, the lengths or the labels.
     """
     source = source or args.read()
-    task, columns = TASKS[args.task], args.columns
+    task = TASKS[args.task]
     if tokenizer.eos_token_id is None and task.model_kind != "head" and not config.is_encoder_decoder:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, so the model could not learn where to stop; give "
             "another with --tokenizer_name, or set eos_token in its tokenizer_config.json"
         )
     max_length, max_target_length, remarks = lengths(args, config, tokenizer, virtual_tokens)
-    optional = [flag for flag in task.optional if getattr(args, flag) is None]
-    template, middle, columns = _template(args, columns, source)
     if args.chat_template is not None:
         remarks += set_chat_template(tokenizer, args.chat_template)
-    splits, more = load_rows(
-        args.dataset_name,
-        args.dataset_config_name,
-        columns,
-        optional,
-        source,
-        middle,
-        lambda row: task.shown(task.pair(row)[0]),
-    )
-    columns = {flag: column for flag, column in columns.items() if column in splits["train"].column_names}
+    splits, columns, template, more = _read_columns(args, source)
     remarks += more
     if args.is_chosen and task.name == DEFAULT_TASK and tokenizer.chat_template:
         remarks.append("the model has a chat template: --task chat would learn these rows as conversations")
@@ -441,10 +430,24 @@ def rows_to_score(args: DataArguments, whole: bool) -> tuple[list[tuple[Any, Any
             there = concatenate_datasets([*source.splits.values()])
             remarks.append("no test split: all rows are scored")
         source = Source(dict.fromkeys(SPLITS, there), source.remarks)
-    task, columns = TASKS[args.task], args.columns
+    splits, columns, _, _ = _read_columns(args, source)
+    task, rows = TASKS[args.task], splits["test"]
+    if args.max_eval_samples is not None and args.max_eval_samples < len(rows):
+        rows, more = _sample(rows, args.max_eval_samples, columns.get("label_column"))
+        remarks += more
+    _check_sizes(rows, columns, "test")
+    return list(_pairs(task, rows, columns, "test")), remarks
+
+
+def _read_columns(args: DataArguments, source: Source) -> tuple[DatasetDict, dict[str, str], str, list[str]]:
+    """The splits with the columns that the task reads, these columns by flag, the prompt around {text}, and remarks.
+
+    Raises: UserError as `_template` and `load_rows` do.
+    """
+    task = TASKS[args.task]
     optional = [flag for flag in task.optional if getattr(args, flag) is None]
-    _, middle, columns = _template(args, columns, source)
-    splits, _ = load_rows(
+    template, middle, columns = _template(args, args.columns, source)
+    splits, remarks = load_rows(
         args.dataset_name,
         args.dataset_config_name,
         columns,
@@ -453,13 +456,8 @@ def rows_to_score(args: DataArguments, whole: bool) -> tuple[list[tuple[Any, Any
         middle,
         lambda row: task.shown(task.pair(row)[0]),
     )
-    rows = splits["test"]
-    columns = {flag: column for flag, column in columns.items() if column in rows.column_names}
-    if args.max_eval_samples is not None and args.max_eval_samples < len(rows):
-        rows, more = _sample(rows, args.max_eval_samples, columns.get("label_column"))
-        remarks += more
-    _check_sizes(rows, columns, "test")
-    return list(_pairs(task, rows, columns, "test")), remarks
+    columns = {flag: column for flag, column in columns.items() if column in splits["train"].column_names}
+    return splits, columns, template, remarks
 
 
 def _template(args: DataArguments, columns: dict[str, str], source: Source) -> tuple[str, str | None, dict[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets, load_dataset
 
-from toolkit.data.files import decoded, mark_of, regular_file
+from toolkit.data.files import decoded, empty, mark_of, regular_file
 from toolkit.errors import UserError
 
 RETURN = "\udc0d"  # stands for a carriage return in a cell; no UTF-8 file contains it
@@ -173,7 +173,7 @@ def _table(text: str, file: Path, tabs: bool) -> tuple[list[str], list[list[str]
     if quoted is None:
         quoted, _ = _tried(_rows_with_returns, text, delimiter)
     if quoted == []:
-        raise UserError(f"{file}: the file is empty; give one with a header line and rows")
+        raise empty(file)
     if quoted is not None and not tabs:
         return quoted[0], quoted[1:], remarks
     plain, why = _tried(_rows_plain, text, delimiter)

@@ -325,9 +325,7 @@ def _load_local(path: Path, encoding: str | None, task: str | None) -> tuple[dic
         splits, remarks = _read_splits(
             {split: [(file, kind_of(file)) for file in group] for split, group in files.items()}, encoding
         )
-    if others:
-        remarks.append(f"not read, because their names name no split: {', '.join(file.name for file in others)}")
-    return splits, remarks
+    return splits, remarks + _unread(others)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -335,6 +333,12 @@ def _files_in(folder: Path) -> list[Path]:
         return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
         raise UserError(f"--dataset_name {folder}: cannot be read ({error.strerror}); give another folder") from None
+
+
+def _unread(others: list[Path]) -> list[str]:
+    """A remark on files whose names name no split."""
+    names = ", ".join(file.name for file in others)
+    return [f"not read, because their names name no split: {names}"] if others else []
 
 
 def _unreadable(file: Path) -> str:
@@ -384,9 +388,7 @@ def _load_texts(
     remarks = [f"each {' or '.join(sorted(units))} of the {sum(map(len, files.values())):,} files is one text"]
     if len(found) == 1:
         remarks = [f"each {units.pop()} of {found[0].name} is one text"]
-    if others:
-        remarks.append(f"not read, because their names name no split: {', '.join(file.name for file in others)}")
-    return splits, remarks
+    return splits, remarks + _unread(others)
 
 
 def _load_saved(path: Path) -> tuple[dict[str, Dataset], list[str]]:

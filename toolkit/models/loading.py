@@ -158,17 +158,16 @@ def _check_folder(folder: Path) -> None:
     """Raises UserError for what could not end in a model's folder: devices, pipes, and JSON without limits."""
     for file in folder.iterdir():
         check_regular(file)
-    for name in JSON_FILES:
-        if (folder / name).exists():
-            read_json(folder / name, duplicates=True, finite=False)
-    if (folder / "generation_config.json").exists():
-        generation = read_json(folder / "generation_config.json", duplicates=True, finite=False)
+    read = {
+        name: read_json(folder / name, duplicates=True, finite=False) for name in JSON_FILES if (folder / name).exists()
+    }
+    if "generation_config.json" in read:
         file, remedy = folder / "generation_config.json", "mend it, or remove the file"
-        check_shape(generation, GENERATION, str(file), remedy)
+        check_shape(read["generation_config.json"], GENERATION, str(file), remedy)
         with _quiet(), guarded(f"{file}: transformers refuses it", remedy):
             GenerationConfig.from_pretrained(folder)
-    if (folder / "config.json").is_file():
-        _check_sizes(folder / "config.json", read_json(folder / "config.json", duplicates=True, finite=False))
+    if "config.json" in read:
+        _check_sizes(folder / "config.json", read["config.json"])
 
 
 def _check_sizes(file: Path, config: dict[str, Any]) -> None:

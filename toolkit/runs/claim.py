@@ -18,6 +18,7 @@ import yaml
 
 from toolkit.config import Config, new_output_dir
 from toolkit.config.arguments import NEWEST
+from toolkit.config.start import LOCK, check_empty, check_no_file
 from toolkit.console import say
 from toolkit.errors import NothingToDo, UserError
 from toolkit.errors.reading import read_json, read_yaml
@@ -37,7 +38,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"
 # What a killed run leaves of a file that it was writing (`toolkit.files.atomic_write`), and the marker for other ranks.
 _PART = re.compile(r"\.(claimed|[\w-]+\.(yaml|jsonl?|csv|md))\.\w+")
 _held: dict[Path, IO[str]] = {}
@@ -74,8 +74,7 @@ def claim(config: Config, ready: Preflight) -> tuple[Path, str | None, Path, lis
     """
     training = config.training
     path, resumes = Path(training.output_dir), training.resume_from_checkpoint is not None
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
+    check_no_file(path)
     if resumes:
         _check_unfinished(path, config)
     made = _make(path, config)
@@ -121,10 +120,8 @@ def _make(path: Path, config: Config) -> bool:
             if not resumes and (path / LOCK).exists():
                 _lock(path)  # raises an error if its run is going
                 release(path)
-            if not resumes and any(path.iterdir()):
-                raise UserError(
-                    f"--output_dir {path} is not empty; give a new folder, or continue its run with --resume_from_checkpoint true"
-                ) from None
+            if not resumes:
+                check_empty(path)
             return False
         except OSError as error:
             raise _cannot(path, error) from None

@@ -131,7 +131,8 @@ def train(method: str, flags: Sequence[str], launch: str | None, processes: int 
         sys.argv = [str(recipe), *flags]
         runpy.run_path(str(recipe), run_name="__main__")
         return
-    words = launch_command(recipe, find_launch_file(launch), flags, processes)
-    start.say(f"starting accelerate launch --config_file {find_launch_file(launch)}")
+    file = find_launch_file(launch)
+    words = launch_command(recipe, file, flags, processes)
+    start.say(f"starting accelerate launch --config_file {file}")
     sys.stdout.flush()
     os.execv(words[0], words)

@@ -127,11 +127,3 @@ class ModelFolder:
         """The answers of `model` to `texts`; with a classification head, the labels."""
         prompts = [self.prompt_tokenizer.prompt(text)[0] for text in texts]
         return self.task.continuations(model, self.prompt_tokenizer, prompts, 8, num_beams)
-
-
-def is_model_folder(path: Path) -> bool:
-    """Whether `path` is a folder with a model or an adapter; also safe for texts that are too long to be a path."""
-    try:
-        return (path / "config.json").exists() or (path / "adapter_config.json").exists()
-    except (OSError, ValueError):
-        return False

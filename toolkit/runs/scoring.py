@@ -11,6 +11,7 @@ from toolkit.data.loading import DataArguments, rows_to_score
 from toolkit.data.rows import read_source
 from toolkit.errors import UserError, guarded
 from toolkit.files import atomic_write, csv_text
+from toolkit.runs.evaluation import answers_to
 from toolkit.runs.finished_run import AGAIN, FinishedRun
 from toolkit.tasks.metrics import score_title
 
@@ -48,13 +49,9 @@ def evaluate(
             f"--dataset_name {args.dataset_name} has the label {unknown[0]!r}, which {run_dir} does not know; it knows "
             f"{', '.join(tokenizer.label_names)}"
         )
-    unique = list(dict.fromkeys(prompts))
     model, beams = run.model, args.get("num_beams") or 1
     with guarded(f"{run_dir}: its model cannot answer these rows", "mend its files, or give another run"):
-        answer = dict(
-            zip(unique, task.answers(model, tokenizer, unique, batch_size, beams, "tuned model"), strict=True)
-        )
-    texts = [answer[prompt] for prompt in prompts]
+        texts = answers_to(prompts, model, task, tokenizer, batch_size, beams, "tuned model")
     scores = task.score(texts, references, tokenizer.label_names)
     name = args.dataset_name or "embedded"
     if output_file is not None:
