@@ -127,7 +127,19 @@ def test_a_run_without_training_can_be_run_again(yaml_file):
     assert again.as_dict() == config.as_dict()
 
 
-@pytest.mark.parametrize("name", ["dataset_name", "model_name_or_path", "text_column", "lora_target_modules", "task"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dataset_name",
+        "model_name_or_path",
+        "text_column",
+        "lora_target_modules",
+        "task",
+        "optim_args",
+        "fsdp",
+        "output_dir",
+    ],
+)
 @pytest.mark.parametrize("value", ["", " "], ids=["empty", "blank"])
 def test_an_empty_value_is_refused(name, value, yaml_file):
     said = f"--{name} is empty; give a value, or leave it out"

@@ -116,11 +116,11 @@ def test_interactive_answers_each_line(runs, monkeypatch, capsys):
         ("run.json", '{"method": ', "run.json is damaged: "),
         ("run.json", "[1]", "run.json is damaged: it holds a list"),
         ("run.json", '{"finished": true}', "run.json is damaged: it has no "),
-        ("run.json", '{"finished": false}', "the run did not finish"),
+        ("run.json", '{"finished": false}', "run.json is damaged: it has no "),
         ("config.yaml", "a: [1", "config.yaml is damaged: "),
         ("config.yaml", "text", "config.yaml is damaged: it holds a str"),
         ("adapter_config.json", "{", "adapter_config.json is damaged"),
-        ("adapter_model.safetensors", "x", "its adapter cannot be loaded"),
+        ("adapter_model.safetensors", "x", "adapter_model.safetensors: its 1 bytes are no whole safetensors file"),
     ],
 )
 def test_a_damaged_file_gives_one_line(runs, tmp_path, capsys, file, content, message):
@@ -129,6 +129,15 @@ def test_a_damaged_file_gives_one_line(runs, tmp_path, capsys, file, content, me
     assert footprint("generate", tmp_path / "run", "text") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.slow
+def test_a_run_that_did_not_finish_is_continued_rather_than_asked(runs, tmp_path, capsys):
+    shutil.copytree(runs / "a", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"finished": False}))
+    assert footprint("generate", tmp_path / "run", "text") == 2
+    assert "the run did not finish; continue it with --resume_from_checkpoint true" in capsys.readouterr().err
 
 
 @pytest.mark.slow

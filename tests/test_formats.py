@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import recipe, run, write_csv
+from conftest import recipe, write_csv
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoConfig, AutoTokenizer
 
+from toolkit.cli import main
 from toolkit.data.loading import DataArguments, load_data
 from toolkit.data.rows import read_source
 from toolkit.errors import UserError
@@ -453,22 +454,33 @@ def test_an_existing_text_column_and_summary_keep_the_usual_prompt(llama, tmp_pa
 SHORT = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--max_length", "160", "--max_target_length", "8", "--use_cpu")  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["alpaca list", "sharegpt", "questions", "labels", "plain lines"])
-def test_a_format_trains_and_its_run_generates(name, data, tmp_path):
-    file, content, task, said, _ = FORMATS[name]
-    flags = ["--dataset_name", write(tmp_path, file, content), "--model_name_or_path", data / "models" / "stories260k"]
+def train_on(name: str, data: Path, folder: Path) -> tuple[str, dict]:
+    """What a short run of recipes/lora.py on a file of the format prints, and its run.json."""
+    file, content, task, _, _ = FORMATS[name]
+    flags = ["--dataset_name", write(folder, file, content), "--model_name_or_path", data / "models" / "stories260k"]
     flags += ["--chat_template", "chatml"] if task == "chat" else []
     size = [flag for flag in SHORT if task != "text" or flag not in ("--max_target_length", "8")]
-    done = recipe("lora", *flags, *size, "--output_dir", tmp_path / "run")
+    done = recipe("lora", *flags, *size, "--output_dir", folder / "run")
     assert done.returncode == 0, done.stderr
-    assert said in " ".join(done.stdout.split())
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["task"] == task and record["finished"]
-    answer = run("footprint", "generate", tmp_path / "run", ASKED[0])
-    assert answer.returncode == 0, answer.stderr
-    if name not in ("alpaca list", "sharegpt"):
-        return
+    return " ".join(done.stdout.split()), json.loads((folder / "run" / "run.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.matrix(sample=4)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_trains_and_its_run_generates(name, data, tmp_path, capsys):
+    out, record = train_on(name, data, tmp_path)
+    _, _, task, said, _ = FORMATS[name]
+    assert said in out and record["task"] == task and record["finished"]
+    with pytest.raises(SystemExit) as end:
+        main(["generate", str(tmp_path / "run"), ASKED[0]])
+    assert not end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alpaca list", "sharegpt"])
+def test_config_yaml_repeats_what_was_recognized(name, data, tmp_path):
+    _, record = train_on(name, data, tmp_path)
     again = recipe("lora", "--config", tmp_path / "run" / "config.yaml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     same = json.loads((tmp_path / "again" / "run.json").read_text())

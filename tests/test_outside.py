@@ -14,12 +14,14 @@ import torch
 from conftest import recipe
 from peft import LoraConfig
 from safetensors.torch import load, save_file
+from transformers import TrainingArguments
 
 from toolkit.cli import main as footprint
 from toolkit.config import parse_config
 from toolkit.console import PlainConsole, labelled
 from toolkit.distributed.launch_files import read_launch_file
 from toolkit.distributed.ranks import exits_cleanly
+from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError, guarded, time_limit
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_json, read_yaml
@@ -27,9 +29,18 @@ from toolkit.memory.ledger import Ledger, PhaseUse
 from toolkit.methods.base import check_patterns
 from toolkit.methods.lora import Lora
 from toolkit.models.arguments import ModelArguments
-from toolkit.models.loading import build_on_meta, check_weight_files, load_model_config, read_tokenizer
+from toolkit.models.generation import generation_error
+from toolkit.models.loading import (
+    build_on_meta,
+    check_weight_files,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    read_tokenizer,
+)
 from toolkit.runs.finished_run import FinishedRun, Models
 
+CPU = TrainingArguments(use_cpu=True, report_to="none")
 SECONDS = 30  # on a busy machine; each takes a small part of one
 
 
@@ -315,10 +326,33 @@ def test_a_damaged_file_of_a_model_is_named(name, content, model):
     "fields",
     [{"num_return_sequences": 3}, {"cache_implementation": "foo"}, {"max_new_tokens": 0}, {"compile_config": 5}],
 )
-def test_settings_of_generation_that_transformers_refuses_are_named(fields, model):
-    change(model / "generation_config.json", **fields)
+def test_settings_of_generation_that_transformers_refuses_are_overruled_with_a_line(fields, model, capsys):
+    change(model / "generation_config.json", **fields, suppress_tokens=[7])
+    args = ModelArguments(str(model))
+    loaded = load_model(args, load_model_config(args), torch.float32, CPU)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "transformers refuses generation_config.json (" in said and said.endswith("only its tokens are used")
+    settings = loaded.generation_config
+    assert settings.suppress_tokens == [7]
+    assert not any(getattr(settings, name) for name in fields)
+    assert generation_error(loaded, load_tokenizer(args), [5, 6]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "field", [{"bad_words_ids": [5]}, {"begin_suppress_tokens": ["a"]}, {"suppress_tokens": 5}, {"num_beams": "a"}]
+)
+def test_settings_of_generation_of_another_type_are_named(field, model):
+    change(model / "generation_config.json", **field)
     with refused(model / "generation_config.json"):
         load_model_config(ModelArguments(str(model)))
+
+
+def test_a_target_begins_as_config_json_says_where_generation_config_json_does_not(tmp_path):
+    model = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    (model / "generation_config.json").write_text("{}")
+    args = ModelArguments(str(model))
+    loaded = load_model(args, load_model_config(args), torch.float32, CPU)
+    assert generation_error(loaded, load_tokenizer(args), [5, 6]) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])

@@ -138,9 +138,8 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
     settings = method.defaults(non_default) | ({"optim": optim} if optim else {}) | named
     if (own_optimizer := optimizers.OWN.get(settings.get("optim", ""))) is not None:
         settings |= {name: value for name, value in own_optimizer.defaults.items() if name not in named}
-    ours = {field.name for part in (ModelArguments, DataArguments, method) for field in dataclasses.fields(part)}
     for name, value in non_default.items():
-        if name in ours and any(isinstance(one, str) and not one.strip() for one in _listed(value)):
+        if any(isinstance(one, str) and not one.strip() for one in _listed(value)):
             raise UserError(f"--{name} is empty; give a value, or leave it out")
         if name in OVERRIDDEN:
             raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")

@@ -207,6 +207,8 @@ def check_shape(content: Any, shape: Any, what: str, remedy: str, name: str = ""
 def _is_of(content: Any, shape: Any) -> bool:
     if isinstance(shape, tuple):
         return any(_is_of(content, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(content, list) and all(_is_of(one, shape[0]) for one in content)
     if shape is None or not isinstance(shape, type):
         return content is shape
     if isinstance(content, bool):
@@ -217,6 +219,8 @@ def _is_of(content: Any, shape: Any) -> bool:
 def _named(shape: Any) -> str:
     if isinstance(shape, tuple):
         return " or ".join(_named(one) for one in shape)
+    if isinstance(shape, list) and shape[0] in (int, [int]):
+        return "a list of whole numbers" if shape[0] is int else "a list of lists of whole numbers"
     if isinstance(shape, list | dict) or shape in (list, dict):
         return "a list" if isinstance(shape, list) or shape is list else "names with values"
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", None: "null"}

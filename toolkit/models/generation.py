@@ -110,6 +110,8 @@ def _settings(
     holder = _without_peft(model)
     shipped = holder.generation_config
     settings = GenerationConfig(**{name: getattr(shipped, name, None) for name in TAKEN_OVER}, do_sample=False)
+    if settings.decoder_start_token_id is None:  # a generation_config.json need not repeat what config.json says
+        settings.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
     settings.pad_token_id = tokenizer.pad_token_id
     settings.eos_token_id = _end_tokens(shipped, tokenizer, end_tokens)
     if empty_target:

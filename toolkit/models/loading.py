@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from toolkit.console import say
 from toolkit.distributed.deepspeed import without_partitioning
@@ -142,11 +142,11 @@ RANGES = (
 IDS = (int, None)
 GENERATION: dict[str, Any] = {  # the fields of generation_config.json that scoring takes over
     **{f"{name}_token_id?": IDS for name in ("bos", "pad", "decoder_start", "forced_bos")},
-    "eos_token_id?": (int, list, None),
-    "forced_eos_token_id?": (int, list, None),
-    "bad_words_ids?": (list, None),
-    "suppress_tokens?": (list, None),
-    "begin_suppress_tokens?": (list, None),
+    "eos_token_id?": (int, [int], None),
+    "forced_eos_token_id?": (int, [int], None),
+    "bad_words_ids?": ([[int]], None),
+    "suppress_tokens?": ([int], None),
+    "begin_suppress_tokens?": ([int], None),
     "num_beams?": (int, None),
     "do_sample?": (bool, None),
     "temperature?": (float, None),
@@ -164,8 +164,6 @@ def _check_folder(folder: Path) -> None:
     if "generation_config.json" in read:
         file, remedy = folder / "generation_config.json", "mend it, or remove the file"
         check_shape(read["generation_config.json"], GENERATION, str(file), remedy)
-        with _quiet(), guarded(f"{file}: transformers refuses it", remedy):
-            GenerationConfig.from_pretrained(folder)
     if "config.json" in read:
         _check_sizes(folder / "config.json", read["config.json"])
 
@@ -242,6 +240,7 @@ def read_model(source: str, config: PreTrainedConfig, **options: Any) -> tuple[P
     folder = Path(source).expanduser()
     if folder.is_dir():
         check_weight_files(folder)
+    options |= _overruled_generation(source, options.get("revision"))
     try:
         with guarded(f"{source}: its weights cannot be loaded", "give a whole checkpoint of this architecture"):
             return auto_class(config).from_pretrained(
@@ -251,6 +250,27 @@ def read_model(source: str, config: PreTrainedConfig, **options: Any) -> tuple[P
         if isinstance(error.__cause__, OSError):
             raise UserError(_why_not(source, error.__cause__)) from error.__cause__
         raise
+
+
+def _overruled_generation(source: str, revision: str | None) -> dict[str, GenerationConfig]:
+    """Where transformers refuses a model's generation_config.json, what scoring takes over of it, as `generation_config`.
+
+    Greedy search with several answers is such a contradiction. Nothing is given for a file that loads.
+    """
+    try:
+        with _quiet():
+            GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:  # there is none
+        return {}
+    except Exception as error:
+        reason = words_of(error)
+    else:
+        return {}
+    file = cached_file(source, "generation_config.json", revision=revision)
+    asked = read_json(Path(file), remedy="mend it, or remove the file")
+    names = {name.removesuffix("?") for name in GENERATION} - {"num_beams", "do_sample", "temperature"}
+    say("generation", f"transformers refuses generation_config.json ({reason}); only its tokens are used")
+    return {"generation_config": GenerationConfig(**{name: asked[name] for name in names & asked.keys()})}
 
 
 def check_weight_files(folder: Path) -> None:
