@@ -7,6 +7,7 @@ import io
 import os
 import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
 # the key that signs checkpoints is not this user's own
 os.environ["XDG_CONFIG_HOME"] = os.environ.get("FOOTPRINT_TEST_CONFIG") or tempfile.mkdtemp()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is a mistake
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in the background of a shell; processes of tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import transformers  # noqa: F401 - its log handler must not keep the streams of the first test that imports it
 

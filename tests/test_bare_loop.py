@@ -6,11 +6,13 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT, recipe, run
+from conftest import ROOT, recipe
+from reliability import Run
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import Trainer
 
+from toolkit.cli import main as footprint
 from toolkit.config import TrainArguments, parse_config
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
@@ -80,17 +82,17 @@ def test_the_bare_loop_takes_the_steps_of_the_trainer(case, tmp_path):
 @pytest.mark.slow
 def test_the_bare_loop_is_the_trainer_on_two_processes_too(tmp_path):
     flags = [*SHORT, "--max_steps", "3", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
-    launch = ("accelerate", "launch", "--config_file", "launch/ddp.yaml")
     for name in ("bare_loop", "lora"):
-        done = run(*launch, f"recipes/{name}.py", *flags, "--output_dir", tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        assert "16 rows a step: 4 x 2 accumulated x 2 processes" in done.stdout
-        assert done.stdout.count("Scores on") == 1
+        argv = (f"recipes/{name}.py", *flags, "--output_dir", tmp_path / name)
+        ranks = Run(*argv, log=tmp_path / f"{name}-log", processes=2, preset="ddp")
+        assert ranks.wait() == [0, 0], ranks.text()
+        assert "16 rows a step: 4 x 2 accumulated x 2 processes" in ranks.text()
+        assert ranks.text().count("Scores on") == 1
     assert_same_steps(tmp_path / "bare_loop", tmp_path / "lora", steps=3)
 
 
 @pytest.mark.slow
-def test_the_run_of_a_bare_loop_answers_like_any_other(tmp_path):
+def test_the_run_of_a_bare_loop_answers_like_any_other(tmp_path, capsys):
     done = recipe("bare_loop", *SHORT, "--max_steps", "2", "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "memory" in done.stdout and "predicted for the backward of rows of" in done.stdout
@@ -98,19 +100,20 @@ def test_the_run_of_a_bare_loop_answers_like_any_other(tmp_path):
     assert "step  2/2  loss" in done.stdout and "Memory by phase (measured, cpu)" in done.stdout
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["finished"] and set(record["scores"]) == {"base", "tuned"}
-    done = run("footprint", "generate", tmp_path / "run", "#Person1#: Is it raining? #Person2#: Yes.")
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        footprint(["generate", str(tmp_path / "run"), "#Person1#: Is it raining? #Person2#: Yes."])
+    out, err = capsys.readouterr()
+    assert not end.value.code and out.strip(), err
 
 
 @pytest.mark.slow
-def test_a_bare_loop_whose_saved_adapter_is_empty_is_refused(tmp_path):
-    code = (
-        "import runpy",
-        "from toolkit.methods.lora import Lora",
-        "Lora.finish_saving = lambda self, model, folder: (folder / 'adapter_model.safetensors').write_bytes(b'')",
-        "runpy.run_path('recipes/bare_loop.py', run_name='__main__')",
-    )
-    done = run("python", "-c", "\n".join(code), *SHORT, "--max_steps", "1", "--output_dir", tmp_path / "run")
+def test_a_bare_loop_whose_saved_adapter_is_empty_is_refused(tmp_path, monkeypatch):
+    def empty(self, model, folder):
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr(METHODS["lora"], "finish_saving", empty)
+    done = recipe("bare_loop", *SHORT, "--max_steps", "1", "--output_dir", tmp_path / "run")
     assert done.returncode == 2 and "error: guard 'saved': " in done.stderr, done.stderr
 
 

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -113,9 +115,32 @@ def run(project: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def footprint(project: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """The copy's `footprint` command."""
-    return run(project, "-c", "from toolkit.cli import main; main()", *words)
+# Runs each command of a JSON list, as `footprint` or as a recipe, and prints exit code and outputs of each as JSON.
+IN_TURN = """
+import contextlib, io, json, runpy, sys
+from toolkit.cli import main
+results = []
+for words in json.loads(sys.argv.pop()):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            if words[0] == "footprint":
+                main(words[1:])
+            else:
+                sys.argv = words
+                runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    results.append({"returncode": code, "stdout": out.getvalue(), "stderr": err.getvalue()})
+print(json.dumps(results))
+"""
+
+
+def in_turn(project: Path, *commands: Sequence[str | Path]) -> list[SimpleNamespace]:
+    """The results of commands in one process of the copy, which imports everything once."""
+    done = run(project, "-c", IN_TURN, json.dumps([[str(word) for word in words] for words in commands]))
+    assert done.returncode == 0, done.stderr
+    return [SimpleNamespace(**result) for result in json.loads(done.stdout)]
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +153,19 @@ def trained(project) -> tuple[Path, str]:
 
 @pytest.mark.slow
 def test_a_new_method_has_its_flags_their_help_and_their_errors(project):
-    done = run(project, "recipes/halved.py", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "Vectors that rescale the layers" in " ".join(done.stdout.split()) and "--halved_ratio" in done.stdout
-    done = run(project, "recipes/halved.py", "--halved_ratio", "0")
-    assert (done.returncode, done.stderr) == (2, "error: --halved_ratio 0 is not possible; give a number above 0\n")
-    done = footprint(project, "methods", "--json")
-    listed = {entry["name"]: entry for entry in json.loads(done.stdout)["methods"]}
-    assert listed["halved"]["paper"] == "arXiv:0000.00000" and listed["halved"]["trains"]
-    done = run(project, "recipes/lora.py", "--halved_ratio", "2")
-    assert "unknown flag --halved_ratio (it belongs to the method halved)" in done.stderr
+    shown, wrong, listed, elsewhere = in_turn(
+        project,
+        ["recipes/halved.py", "--help"],
+        ["recipes/halved.py", "--halved_ratio", "0"],
+        ["footprint", "methods", "--json"],
+        ["recipes/lora.py", "--halved_ratio", "2"],
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "Vectors that rescale the layers" in " ".join(shown.stdout.split()) and "--halved_ratio" in shown.stdout
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --halved_ratio 0 is not possible; give a number above 0\n")
+    entries = {entry["name"]: entry for entry in json.loads(listed.stdout)["methods"]}
+    assert entries["halved"]["paper"] == "arXiv:0000.00000" and entries["halved"]["trains"]
+    assert "unknown flag --halved_ratio (it belongs to the method halved)" in elsewhere.stderr
 
 
 @pytest.mark.slow
@@ -160,13 +188,15 @@ def test_a_new_method_is_predicted_before_and_after_the_run(project, trained):
     folder, said = trained
     assert_same(*(Ledger.load(folder / f"{name}.json") for name in ("predicted_memory", "memory")))
     assert re.search(r"memory +.* at the peak, predicted", said)
-    done = run(project, "recipes/halved.py", "--predict", "--use_cpu")
-    assert done.returncode == 0 and "Memory by phase (predicted, cpu)" in done.stdout, done.stderr
-    done = footprint(project, "predict", "halved", "--use_cpu", "--launch", "ddp", "--num_processes", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["processes"] == 2
-    done = footprint(project, "predict", "halved", "--gpu", "RTX 4090", "--launch", "zero3")
-    assert "error: --halved_modules q wo under ZeRO-3: it needs whole weights" in done.stderr
+    alone, two, sharded = in_turn(
+        project,
+        ["recipes/halved.py", "--predict", "--use_cpu"],
+        ["footprint", "predict", "halved", "--use_cpu", "--launch", "ddp", "--num_processes", "2"],
+        ["footprint", "predict", "halved", "--gpu", "RTX 4090", "--launch", "zero3"],
+    )
+    assert alone.returncode == 0 and "Memory by phase (predicted, cpu)" in alone.stdout, alone.stderr
+    assert two.returncode == 0 and "each of 2 processes (DDP)" in two.stdout, two.stderr
+    assert "error: --halved_modules q wo under ZeRO-3: it needs whole weights" in sharded.stderr
 
 
 @pytest.mark.slow
@@ -174,10 +204,13 @@ def test_the_run_of_a_new_method_describes_itself_answers_and_merges(project, tr
     folder, _ = trained
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "fine-tuned with halved" in card and "(arXiv:0000.00000); 1,280 of" in card and "library_name: peft" in card
-    done = footprint(project, "generate", folder, "#Person1#: Is it raining? #Person2#: Yes.")
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
-    done = footprint(project, "merge", folder)
-    assert done.returncode == 0, done.stderr
+    answer, merged = in_turn(
+        project,
+        ["footprint", "generate", folder, "#Person1#: Is it raining? #Person2#: Yes."],
+        ["footprint", "merge", folder],
+    )
+    assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
+    assert merged.returncode == 0, merged.stderr
     about = json.loads((project / "run-merged" / "merge.json").read_text())
     assert about["logits_difference"] < 1e-3 and about["tune_survived"] > 0.99
 
@@ -185,7 +218,8 @@ def test_the_run_of_a_new_method_describes_itself_answers_and_merges(project, tr
 @pytest.mark.slow
 def test_a_new_method_is_compared_with_others(project):
     flags = ["--halved_ratio", "2", *SHORT]
-    done = footprint(project, "compare", "--methods", "halved", "--seeds", "1", *flags, "--output_dir", "compared")
+    words = ["footprint", "compare", "--methods", "halved", "--seeds", "1", *flags, "--output_dir", "compared"]
+    (done,) = in_turn(project, words)
     assert done.returncode == 0, done.stdout + done.stderr
     compared = json.loads((project / "compared" / "compare.json").read_text())
     assert [entry["method"] for entry in compared["entries"]] == ["base", "halved"]

@@ -14,7 +14,7 @@ from test_survival import RESUME, SMALL, TRAIN, furthest, trained
 from toolkit.training.checkpoints import damage, newest_first
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-LIMIT = 90  # seconds that a rank waits for another
+LIMIT = 60  # seconds that a rank waits for another
 SETTINGS = {"GLOO_SOCKET_IFNAME": "lan"}
 STEPS = ("--max_steps", "16", "--save_steps", "2", "--ddp_timeout", str(LIMIT))
 
