@@ -117,21 +117,28 @@ def run(project: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
 
 # Runs each command of a JSON list, as `footprint` or as a recipe, and prints exit code and outputs of each as JSON.
 IN_TURN = """
-import contextlib, io, json, runpy, sys
+import json, os, runpy, sys, tempfile
 from toolkit.cli import main
-results = []
+kept, results = [os.dup(1), os.dup(2)], []
 for words in json.loads(sys.argv.pop()):
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    streams, code = [tempfile.TemporaryFile() for _ in kept], 0
+    for number, stream in enumerate(streams, 1):
+        os.dup2(stream.fileno(), number)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            if words[0] == "footprint":
-                main(words[1:])
-            else:
-                sys.argv = words
-                runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "footprint":
+            main(words[1:])
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
-    results.append({"returncode": code, "stdout": out.getvalue(), "stderr": err.getvalue()})
+    sys.stdout.flush()
+    for number, descriptor in enumerate(kept, 1):
+        os.dup2(descriptor, number)
+    for stream in streams:
+        stream.seek(0)
+    out, err = (stream.read().decode() for stream in streams)
+    results.append({"returncode": code, "stdout": out, "stderr": err})
 print(json.dumps(results))
 """
 
