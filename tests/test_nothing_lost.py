@@ -128,19 +128,25 @@ def test_ctrl_c_saves_and_says_the_command_that_goes_on_and_a_second_one_ends_at
     assert f"--output_dir {folder} {RESUME}" in said.split("stopped  by Ctrl-C, with checkpoint-")[1].splitlines()[0]
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "how"), [(True, "continue with"), (False, "no checkpoint was saved yet; start again with")]
+)
+def test_a_second_ctrl_c_ends_at_once(saved, how, tmp_path):
     script = """
-import time
+import sys, time
+from pathlib import Path
 from toolkit.distributed.ranks import exits_cleanly, interruption
 @exits_cleanly
 def main():
-    interruption.continue_with = "the same again"
+    interruption.continue_with, interruption.folder = "the same again", Path(sys.argv[1])
     with interruption.deferred_to_a_step():
         print("trains", flush=True)
         time.sleep(60)
 main()
 """
-    one = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if saved:
+        (tmp_path / "checkpoint-1").mkdir()
+    one = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert one.stdout.readline() == "trains\n"
         one.send_signal(signal.SIGINT)
@@ -149,10 +155,19 @@ main()
         assert one.poll() is None
         one.send_signal(signal.SIGINT)
         assert one.wait(10) == 130
-        assert one.stdout.read() == "    stopped  by Ctrl-C; continue with: the same again\n"
+        assert one.stdout.read() == f"    stopped  by Ctrl-C; {how}: the same again\n"
     finally:
         one.kill()
         one.wait()
+
+
+def test_ctrl_c_while_libraries_load_ends_a_recipe_without_a_traceback(tmp_path):
+    command = [sys.executable, "recipes/lora.py", "--output_dir", tmp_path / "run", "--use_cpu"]
+    one = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert "loading PyTorch" in one.stdout.readline()
+    one.send_signal(signal.SIGINT)
+    rest, _ = one.communicate(timeout=60)
+    assert (rest, one.returncode) == ("", -signal.SIGINT) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

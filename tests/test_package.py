@@ -79,7 +79,8 @@ def test_an_installed_package_starts_the_launcher_with_its_own_files(site, tmp_p
     done = footprint(site, tmp_path, "train", "lora", *launch, *SHORT, "--output_dir", "run")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["processes"] == 2 and f"--config_file {site}/toolkit/launch/ddp.yaml" in record["command"]
+    assert record["processes"] == 2 and record["command"].startswith("footprint train lora --launch ddp --num_proc")
+    assert f"starting accelerate launch --config_file {site}/toolkit/launch/ddp.yaml" in done.stdout
     # the recipe refuses it on both ranks, late; the launcher's exit code is passed on
     done = footprint(site, tmp_path, "train", "lora", *launch, *SHORT, "--output_dir", "run")
     assert done.returncode != 0 and "--output_dir run is not empty" in done.stderr

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from toolkit.config import parse_config
-from toolkit.distributed.launcher import command, command_that_continues, without_secrets
+from toolkit.distributed.launcher import STARTED_AS, command, command_that_continues, without_secrets
 from toolkit.errors import UserError
 from toolkit.memory.ledger import Ledger
 from toolkit.methods import METHODS
@@ -203,6 +203,11 @@ def test_the_recorded_command_is_the_launchers_without_secrets(monkeypatch):
         monkeypatch.setattr("psutil.Process", lambda parents=parents: SimpleNamespace(parents=lambda: parents))
         assert without_secrets(shlex.join(command())) == f"{expected} recipes/lora.py --hub_token=HIDDEN --lora_r 4"
         assert command_that_continues("a b").endswith("--lora_r 4 --output_dir 'a b' --resume_from_checkpoint")
+    monkeypatch.setenv(STARTED_AS, "footprint train lora --launch ddp --hub_token=hf_x")
+    assert without_secrets(shlex.join(command())) == "footprint train lora --launch ddp --hub_token=HIDDEN"
+    assert command_that_continues("a b") == (
+        "footprint train lora --launch ddp --hub_token=HIDDEN --output_dir 'a b' --resume_from_checkpoint"
+    )
     assert without_secrets("accelerate launch a.py --hub-token hf_x") == "accelerate launch a.py --hub-token HIDDEN"
 
 

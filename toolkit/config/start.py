@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def start(recipe: str) -> None:
 
     A recipe whose file is not named after a method is checked by its parser alone.
     """
+    if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports is no traceback
     method, argv = Path(recipe).stem, sys.argv[1:]
     if method in sources.methods():
         if wants_short_help(argv) and (text := short_help(method)):

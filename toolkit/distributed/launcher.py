@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+STARTED_AS = "FOOTPRINT_STARTED_AS"  # an environment variable with the command line of `footprint train`
 LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun", "deepspeed")
 
 
@@ -38,7 +39,9 @@ def launcher_pid() -> int | None:
 
 
 def command() -> list[str]:
-    """The command that started this run: its launcher's, if a parent process is a launcher; otherwise python's."""
+    """The command that started this run: `footprint train`, its launcher's, if a parent is one, or else python's."""
+    if STARTED_AS in os.environ:
+        return shlex.split(os.environ[STARTED_AS])
     launchers = _launchers()
     return [*(launchers[0][1] if launchers else ["python"]), *sys.argv]
 

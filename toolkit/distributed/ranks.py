@@ -51,6 +51,7 @@ class Interruption:
         self.received: int | None = None  # the signal
         self.deferred = False
         self.continue_with = ""  # the command that continues the run, once its folder exists
+        self.folder = Path()  # the run's
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -83,7 +84,9 @@ class Interruption:
         """Prints how to continue the run, and ends this process."""
         assert self.received is not None
         if self.continue_with:
-            _say("stopped", f"by {SIGNALS[self.received]}; continue with: {self.continue_with}")
+            saved = any(self.folder.glob("checkpoint-*"))
+            how = "continue with" if saved else "no checkpoint was saved yet; start again with"
+            _say("stopped", f"by {SIGNALS[self.received]}; {how}: {self.continue_with}")
         _exit(128 + self.received)
 
     def _on_signal(self, number: int, frame: Any) -> None:

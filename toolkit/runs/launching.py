@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shlex
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from toolkit.config import page, sources, start
 from toolkit.config.start import say_start
 from toolkit.distributed.folders import find_launch_file, find_recipe
+from toolkit.distributed.launcher import STARTED_AS
 from toolkit.errors import UserError, did_you_mean
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_yaml
@@ -125,11 +127,17 @@ def train(method: str, flags: Sequence[str], launch: str | None, processes: int 
     recipe = find_recipe(method)
     if recipe.stem in sources.methods():
         check(method, flags)
+    if launch is None and processes not in (None, 1):
+        raise UserError(f"--num_processes {processes} needs a launch file; add for instance --launch ddp")
+    own = ["--launch", launch] if launch is not None else []
+    own += ["--num_processes", str(processes)] if processes is not None else []
+    os.environ[STARTED_AS] = shlex.join(["footprint", "train", method, *own, *flags])
     if launch is None:
-        if processes not in (None, 1):
-            raise UserError(f"--num_processes {processes} needs a launch file; add for instance --launch ddp")
         sys.argv = [str(recipe), *flags]
-        runpy.run_path(str(recipe), run_name="__main__")
+        try:
+            runpy.run_path(str(recipe), run_name="__main__")
+        finally:
+            del os.environ[STARTED_AS]
         return
     file = find_launch_file(launch)
     words = launch_command(recipe, file, flags, processes)

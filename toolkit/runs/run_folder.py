@@ -69,7 +69,7 @@ class RunFolder:
                 release(path)
                 shutil.rmtree(path, ignore_errors=True)  # it was new or empty
             raise
-        interruption.continue_with = command_that_continues(str(path))
+        interruption.continue_with, interruption.folder = command_that_continues(str(path)), path
         say("folder", str(path))
         return run
 
