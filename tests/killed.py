@@ -34,4 +34,5 @@ if __name__ == "__main__":
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        Path(count).write_text(str(seen))
+        if os.environ.get("RANK", "0") == "0":
+            Path(count).write_text(str(seen))

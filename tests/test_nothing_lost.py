@@ -110,6 +110,32 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_results(moment, 
     assert left <= {claim.LOCK}  # stays if the run was killed after it had finished, when it removes its lock
 
 
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory):
+    """As `whole`, by two processes under DDP."""
+    folder = tmp_path_factory.mktemp("whole_of_two") / "run"
+    counted = ("tests/killed.py", "0", str(folder.with_suffix(".count")), RECIPE)
+    run(folder, script=counted, processes=2, preset="ddp")
+    return folder, int(folder.with_suffix(".count").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("moment", range(12))
+def test_two_processes_of_which_the_first_is_killed_at_any_moment_go_on_to_the_same_results(
+    moment, whole_of_two, tmp_path
+):
+    reference, operations = whole_of_two
+    number = 2 + moment * (operations - 2) // 11
+    folder = tmp_path / "run"
+    argv = ("tests/killed.py", str(number), str(tmp_path / "count"), RECIPE, *SMALL, "--output_dir", folder)
+    ranks = Run(*argv, log=tmp_path / "log", processes=2, preset="ddp")
+    codes = ranks.wait()
+    assert codes[0] == -signal.SIGKILL, ranks.text()
+    run(folder, RESUME, processes=2, preset="ddp")
+    assert same(reference, folder), number
+
+
 # ---- signals
 
 
