@@ -309,7 +309,8 @@ def check_prediction(how, name, capfd):
     published = catalogue.find(name).parameters
     assert 0.85 * published < ledger["parameters"]["all"] < 1.1 * published
     share = ledger["parameters"]["trainable"] / ledger["parameters"]["all"]
-    assert share > 0.9 if how == "full" else 0 < share < 0.1
+    # of Llama 3.2 Vision's language part, the layers that only see images stay frozen
+    assert share > (0.8 if "Vision" in name else 0.99) if how == "full" else 0 < share < 0.1
 
 
 @pytest.mark.parametrize(("how", "name"), _real_sizes(quick=True))

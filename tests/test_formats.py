@@ -471,7 +471,9 @@ def train_on(name: str, data: Path, folder: Path) -> tuple[str, dict]:
 def test_a_format_trains_and_its_run_generates(name, data, tmp_path, capsys):
     out, record = train_on(name, data, tmp_path)
     _, _, task, said, _ = FORMATS[name]
-    assert said in out and record["task"] == task and record["finished"]
+    # --chat_template says the task, whose own column is `messages`: nothing has to be recognized
+    assert said in out or name == "openai"
+    assert record["task"] == task and record["finished"]
     with pytest.raises(SystemExit) as end:
         main(["generate", str(tmp_path / "run"), ASKED[0]])
     assert not end.value.code, capsys.readouterr().err
