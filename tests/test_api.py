@@ -150,7 +150,7 @@ def test_predict_returns_the_ledger_that_the_command_prints(method, settings, ow
     printed = json.loads(out)
     assert printed.pop("seconds") > 0 and ledger.pop("seconds") > 0
     if not ledger["fits"]:  # the command also searches what would fit
-        assert "is enough for ia3" in printed["notes"].pop(0)
+        assert "is enough for ia3" in printed["warnings"].pop(0)
     assert json.dumps(printed) == json.dumps(ledger)
 
 

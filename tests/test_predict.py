@@ -222,8 +222,8 @@ ASSUMED = {
         (
             "lora",
             300,
-            {},
-            "is enough for lora; with .*--max_length 128 it needs 2.0 KiB, and the smallest card .* is GT 1030",
+            {"max_length": 1900},
+            "is enough for lora; with .*--max_length 256 it needs 1.9 KiB, and the smallest card .* is GT 1030",
             6,
         ),
     ],
@@ -243,12 +243,24 @@ def test_the_nearest_setting_that_fits_is_named(method, states, needs, says, tri
     assert capfd.readouterr().err.count("does not fit; trying") == trials
 
 
+def test_of_weights_that_are_too_large_alone_the_least_is_predicted(capfd):
+    def predict(job):
+        smallest = job.flags.given.get("per_device_train_batch_size") == 1
+        return ledger_of(1900 if smallest else 2000, 1200, ASSUMED)
+
+    job = prediction.PredictionJob("lora", Flags({}), ONE_PROCESS)
+    least = "--load_in_4bit --gradient_checkpointing --per_device_train_batch_size 1 --gradient_accumulation_steps 8"
+    said = prediction.nearest_fit(job, ledger_of(2000, 1200, ASSUMED), predict)
+    assert f"is enough for lora; with {least} it needs 1.9 KiB, and" in said
+    assert capfd.readouterr().err.count("does not fit; trying") == 2
+
+
 def test_the_command_names_what_fits_first(config_only, capfd):
     code, out, err = run(capfd, "predict", "lora", *flags(config_only, "--gpu_memory", "3600KiB", "--json"))
     ledger = json.loads(out)
     assert (code, ledger["fits"]) == (1, False)
     assert "trying" in err
-    assert ledger["notes"][0].startswith(("it fits with --", "no batch size"))
+    assert ledger["warnings"][0].startswith(("it fits with --", "no batch size"))
 
 
 @pytest.mark.slow
@@ -363,7 +375,7 @@ def test_experts_that_stay_unquantized_are_reported_with_their_size(tmp_path, ca
     targets = ("--lora_target_modules", "q_proj", "v_proj")
     _, out, _ = run(capfd, "predict", "qlora", *flags(tmp_path, *targets, "--gpu", "RTX4090", "--json"))
     ledger = json.loads(out)
-    note = ledger["notes"][0]
+    note = ledger["warnings"][0]
     elements = 2 * 4 * 3 * 64 * 128  # layers x experts x projections
     assert f"({elements * 2 / 1024:.1f} KiB)" in note and "stay in bfloat16" in note
     # attention packs 2 layers x (2 x 64 x 64 + 2 x 64 x 32) of these weights, the experts, routers, embeddings and norms
@@ -373,7 +385,9 @@ def test_experts_that_stay_unquantized_are_reported_with_their_size(tmp_path, ca
         == f"4-bit nf4 for {24576 / everything:.0%} of the parameters, bfloat16 for the rest"
     )
     code, out, _ = run(capfd, "predict", "qlora", *flags(tmp_path, *targets, "--gpu_memory", "600KiB", "--json"))
-    assert code == 1 and "experts" in json.loads(out)["notes"][0] and "lora" in json.loads(out)["notes"][1]
+    unquantized, untrained, advice = json.loads(out)["warnings"]
+    assert code == 1 and "not quantized" in unquantized and "lora" in advice
+    assert untrained == "the experts, 75% of the weights, stay as they are: no adapter is added to them"
 
 
 @pytest.mark.parametrize(

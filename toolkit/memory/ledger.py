@@ -56,6 +56,7 @@ SHAPE = {  # of `to_json`, as `check_shape` takes it
     "budget_bytes": (int, None),
     "seconds": float,
     "notes": [str],
+    "warnings?": [str],
     "processes?": int,
     "engine?": (str, None),
     "host_bytes?": int,
@@ -109,7 +110,8 @@ class Ledger:
     context_bytes: int | None = None  # taken by the driver and by libraries outside PyTorch; None on a CPU
     budget_bytes: int | None = None
     seconds: float = 0.0
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # how far the figures can be trusted
+    warnings: tuple[str, ...] = ()  # what to know before the figures, and what would fit
     assumed: Mapping[str, Any] = field(default_factory=dict)  # the batch, the precision and the data of a prediction
     processes: int = 1  # of the run; the ledger describes one of them
     engine: str | None = None  # "ZeRO-3"; None: unknown
@@ -190,6 +192,7 @@ class Ledger:
             "host_bytes": self.host_bytes,
             "nvme_bytes": self.nvme_bytes,
             "seconds": round(self.seconds, 3),
+            "warnings": list(self.warnings),
             "notes": list(self.notes),
             "timeline": [list(row) for row in self.timeline],
         }
@@ -220,6 +223,7 @@ class Ledger:
                 budget_bytes=data["budget_bytes"],
                 seconds=data["seconds"],
                 notes=tuple(data["notes"]),
+                warnings=tuple(data.get("warnings", ())),
                 assumed=data.get("assumed", {}),
                 processes=data.get("processes", 1),
                 engine=data.get("engine"),

@@ -59,6 +59,8 @@ def legend(groups: Mapping[str, int]) -> Text:
 def print_ledger(console: Console, ledger: Ledger) -> None:
     """Prints the peak as a bar, and a table of categories by phase at each phase's own peak."""
     console.print(_headline(ledger))
+    for warning in ledger.warnings:
+        console.print(warning, markup=False)
     groups = grouped(ledger.categories_at_peak)
     console.print(bar(groups, ledger.reserved_bytes, width=min(60, console.width)), legend(groups), sep="\n")
     table = Table(title=f"Memory by phase ({ledger.source}, {ledger.device})", title_justify="left")

@@ -470,9 +470,13 @@ def _make_head_anew(args: ModelArguments, model: PreTrainedModel, missing: Colle
         model.initialize_weights()
 
 
-def _is_multimodal(args: ModelArguments) -> bool:
+LANGUAGE_PART = "the model is multimodal: only its language part is loaded and trained, not what reads images or sound"
+
+
+def is_multimodal(args: ModelArguments) -> bool:
     """Whether the checkpoint is that of a multimodal model, so that only its language part is loaded."""
-    whole = AutoConfig.from_pretrained(args.source, revision=args.model_revision)
+    whole = None if args.is_local else catalogue.config_of(args.source)
+    whole = whole or read_config(args.source, args.model_revision)
     return language_part(whole) is not whole
 
 
@@ -499,10 +503,6 @@ def check_weights(source: str, model: PreTrainedModel, found: dict[str, Any], is
     missing += sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(heads))
     unknown = sorted(found["unexpected_keys"])
     if not missing and is_part:
-        say(
-            "model",
-            f"{source} is multimodal: its language part is loaded, {len(unknown)} tensors of other parts are left out",
-        )
         return
     if not missing:
         body = [name for name in unknown if name.startswith(f"{model.base_model_prefix}.")]
@@ -556,7 +556,7 @@ def load_model(
         # under ZeRO-3 transformers itself puts weights on the process's device
         if engine.kind is not EngineKind.ZERO_3:
             options["device_map"] = {"": training.device}
-    is_part = _is_multimodal(args)
+    is_part = is_multimodal(args)
     if is_part:
         options["key_mapping"] = NAMES
     set_seed(training.seed)  # for a new head

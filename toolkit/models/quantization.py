@@ -58,7 +58,13 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3}
 
 
-EXPERTS = "of the weights are not quantized"  # the warning about experts has these words
+def untrained_experts(model: nn.Module) -> str | None:
+    """A warning about experts of which the tuned `model` trains nothing, neither weights nor adapters; None without such."""
+    experts = stacked_experts(model)
+    if not experts or any(p.requires_grad and ".experts." in name for name, p in model.named_parameters()):
+        return None
+    share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
+    return f"the experts, {share:.0%} of the weights, stay as they are: no adapter is added to them"
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Packed:
             return None
         size = format_bytes(self.experts * dtype.itemsize)
         return (
-            f"{self.experts / self.all:.0%} {EXPERTS}: bitsandbytes packs only linear layers, and this model's "
+            f"{self.experts / self.all:.0%} of the weights are not quantized: bitsandbytes packs only linear layers, and this model's "
             f"experts are stacked tensors, which stay in {str(dtype).removeprefix('torch.')} ({size}); what helps is a dense model, or more memory: recipes/lora.py with "
             "launch/zero3_offload.yaml needs the host's"
         )

@@ -82,7 +82,6 @@ def predict(
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
     from toolkit.methods import method_named
-    from toolkit.models.quantization import EXPERTS
     from toolkit.runs.prediction import PredictionJob, nearest_fit, this_card
 
     recipe = method_named(method)
@@ -97,7 +96,7 @@ def predict(
     if ledger.fits or not advise:
         return ledger
     advice = nearest_fit(job, ledger, run)
-    return replace(ledger, notes=tuple(sorted((advice, *ledger.notes), key=lambda note: EXPERTS not in note)))
+    return replace(ledger, warnings=(*ledger.warnings, advice))
 
 
 def load_run(path: str | Path) -> FinishedRun:

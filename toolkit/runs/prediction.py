@@ -39,8 +39,8 @@ from toolkit.models import catalogue
 from toolkit.models.arguments import looks_like_path
 from toolkit.models.heads import has_head, set_head
 from toolkit.models.hub import TOKENIZER_FILE, check_reachable
-from toolkit.models.loading import build_on_meta, load_tokenizer
-from toolkit.models.quantization import Packed
+from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_tokenizer
+from toolkit.models.quantization import Packed, untrained_experts
 from toolkit.runs.preflight import check_checkpointing, check_combination
 from toolkit.training.checkpoints import readable_write_errors
 from toolkit.training.trainer import FineTuner
@@ -95,20 +95,23 @@ def predict_run(
         assumed = _assumed(config, batches[0], data_text)
     batches = [batch for batch in batches for _ in range(processes())]  # the data loader deals batches to ranks in turn
 
-    warnings: set[str] = set()
+    warnings = dict.fromkeys([LANGUAGE_PART] if is_multimodal(config.model) else [])  # a set that keeps its order
 
     def build() -> PreTrainedModel:
         model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
         check_checkpointing(config, model)
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.dtype)):
-            warnings.add(warning)
+            warnings[warning] = None
         if assumed:
             assumed["weights"] = packed.in_words(config.model, str(config.dtype).removeprefix("torch."))
         if not config.model.random_weights:  # a model with random weights has no checkpoint to take a head from
             catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
-            return config.method.attach(model)
+            tuned = config.method.attach(model)
+        if warning := untrained_experts(tuned):
+            warnings[warning] = None
+        return tuned
 
     def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> FineTuner:
         return FineTuner(model, replace(config, training=sequential_arguments(arguments)), Batches(batches), [callback])
@@ -124,7 +127,7 @@ def predict_run(
         raise UserError(
             f"memory of {config.method.name}{where} cannot be predicted: {type(error).__name__}: {reason}"
         ) from error
-    notes = (*warnings, *ledger.notes)
+    notes = ledger.notes
     if engine.kind is not EngineKind.NONE and device is not CPU:
         notes += ("memory of NCCL and of other streams is not counted, because it was not measured",)
         if ledger.host_bytes:
@@ -134,7 +137,7 @@ def predict_run(
             "a paged optimizer's state is not in the peak: the driver keeps it in the card's free memory or on the host",
         )
     ledger = replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes())
-    return replace(ledger, notes=notes, assumed=assumed)
+    return replace(ledger, notes=notes, warnings=tuple(warnings), assumed=assumed)
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
     four_bits = [{"load_in_4bit": True}] if method.freezes_base and "bit" not in assumed["weights"] else []
     checkpointing = [] if assumed["gradient_checkpointing"] else [{"gradient_checkpointing": True}]
     kept: dict[str, Any] = {}
+    least_with: dict[str, Any] = {}
     last = least = ledger
     first, second = (four_bits, []) if too_large(ledger) else ([], four_bits)
     for change in (*first, *checkpointing, *fewer, *second, *shorter):
@@ -244,9 +248,20 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
         if found is None:
             continue
         kept |= change
-        last, least = found, min(least, found, key=lambda one: one.needed_bytes)
+        last = found
+        if found.needed_bytes < least.needed_bytes:
+            least, least_with = found, dict(kept)
         if found.fits:
             return f"it fits with {_as_words(kept)}: {format_bytes(found.needed_bytes)}"
+    if method.freezes_base and too_large(
+        last
+    ):  # what does not depend on the batch: one trial says what the least would be
+        smallest = {
+            name: value for change in (*four_bits, *checkpointing, *fewer[-1:]) for name, value in change.items()
+        }
+        found = tried(job.method, smallest) if smallest else None
+        if found is not None and found.needed_bytes < least.needed_bytes:
+            least, least_with = found, smallest
     nothing = f"no batch size, length or checkpointing is enough for {job.method}"
     if not method.freezes_base:
         small = {
@@ -263,7 +278,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
         if card.budget_bytes >= least.needed_bytes - (least.context_bytes or 0) + card.context_bytes
     ]
     card = min(large, key=lambda card: card.budget_bytes, default=None)
-    asked = f"with {_as_words(kept)} it needs" if kept else "it needs"
+    asked = f"with {_as_words(least_with)} it needs" if least_with else "it needs"
     enough = (
         "no card that footprint gpus lists has"
         if card is None

@@ -34,8 +34,8 @@ from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
 from toolkit.errors import UserError
 from toolkit.models.heads import has_own_head, keeps_head, set_head
-from toolkit.models.loading import build_on_meta, load_model, load_tokenizer
-from toolkit.models.quantization import Packed
+from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_model, load_tokenizer
+from toolkit.models.quantization import Packed, untrained_experts
 from toolkit.training.trainer import FineTuner
 
 NOT_OF_SHARDS = (
@@ -102,7 +102,7 @@ def prepare(config: Config) -> Preflight:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     ready = Preflight(config, model_config, data, trainable, total)
-    _say_what_will_be_done(ready, packed)
+    _say_what_will_be_done(ready, packed, untrained_experts(model))
     return ready
 
 
@@ -367,7 +367,7 @@ def _check_login(token: str | None) -> None:
         raise UserError(f"--push_to_hub: the hub cannot be reached ({reason}); leave it out, and push later") from None
 
 
-def _say_what_will_be_done(ready: Preflight, packed: Packed) -> None:
+def _say_what_will_be_done(ready: Preflight, packed: Packed, experts: str | None) -> None:
     config, training, data = ready.config, ready.config.training, ready.data
     name = config.model.model_name_or_path or "the embedded tiny T5"
     weights = "random weights" if config.model.random_weights else str(config.dtype).removeprefix("torch.")
@@ -376,6 +376,8 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed) -> None:
     else:
         weights += f": {config.dtype_reason}"
     say("model", f"{name} ({ready.model_config.model_type}, weights {weights})")
+    if is_multimodal(config.model):
+        say("model", LANGUAGE_PART)
     if packed.packed and (warning := packed.warning(config.dtype)):
         say("warning", warning)
     share = ready.trainable_parameters / ready.all_parameters
@@ -383,6 +385,8 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed) -> None:
         "method",
         f"{config.method.name}: {ready.trainable_parameters:,} of {ready.all_parameters:,} parameters are trained ({share:.2%})",
     )
+    if experts is not None:
+        say("method", experts)
     say("precision", config.precision_reason)
     say("optimizer", f"{config.optimizer}: {config.optimizer_reason}")
     labels = "labels" if data.task.model_kind == "head" else "label tokens"
