@@ -26,6 +26,7 @@ from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.loading import build_on_meta, load_model_config
 from toolkit.runs import prediction
+from toolkit.units import format_bytes
 
 
 @pytest.fixture(scope="module")
@@ -395,14 +396,30 @@ def test_experts_that_stay_unquantized_are_reported_with_their_size(tmp_path, ca
     [
         (["--per_device_train_batch_size", "1000000"], "1,000,000 rows of 64 tokens is too large for a prediction"),
         (
-            ["--gradient_accumulation_steps", "10000"],
-            "--gradient_accumulation_steps 10000: predicting more than 32 passes",
+            ["--gradient_accumulation_steps", "10000", "--launch", "zero2"],
+            "--gradient_accumulation_steps 10000: predicting more than 32 passes under ZeRO-2",
         ),
     ],
 )
 def test_a_batch_that_this_machine_could_not_hold_is_refused(more, says, config_only, capfd):
     code, out, err = run(capfd, "predict", "lora", *flags(config_only, *more))
     assert (code, out) == (2, "") and says in err
+
+
+def test_more_passes_than_are_traced_need_their_batches_of_token_ids_alone(config_only, capfd, monkeypatch):
+    def predicted(passes):
+        words = flags(config_only, "--gradient_accumulation_steps", str(passes), "--use_cpu", "--json")
+        return json.loads(run(capfd, "predict", "lora", *words)[1])
+
+    whole = predicted(8)
+    monkeypatch.setattr(prediction, "MOST_PASSES", 2)
+    part = predicted(8)
+    missing = whole["peak"]["allocated_bytes"] - part["peak"]["allocated_bytes"]
+    assert part["assumed"] == whole["assumed"] and missing > 0
+    assert (
+        f"2 of 8 passes were traced; each other one needs only its batch, {format_bytes(missing)} for"
+        in part["notes"][-1]
+    )
 
 
 @pytest.mark.parametrize("name", ["unsloth/SmolLM2-135M-Instruct-bnb-4bit", "unsloth/gemma-3-4b-it-bnb-4bit"])

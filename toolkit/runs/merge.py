@@ -159,7 +159,7 @@ def _save(model: Any, run: FinishedRun, folder: Path, about: dict[str, Any]) -> 
             raise
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"--output_dir {folder} cannot be written ({reason}); make room, or give a folder that can"
+            f"--output_dir {folder} cannot be written ({reason}); give a folder that can, on a disk with enough room"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -49,7 +49,7 @@ from toolkit.units import format_bytes
 Batch = dict[str, torch.Tensor]
 SUPPORTED_ENGINES = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
 MOST_TOKENS = 20_000_000  # in a batch: its ids, mask and labels are held on this machine, 24 bytes a token
-MOST_PASSES = 32  # accumulated in a step: each takes 1 to 3 seconds for a model of 1 to 8 B
+MOST_PASSES = 32  # of a step are traced: each takes 1 to 3 seconds for a model of 1 to 8 B
 SHORTEST = 64  # the fewest tokens that `nearest_fit` tries
 ORDINARY_TOKEN_ID = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
@@ -82,17 +82,19 @@ def predict_run(
         set_head(model_config, names, model_config.pad_token_id or 0)
     _refuse_unpredicted(config)
     check_combination(config)
-    if training.gradient_accumulation_steps > MOST_PASSES:
-        raise UserError(
-            f"--gradient_accumulation_steps {training.gradient_accumulation_steps}: predicting more than {MOST_PASSES} passes takes too "
-            f"long; predict {MOST_PASSES} or fewer, because each further pass needs only its batch of token ids"
-        )
-    passes = STEPS * training.gradient_accumulation_steps
-    assumed: dict[str, Any] = {}
+    accumulated, assumed, left_out = training.gradient_accumulation_steps, {}, ""
     if not batches:
         longest, data_text = _longest_rows(config, model_config, reads_data)
-        batches = [worst_batch(config, model_config, longest)] * passes
-        assumed = _assumed(config, batches[0], data_text)
+        worst = worst_batch(config, model_config, longest)
+        assumed = _assumed(config, worst, data_text)
+        if accumulated > MOST_PASSES:
+            _check_passes(config)
+            ids = (accumulated - MOST_PASSES) * sum(tensor.nbytes for tensor in worst.values())
+            left_out = f"{MOST_PASSES} of {accumulated} passes were traced; each other one needs only its batch, {format_bytes(ids)} for all"
+            training = copy.copy(training)
+            training.gradient_accumulation_steps = accumulated = MOST_PASSES
+            config = replace(config, training=training)
+        batches = [worst] * STEPS * accumulated
     batches = [batch for batch in batches for _ in range(processes())]  # the data loader deals batches to ranks in turn
 
     warnings = dict.fromkeys([LANGUAGE_PART] if is_multimodal(config.model) else [])  # a set that keeps its order
@@ -127,7 +129,7 @@ def predict_run(
         raise UserError(
             f"memory of {config.method.name}{where} cannot be predicted: {type(error).__name__}: {reason}"
         ) from error
-    notes = ledger.notes
+    notes = ledger.notes + ((left_out,) if left_out else ())
     if engine.kind is not EngineKind.NONE and device is not CPU:
         notes += ("memory of NCCL and of other streams is not counted, because it was not measured",)
         if ledger.host_bytes:
@@ -412,6 +414,15 @@ class Batches:
     def collator(self, model: PreTrainedModel, sequence_parallel_size: int = 1) -> Any:
         """A collator that returns the batch unchanged."""
         return _single_batch
+
+
+def _check_passes(config: Config) -> None:
+    """Raises UserError for more than `MOST_PASSES` accumulated passes under an engine that has their number in its own settings."""
+    if config.engine.kind not in (EngineKind.NONE, EngineKind.DDP):
+        raise UserError(
+            f"--gradient_accumulation_steps {config.training.gradient_accumulation_steps}: predicting more than {MOST_PASSES} passes under "
+            f"{config.engine} takes too long; predict {MOST_PASSES} or fewer: each further pass needs only its batch of token ids"
+        )
 
 
 def sequential_arguments(arguments: Any) -> Any:
