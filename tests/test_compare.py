@@ -131,6 +131,8 @@ def test_a_flag_goes_to_the_methods_that_have_it(tmp_path):
         ("base,lora", (), "its row is always there"),
         (None, (), "--methods is missing"),
         ("lora", ("--lora_rr", "4"), r"unknown flag --lora_rr \(did you mean lora_r\?\)"),
+        ("lora", ("--lr", "1e-3"), r"unknown flag --lr: use --learning_rate$"),
+        ("lora", ("--evaluation_strategy", "no"), r"unknown flag --evaluation_strategy: use --eval_strategy$"),
         ("full", ("--lora_r", "4"), r"unknown flag --lora_r \(it belongs to the method lora"),
         ("lora", ("--hub_token", "hf_x"), "every flag is written into the comparison"),
         ("lora", ("--seed", "4"), "--seeds N gives each method"),

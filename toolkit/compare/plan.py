@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config import RecipeParser, TrainArguments, parse_config
+from toolkit.config.arguments import OVERRIDDEN
+from toolkit.config.hints import refuse_unknown
 from toolkit.errors import UserError, did_you_mean
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import check_shape, read_json
@@ -189,9 +191,9 @@ def _split(flags: Sequence[str], methods: Sequence[str]) -> dict[str, list[str]]
         takers = [method for method in methods if name in known[method]]
         if methods and not takers:
             owners = [m for m, cls in METHODS.items() if name in RecipeParser(cls).flags()]
-            hint = f" (it belongs to the method {owners[0]}, which is not compared)" if owners else ""
-            hint = hint or did_you_mean(name, {flag for flags_of in known.values() for flag in flags_of})
-            raise UserError(f"unknown flag --{name}{hint}; python recipes/METHOD.py --help lists those of each")
+            if owners:
+                raise UserError(f"unknown flag --{name} (it belongs to the method {owners[0]}, which is not compared)")
+            refuse_unknown(flags[start], "", set().union(*known.values()), OVERRIDDEN, ())
         for method in takers:
             shares[method] += flags[start:end]
     return shares
