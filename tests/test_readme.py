@@ -34,6 +34,7 @@ COVERED = {
         "make demo": "test_make_demo_trains_and_its_result_generates",
         "make test": "test_make_test_runs_every_test",
         "accelerate launch recipes/lora.py": "test_each_training_command_runs_with_local_replacements_for_the_hub",
+        "accelerate launch recipes/qlora.py": "test_each_training_command_runs_with_local_replacements_for_the_hub",
         "accelerate launch recipes/full.py": "test_each_training_command_runs_with_local_replacements_for_the_hub",
         "accelerate launch --config_file": "test_each_training_command_runs_with_local_replacements_for_the_hub",
         "footprint predict": "test_predict_and_report_run_unchanged",
@@ -275,11 +276,16 @@ def test_each_training_command_runs_with_local_replacements_for_the_hub(start, d
     renamed = write_csv(tmp_path / "articles", train=rows, validation=rows, test=rows)
     for file in renamed.iterdir():
         file.write_text(file.read_text().replace("dialogue,summary", "article,highlights"))
+    chats = tmp_path / "chats.jsonl"
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": cat}] for text, cat in rows]
+    chats.write_text("\n".join(json.dumps({"messages": one}) for one in turns))
     stand_ins = {
         "google/flan-t5-base": [str(tiny_t5), "--random_weights"],
         "gpt2": [str(data / "models" / "stories260k")],
         "knkarthick/dialogsum": [str(data / "dialogsum")],
         "path/to/folder": [str(renamed)],
+        "meta-llama/Llama-3.1-8B-Instruct": [str(data / "models" / "stories260k"), "--chat_template", "chatml"],
+        "path/to/chats.jsonl": [str(chats)],
     }
     shown = command("README.md", start)
     words = [word for part in shlex.split(shown) for word in stand_ins.get(part, [part])]
