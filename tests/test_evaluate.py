@@ -124,7 +124,7 @@ def test_what_cannot_be_scored_is_refused_in_a_line(name, flags, says, runs, cap
 def test_the_lines_of_the_model_card_load_what_was_trained(name, runs):
     folder = runs(name)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    lines, *asking = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len([line for line in lines.splitlines() if line and "toolkit" not in line]) <= 5
     made: dict = {}
     exec(lines, made)
@@ -133,6 +133,11 @@ def test_the_lines_of_the_model_card_load_what_was_trained(name, runs):
     with torch.inference_mode():
         one, other = (model.eval()(input_ids=ids).logits.float() for model in (made["model"], run.model))
     assert torch.allclose(one, other, atol=1e-4)
+    assert len(asking) == (run.task.name == "chat")
+    for part in asking:
+        exec(part, made)
+        ids = made["tokenizer"](made["prompt"], add_special_tokens=False).input_ids
+        assert ids == run.prompt_tokenizer.prompt("text")[0]
 
 
 @pytest.mark.slow

@@ -481,8 +481,10 @@ def test_a_format_trains_and_its_run_generates(name, data, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["alpaca list", "sharegpt"])
-def test_config_yaml_repeats_what_was_recognized(name, data, tmp_path):
+def test_config_yaml_and_the_model_card_repeat_what_was_recognized(name, data, tmp_path):
     _, record = train_on(name, data, tmp_path)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert ("### Input:\n{input}" if name == "alpaca list" else "apply_chat_template(messages") in card
     again = recipe("lora", "--config", tmp_path / "run" / "config.yaml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     same = json.loads((tmp_path / "again" / "run.json").read_text())

@@ -1,5 +1,6 @@
 """The model card of a run: base, data, scores, memory, and how to use the result."""
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -68,7 +69,7 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
 
 
 def _place(config: Config) -> str:
-    return config.training.hub_model_id or config.training.output_dir
+    return config.training.hub_model_id or str(Path(config.training.output_dir).resolve())
 
 
 def _loading_lines(config: Config, record: dict[str, Any]) -> list[str]:
@@ -98,10 +99,23 @@ def _loading_lines(config: Config, record: dict[str, Any]) -> list[str]:
     else:
         lines = [f"from transformers import {kind}, AutoTokenizer", "", f'model = {kind}.from_pretrained("{place}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{place}")']
-    prompt = record["prompt_template"]
-    asked = [] if prompt == "{text}" else ["Its prompt, around `{text}`:", "", "```text", prompt, "```", ""]
     who = "PEFT" if is_peft else "transformers"
-    return [f"To load it with {who}:", "", "```python", *lines, "```", "", *asked]
+    return [f"To load it with {who}:", "", "```python", *lines, "```", "", *_prompt_lines(config, record)]
+
+
+def _prompt_lines(config: Config, record: dict[str, Any]) -> list[str]:
+    """How the texts were given to the model in training."""
+    if config.data.task == "chat":
+        messages = 'messages = [{"role": "user", "content": "text"}]'
+        rendered = "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
+        return ["Its prompt is a conversation:", "", "```python", messages, rendered, "```", ""]
+    prompt = config.data.prompt_template or record["prompt_template"]
+    if prompt == "{text}":
+        return []
+    said = "Its prompt, with the text of a row in braces:"
+    if "{text}" not in prompt:
+        said = "Its prompt, with the columns of a row in braces; a paragraph whose columns are empty is left out:"
+    return [said, "", "```text", prompt, "```", ""]
 
 
 def _memory_lines(ledger: Ledger | None) -> list[str]:
