@@ -37,6 +37,9 @@ def texts(tmp_path_factory):
         for n in range(40)
     ]
     rows = [row | {"prompt": row["text"], "completion": row["summary"]} for row in rows]
+    for row in rows:
+        turns = ("user", "Hello"), ("assistant", "Hi."), ("user", row["text"]), ("assistant", row["summary"])
+        row["turns"] = [{"role": role, "content": content} for role, content in turns]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -45,6 +48,7 @@ RUNS = {
     "lora-summarization": ("lora", "--text_column", "text", "--max_length", "96", "--max_target_length", "8"),
     "full-text": ("full", "--task", "text", "--max_length", "64"),
     "lora-chat": ("lora", "--task", "chat", *CHAT, "--max_length", "160", "--max_target_length", "8"),
+    "lora-turns": ("lora", "--task", "chat", *CHAT[:2], "--messages_column", "turns", "--max_length", "200"),
     "ia3-head": ("ia3", "--task", "sequence_classification", "--text_column", "text", "--max_length", "64"),
     "adapter-classes": ("adapter", "--task", "classification", "--text_column", "text", "--max_length", "160"),
 }
@@ -138,6 +142,15 @@ def test_the_lines_of_the_model_card_load_what_was_trained(name, runs):
         exec(part, made)
         ids = made["tokenizer"](made["prompt"], add_special_tokens=False).input_ids
         assert ids == run.prompt_tokenizer.prompt("text")[0]
+
+
+@pytest.mark.slow
+def test_a_merged_model_of_several_turns_has_the_scores_of_its_run(runs, capfd, tmp_path):
+    folder = runs("lora-turns")
+    assert footprint(capfd, "merge", str(folder), "--output_dir", str(tmp_path / "merged"))[0] == 0
+    about = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert about["rows"] == 4 and about["scores"]["adapter"] == pytest.approx(load_run(folder).scores["tuned"])
+    assert about["scores"]["merged"] == about["scores"]["adapter"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 The answer to a row does not depend on the other rows of its batch.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ TAKEN_OVER = (
 # Settings that change no answer, or that scoring sets itself
 OF_NO_EFFECT = {"pad_token_id", "eos_token_id", "use_cache", "transformers_version", "max_length", "max_new_tokens"}
 OF_NO_EFFECT |= {"_from_model_config", "output_attentions", "output_hidden_states", "generation_kwargs", "dtype"}
+
+SILENCE = 10.0  # seconds between lines of progress
 
 IGNORES_MASK = {"rwkv"}  # recurrent models that read padding as text: they answer one row at a time
 
@@ -213,9 +216,7 @@ def _in_batches(
     found: list[tuple[int, Answer]] = []
     try:
         with gathered_in_use(model):
-            for batch in track(
-                batches, description=title, console=console, transient=True, disable=not console.is_terminal
-            ):
+            for batch in _said(batches, title, len(order)):
                 computed = batch or order[-1:]  # a rank without rows left still takes part in the computation
                 found += zip(batch, answer([prompts[i] for i in computed])[: len(batch)], strict=True)
     finally:
@@ -223,6 +224,21 @@ def _in_batches(
     if state.num_processes > 1:
         found = gather_object(found)
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+def _said(batches: Sequence[list[int]], title: str, rows: int) -> Iterator[list[int]]:
+    """`batches`, with their progress: a bar in a terminal, otherwise a line every `SILENCE` seconds."""
+    if console.is_terminal or not title:
+        yield from track(
+            batches, description=title, console=console, transient=True, disable=not (console.is_terminal and title)
+        )
+        return
+    last = time.monotonic()
+    for number, batch in enumerate(batches):
+        if number and time.monotonic() - last > SILENCE:
+            say("scoring", f"{number / len(batches):.0%} of {rows:,} rows are answered")
+            last = time.monotonic()
+        yield batch
 
 
 def _padded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,8 @@ def predict(
             card sold as 24 GB.
         launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
         num_processes: the number of processes, instead of the launch file's own.
-        advise: where the run does not fit, search the nearest setting that does by more predictions; the first note names it (the
-            second, where a mixture of experts stays unquantized).
+        advise: where the run does not fit, search the nearest setting that does by more predictions; the last warning names it.
+            Progress is printed on standard error.
         settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping becomes JSON,
             and None leaves the flag out. They override `flags`.
 
@@ -78,6 +79,7 @@ def predict(
     import torch
 
     from toolkit.config import read_flags
+    from toolkit.config.start import say
     from toolkit.distributed.engine import EngineKind
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
@@ -91,6 +93,8 @@ def predict(
     on_cpu = {**parsed.from_file, **parsed.given}.get("use_cpu")
     job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()), reads_data=True)
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
+    if advise:
+        say("tracing two training steps without data; of a large model each step takes seconds", sys.stderr)
     run = PredictionJob.predict_in_subprocess if apart else PredictionJob.predict
     ledger = run(job)
     if ledger.fits or not advise:

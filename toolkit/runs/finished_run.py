@@ -189,14 +189,14 @@ class FinishedRun:
         columns = read_completions(self.path)
         return list(dict(zip(columns["text"], columns["reference"], strict=True)).items())[:rows]
 
-    def score(self, model: PreTrainedModel, sample: Sequence[tuple[str, str]]) -> dict[str, float]:
+    def score(self, model: PreTrainedModel, sample: Sequence[tuple[Any, str]]) -> dict[str, float]:
         """The scores of `model`'s answers to the texts of `sample`."""
         prompts = [self.prompt_tokenizer.prompt(text)[0] for text, _ in sample]
         answers = self.task.answers(model, self.prompt_tokenizer, prompts, 8)
         return self.task.score(answers, [reference for _, reference in sample], self.prompt_tokenizer.label_names)
 
     @torch.inference_mode()
-    def logits(self, model: PreTrainedModel, sample: Sequence[tuple[str, str]]) -> torch.Tensor:
+    def logits(self, model: PreTrainedModel, sample: Sequence[tuple[Any, str]]) -> torch.Tensor:
         """The fp32 logits of `model` on each prompt: (tokens of all rows, vocabulary), or (rows, classes) for a head.
 
         A T5-like model that generates text gets the reference as its decoder's input.

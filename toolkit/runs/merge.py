@@ -15,6 +15,7 @@ from toolkit.errors import UserError
 from toolkit.methods import METHODS, Method
 from toolkit.runs.finished_run import FinishedRun
 from toolkit.runs.model_folder import PROMPT
+from toolkit.runs.scoring import own_test_rows
 from toolkit.tasks.metrics import score_title
 from toolkit.training.checkpoints import is_write_failure
 
@@ -41,7 +42,7 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output_dir {folder} is not empty; give a new folder")
     name = run.record["weights"] if dtype == "auto" else dtype
-    sample = run.sample(SAMPLE)
+    sample = own_test_rows(run, SAMPLE)
 
     model = run.model
     assert isinstance(model, PeftModel)
@@ -121,7 +122,7 @@ def _why_lost(run: FinishedRun, dtype: str, survived: float) -> str:
     return f"the merged weights would hold {share}{why}; keep the adapter"
 
 
-def _untuned(run: FinishedRun, model: PeftModel, sample: list[tuple[str, str]]) -> torch.Tensor:
+def _untuned(run: FinishedRun, model: PeftModel, sample: list[tuple[Any, str]]) -> torch.Tensor:
     """The logits without the adapter."""
     with model.disable_adapter():
         return run.logits(model, sample)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,16 +40,14 @@ def evaluate(
     pairs, remarks = rows_to_score(args, whole="dataset_name" in given)
     for remark in remarks:
         say("data", remark)
-    prompts = [tuple(tokenizer.prompt(text)[0]) for text, _ in pairs]
-    references = [
-        task.reference(tokenizer, text, target, prompt) for (text, target), prompt in zip(pairs, prompts, strict=True)
-    ]
+    prompts, references = _prompts(run, pairs)
     if unknown := sorted({*references} - {*tokenizer.label_names}) if tokenizer.label_names else []:
         raise UserError(
             f"--dataset_name {args.dataset_name} has the label {unknown[0]!r}, which {run_dir} does not know; it knows "
             f"{', '.join(tokenizer.label_names)}"
         )
     model, beams = run.model, args.get("num_beams") or 1
+    say("scoring", f"the tuned model answers {len({*prompts}):,} rows")
     with guarded(f"{run_dir}: its model cannot answer these rows", "mend its files, or give another run"):
         texts = answers_to(prompts, model, task, tokenizer, batch_size, beams, "tuned model")
     scores = task.score(texts, references, tokenizer.label_names)
@@ -74,6 +72,32 @@ def evaluate(
         [[who, *(f"{s[k]:.4f}" if k in s else "" for k in kinds)] for who, s in shown_scores.items()],
     )
     return scores
+
+
+def own_test_rows(run: FinishedRun, most: int) -> list[tuple[Any, str]]:
+    """(text, reference) of the first `most` rows of the run's own test split; of a chat the text is its messages.
+
+    If the run's data can no longer be read, they come from its completions.csv, in which a conversation is one text.
+
+    Raises: UserError if neither is there.
+    """
+    try:
+        pairs = rows_to_score(_data(run, {}), whole=False)[0][:most]
+    except UserError as error:
+        say("data", f"the run's data cannot be read ({error}): its completions.csv is used")
+        return run.sample(most)
+    return [(text, reference) for (text, _), reference in zip(pairs, _prompts(run, pairs)[1], strict=True)]
+
+
+def _prompts(run: FinishedRun, pairs: Sequence[tuple[Any, Any]]) -> tuple[list[tuple[int, ...]], list[str]]:
+    """The prompt (token ids) and the reference of each (text, target)."""
+    tokenizer = run.prompt_tokenizer
+    prompts = [tuple(tokenizer.prompt(text)[0]) for text, _ in pairs]
+    references = [
+        run.task.reference(tokenizer, text, target, prompt)
+        for (text, target), prompt in zip(pairs, prompts, strict=True)
+    ]
+    return prompts, references
 
 
 def _data(run: FinishedRun, given: Mapping[str, Any]) -> DataArguments:
