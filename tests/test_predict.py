@@ -210,16 +210,17 @@ ASSUMED = {
             "lora",
             1200,
             {"load_in_4bit": 900},
-            "it fits with --load_in_4bit: 900 B",
+            "it fits with --load_in_4bit --kbit_upcast none: 900 B",
             1,
         ),  # the weights alone are too large
         (
             "full",
             1200,
             {"qlora": 800},
-            "no batch size, length or checkpointing is enough for full; another method is: qlora",
-            1,
+            "no batch size, length or checkpointing is enough for full; another method is: qlora --per",
+            3,
         ),
+        ("full", 1200, {"lora": 900}, r"is enough for full; another method is: lora \(900 B\)", 1),
         (
             "lora",
             300,
@@ -250,7 +251,7 @@ def test_of_weights_that_are_too_large_alone_the_least_is_predicted(capfd):
         return ledger_of(1900 if smallest else 2000, 1200, ASSUMED)
 
     job = prediction.PredictionJob("lora", Flags({}), ONE_PROCESS)
-    least = "--load_in_4bit --gradient_checkpointing --per_device_train_batch_size 1 --gradient_accumulation_steps 8"
+    least = "--load_in_4bit --kbit_upcast none --gradient_checkpointing --per_device_train_batch_size 1 --gradient_accumulation_steps 8"
     said = prediction.nearest_fit(job, ledger_of(2000, 1200, ASSUMED), predict)
     assert f"is enough for lora; with {least} it needs 1.9 KiB, and" in said
     assert capfd.readouterr().err.count("does not fit; trying") == 2
@@ -378,7 +379,7 @@ def test_experts_that_stay_unquantized_are_reported_with_their_size(tmp_path, ca
     ledger = json.loads(out)
     note = ledger["warnings"][0]
     elements = 2 * 4 * 3 * 64 * 128  # layers x experts x projections
-    assert f"({elements * 2 / 1024:.1f} KiB)" in note and "stay in bfloat16" in note
+    assert f"({elements * 2 / 1024:.1f} KiB)" in note and "held in bfloat16" in note
     # attention packs 2 layers x (2 x 64 x 64 + 2 x 64 x 32) of these weights, the experts, routers, embeddings and norms
     everything = elements + 24576 + 2 * 4 * 64 + 2 * 256 * 64 + 5 * 64
     assert (

@@ -67,6 +67,12 @@ class Config:
         return load_model_config(self.model, fp16=self.training.fp16, needs_weights=needs_weights, kind=kind)
 
     @property
+    def beside_packed(self) -> torch.dtype:
+        """The type of the weights that bitsandbytes does not pack: fp32 under --kbit_upcast all, otherwise that of the model."""
+        quantizes = self.model.load_in_4bit or self.model.load_in_8bit
+        return torch.float32 if quantizes and getattr(self.method, "kbit_upcast", None) == "all" else self.dtype
+
+    @property
     def snapshot_file(self) -> Path | None:
         """Where to record the first steps' allocations for PyTorch's memory viewer; None without --memory_snapshot."""
         return Path(self.training.output_dir) / "memory_snapshot.pickle" if self.training.memory_snapshot else None

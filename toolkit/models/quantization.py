@@ -83,8 +83,9 @@ class Packed:
         experts = stacked_experts(model).keys() - packed
         return cls(*(sum(weights[name].numel() for name in names) for names in (packed, weights, experts)))
 
-    def in_words(self, args: ModelArguments, rest: str) -> str:
-        """How the weights are held: `4-bit nf4 for 82% of the parameters, bfloat16 for the rest`; `rest` alone without quantization."""
+    def in_words(self, args: ModelArguments, beside: torch.dtype) -> str:
+        """How the weights are held: `4-bit nf4 for 82% of the parameters, bfloat16 for the rest`; without quantization that type alone."""
+        rest = str(beside).removeprefix("torch.")
         if not (args.load_in_4bit or args.load_in_8bit):
             return rest
         short = f"4-bit {args.bnb_4bit_quant_type}" if args.load_in_4bit else "8-bit"
@@ -97,6 +98,6 @@ class Packed:
         size = format_bytes(self.experts * dtype.itemsize)
         return (
             f"{self.experts / self.all:.0%} of the weights are not quantized: bitsandbytes packs only linear layers, and this model's "
-            f"experts are stacked tensors, which stay in {str(dtype).removeprefix('torch.')} ({size}); what helps is a dense model, or more memory: recipes/lora.py with "
+            f"experts are stacked tensors, which are held in {str(dtype).removeprefix('torch.')} ({size}); what helps is a dense model, or more memory: recipes/lora.py with "
             "launch/zero3_offload.yaml needs the host's"
         )

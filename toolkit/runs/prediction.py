@@ -34,7 +34,7 @@ from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow.simulated_rank import processes, swapped_bytes, world
 from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
 from toolkit.memory.trace import Sink
-from toolkit.methods import METHODS
+from toolkit.methods import METHODS, Method
 from toolkit.models import catalogue
 from toolkit.models.arguments import looks_like_path
 from toolkit.models.heads import has_head, set_head
@@ -103,10 +103,10 @@ def predict_run(
         model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
         check_checkpointing(config, model)
         packed = Packed.of(model)
-        if packed.packed and (warning := packed.warning(config.dtype)):
+        if packed.packed and (warning := packed.warning(config.beside_packed)):
             warnings[warning] = None
         if assumed:
-            assumed["weights"] = packed.in_words(config.model, str(config.dtype).removeprefix("torch."))
+            assumed["weights"] = packed.in_words(config.model, config.beside_packed)
         if not config.model.random_weights:  # a model with random weights has no checkpoint to take a head from
             catalogue.separate_head(model, config.model.source)
         with torch.device("meta"), without_partitioning():
@@ -237,7 +237,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
     halves = [rows >> n for n in range(1, rows.bit_length())]
     fewer = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": -(-step_rows // n)} for n in halves]
     shorter = [{"max_length": n} for n in (assumed["tokens"] // 2, assumed["tokens"] // 4) if n >= SHORTEST]
-    four_bits = [{"load_in_4bit": True}] if method.freezes_base and "bit" not in assumed["weights"] else []
+    four_bits = [_four_bits(method)] if method.freezes_base and "bit" not in assumed["weights"] else []
     checkpointing = [] if assumed["gradient_checkpointing"] else [{"gradient_checkpointing": True}]
     kept: dict[str, Any] = {}
     least_with: dict[str, Any] = {}
@@ -271,9 +271,12 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
             "gradient_accumulation_steps": step_rows,
             "gradient_checkpointing": True,
         }
-        found = tried("qlora", small)
-        if found is not None and found.fits:
-            return f"{nothing}; another method is: qlora {_as_words(small)} ({format_bytes(found.needed_bytes)})"
+        others: list[tuple[str, dict[str, Any]]] = [("lora", {}), ("lora", small), ("qlora", small)]
+        for name, changes in others:
+            found = tried(name, changes)
+            if found is not None and found.fits:
+                words = f"{name} {_as_words(changes)}".strip()
+                return f"{nothing}; another method is: {words} ({format_bytes(found.needed_bytes)})"
     large = [
         card
         for card in CARDS
@@ -287,6 +290,16 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
         else f"the smallest card that footprint gpus lists is {card.name}"
     )
     return f"{nothing}; {asked} {format_bytes(least.needed_bytes)}, and {enough}" + (" as much" if card is None else "")
+
+
+def _four_bits(method: type[Method]) -> dict[str, Any]:
+    """The flags for the least memory with a base in 4 bits, as `method` allows them."""
+    flags = {"load_in_4bit": True, "kbit_upcast": "none"}
+    try:
+        method(kbit_upcast="none").check(flags)  # type: ignore[call-arg]
+    except (UserError, TypeError):  # it needs fp32 beside 4 bits, or has no such flag
+        del flags["kbit_upcast"]
+    return flags
 
 
 def _as_words(changes: Mapping[str, Any]) -> str:

@@ -372,13 +372,13 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed, experts: str | None
     name = config.model.model_name_or_path or "the embedded tiny T5"
     weights = "random weights" if config.model.random_weights else str(config.dtype).removeprefix("torch.")
     if config.model.load_in_4bit or config.model.load_in_8bit:
-        weights = packed.in_words(config.model, weights)
+        weights = packed.in_words(config.model, config.beside_packed)
     else:
         weights += f": {config.dtype_reason}"
     say("model", f"{name} ({ready.model_config.model_type}, weights {weights})")
     if is_multimodal(config.model):
         say("model", LANGUAGE_PART)
-    if packed.packed and (warning := packed.warning(config.dtype)):
+    if packed.packed and (warning := packed.warning(config.beside_packed)):
         say("warning", warning)
     share = ready.trainable_parameters / ready.all_parameters
     say(
