@@ -215,6 +215,13 @@ def test_gguf_names_the_original(given, tmp_path):
         load_model_config(ModelArguments(str(tmp_path if given == "folder" else file)))
 
 
+def test_a_file_whose_name_tells_no_model_names_no_original(tmp_path):
+    file = tmp_path / "model.Q4_K_M.gguf"
+    file.touch()
+    with pytest.raises(UserError, match=r"give the original model, which its README names$"):
+        load_model_config(ModelArguments(str(file)))
+
+
 @pytest.mark.parametrize(
     "source, original",
     [

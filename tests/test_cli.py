@@ -97,7 +97,11 @@ def test_predicts_own_flags_and_the_recipes_may_come_in_any_order(argv, flags, o
             "generate runs/none text",
             "runs/none is not a run folder: it has no run.json and config.yaml, and no config.json",
         ),
-        ("gpus --jsn", "unrecognized arguments: --jsn; see footprint gpus --help"),
+        ("gpus --jsn", "unknown flag --jsn (did you mean --json?); footprint gpus --help lists those of gpus"),
+        ("gpus 3060", "unexpected 3060; footprint gpus --help"),
+        ("trian lora", "invalid choice: 'trian' (did you mean train?)"),
+        ("predict lora --gpu RTX 4090", "a value with spaces needs quotes, as --gpu 'RTX 4090'"),
+        ("predict lora --quantization 4bit", "unknown flag --quantization: use --load_in_4bit"),
         ("gpu", "invalid choice: 'gpu'"),
         (
             "report runs/none.json",

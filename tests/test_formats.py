@@ -255,6 +255,18 @@ def test_rows_with_nothing_to_learn_are_counted(llama, tmp_path):
     assert "row 1 of train: its conversation has no turn of the role assistant" in message
 
 
+def test_a_role_that_few_templates_know_is_counted(llama, tmp_path):
+    rows = [
+        {"messages": [{"role": "usr", "content": asked}, row["messages"][1]]}
+        for asked, row in zip(ASKED[:1], OPENAI, strict=False)
+    ]
+    loaded, _ = load(llama, write(tmp_path, "a.jsonl", lines([*rows, *OPENAI[1:]])))
+    (remark,) = [one for one in loaded.remarks if "role" in one]
+    assert remark.startswith("1 turn in ") and remark.endswith(
+        "has the role 'usr', which few chat templates know (did you mean user?)"
+    )
+
+
 @pytest.mark.parametrize("form", ["chat", "alpaca", "text", "labels"])
 def test_duplicates_are_held_out_together(form, llama, tmp_path):
     made = {
@@ -471,9 +483,8 @@ def train_on(name: str, data: Path, folder: Path) -> tuple[str, dict]:
 def test_a_format_trains_and_its_run_generates(name, data, tmp_path, capsys):
     out, record = train_on(name, data, tmp_path)
     _, _, task, said, _ = FORMATS[name]
-    # --chat_template says the task, whose own column is `messages`: nothing has to be recognized
-    assert said in out or name == "openai"
-    assert record["task"] == task and record["finished"]
+    assert said in out and record["task"] == task and record["finished"]
+    assert ("(--task chat, by --chat_template)" in out) == (task == "chat")
     with pytest.raises(SystemExit) as end:
         main(["generate", str(tmp_path / "run"), ASKED[0]])
     assert not end.value.code, capsys.readouterr().err

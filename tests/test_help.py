@@ -300,3 +300,9 @@ def test_the_first_line_comes_before_the_heavy_imports(name):
     words = [sys.executable, "-c", STOP, f"recipes/{name}.py"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"  footprint  {name}: loading PyTorch and transformers", "STOP"], done.stderr
+
+
+def test_a_misspelt_file_is_told_the_one_beside_it(tmp_path):
+    (tmp_path / "alpaca.json").touch()
+    with pytest.raises(UserError, match=r"no such folder or file \(did you mean alpaca.json\?\)"):
+        start.check_paths({"dataset_name": str(tmp_path / "alpca.json")})

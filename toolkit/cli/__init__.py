@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.errors import CommandParser, UserError
+from toolkit.errors import CommandParser, UserError, did_you_mean
 from toolkit.version import __version__
 
 
@@ -182,7 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if "flags" in args:
         args.flags = rest
     elif rest:
-        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see footprint {args.command} --help")
+        there = [flag for action in subcommands(top)[args.command]._actions for flag in action.option_strings]
+        raise UserError(
+            f"{'unknown flag' if rest[0].startswith('-') else 'unexpected'} {rest[0]}{did_you_mean(rest[0], there)}; footprint {args.command} --help lists those of {args.command}"
+        )
     from toolkit.cli import commands
 
     return getattr(commands, args.command)(args)

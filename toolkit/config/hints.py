@@ -82,7 +82,9 @@ SAME: dict[str, str] = {
         ("output", "out", "out_dir", "outdir", "output_path", "save_dir", "save_path", "run_dir"), "output_dir"
     ),
     **dict.fromkeys(("resume", "resume_from", "checkpoint", "ckpt", "resume_checkpoint"), "resume_from_checkpoint"),
-    **dict.fromkeys(("4bit", "load_4bit", "load_in_4_bit", "quantize", "use_4bit"), "load_in_4bit"),
+    **dict.fromkeys(
+        ("4bit", "load_4bit", "load_in_4_bit", "quantize", "quantization", "quant", "use_4bit"), "load_in_4bit"
+    ),
     **dict.fromkeys(("8bit", "load_8bit", "load_in_8_bit", "use_8bit"), "load_in_8bit"),
     **dict.fromkeys(("torch_dtype",), "dtype"),
     **dict.fromkeys(("attention", "attention_implementation", "attn_impl"), "attn_implementation"),
@@ -212,7 +214,7 @@ def refuse_unknown(
 def unknown(got: str, is_key: bool, valid: Iterable[str], useless: Collection[str], owners: Iterable[str]) -> str:
     """The message of `refuse_unknown`: what to write instead, or the nearest name."""
     if not got.startswith("-"):
-        return f"unexpected value {got!r}: every setting is a flag, --name value"
+        return f"unexpected value {got!r}: every setting is a flag, --name value; a value with spaces needs quotes, as --gpu 'RTX 4090'"
     name, there = got.lstrip("-").split("=")[0].replace("-", "_"), set(valid)
     shown = f"unknown key {name}" if is_key else f"unknown flag --{name}"
     low = name.lower()

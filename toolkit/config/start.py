@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from toolkit.config import sources
 from toolkit.config.hints import refuse_unknown
 from toolkit.config.page import short_help
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.errors import UserError
+from toolkit.errors import UserError, did_you_mean
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_yaml
 
@@ -181,7 +182,9 @@ def check_paths(given: dict[str, Any]) -> None:
     if model and _is_path(model) and not Path(model).expanduser().exists():
         raise UserError(f"--model_name_or_path {model}: no such folder; give an existing one or a hub id (user/name)")
     if data and (_is_path(data) or FILES.search(data)) and "://" not in data and not Path(data).expanduser().exists():
-        raise UserError(f"--dataset_name {data}: no such folder or file; give an existing one or a hub id (user/name)")
+        raise UserError(
+            f"--dataset_name {data}: no such folder or file{_beside(Path(data).expanduser())}; give an existing one or a hub id (user/name)"
+        )
     config, folder = given.get("config"), given.get("output_dir")
     if not folder or config is not None or "resume_from_checkpoint" in given or given.get("predict"):
         return
@@ -190,6 +193,13 @@ def check_paths(given: dict[str, Any]) -> None:
     # other ranks may begin when rank 0 has written into it; a lock means that a run may be going there
     if _is_main() and path.is_dir() and not (path / LOCK).exists():
         check_empty(path)
+
+
+def _beside(path: Path) -> str:
+    """`" (did you mean alpaca.json?)"`, where the folder of `path` holds a file or folder with nearly its name."""
+    with suppress(OSError):
+        return did_you_mean(path.name, [one.name for one in path.parent.iterdir()])
+    return ""
 
 
 def check_no_file(path: Path) -> None:

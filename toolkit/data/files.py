@@ -78,7 +78,7 @@ def kind_of(file: Path) -> str:
 
 def empty(file: Path) -> UserError:
     """The error for a file that holds nothing."""
-    return UserError(f"{file}: the file is empty; give one with a header line and rows")
+    return UserError(f"{file}: the file is empty; give one with rows")
 
 
 def content_of(file: Path) -> bytes:

@@ -22,13 +22,14 @@ from transformers import (
 from toolkit.data.formats import FILLED, PLACEHOLDER, recognize, split_template
 from toolkit.data.rows import SPLITS, Source, Splits, load_rows, read_source, sample, sample_of_classes
 from toolkit.data.shared_rows import SharedRows
-from toolkit.errors import UserError, guarded
+from toolkit.errors import UserError, did_you_mean, guarded
 from toolkit.models.arguments import lasting_path, looks_like_path
 from toolkit.models.heads import class_order, normalized
 from toolkit.models.hub import hub_id
 from toolkit.models.loading import T5_FAMILY, longest_input
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.tasks import TASKS, Task
+from toolkit.tasks.chat import USUAL_ROLES
 from toolkit.tasks.chat_templates import set_chat_template
 from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
@@ -144,6 +145,7 @@ class DataArguments:
         self._given: frozenset[str] = frozenset()  # the user's flags, once they are checked
         self._is_chosen = False  # whether `read` chose the task
         self._is_open = self.task == AUTO  # whether it may
+        self._because = ""  # why the task is chat, where --task does not say so
         if self._is_open:
             chat = (
                 "messages_column",
@@ -153,7 +155,9 @@ class DataArguments:
                 "system_column",
                 "chat_template",
             )
-            self.task = "chat" if any(getattr(self, flag) for flag in chat) else DEFAULT_TASK
+            named = next((flag for flag in chat if getattr(self, flag)), None)
+            self.task = "chat" if named else DEFAULT_TASK
+            self._because = f" (--task chat, by --{named})" if named else ""
             self._is_open = self.task == DEFAULT_TASK and self.dataset_name is not None
         for flag in BY_TASK:
             if flag not in TASKS[self.task].flags:
@@ -215,6 +219,10 @@ class DataArguments:
             return source
         train = source.splits["train"]
         columns = {flag: column for flag, column in self.columns.items() if flag not in TASKS[self.task].optional}
+        if self._because and all(column in train.column_names for column in columns.values()):
+            return Source(
+                source.splits, [f"reads conversations: {', '.join(columns.values())}{self._because}", *source.remarks]
+            )
         if self.prompt_template and "{text}" not in self.prompt_template:
             columns.pop("text_column", None)
             columns.pop("prompt_column", None)
@@ -241,7 +249,7 @@ class DataArguments:
             setattr(self, flag, column)
         if self.prompt_template is None and found.template is not None:
             self.prompt_template = found.template
-        return Source(source.splits, [found.remark, *source.remarks])
+        return Source(source.splits, [found.remark + self._because, *source.remarks])
 
     @property
     def is_chosen(self) -> bool:
@@ -605,6 +613,11 @@ def _remarks(
             )
         if lost.unwritten_turns:
             remarks.append(f"{lost.unwritten_turns:,} turns or tools in {split} are left out by the chat template")
+        for role, count in lost.unusual_roles.items():
+            remarks.append(
+                f"{count:,} turn{'s' * (count > 1)} in {split} ha{'ve' if count > 1 else 's'} the role {role[:40]!r}, which few chat "
+                f"templates know{did_you_mean(role, USUAL_ROLES)}"
+            )
     return remarks
 
 

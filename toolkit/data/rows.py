@@ -503,9 +503,10 @@ def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dat
     """The rows in which none of `columns` is empty, and how many rows were left out."""
     for flag, column in columns.items():
         if column not in rows.column_names:
+            other = ", or with --prompt_column and --response_column" if flag == "messages_column" else ""
             raise UserError(
                 f"{where}: no column {column!r}{did_you_mean(column, rows.column_names)}; it has "
-                f"{', '.join(name for name in rows.column_names if name != FILLED)}; name yours with --{flag}"
+                f"{', '.join(name for name in rows.column_names if name != FILLED)}; name yours with --{flag}{other}"
             )
     if len(rows) == 0:
         raise UserError(f"{where}: there is a header but no row")

@@ -42,6 +42,9 @@ class CommandParser(argparse.ArgumentParser):
     """argparse with one-line errors instead of a usage page."""
 
     def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
+            there = [name.strip("' ") for name in found[2].split(",")]
+            message = message.replace(f"'{found[1]}'", f"'{found[1]}'{did_you_mean(found[1], there)}", 1)
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -18,6 +18,7 @@ DETAILS = (
 )
 ENDING = re.compile(rf"[-_.]({FORMATS}|{DETAILS})$", re.IGNORECASE)
 NEVER_TRAINED = re.compile(r"[-_.](gguf|ggml|awq|gptq|exl2|exl3)(?![a-z])", re.IGNORECASE)
+UNNAMED = {"model", "ggml-model", "pytorch_model", "adapter_model", "weights"}  # names of files that name no model
 # They publish quantized copies of other owners' models under the model's name
 COPYISTS = {"thebloke", "bartowski", "mradermacher", "quantfactory", "maziyarpanahi", "lmstudio-community", "ggml-org"}
 COPYISTS |= {"casperhansen", "hugging-quants", "redhatai", "neuralmagic", "nm-testing", "ista-daslab", "mlx-community"}
@@ -104,9 +105,9 @@ def original_of(source: str, file: str = "") -> str | None:
         known = [id for id in catalogue.names() if id.rpartition("/")[2].lower() == plain.lower() and "/" in id]
         if known:
             return known[0]
-        if owner and owner.lower() not in COPYISTS:
-            return f"{owner}/{plain}"
-        return plain
+        if plain.lower() in UNNAMED:
+            continue
+        return f"{owner}/{plain}" if owner and owner.lower() not in COPYISTS else plain
     return None
 
 

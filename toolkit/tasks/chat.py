@@ -35,6 +35,7 @@ ROLES |= {
     "function_response": "tool",
     "ai": "assistant",
 }
+USUAL_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 PROBE: Message = {"role": "assistant", "content": "\u00a7"}  # an answer that shows what the template writes before it
 
 
@@ -125,6 +126,7 @@ class ChatPromptTokenizer(PromptTokenizer):
         turns = self._turns(whole, written)
         ids, labels = self._labelled(written, turns, [turn for turn in turns if turn.is_learned])
         lost.masked_turns += sum(_has_content(turn.message) and not turn.is_learned for turn in turns)
+        lost.unusual_roles.update(m["role"] for m in whole.messages if m["role"] not in USUAL_ROLES)
         there = _squeezed(written)
         others = [str(message.get("content", "")) for message in whole.messages if message["role"] != "assistant"]
         names = [str(tool.get("function", tool).get("name", "")) for tool in whole.tools or []]

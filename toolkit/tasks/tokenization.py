@@ -4,7 +4,8 @@ Of a prompt only the text is truncated; the instruction around it is always kept
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ class Truncation:
     target_tokens: int = 0
     masked_turns: int = 0  # the assistant's turns in a chat that the template writes differently from answers
     unwritten_turns: int = 0  # other turns in a chat, or tools, that the template leaves out
+    unusual_roles: Counter[str] = field(default_factory=Counter)  # turns of a chat by role, where it may be a mistake
 
 
 @dataclass(frozen=True)

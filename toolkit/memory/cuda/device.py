@@ -297,6 +297,10 @@ class Cuda:
         notes = []
         if self.card.context_is_estimate and self.card.context_bytes:
             notes.append(f"the CUDA context of {self.card.name} is an estimate: it was not measured")
+        if self.card.context_bytes == 0:
+            notes.append(
+                "no CUDA context is counted: a size in GiB or MiB is what PyTorch can use; a card as sold is given in GB"
+            )
         if self.card.total_is_estimate:
             notes.append(f"the capacity of {self.card.name} is a typical value: no public report confirms it")
         if self.card.taken_bytes >= _NOTEWORTHY:
