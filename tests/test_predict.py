@@ -115,6 +115,19 @@ def test_a_run_that_does_not_fit_exits_with_1(config_only, capfd):
     assert (code, json.loads(out)["fits"]) == (1, False)
 
 
+def test_the_first_line_is_the_verdict_and_the_last_the_command(config_only, capfd):
+    source = ("--model_name_or_path", str(config_only))
+    _, out, _ = run(capfd, "predict", "lora", *source, "--gpu", "3060")
+    assert re.match(r"fits: .* of 11.76 GiB\n", out)
+    assert out.endswith(f"\nnext: footprint train lora {' '.join(source)} --dataset_name DATA\n")
+    _, out, _ = run(capfd, "predict", "lora", *source, "--gpu_memory", "3600KiB")
+    assert out.startswith("does not fit: ") and "next:" not in out
+    _, out, _ = run(capfd, "predict", "lora", *source, "--gpu_memory", "12288MiB")
+    assert "no CUDA context is counted" in " ".join(out.split())
+    _, out, _ = run(capfd, "predict", "lora", *source, "--json")
+    assert ("for this machine's CPU" in json.loads(out)["warnings"][0]) == (not torch.cuda.is_available())
+
+
 def test_what_was_assumed_is_in_the_table_and_in_the_json(config_only, capfd):
     _, out, _ = run(capfd, "predict", "lora", "--model_name_or_path", str(config_only), "--json", "--gpu", "3060")
     assert json.loads(out)["assumed"] == {

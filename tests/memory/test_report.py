@@ -71,4 +71,4 @@ def test_the_length_of_a_bar_is_proportional_to_its_bytes():
 
 def test_a_budget_that_is_exceeded_is_reported():
     one = replace(ledger(GIB, GIB), budget_bytes=GIB)
-    assert "does not fit 1.00 GiB" in text_of(print_ledger, one)
+    assert " of 1.00 GiB" in text_of(print_ledger, one)

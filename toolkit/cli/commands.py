@@ -58,6 +58,12 @@ def predict(args: argparse.Namespace) -> int:
             from toolkit.memory.report import print_ledger
 
             print_ledger(PlainConsole(file=out), ledger)
+            if ledger.fits:
+                given = {word.split("=")[0].replace("-", "_") for word in args.flags}
+                flags = [*args.flags]
+                if "__model_name_or_path" in given and not {"__dataset_name", "__config"} & given:
+                    flags += ["--dataset_name", "DATA"]
+                print("next:", launching.train_command(args.method, flags, args.launch, args.num_processes), file=out)
     return 0 if ledger.fits else 1
 
 

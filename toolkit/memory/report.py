@@ -99,7 +99,10 @@ def assumptions(assumed: Mapping[str, Any]) -> str:
 
 def print_comparison(console: Console, predicted: Ledger, measured: Ledger) -> None:
     """Prints predicted next to measured bytes, with the error in percent of the measured bytes."""
-    table = Table(title=f"Memory, predicted and measured ({measured.device})", title_justify="left")
+    table = Table(
+        title=f"Memory, predicted for the rows of the first steps and measured ({measured.device})",
+        title_justify="left",
+    )
     for name in ("", "predicted", "measured", "error"):
         table.add_column(name, justify="left" if not name else "right")
     for name, before, after in comparison_rows(predicted, measured):
@@ -193,11 +196,12 @@ def _headline(ledger: Ledger) -> str:
         parts.append(f"{format_bytes(ledger.reserved_bytes)} reserved")
     if ledger.process_bytes is not None:
         parts.append(f"{format_bytes(ledger.process_bytes)} with the CUDA context")
-    if ledger.budget_bytes is not None:
-        parts.append(f"{'fits' if ledger.fits else 'does not fit'} {format_bytes(ledger.budget_bytes)}")
     engine = f" ({ledger.engine})" if ledger.engine else ""
     whose = f", each of {ledger.processes} processes{engine}" if ledger.processes > 1 else ""
     lines = [f"{ledger.source}{whose}: " + ", ".join(parts)]
+    if ledger.budget_bytes is not None:
+        verdict = "fits" if ledger.fits else "does not fit"
+        lines.insert(0, f"{verdict}: {format_bytes(ledger.needed_bytes)} of {format_bytes(ledger.budget_bytes)}")
     for nbytes, where in ((ledger.host_bytes, "host memory"), (ledger.nvme_bytes, "on disk")):
         if nbytes:
             lines.append(

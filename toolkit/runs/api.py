@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from toolkit.methods import Method
     from toolkit.runs.finished_run import FinishedRun
 
+ON_CPU = "predicted for this machine's CPU, because it has no GPU; --gpu NAME or --gpu_memory SIZE predicts a card"
 Setting = bool | float | str | Path | Sequence[float | str] | Mapping[str, Any] | None
 
 
@@ -97,6 +98,8 @@ def predict(
         say("tracing two training steps without data; of a large model each step takes seconds", sys.stderr)
     run = PredictionJob.predict_in_subprocess if apart else PredictionJob.predict
     ledger = run(job)
+    if job.card is None and not on_cpu:
+        ledger = replace(ledger, warnings=(*ledger.warnings, ON_CPU))
     if ledger.fits or not advise:
         return ledger
     advice = nearest_fit(job, ledger, run)

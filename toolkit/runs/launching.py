@@ -29,6 +29,7 @@ __all__ = [
     "say_start",
     "show_help",
     "train",
+    "train_command",
 ]
 OF_A_RUN = ("run.json", "config.yaml")
 
@@ -117,6 +118,13 @@ def launch_command(recipe: Path, launch: Path, flags: Sequence[str], processes: 
     return [*words, str(recipe), *flags]
 
 
+def train_command(method: str, flags: Sequence[str], launch: str | None = None, processes: int | None = None) -> str:
+    """The command line of `train` with these arguments."""
+    words = ["footprint", "train", method, *(["--launch", launch] if launch is not None else [])]
+    words += ["--num_processes", str(processes)] if processes is not None else []
+    return shlex.join([*words, *flags])
+
+
 def train(method: str, flags: Sequence[str], launch: str | None, processes: int | None) -> None:
     """Runs the recipe for `method` in this process, or, with the launch file `launch`, becomes accelerate's launcher.
 
@@ -129,9 +137,7 @@ def train(method: str, flags: Sequence[str], launch: str | None, processes: int 
         check(method, flags)
     if launch is None and processes not in (None, 1):
         raise UserError(f"--num_processes {processes} needs a launch file; add for instance --launch ddp")
-    own = ["--launch", launch] if launch is not None else []
-    own += ["--num_processes", str(processes)] if processes is not None else []
-    os.environ[STARTED_AS] = shlex.join(["footprint", "train", method, *own, *flags])
+    os.environ[STARTED_AS] = train_command(method, flags, launch, processes)
     if launch is None:
         sys.argv = [str(recipe), *flags]
         try:

@@ -38,6 +38,7 @@ from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, 
 from toolkit.models.quantization import Packed, untrained_experts
 from toolkit.training.trainer import FineTuner
 
+FEW_ROWS = 20  # fewer make scores that change with each of them
 NOT_OF_SHARDS = (
     "8bit",
     "paged",
@@ -397,6 +398,11 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed, experts: str | None
     )
     for remark in data.remarks:
         say("data", remark)
+    if len(data.test) < FEW_ROWS:
+        say(
+            "data",
+            f"so few rows to test ({len(data.test):,}) that their scores say little; --dataset_name with more rows helps",
+        )
     for split, lost in data.truncation.items():
         if lost.rows:
             target, flags = "", f"--max_length {data.prompt_tokenizer.max_length}"

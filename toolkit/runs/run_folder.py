@@ -107,7 +107,7 @@ class RunFolder:
             return
         kinds = list(base.scores)
         rows = [[who, *(f"{scores[k]:.4f}" for k in kinds)] for who, scores in self.record["scores"].items()]
-        title = f"Scores on the test split ({len(ready.data.test):,} rows)"
+        title = f"Scores on the test split ({len(ready.data.test):,} row{'s' * (len(ready.data.test) != 1)})"
         table(title, ["model", *map(score_title, kinds)], rows)
         if ledger is not None:
             print_ledger(console, ledger)
