@@ -87,6 +87,7 @@ def test_predicts_own_flags_and_the_recipes_may_come_in_any_order(argv, flags, o
         ("predict lora --launch zerro3", "--launch zerro3: there is no such launch file (did you mean zero3?)"),
         ("train lora --launch zerro3", "--launch zerro3: there is no such launch file (did you mean zero3?)"),
         ("train lora --lora_rank 8 --launch ddp", "unknown flag --lora_rank: use --lora_r"),
+        ("train lora --launch ddp --num_processes 0", "--num_processes 0 is not possible"),
         ("train lora --num_processes 2", "--num_processes 2 needs a launch file; add for instance --launch ddp"),
         ("train lora --model_name_or_path ./none", "--model_name_or_path ./none: no such folder"),
         ("train unknown", "unknown method 'unknown'; there are: adapter, bare_loop"),

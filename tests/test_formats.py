@@ -243,6 +243,12 @@ def test_preferences_are_refused_with_what_can_be_learned_of_them(row, how, llam
         assert len(load(llama, name, **flags)[0].train) >= 16
 
 
+def test_a_message_without_content_leaves_out_its_row_alone(llama, tmp_path):
+    wrong = {"messages": [{"role": "user", "content": None}, OPENAI[0]["messages"][1]]}
+    loaded, _ = load(llama, write(tmp_path, "a.jsonl", lines([wrong, *OPENAI[1:]])))
+    assert any("a message of the role user has no content" in remark for remark in loaded.remarks)
+
+
 def test_rows_with_nothing_to_learn_are_counted(llama, tmp_path):
     asks = [{"messages": [{"role": "user", "content": "Well?"}]}, {"messages": []}]
     loaded, _ = load(llama, write(tmp_path, "a.jsonl", lines(OPENAI + asks)))

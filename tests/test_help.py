@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, recipe
@@ -300,6 +301,22 @@ def test_the_first_line_comes_before_the_heavy_imports(name):
     words = [sys.executable, "-c", STOP, f"recipes/{name}.py"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"  footprint  {name}: loading PyTorch and transformers", "STOP"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "no name"),
+        ("a" * 300, "a name of 300 bytes, and 255 are possible"),
+        ("\u00e4" * 130, "260 bytes"),
+        ("b/" + "a" * 256 + "/c", "256 bytes"),
+        ("a\0b", "no possible path"),
+        ("a\udcff", "no possible path"),
+    ],
+)
+def test_a_path_that_no_file_system_takes_is_refused(name, why):
+    with pytest.raises(UserError, match=f"^--output_dir .*{why}"):
+        start.check_name("--output_dir", Path(name))
 
 
 def test_a_misspelt_file_is_told_the_one_beside_it(tmp_path):

@@ -26,6 +26,9 @@ from toolkit.models.arguments import ModelArguments
         ("https://huggingface.co/gpt2", "gpt2"),
         ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
         ("gpt2", "gpt2"),
+        ("Qwen/Qwen3-4B/", "Qwen/Qwen3-4B"),
+        ("Qwen//Qwen3-4B", "Qwen/Qwen3-4B"),
+        ("hf://Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
     ],
 )
 def test_the_page_of_a_model_is_its_id(given, name):

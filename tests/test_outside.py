@@ -347,6 +347,48 @@ def test_settings_of_generation_of_another_type_are_named(field, model):
         load_model_config(ModelArguments(str(model)))
 
 
+@pytest.mark.parametrize(
+    ("file", "fields", "named"),
+    [
+        ("config.json", {"text_config": {"a": 1}}, "text_config"),
+        ("config.json", {"model_type": "t5"}, "with which token a target begins"),
+        ("config.json", {"rope_scaling": {"type": "linear", "factor": 0}}, "the factor 0 of its rotary embeddings"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x'"),
+        ("tokenizer_config.json", {"model_max_length": -1}, "model_max_length -1"),
+        ("tokenizer_config.json", {"model_max_length": 0}, "model_max_length 0"),
+    ],
+)
+def test_fields_that_no_model_can_have_are_named(file, fields, named, model):
+    change(model / file, **fields)
+    args = ModelArguments(str(model))
+    with refused(named):
+        build_on_meta(args, load_model_config(args, needs_weights=False), torch.float32)
+
+
+def test_a_file_in_a_models_folder_and_a_folder_that_lacks_a_part_are_told_apart(model):
+    with refused(f"it is a file; give its folder, {model}"):
+        load_model_config(ModelArguments(str(model / "config.json")))
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with refused("model-00001-of-00002.safetensors, which is no file of this folder"):
+        load_model_config(ModelArguments(str(model)))
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_named_rather_than_the_learning_rate(model, tmp_path):
+    weights = load((model / "model.safetensors").read_bytes())
+    weights["model.layers.0.mlp.up_proj.weight"][0] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--max_steps", "1", "--max_train_samples", "8", "--max_eval_samples", "1", "--use_cpu"]
+    done = recipe("lora", "--model_name_or_path", model, *flags, "--output_dir", tmp_path / "run")
+    assert done.returncode == 2 and "own weights are not finite (" in done.stderr and "up_proj" in done.stderr
+
+
+def test_noise_for_an_embedding_that_the_model_does_not_call_is_refused(tmp_path):
+    done = recipe("lora", "--use_cpu", "--neftune_noise_alpha", "5", "--output_dir", tmp_path / "run")
+    assert done.returncode == 2 and "--neftune_noise_alpha has no effect on t5" in done.stderr
+
+
 def test_a_target_begins_as_config_json_says_where_generation_config_json_does_not(tmp_path):
     model = shutil.copytree(MODEL_DIR, tmp_path / "model")
     (model / "generation_config.json").write_text("{}")

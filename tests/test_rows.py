@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_csv
 
-from toolkit.data.rows import _load_hub, load_rows
+from toolkit.data.rows import _load_hub, load_rows, read_source
 from toolkit.errors import UserError
 from toolkit.files import csv_text, read_csv
 from toolkit.runs.finished_run import FinishedRun
@@ -160,12 +160,15 @@ def test_quotation_marks_in_csv_that_wrap_no_cell_are_text_or_refused(tmp_path):
 
 
 def test_values_in_json_keep_the_files_own_spelling(tmp_path):
-    values = ["1", "1.10", "1e3", "-0.0", "12345678901234567890", "true", "false", '"x"', "NaN"]
-    lines = [f'{{"dialogue": {value}, "summary": "s", "other": [1.10, {{"a": null}}]}}' for value in [*values, "null"]]
+    values = ["1", "1.10", "1e3", "-0.0", "12345678901234567890", "true", "false", '"x"']
+    lines = [
+        f'{{"dialogue": {value}, "summary": "s", "other": [1.10, {{"a": null}}]}}'
+        for value in [*values, "null", "NaN", "-Infinity"]
+    ]
     found, remarks = read(tmp_path, ".jsonl", "\r\n".join(lines))
     assert [text for text, _ in found] == [value.strip('"') for value in values]
     assert remarks == [
-        f"1 rows of {split} left out: empty dialogue or summary" for split in ("train", "validation", "test")
+        f"3 rows of {split} left out: empty dialogue or summary" for split in ("train", "validation", "test")
     ]
     assert read(tmp_path, ".json", f"[{','.join(lines)}]")[0] == found if (tmp_path / "train.jsonl").unlink() else True
 
@@ -195,9 +198,39 @@ def test_columns_may_change_their_type_and_differ_between_files(tmp_path):
     (tmp_path / "validation.csv").write_text("dialogue,summary,more\n1.5,a,\n")
     (tmp_path / "test.csv").write_text("dialogue,summary\nTRUE,a\n")
     splits, remarks = load_rows(str(tmp_path), None, COLUMNS)
+    assert splits["train"]["id"][:] == ["7", None]
     assert splits["train"]["dialogue"][:] == ["1", "x"] and splits["train"]["summary"][:] == ["a", "b"]
     assert splits["validation"]["dialogue"][:] == ["1.5"] and splits["test"]["dialogue"][:] == ["TRUE"]
     assert remarks == ["train is 2 files: train-1.csv, train-2.csv"]
+
+
+def test_rows_of_a_file_with_other_columns_are_left_out_and_counted(tmp_path):
+    for name, columns in (("train-1", "question,answer"), ("train-2", "query,answer"), ("test", "question,answer")):
+        (tmp_path / f"{name}.csv").write_text(f"{columns}\n" + "a,b\n" * 5)
+    _, remarks = load_rows(str(tmp_path), None, {"text_column": "question", "summary_column": "answer"})
+    assert "5 rows of train left out: empty question or answer" in remarks
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.csv", b"<!DOCTYPE html>\n<html>\n<p>a</p>\n", "a web page"),
+        ("a.txt", b"\xef\xbb\xbf\n<HTML>\n", "a web page"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+        ("a.csv", b"\x89PNG\r\n\x1a\n" + bytes(99), "an image"),
+        ("a.csv", b"PK\x03\x04" + bytes(99), "an Excel or zip file"),
+    ],
+)
+def test_what_is_no_data_file_whatever_its_name_says_is_refused(name, content, what, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        read_source(str(tmp_path / name))
+
+
+def test_the_first_line_of_excel_names_the_delimiter(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\r\nquestion;answer\r\n" + "1,5;b\r\n" * 5)
+    assert read_source(str(tmp_path / "a.csv")).splits["train"][0] == {"question": "1,5", "answer": "b"}
 
 
 def test_only_a_line_feed_ends_a_line_of_sentences(tmp_path):

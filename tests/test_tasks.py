@@ -821,7 +821,7 @@ def test_a_token_that_ends_the_whole_conversation_leaves_earlier_turns_their_lab
         (CHATML, [QUESTION, {"role": "assistant", "content": " "}], "no turn of the role assistant .* with content"),
         (CHATML, [{"role": "assistant", "content": "Hi."}, QUESTION], "begins with the only turn of the role assistant"),
         (CHATML, [{"role": "user", "content": [{"type": "image"}]}, TALK[2]], "a part of the type 'image', and only text"),
-        (CHATML, [{"role": "user", "content": None}, TALK[2]], "is not a list of .* but has a message"),
+        (CHATML, [{"role": "user", "content": None}, TALK[2]], "a message of the role .* has no content"),
         (CHATML.replace("m.content", "m.content + 1"), PLAIN, "refuses a conversation of system, user, assistant: "),
     ],
 )  # fmt: skip

@@ -5,8 +5,9 @@ import re
 from toolkit.errors import UserError
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-_FACTORS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_FACTORS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40}
+_FACTORS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\d{1,3}(?:,\d{3})+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def format_bytes(nbytes: int, signed: bool = False) -> str:
@@ -22,6 +23,9 @@ def format_bytes(nbytes: int, signed: bool = False) -> str:
     return f"{sign}{size} B"
 
 
+MOST_BYTES = 2.0**60  # an EiB: no machine has as much
+
+
 def parse_bytes(text: str) -> int:
     """`"24GiB"`, `"24 GiB"`, `"512MiB"`, `"24GB"` (decimal: 24 x 10**9) or a bare number of bytes -> bytes.
 
@@ -30,9 +34,9 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].lower()) if match else None
-    if match is None or factor is None or float(match[1]) <= 0:
+    if match is None or factor is None or not 0 < float(match[1].replace(",", "")) * factor < MOST_BYTES:
         raise UserError(
-            f"{text!r} is not a size: write a positive number with its unit, such as 24GiB, 512MiB "
+            f"{text[:60]!r} is not a size: write a positive number with its unit, such as 24GiB, 512MiB "
             "or 24GB (decimal: 24000000000 bytes)"
         )
-    return int(float(match[1]) * factor)
+    return int(float(match[1].replace(",", "")) * factor)

@@ -11,6 +11,7 @@ from toolkit.compare.plan import Plan, claim, new_plan, read_plan
 from toolkit.compare.results import collect
 from toolkit.compare.runner import run_all
 from toolkit.compare.tables import about, failures, tables, to_csv, to_markdown
+from toolkit.config.start import check_name
 from toolkit.console import console, say
 from toolkit.errors import UserError
 from toolkit.files import atomic_write
@@ -21,6 +22,7 @@ def compare(args: argparse.Namespace) -> int:
 
     Raises: UserError for flags that cannot be right, before the first run starts.
     """
+    check_name("--output_dir", args.output_dir)
     if args.show:
         if args.methods or args.flags or args.launch:
             given = args.flags[0] if args.flags else "--methods" if args.methods else "--launch"

@@ -153,6 +153,17 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     reports = settings.get("report_to") not in (None, "none", ["none"], [])
     if "run_name" in given and not reports:
         raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
+    for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
+        if (
+            name in given
+            and "trackio" not in str(settings.get("report_to"))
+            and "all" not in str(settings.get("report_to"))
+        ):
+            raise UserError(f"--{name} has no effect without --report_to trackio; add it or leave --{name} out")
+    if "optim_target_modules" in given and not str(settings.get("optim", "")).startswith(("galore", "apollo", "lomo")):
+        raise UserError(
+            f"--optim_target_modules has no effect with --optim {settings.get('optim') or 'adamw_torch'}; leave it out"
+        )
     for name in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"):
         trackio = name == "hub_private_repo" and reports  # trackio reads this flag too
         if name in given and not settings.get("push_to_hub") and not trackio:

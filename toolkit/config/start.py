@@ -23,6 +23,7 @@ from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_yaml
 
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as transformers reads a switch
+LONGEST_NAME = 255  # bytes of a file's or folder's name
 LOCK = ".lock"  # in the folder of a run that is being written; see `toolkit.runs.claim`
 FILES = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.(gz|bz2|xz|zip))?$", re.IGNORECASE)
 # What --report_to needs, by its name: modules of which one must be there, and the package to install.
@@ -202,8 +203,23 @@ def _beside(path: Path) -> str:
     return ""
 
 
+def check_name(flag: str, path: Path) -> None:
+    """Raises UserError for the value of `flag` if no file system takes it: empty, with a zero byte, no text, or too long a name."""
+    shown = repr(str(path)[:60])
+    try:
+        name = max(path.resolve().parts, key=lambda part: len(part.encode()))
+        if not path.name or len(name.encode()) > LONGEST_NAME:
+            many = (
+                f"a name of {len(name.encode()):,} bytes, and {LONGEST_NAME} are possible" if path.name else "no name"
+            )
+            raise UserError(f"{flag} {shown} has {many}; give another path")
+    except (ValueError, OSError):
+        raise UserError(f"{flag} {shown} is no possible path; give one of ordinary characters") from None
+
+
 def check_no_file(path: Path) -> None:
-    """Raises UserError if the run's folder `path` is a file."""
+    """Raises UserError if the run's folder `path` is a file, or no possible path."""
+    check_name("--output_dir", path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder that is new or empty")
 

@@ -111,12 +111,33 @@ def content_of(file: Path) -> bytes:
     return content
 
 
+BINARY = {b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"GIF8": "an image", b"%PDF": "a PDF file"}
+BINARY |= {
+    b"PK\x03\x04": "an Excel or zip file",
+    b"PAR1": "a Parquet file",
+    b"SQLite": "a database",
+    b"\x7fELF": "a program",
+}
+
+
+def check_begin(file: Path, begin: bytes) -> None:
+    """Raises UserError if a data file's first bytes are those of something else: a web page, a Git LFS pointer, an image."""
+    if begin.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: it is a Git LFS pointer, not the file itself; git lfs pull fetches it")
+    if begin.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{file}: it is a web page, not the file itself; download the file")
+    for mark, what in BINARY.items():
+        if begin.startswith(mark) and not (mark == b"PAR1" and kind_of(file) == ".parquet"):
+            raise UserError(f"{file}: it is {what}, whatever its name says; export its rows as CSV or JSON lines")
+
+
 def decoded(file: Path, encoding: str | None = None) -> str:
     """The text of a file in `encoding` (default: UTF-8, with or without a byte order mark).
 
     Raises: UserError, with the line, for text that is not in that encoding.
     """
     content = content_of(file)
+    check_begin(file, content[:200])
     if encoding is None:
         for mark, name in BOMS.items():
             if content.startswith(mark):

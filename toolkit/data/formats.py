@@ -159,7 +159,11 @@ def _named(names: Sequence[str], wanted: Sequence[str]) -> str | None:
 
 def _first(rows: Dataset, column: str) -> Any:
     """The first value in `column` that is not empty."""
-    return next((value for value in rows[column][:1000] if value not in (None, "", [], {})), None)
+    return _filled_first(rows[column][:1000])
+
+
+def _filled_first(values: Sequence[Any]) -> Any:
+    return next((value for value in values if value not in (None, "", [], {})), None)
 
 
 def _conversation_column(rows: Dataset) -> str | None:
@@ -167,7 +171,10 @@ def _conversation_column(rows: Dataset) -> str | None:
     media = [name for name, feature in rows.features.items() if isinstance(feature, Audio | Image | Video)]
     taken = (*known, *media)
     others = [name for name in rows.column_names if name not in taken and name.lower() not in (*ANSWERS, *QUESTIONS)]
-    return next((name for name in (*known, *others) if _form(_first(rows, name))), None)
+    if not known and not others:
+        return None
+    begin = rows.select_columns([*known, *others])[:1000]  # at once: a table may have thousands of columns
+    return next((name for name in (*known, *others) if _form(_filled_first(begin[name]))), None)
 
 
 def _form(value: Any) -> str | None:

@@ -6,6 +6,7 @@ pandas and pyarrow guess a type for each column: they turn `001` into 1, `1.10` 
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Json, Value, concatenate_datasets, load_dataset
 
-from toolkit.data.files import decoded, empty, mark_of, regular_file
+from toolkit.data.files import check_begin, decoded, empty, mark_of, regular_file
 from toolkit.errors import UserError
 
 RETURN = "\udc0d"  # stands for a carriage return in a cell; no UTF-8 file contains it
@@ -35,6 +36,8 @@ def read_file(file: Path, suffix: str, encoding: str | None = None) -> tuple[Dat
     """
     regular_file(file)
     if suffix in (".parquet", ".arrow"):
+        with file.open("rb") as stream:
+            check_begin(file, stream.read(200))
         try:
             if suffix == ".arrow":
                 return Dataset.from_file(str(file)), []
@@ -164,10 +167,12 @@ def _table(text: str, file: Path, tabs: bool) -> tuple[list[str], list[list[str]
     In csv, quotation marks wrap cells (RFC 4180). If the file cannot be parsed that way, and no cell is wrapped in them,
     they are text. In tsv they are text (IANA's text/tab-separated-values), unless a csv writer wrote the file with tabs.
     """
-    delimiter, remarks = _delimiter(text, tabs), []
+    named = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)  # Excel's first line
+    text = text[named.end() :] if named else text
+    delimiter, remarks = named[1] if named else _delimiter(text, tabs), []
     usual = "\t" if tabs else ","
     if delimiter != usual:
-        remarks.append(f"{file.name}: {DELIMITER_NAMES[delimiter]} separate its cells")
+        remarks.append(f"{file.name}: {DELIMITER_NAMES.get(delimiter, repr(delimiter))} separate its cells")
     tabs = delimiter == "\t"
     quoted, problem = _tried(_rows_quoted, text, delimiter)
     if quoted is None:
@@ -352,7 +357,11 @@ def _is_json(text: str) -> bool:
 def _parsed(text: str, where: str) -> tuple[Any, Any]:
     """`text` parsed as JSON, and the same with each number as text."""
     try:
-        return json.loads(text), json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        # NaN, which pandas writes for a missing value, is null; so are infinities
+        none: Callable[[str], None] = lambda _: None  # noqa: E731
+        return json.loads(text, parse_constant=none), json.loads(
+            text, parse_int=str, parse_float=str, parse_constant=none
+        )
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(

@@ -441,15 +441,23 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _joined(parts: list[Dataset]) -> Dataset:
-    """The rows of several files, with the columns that all files have."""
+    """The rows of several files, with the columns of all; where a file lacks one, its cells are empty."""
     if len(parts) == 1:
         return parts[0]
-    shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
-    parts = [part.select_columns(shared) for part in parts]
+    shared = {name: feature for part in reversed(parts) for name, feature in part.features.items()}
+    parts = [_with_columns(part, shared) for part in parts]
     for name in shared:
         if any(part.features[name] != parts[0].features[name] for part in parts):
             parts = [as_text(part, name) for part in parts]
     return concatenate_datasets(parts)
+
+
+def _with_columns(part: Dataset, columns: dict[str, Any]) -> Dataset:
+    """`part` with all `columns` (name: feature); those that it lacks are empty."""
+    for name, feature in columns.items():
+        if name not in part.column_names:
+            part = part.add_column(name, [None] * len(part), feature=feature)
+    return part.select_columns(list(columns))
 
 
 def _load_hub(name: str, config_name: str | None) -> tuple[dict[str, Dataset], list[str]]:
@@ -503,10 +511,11 @@ def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dat
     """The rows in which none of `columns` is empty, and how many rows were left out."""
     for flag, column in columns.items():
         if column not in rows.column_names:
+            there = [name for name in rows.column_names if name not in (FILLED, "")]
             other = ", or with --prompt_column and --response_column" if flag == "messages_column" else ""
             raise UserError(
-                f"{where}: no column {column!r}{did_you_mean(column, rows.column_names)}; it has "
-                f"{', '.join(name for name in rows.column_names if name != FILLED)}; name yours with --{flag}{other}"
+                f"{where}: no column {column!r}{did_you_mean(column, there)}; it has "
+                f"{', '.join(there) or 'none'}; name yours with --{flag}{other}"
             )
     if len(rows) == 0:
         raise UserError(f"{where}: there is a header but no row")

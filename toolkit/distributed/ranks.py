@@ -34,6 +34,7 @@ ONE_SIGNAL_SECONDS = (
     1.0  # one Ctrl-C may arrive twice: the terminal sends it to all processes, and the launcher to its ranks
 )
 WATCH_SECONDS = 1.0
+LONGEST_ERROR = 2000  # characters of a line
 
 
 class Preempted(Exception):
@@ -225,6 +226,8 @@ def _say(label: str, text: str) -> None:
 def _say_error(text: str, cause: BaseException | None = None) -> None:
     """Prints the line; the traceback of `cause`, a library's exception, goes to a file that the line names."""
     if _claims_error_output():
+        if len(text) > LONGEST_ERROR:  # a name of the user's that has no end
+            text = f"{text[: LONGEST_ERROR // 2]} ... {text[-LONGEST_ERROR // 4 :]}"
         print(f"error: {_rank_prefix()}{text}{_kept(cause)}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,7 @@
 """Which numbers a flag can have: one table for all flags, and a rule by type for those that it does not name."""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,10 +19,10 @@ AT_LEAST_1, WIDTH, SEED, ABOVE_0 = (1, COUNT), (1, SIZE), (0, 2**32 - 1), (0.0, 
 BY_NAME: dict[str, tuple[float, float]] = {
     "adam_beta1": (0, math.nextafter(1, 0)),
     "adam_beta2": (0, math.nextafter(1, 0)),
-    "adam_epsilon": (0, FLOAT),
+    "adam_epsilon": ABOVE_0,
     "adapter_size": WIDTH,
     "data_seed": SEED,
-    "dataloader_num_workers": (0, 1000),
+    "dataloader_num_workers": (0, max(64, 4 * (os.cpu_count() or 1))),
     "dataloader_prefetch_factor": (1, 1000),
     "ddp_bucket_cap_mb": WIDTH,
     "ddp_timeout": (1, 10**8),  # seconds
@@ -32,19 +33,19 @@ BY_NAME: dict[str, tuple[float, float]] = {
     "eval_steps": (0.0, COUNT),
     "gradient_accumulation_steps": (1, 10**4),
     "label_smoothing_factor": (0, math.nextafter(1, 0)),
-    "learning_rate": ABOVE_0,
+    "learning_rate": (0.0, 1000.0),
     "logging_steps": (0.0, COUNT),
     "lora_alpha": WIDTH,
     "lora_dropout": (0, math.nextafter(1, 0)),
-    "lora_r": WIDTH,
-    "loraplus_lr_ratio": ABOVE_0,
+    "lora_r": (1, 2**14),
+    "loraplus_lr_ratio": (0.0, 1e6),
     "max_eval_samples": AT_LEAST_1,
     "max_grad_norm": (0, FLOAT),
     "max_length": (1, 10**7),
     "max_steps": (-1, COUNT),
     "max_target_length": (1, 10**5),
     "max_train_samples": AT_LEAST_1,
-    "neftune_noise_alpha": (0, FLOAT),
+    "neftune_noise_alpha": (0.0, 1e4),
     "num_beams": (1, 200),
     "num_processes": (1, 10**5),
     "num_shots": (0, SIZE),
@@ -60,7 +61,7 @@ BY_NAME: dict[str, tuple[float, float]] = {
     "train_last_layers": AT_LEAST_1,
     "warmup_ratio": (0, 1),
     "warmup_steps": (0, COUNT),
-    "weight_decay": (0, FLOAT),
+    "weight_decay": (0, 1000.0),
 }
 # What to give instead of the 0 or -1 by which other tools mean "all" or "none".
 INSTEAD = {

@@ -28,7 +28,7 @@ from toolkit.seams import patched
 # Initializations that subtract the adapter's initial product from the base. Such an adapter only works on a base that was
 # altered in the same way.
 ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-INITS = "default, gaussian, orthogonal, olora, pissa or pissa_niter_N"
+INITS = "default, gaussian, orthogonal, olora, pissa or pissa_niter_N (N up to 999)"
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Lora(PeftBased):
                 "--load_in_4bit"
             )
         init = self.init_lora_weights
-        if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*", init):
+        if not re.fullmatch(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d{0,2}", init):
             raise UserError(f"--init_lora_weights {init} is not known; give {INITS}")
         if self.changes_base:
             if self._quantizes(given):

@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM, Pr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
+from toolkit.errors import UserError
+
 # transformers has this class, but maps only the whole config to it
 AutoModelForCausalLM.register(MllamaTextConfig, MllamaForCausalLM, exist_ok=True)
 
@@ -30,6 +32,10 @@ def language_part(config: PreTrainedConfig) -> PreTrainedConfig:
     The part keeps what the whole config says of its weights: the name, the quantization, whether the embeddings are tied.
     """
     text = config.get_text_config()
+    if not isinstance(text, PreTrainedConfig):
+        raise UserError(
+            "its config.json has a text_config that is no model's; mend it, or give a model that transformers loads"
+        )
     if text is config or config.is_encoder_decoder:
         return config
     if (other := COMPUTES_AS.get(text.model_type)) is not None:

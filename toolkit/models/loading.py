@@ -75,6 +75,8 @@ def load_model_config(
     check_name(source)
     if args.is_local:
         folder = Path(source).expanduser()
+        if folder.is_file():
+            raise UserError(f"--model_name_or_path {source}: it is a file; give its folder, {folder.parent}")
         if not folder.is_dir():
             raise UserError(
                 f"--model_name_or_path {source}: no such folder; give an existing one or a hub id (user/name)"
@@ -87,6 +89,8 @@ def load_model_config(
         if not (folder / "config.json").is_file():
             raise UserError(f"--model_name_or_path {source}: the folder has no config.json, so it holds no model")
         has_weights = args.random_weights or not needs_weights
+        if not has_weights and any(folder.glob("*.index.json")):
+            check_weight_files(folder)  # names the files that are missing
         if not has_weights and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
             raise UserError(f"{source} holds a config but no weights; add --random_weights to train from random ones")
     known = None if needs_weights or args.is_local else catalogue.config_of(source)
@@ -164,6 +168,11 @@ def _check_folder(folder: Path) -> None:
     if "generation_config.json" in read:
         file, remedy = folder / "generation_config.json", "mend it, or remove the file"
         check_shape(read["generation_config.json"], GENERATION, str(file), remedy)
+    if "tokenizer_config.json" in read:
+        file, remedy = folder / "tokenizer_config.json", "mend it, or remove the field"
+        check_shape(read["tokenizer_config.json"], {"model_max_length?": (int, float, None)}, str(file), remedy)
+        if (longest := read["tokenizer_config.json"].get("model_max_length")) is not None and not longest >= 1:
+            raise UserError(f"{file}: model_max_length {longest} is not possible; give at least 1, or remove the field")
     if "config.json" in read:
         _check_sizes(folder / "config.json", read["config.json"])
 
@@ -177,6 +186,11 @@ def _check_sizes(file: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{file}: {name} {value} is not possible; give a number from 0 to 1")
         if name.endswith(("eps", "epsilon")) and isinstance(value, float) and not 0 <= value < 1:
             raise UserError(f"{file}: {name} {value} is not possible; give a number from 0 to below 1, such as 1e-6")
+        of_rotary = name == "factor" and {"rope_type", "type"} & config.keys()
+        if of_rotary and isinstance(value, int | float) and not value > 0:
+            raise UserError(
+                f"{file}: the factor {value} of its rotary embeddings is not possible; give a number above 0"
+            )
         if name == "rope_theta" and isinstance(value, int | float) and not value > 0:
             raise UserError(f"{file}: rope_theta {value} is not possible; give a number above 0, such as 10000.0")
         if isinstance(value, float) and math.isnan(value):
@@ -436,7 +450,7 @@ def _check_beginning(source: str, model: PreTrainedModel) -> None:
             shift(torch.tensor([[ORDINARY_TOKEN_ID]]))
         elif has_head(config) and config.decoder_start_token_id is None:
             raise ValueError
-    except (ValueError, TypeError, AssertionError, RuntimeError):
+    except (AttributeError, ValueError, TypeError, AssertionError, RuntimeError):
         raise UserError(
             f"{source}: its config.json does not say with which token a target begins; add decoder_start_token_id to it (T5: its "
             "pad_token_id; BART: its eos_token_id) and pad_token_id"

@@ -83,6 +83,8 @@ def _instead(source: str, name: str = "") -> str:
     if " " in name:
         return f"give {name}"
     original = original_of(source, name)
+    if original and "/" not in original:
+        return f"give the original model, {original}, by its hub id (user/name)"
     return f"give the original, {original}" if original else "give the original model, which its README names"
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+from toolkit.data.loading import DataArguments
 from toolkit.errors import UserError, guarded
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import check_regular, check_shape, read_json, read_yaml
@@ -325,7 +326,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     what = f"{path} is damaged"
     settings = read_yaml(path, what, AGAIN)
     shapes: dict[str, Any] = {}
-    for name, kind in get_type_hints(ModelArguments).items():
+    for name, kind in (get_type_hints(ModelArguments) | get_type_hints(DataArguments)).items():
         kinds = tuple(one if isinstance(one, type) and one is not type(None) else None for one in get_args(kind))
         literal = get_origin(kind) is Literal
         shapes[f"{name}?"] = str if literal else kinds or kind

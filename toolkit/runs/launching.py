@@ -96,6 +96,9 @@ def data_flags(words: Sequence[str]) -> dict[str, Any]:
 def check_evaluation(run_dir: Path, given: Mapping[str, Any], batch_size: int) -> None:
     """Raises UserError for a folder that is no run's, and for flags of the data that cannot be right."""
     check_run_folder(run_dir)
+    for name, value in given.items():
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{name} is empty; give a value, or leave it out")
     check_numbers({**given, "per_device_eval_batch_size": batch_size})
     start.check_paths(dict(given))
 
@@ -132,14 +135,16 @@ def train(method: str, flags: Sequence[str], launch: str | None, processes: int 
 
     Raises: UserError as `check` and `launch_command` do.
     """
+    if processes is not None:
+        check_numbers({"num_processes": processes})
     recipe = find_recipe(method)
     if recipe.stem in sources.methods():
         check(method, flags)
     if launch is None and processes not in (None, 1):
         raise UserError(f"--num_processes {processes} needs a launch file; add for instance --launch ddp")
-    os.environ[STARTED_AS] = train_command(method, flags, launch, processes)
+    started_as = train_command(method, flags, launch, processes)
     if launch is None:
-        sys.argv = [str(recipe), *flags]
+        sys.argv, os.environ[STARTED_AS] = [str(recipe), *flags], started_as
         try:
             runpy.run_path(str(recipe), run_name="__main__")
         finally:
@@ -149,4 +154,4 @@ def train(method: str, flags: Sequence[str], launch: str | None, processes: int 
     words = launch_command(recipe, file, flags, processes)
     start.say(f"starting accelerate launch --config_file {file}")
     sys.stdout.flush()
-    os.execv(words[0], words)
+    os.execve(words[0], words, os.environ | {STARTED_AS: started_as})

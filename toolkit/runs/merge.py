@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from toolkit.config.start import check_name
 from toolkit.console import say, table
 from toolkit.distributed.launcher import without_secrets
 from toolkit.errors import UserError
@@ -39,6 +40,7 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
     run = FinishedRun(run_dir)
     folder = output_dir or run_dir.resolve().with_name(f"{run_dir.resolve().name}-merged")
     _check_mergeable(run)
+    check_name("--output_dir", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output_dir {folder} is not empty; give a new folder")
     name = run.record["weights"] if dtype == "auto" else dtype

@@ -95,6 +95,7 @@ def prepare(config: Config) -> Preflight:
         set_head(model_config, data.prompt_tokenizer.label_names, tokenizer.pad_token_id)
     base = build_on_meta(config.model, model_config, config.dtype)
     check_checkpointing(config, base)
+    _check_noise(training, base)
     packed = Packed.of(base)
     model = config.method.attach(base)
     if config.method.trains:
@@ -119,6 +120,15 @@ def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[
         ]
     pairs = [name if name == mine else f"{mine} is {name}" for mine, name in zip(own, label_names, strict=True)]
     return [f"the checkpoint's own head is kept, with the classes in its order: {', '.join(pairs)[:200]}"]
+
+
+def _check_noise(training: TrainArguments, model: PreTrainedModel) -> None:
+    """Raises UserError for NEFTune's noise in a model that does not call the embedding to which Trainer adds it (T5)."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    if training.neftune_noise_alpha is not None and encoder.get_input_embeddings() is not model.get_input_embeddings():
+        raise UserError(
+            f"--neftune_noise_alpha has no effect on {model.config.model_type}, whose encoder has its own embedding; leave it out"
+        )
 
 
 def check_checkpointing(config: Config, model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from toolkit.config.start import check_name
 from toolkit.console import say, table
 from toolkit.data.loading import DataArguments, rows_to_score
 from toolkit.data.rows import read_source
@@ -32,6 +33,8 @@ def evaluate(
 
     Raises: UserError for a folder that holds no finished run, data that does not fit the run's task, and a file that exists.
     """
+    if output_file is not None:
+        check_name("--output_file", output_file)
     if output_file is not None and output_file.exists():
         raise UserError(f"--output_file {output_file} exists; give a new file")
     run = FinishedRun(run_dir)

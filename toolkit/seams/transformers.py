@@ -130,6 +130,15 @@ MODELS = (
         ),
     ),
     Seam(
+        name="decoder_start_token_id of config.json",
+        kind="private",
+        where="models.generation",
+        source=(("transformers.models.t5.modeling_t5", r"self\.config\.decoder_start_token_id"),),
+        reason="the token with which a target begins, where generation_config.json does not name one",
+        breaks="such a model is refused when it should answer",
+        checked_by="tests/test_outside.py",
+    ),
+    Seam(
         name="quantization_config of a checkpoint",
         kind="private",
         where=("models.language_part", "models.meta", "models.stored"),

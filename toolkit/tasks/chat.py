@@ -375,7 +375,9 @@ class Chat(Summarization):
         turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and _has_content(message)]
         if not turns:
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
-            raise NothingToLearn(f"its conversation has no turn of the role assistant (it has {roles}) with content")
+            raise NothingToLearn(
+                f"its conversation has no turn of the role assistant (it has {roles}) with content and a weight"
+            )
         if turns[-1] == 0:
             raise NothingToLearn(
                 "its conversation begins with the only turn of the role assistant, so no prompt precedes it"
@@ -461,6 +463,8 @@ def _message(message: Message) -> Message:
                 f"its conversation has a part of the type {other.get('type')!r}, and only text can be learned"
             )
         content = "".join(part["text"] for part in content)
+    if content is None:
+        raise NothingToLearn(f"a message of the role {message['role'][:40]} has no content")
     if not isinstance(content, str):
         raise UserError(f"its conversation is not {FORM}, but has a message {str(message)[:80]!r}")
     return _with_arguments(message | {"content": content}, _parsed)

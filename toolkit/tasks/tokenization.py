@@ -109,7 +109,7 @@ class PromptTokenizer:
         if self.is_encoder_decoder:
             return self.tokenizer(text_target=target, verbose=False).input_ids
         # A target follows the prompt's last word, so it starts with a space; SentencePiece adds one by itself.
-        first = self.tokenizer.tokenize("a")[0]
+        first = (self.tokenizer.tokenize("a") or [""])[0]
         text = target if first.startswith("\u2581") else f" {target}"
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return [*ids, self.tokenizer.eos_token_id]

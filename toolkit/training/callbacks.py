@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from toolkit.console import say
 from toolkit.distributed.ranks import SIGNALS, Preempted, RollCall, interruption
+from toolkit.errors.reading import check_regular
 from toolkit.files import atomic_write
 from toolkit.training.checkpoints import best_of, readable_write_errors
 
@@ -105,6 +106,7 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
+            check_regular(self.path)
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             # a killed run may have left an incomplete last line
             whole = [line for line in lines if line.endswith("}\n")]

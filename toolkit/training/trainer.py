@@ -197,7 +197,7 @@ class FineTuner(Trainer):
             kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint had been written yet"
             raise UserError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}; {kept}. "
-                "Lower --learning_rate, or compute in fp32 or --bf16"
+                f"{_remedy(self.model, self.state.global_step)}"
             )
         return loss
 
@@ -325,6 +325,15 @@ class FineTuner(Trainer):
             ignore_patterns=["_*", ".*", f"*{PREFIX_CHECKPOINT_DIR}-*"],
             revision=self.args.hub_revision,
         )
+
+
+def _remedy(model: nn.Module, steps: int) -> str:
+    """What to do about a loss that is not finite after `steps` steps: mend weights that were not finite before, or train otherwise."""
+    for name, p in model.named_parameters():
+        given = steps == 0 or not p.requires_grad  # no step has changed it
+        if given and p.is_floating_point() and not torch.isfinite(p).all():
+            return f"The model's own weights are not finite ({name}): give a whole checkpoint"
+    return "Lower --learning_rate, or compute in fp32 or --bf16"
 
 
 def _own_callbacks(args: TrainArguments) -> list[TrainerCallback]:
