@@ -79,6 +79,10 @@ from toolkit.units import GIB, MIB
         ("Gigabyte RTX 3060 Eagle", "RTX 3060"),
         ("RTX 3090 FE", "RTX 3090"),
         ("Colab T4", "T4"),
+        ("RTX 4090 24576MiB", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB, 81920 MiB", "A100 80GB"),
+        ("RTX 3060, 8192 MiB", "RTX 3060 8GB"),
+        ("A100 40", "A100 40GB"),
         ("HGX H100", "H100 80GB"),
         ("NVIDIA® GeForce RTX™ 3060", "RTX 3060"),
     ],
@@ -104,6 +108,7 @@ def test_every_card_is_found_by_its_own_name(card):
         ("2x RTX 3090", "name one card; for 2 of them, --gpu 'RTX 3090' --launch zero3 --num_processes 2"),
         ("A100 80GB x4", "name one card; for 4 of them, --gpu 'A100 80GB'"),
         ("two 3090s", "name one card; for 2 of them, --gpu '3090s'"),
+        ("4090x2", "name one card; for 2 of them, --gpu '4090'"),
         ("8 H100", "name one card; for 8 of them, --gpu 'H100'"),
         *(
             (name, "is a slice of a card.*--gpu_memory")

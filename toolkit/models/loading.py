@@ -422,10 +422,16 @@ def build_on_meta(
     """
     remedy = "change its config.json, or give another model"
     too_slow = f"{args.source}: building the model of its config.json takes more than {BUILD_SECONDS:g} s; {remedy}"
+    what = f"{args.source}: no model can be built from its config.json"
+    if args.attn_implementation:
+        what, remedy = (
+            f"{what} with --attn_implementation {args.attn_implementation}",
+            "leave it out, or give sdpa or eager",
+        )
     with (
         _quiet(),
         time_limit(BUILD_SECONDS, too_slow),
-        guarded(f"{args.source}: no model can be built from its config.json", remedy),
+        guarded(what, remedy),
         without_partitioning(),
     ):
         model = model_on_meta(

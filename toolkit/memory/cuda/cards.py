@@ -23,6 +23,7 @@ Numbers of multiprocessors and nominal sizes: NVIDIA's data sheets and architect
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -307,12 +308,13 @@ _NOISE = re.compile(
     r"[^a-z0-9]"
 )
 _MEMORY = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*g(?:i?b)?\b")  # "80GB", "80 GiB", "12G"
+_MEBIBYTES = re.compile(r"(?<![a-z0-9.])(\d{4,6})\s*mi?b\b")
 _MEMORY_AS_SOLD = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb?)?")  # "12", "12GB", "12 G"; 12GiB is exact
 _PLURAL = re.compile(r"\b(\d{4})s\b")  # "3090s"
 _LAPTOP = re.compile(r"\b(laptop|mobile|notebook)\b")
 _NUMBERS = {"two": 2, "dual": 2, "three": 3, "four": 4, "quad": 4, "eight": 8}
 _SEVERAL = re.compile(
-    rf"^\s*(?:(\d{{1,2}})\s*[x×*]\s*(?=\S)|(\d{{1,2}}|{'|'.join(_NUMBERS)})\s+(?!x\s|gi?b\b)(?=\S))|\s[x×*]\s*(\d{{1,2}})\s*$"
+    rf"^\s*(?:(\d{{1,2}})\s*[x×*]\s*(?=\S)|(\d{{1,2}}|{'|'.join(_NUMBERS)})\s+(?!x\s|gi?b\b)(?=\S))|(?:\s|(?<=\d{{4}}))[x×*]\s*(\d{{1,2}})\s*$"
 )
 _SLICE = re.compile(r"\bmig\b|\b\d+g\.\d+gb\b|-\d+[qcab]\s*$")  # of a card: MIG, and virtual GPUs such as "L40S-48Q"
 _LARGEST_GB = 2000
@@ -328,9 +330,14 @@ _OTHER_MAKERS = re.compile(
 _SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|spark|gb10)\b")
 
 
+def _in_gb(name: str) -> str:
+    """`name` in small letters, with a driver's `24564MiB` as `23.99gb`."""
+    return _MEBIBYTES.sub(lambda found: f"{int(found[1]) / 1024:.2f}gb", name.lower())
+
+
 def _key(name: str) -> str:
     """`"NVIDIA H100 80GB HBM3"` -> `"h100"`: the name without maker, form factor, memory and punctuation."""
-    text = _PLURAL.sub(r"\1", _MEMORY.sub(" ", name.lower()))
+    text = _PLURAL.sub(r"\1", _MEMORY.sub(" ", _in_gb(name)))
     laptop = "laptop" if _LAPTOP.search(text) else ""
     return _NOISE.sub("", _LAPTOP.sub(" ", text)) + laptop
 
@@ -341,7 +348,7 @@ def _without_prefix(key: str) -> str:
 
 def _memory(name: str) -> float | None:
     """The memory size in GB that `name` contains, or None."""
-    found = _MEMORY.search(name.lower())
+    found = _MEMORY.search(_in_gb(name))
     return None if found is None or float(found[1]) in _GRACE_HOST_GB else float(found[1])
 
 
@@ -407,6 +414,10 @@ def find_card(name: str) -> Card:
         raise UserError(
             f"--gpu {name!r}: that card comes with {there} GB; for another size give --gpu_memory {size:g}GB"
         )
+    if bare := re.search(r"\s(\d{1,3})$", low):  # "A100 40"
+        with suppress(UserError):
+            if _memory((card := find_card(f"{name}GB")).name) == int(bare[1]) or card.nominal_gib == int(bare[1]):
+                return card
     if _OTHER_MAKERS.search(low):
         raise UserError(
             f"{name!r} is not predicted: predictions are for NVIDIA GPUs with CUDA. For a rough estimate by CUDA's rules give its "
