@@ -1,6 +1,7 @@
 """The training flags: Hugging Face's `TrainingArguments`, our defaults, and which values are refused."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -153,12 +154,9 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     reports = settings.get("report_to") not in (None, "none", ["none"], [])
     if "run_name" in given and not reports:
         raise UserError("--run_name has no effect without --report_to, since nothing reads it; add it or leave it out")
+    tracks = re.search("trackio|all", str(settings.get("report_to")))
     for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
-        if (
-            name in given
-            and "trackio" not in str(settings.get("report_to"))
-            and "all" not in str(settings.get("report_to"))
-        ):
+        if name in given and not tracks:
             raise UserError(f"--{name} has no effect without --report_to trackio; add it or leave --{name} out")
     if "optim_target_modules" in given and not str(settings.get("optim", "")).startswith(("galore", "apollo", "lomo")):
         raise UserError(

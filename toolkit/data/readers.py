@@ -357,16 +357,18 @@ def _is_json(text: str) -> bool:
 def _parsed(text: str, where: str) -> tuple[Any, Any]:
     """`text` parsed as JSON, and the same with each number as text."""
     try:
-        # NaN, which pandas writes for a missing value, is null; so are infinities
-        none: Callable[[str], None] = lambda _: None  # noqa: E731
-        return json.loads(text, parse_constant=none), json.loads(
-            text, parse_int=str, parse_float=str, parse_constant=none
+        return json.loads(text, parse_constant=_null), json.loads(
+            text, parse_int=str, parse_float=str, parse_constant=_null
         )
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(
             f"{where} cannot be read as JSON ({reason}); give one object per line, or a list of objects"
         ) from None
+
+
+def _null(text: str) -> None:
+    """The value of NaN, which pandas writes for a missing value, and of infinities."""
 
 
 def _spelled(row: Any, spelled: Any) -> Any:

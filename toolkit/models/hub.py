@@ -26,14 +26,9 @@ def hub_id(name: str, of: str = "model") -> str:
 
     Raises: UserError for a page of the hub that is something else, and for one of another branch than main.
     """
-    name = name.strip()
-    if not name.startswith((".", "/", "~")):
-        name = (
-            re.sub("/{2,}", "/", name.removeprefix("hf://").rstrip("/"))
-            if "://" not in name.removeprefix("hf://")
-            else name
-        )
-    page = _PAGE.fullmatch(name)
+    if not name.startswith((".", "/", "~")) and "://" not in name.removeprefix("hf://"):
+        name = re.sub("/{2,}", "/", name.removeprefix("hf://").rstrip("/"))
+    page = _PAGE.fullmatch(name.strip())
     if page is None or name.lower().endswith(".gguf"):
         return name
     parts = re.split(r"[?#]", page[1])[0].strip("/").split("/")

@@ -34,7 +34,7 @@ def language_part(config: PreTrainedConfig) -> PreTrainedConfig:
     text = config.get_text_config()
     if not isinstance(text, PreTrainedConfig):
         raise UserError(
-            "its config.json has a text_config that is no model's; mend it, or give a model that transformers loads"
+            f"{config._name_or_path}: its config.json has a text_config that is no model's; mend it, or give a model that transformers loads"
         )
     if text is config or config.is_encoder_decoder:
         return config
