@@ -187,7 +187,9 @@ def test_a_base_stored_in_4_bits_trains_with_qlora_and_other_recipes_name_the_or
     weight = next(p for p in model.parameters() if type(p).__name__ == "Params4bit")
     assert weight.quant_state.quant_type == kind
     model.train()(**batch()).loss.backward()
-    with pytest.raises(UserError, match=rf"4 bits: recipes/qlora.py trains it.*give the original model, {name}, by its hub id"):
+    with pytest.raises(
+        UserError, match=rf"4 bits: recipes/qlora.py trains it.*give the original model, {name}, by its hub id"
+    ):
         load_model_config(ModelArguments(str(folder)))
 
 

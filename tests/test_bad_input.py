@@ -197,7 +197,7 @@ def test_pushing_to_a_hub_without_a_login_and_to_one_that_cannot_be_reached(refu
         ("--optim sgd --optim_args momentum=much", "--optim sgd --optim_args momentum=much: could not convert"),
         ("--optim adafactor --optim_args d_coef=2", "--optim_args d_coef=2 has no effect with --optim adafactor"),
         ("--optim sgd --optim_args momentun=0.9", "--optim_args momentun=0.9 has no effect with --optim sgd"),
-        ("--adam_epsilon -1 --optim adamw_torch", "--adam_epsilon -1 is not possible; give a number above 0"),
+        ("--adam_epsilon -1 --optim adamw_torch", "--adam_epsilon -1 is not possible; give a number of at least 0"),
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: One of min_lr or"),
         ("--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay: it missing 1 required"),
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":2}', "unexpected keyword argument 'cycles'"),

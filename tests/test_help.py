@@ -306,7 +306,6 @@ def test_the_first_line_comes_before_the_heavy_imports(name):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("", "no name"),
         ("a" * 300, "a name of 300 bytes, and 255 are possible"),
         ("\u00e4" * 130, "260 bytes"),
         ("b/" + "a" * 256 + "/c", "256 bytes"),
@@ -317,6 +316,11 @@ def test_the_first_line_comes_before_the_heavy_imports(name):
 def test_a_path_that_no_file_system_takes_is_refused(name, why):
     with pytest.raises(UserError, match=f"^--output_dir .*{why}"):
         start.check_name("--output_dir", Path(name))
+
+
+def test_the_folder_of_this_process_is_a_possible_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start.check_paths({"output_dir": "."})
 
 
 def test_a_misspelt_file_is_told_the_one_beside_it(tmp_path):

@@ -381,7 +381,11 @@ def test_weights_that_are_not_finite_are_named_rather_than_the_learning_rate(mod
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     flags = ["--max_steps", "1", "--max_train_samples", "8", "--max_eval_samples", "1", "--use_cpu"]
     done = recipe("lora", "--model_name_or_path", model, *flags, "--output_dir", tmp_path / "run")
-    assert done.returncode == 2 and "own weights are not finite (" in done.stderr and "up_proj" in done.stderr
+    assert (
+        done.returncode == 2
+        and "Weights were not finite before the first step (" in done.stderr
+        and "up_proj" in done.stderr
+    )
 
 
 def test_noise_for_an_embedding_that_the_model_does_not_call_is_refused(tmp_path):

@@ -270,6 +270,31 @@ def test_of_weights_that_are_too_large_alone_the_least_is_predicted(capfd):
     assert capfd.readouterr().err.count("does not fit; trying") == 2
 
 
+def test_of_a_base_in_4_bits_beside_fp32_the_rest_is_kept_short(capfd):
+    packed = ASSUMED | {"weights": "4-bit nf4 for 87% of the parameters, float32 for the rest"}
+    given = []
+
+    def predict(job):
+        given.append(job.flags.given)
+        return ledger_of(900 if "kbit_upcast" in job.flags.given else 2000, 300, packed)
+
+    job = prediction.PredictionJob("lora", Flags({"load_in_4bit": True}), ONE_PROCESS)
+    said = prediction.nearest_fit(job, ledger_of(2000, 1200, packed), predict)
+    assert said == "it fits with --kbit_upcast none: 900 B" and len(given) == 1
+    assert prediction._four_bits(QLora, packed["weights"].replace("float32", "bfloat16")) == {}
+
+
+def test_measured_steps_of_many_passes_are_not_traced_again(config_only):
+    config = parse_config(Lora, [*flags(config_only, "--gradient_accumulation_steps", "33", "--predict")])
+    with pytest.raises(UserError, match="more than 32 accumulated passes take too long"):
+        prediction.predict_run(config, batches=[{"input_ids": torch.ones(1, 2, dtype=torch.long)}] * 66)
+
+
+def test_the_command_to_type_names_the_processes(config_only, capfd):
+    words = flags(config_only, "--gpu", "4x RTX 4090", "--launch", "ddp")
+    assert "--launch ddp --num_processes 4 " in run(capfd, "predict", "lora", *words)[1].splitlines()[-1]
+
+
 def test_the_command_names_what_fits_first(config_only, capfd):
     code, out, err = run(capfd, "predict", "lora", *flags(config_only, "--gpu_memory", "3600KiB", "--json"))
     ledger = json.loads(out)
@@ -402,7 +427,7 @@ def test_experts_that_stay_unquantized_are_reported_with_their_size(tmp_path, ca
     code, out, _ = run(capfd, "predict", "qlora", *flags(tmp_path, *targets, "--gpu_memory", "600KiB", "--json"))
     unquantized, untrained, advice = json.loads(out)["warnings"]
     assert code == 1 and "not quantized" in unquantized and "lora" in advice
-    assert untrained == "the experts, 75% of the weights, stay as they are: no adapter is added to them"
+    assert untrained == "the experts, 75% of the weights, stay as they are: nothing of them is trained"
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ def predict(args: argparse.Namespace) -> int:
             print_ledger(PlainConsole(file=out), ledger)
             if ledger.fits:
                 given = {word.split("=")[0].replace("-", "_") for word in args.flags}
-                flags = [*args.flags]
+                flags, processes = [*args.flags], ledger.processes if args.launch else None
                 if "__model_name_or_path" in given and not {"__dataset_name", "__config"} & given:
                     flags += ["--dataset_name", "DATA"]
-                print("next:", launching.train_command(args.method, flags, args.launch, args.num_processes), file=out)
+                print("next:", launching.train_command(args.method, flags, args.launch, processes), file=out)
     return 0 if ledger.fits else 1
 
 

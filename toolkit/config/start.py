@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +50,8 @@ def start(recipe: str) -> None:
 
     A recipe whose file is not named after a method is checked by its parser alone.
     """
-    if "torch" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_first = "torch" not in sys.modules and threading.current_thread() is threading.main_thread()
+    if is_first and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports is no traceback
     method, argv = Path(recipe).stem, sys.argv[1:]
     if method in sources.methods():
@@ -204,16 +206,15 @@ def _beside(path: Path) -> str:
 
 
 def check_name(flag: str, path: Path) -> None:
-    """Raises UserError for the value of `flag` if no file system takes it: empty, with a zero byte, no text, or too long a name."""
+    """Raises UserError for the value of `flag` if no file system takes it: with a zero byte, no text, or too long a name."""
     shown = repr(str(path)[:60])
     try:
-        name = max(path.resolve().parts, key=lambda part: len(part.encode()))
-        if not path.name or len(name.encode()) > LONGEST_NAME:
-            many = (
-                f"a name of {len(name.encode()):,} bytes, and {LONGEST_NAME} are possible" if path.name else "no name"
+        longest = max(len(part.encode()) for part in path.resolve().parts)
+        if longest > LONGEST_NAME:
+            raise UserError(
+                f"{flag} {shown} has a name of {longest:,} bytes, and {LONGEST_NAME} are possible; give another path"
             )
-            raise UserError(f"{flag} {shown} has {many}; give another path")
-    except (ValueError, OSError):
+    except (ValueError, OSError, RuntimeError):  # a RuntimeError: a loop of links
         raise UserError(f"{flag} {shown} is no possible path; give one of ordinary characters") from None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.errors.reading import stands_for_another
 
 MOST_UNPACKED = 1 << 30  # bytes; what is larger must not be compressed more than MOST_RATIO times
 MOST_RATIO = 100
@@ -111,21 +112,19 @@ def content_of(file: Path) -> bytes:
     return content
 
 
-BINARY = {b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"GIF8": "an image", b"%PDF": "a PDF file"}
+BINARY = {b"\x89PNG\r\n": "an image", b"\xff\xd8\xff": "an image", b"GIF89a": "an image", b"%PDF-1.": "a PDF file"}
 BINARY |= {
     b"PK\x03\x04": "an Excel or zip file",
     b"PAR1": "a Parquet file",
-    b"SQLite": "a database",
+    b"SQLite format 3\0": "a database",
     b"\x7fELF": "a program",
 }
 
 
 def check_begin(file: Path, begin: bytes) -> None:
     """Raises UserError if a data file's first bytes are those of something else: a web page, a Git LFS pointer, an image."""
-    if begin.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: it is a Git LFS pointer, not the file itself; git lfs pull fetches it")
-    if begin.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html")):
-        raise UserError(f"{file}: it is a web page, not the file itself; download the file")
+    if other := stands_for_another(begin):
+        raise UserError(f"{file}: {'; '.join(other)}")
     for mark, what in BINARY.items():
         if begin.startswith(mark) and not (mark == b"PAR1" and kind_of(file) == ".parquet"):
             raise UserError(f"{file}: it is {what}, whatever its name says; export its rows as CSV or JSON lines")

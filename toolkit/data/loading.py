@@ -613,7 +613,7 @@ def _remarks(
             )
         if lost.unwritten_turns:
             remarks.append(f"{lost.unwritten_turns:,} turns or tools in {split} are left out by the chat template")
-        for role, count in lost.unusual_roles.items():
+        for role, count in lost.unusual_roles.most_common(3):
             remarks.append(
                 f"{count:,} turn{'s' * (count > 1)} in {split} ha{'ve' if count > 1 else 's'} the role {role[:40]!r}, which few chat "
                 f"templates know{did_you_mean(role, USUAL_ROLES)}"

@@ -167,8 +167,8 @@ def _table(text: str, file: Path, tabs: bool) -> tuple[list[str], list[list[str]
     In csv, quotation marks wrap cells (RFC 4180). If the file cannot be parsed that way, and no cell is wrapped in them,
     they are text. In tsv they are text (IANA's text/tab-separated-values), unless a csv writer wrote the file with tabs.
     """
-    named = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)  # Excel's first line
-    text = text[named.end() :] if named else text
+    named = re.match(r'"?sep=([^\r\n"])"?\r?\n', text, re.IGNORECASE)  # Excel's first line
+    text = "\n" + text[named.end() :] if named else text  # lines keep their numbers
     delimiter, remarks = named[1] if named else _delimiter(text, tabs), []
     usual = "\t" if tabs else ","
     if delimiter != usual:

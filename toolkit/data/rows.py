@@ -444,7 +444,9 @@ def _joined(parts: list[Dataset]) -> Dataset:
     """The rows of several files, with the columns of all; where a file lacks one, its cells are empty."""
     if len(parts) == 1:
         return parts[0]
-    shared = {name: feature for part in reversed(parts) for name, feature in part.features.items()}
+    shared: dict[str, Any] = {}
+    for part in parts:
+        shared |= {name: feature for name, feature in part.features.items() if name not in shared}
     parts = [_with_columns(part, shared) for part in parts]
     for name in shared:
         if any(part.features[name] != parts[0].features[name] for part in parts):

@@ -68,7 +68,8 @@ class Interruption:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                was_started = number == signal.SIGINT and handler is signal.SIG_DFL  # see `toolkit.config.start.start`
+                signal.signal(number, signal.default_int_handler if was_started else handler)
 
     @contextmanager
     def deferred_to_a_step(self) -> Iterator[None]:

@@ -43,6 +43,15 @@ def read_text(path: Path, what: str = "", largest: int = LARGEST_JSON, remedy: s
         raise UserError(f"{what}: cannot be read ({reason}); {remedy}") from None
 
 
+def stands_for_another(begin: bytes) -> tuple[str, str] | None:
+    """What a file with these first bytes is instead of what its name says, and the remedy: a Git LFS pointer or a web page."""
+    if begin.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself", "git lfs pull fetches it"
+    if begin.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, not the file itself", "download the file"
+    return None
+
+
 def read_json(
     path: Path, what: str = "", remedy: str = AGAIN, finite: bool = True, duplicates: bool = False
 ) -> dict[str, Any]:

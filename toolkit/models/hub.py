@@ -26,8 +26,10 @@ def hub_id(name: str, of: str = "model") -> str:
 
     Raises: UserError for a page of the hub that is something else, and for one of another branch than main.
     """
-    if not name.startswith((".", "/", "~")) and "://" not in name.removeprefix("hf://"):
-        name = re.sub("/{2,}", "/", name.removeprefix("hf://").rstrip("/"))
+    if name.startswith("hf://"):
+        name = f"https://huggingface.co/{name.removeprefix('hf://')}"
+    elif not name.startswith((".", "/", "~")) and "://" not in name:
+        name = re.sub("/{2,}", "/", name.rstrip("/"))
     page = _PAGE.fullmatch(name.strip())
     if page is None or name.lower().endswith(".gguf"):
         return name

@@ -34,7 +34,7 @@ from toolkit.console import say
 from toolkit.distributed.deepspeed import without_partitioning
 from toolkit.distributed.engine import NO_ENGINE, Engine, EngineKind
 from toolkit.errors import UserError, guarded, time_limit, words_of
-from toolkit.errors.reading import check_regular, check_shape, read_json
+from toolkit.errors.reading import check_regular, check_shape, read_json, stands_for_another
 from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.heads import (
@@ -310,10 +310,8 @@ def check_weight_files(folder: Path) -> None:
             start = stream.read(200)
         if not start:
             what = "it is empty"
-        elif start.startswith(b"version https://git-lfs"):
-            what, remedy = "it is a Git LFS pointer, not the file itself", "git lfs pull fetches it"
-        elif start.lstrip()[:100].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-            what = "it is a web page, not the file itself"
+        elif other := stands_for_another(start):
+            what, remedy = other
         elif file.suffix == ".safetensors" and not 2 <= int.from_bytes(start[:8], "little") <= size - 8:
             what = f"its {size:,} bytes are no whole safetensors file"
         elif file.suffix == ".bin" and start[:2] not in (b"PK", b"\x80\x02"):

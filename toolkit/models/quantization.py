@@ -64,7 +64,7 @@ def untrained_experts(model: nn.Module) -> str | None:
     if not experts or any(p.requires_grad and ".experts." in name for name, p in model.named_parameters()):
         return None
     share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
-    return f"the experts, {share:.0%} of the weights, stay as they are: no adapter is added to them"
+    return f"the experts, {share:.0%} of the weights, stay as they are: nothing of them is trained"
 
 
 @dataclass(frozen=True)

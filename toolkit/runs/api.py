@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from toolkit.methods import Method
     from toolkit.runs.finished_run import FinishedRun
 
-ON_CPU = "predicted for this machine's CPU, because it has no GPU; --gpu NAME or --gpu_memory SIZE predicts a card"
+ON_CPU = (
+    "predicted for this machine's CPU, because PyTorch sees no GPU; --gpu NAME or --gpu_memory SIZE predicts a card"
+)
 Setting = bool | float | str | Path | Sequence[float | str] | Mapping[str, Any] | None
 
 
@@ -95,7 +97,7 @@ def predict(
     job = PredictionJob(method, parsed, environment, named or (None if on_cpu else this_card()), reads_data=True)
     apart = environment.engine.kind is not EngineKind.NONE and torch.cuda.is_available()
     if advise:
-        say("tracing two training steps without data; of a large model each step takes seconds", sys.stderr)
+        say("tracing two training steps; of a large model each step takes seconds", sys.stderr)
     run = PredictionJob.predict_in_subprocess if apart else PredictionJob.predict
     ledger = run(job)
     if job.card is None and not on_cpu:

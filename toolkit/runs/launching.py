@@ -12,7 +12,7 @@ from typing import Any
 from toolkit.config import page, sources, start
 from toolkit.config.start import say_start
 from toolkit.distributed.folders import find_launch_file, find_recipe
-from toolkit.distributed.launcher import STARTED_AS
+from toolkit.distributed.launcher import STARTED_AS, without_secrets
 from toolkit.errors import UserError, did_you_mean
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_yaml
@@ -133,7 +133,7 @@ def train(method: str, flags: Sequence[str], launch: str | None, processes: int 
 
     Signals and exit codes are the recipe's and the launcher's own.
 
-    Raises: UserError as `check` and `launch_command` do.
+    Raises: UserError as `check` and `launch_command` do, and for an impossible number of processes.
     """
     if processes is not None:
         check_numbers({"num_processes": processes})
@@ -142,13 +142,13 @@ def train(method: str, flags: Sequence[str], launch: str | None, processes: int 
         check(method, flags)
     if launch is None and processes not in (None, 1):
         raise UserError(f"--num_processes {processes} needs a launch file; add for instance --launch ddp")
-    started_as = train_command(method, flags, launch, processes)
+    started_as = without_secrets(train_command(method, flags, launch, processes))
     if launch is None:
         sys.argv, os.environ[STARTED_AS] = [str(recipe), *flags], started_as
         try:
             runpy.run_path(str(recipe), run_name="__main__")
         finally:
-            del os.environ[STARTED_AS]
+            os.environ.pop(STARTED_AS, None)
         return
     file = find_launch_file(launch)
     words = launch_command(recipe, file, flags, processes)

@@ -38,7 +38,7 @@ def merge(run_dir: Path, output_dir: Path | None = None, dtype: str = "auto") ->
     Raises: UserError if the method cannot be merged, the merged model's logits do not agree, or the folder is not empty.
     """
     run = FinishedRun(run_dir)
-    folder = output_dir or run_dir.resolve().with_name(f"{run_dir.resolve().name}-merged")
+    folder = output_dir.resolve() if output_dir else run_dir.resolve().with_name(f"{run_dir.resolve().name}-merged")
     _check_mergeable(run)
     check_name("--output_dir", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

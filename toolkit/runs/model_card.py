@@ -69,7 +69,10 @@ def model_card(config: Config, record: dict[str, Any], ledger: Ledger | None) ->
 
 
 def _place(config: Config) -> str:
-    return config.training.hub_model_id or str(Path(config.training.output_dir).resolve())
+    folder = Path(config.training.output_dir).resolve()
+    if config.training.push_to_hub:  # a local folder is nobody's business there
+        return config.training.hub_model_id or folder.name
+    return config.training.hub_model_id or str(folder)
 
 
 def _loading_lines(config: Config, record: dict[str, Any]) -> list[str]:

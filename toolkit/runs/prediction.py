@@ -83,6 +83,9 @@ def predict_run(
     _refuse_unpredicted(config)
     check_combination(config)
     accumulated, assumed, left_out = training.gradient_accumulation_steps, {}, ""
+    settings = config.as_dict()
+    if batches and accumulated > MOST_PASSES:
+        raise UserError(f"measured steps of more than {MOST_PASSES} accumulated passes take too long to predict again")
     if not batches:
         longest, data_text = _longest_rows(config, model_config, reads_data)
         worst = worst_batch(config, model_config, longest)
@@ -119,7 +122,7 @@ def predict_run(
         return FineTuner(model, replace(config, training=sequential_arguments(arguments)), Batches(batches), [callback])
 
     try:
-        ledger = predict(build, trainer, training, device, config.as_dict(), sinks)
+        ledger = predict(build, trainer, training, device, settings, sinks)
     except LedgerError:
         raise
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -237,14 +240,14 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
     halves = [rows >> n for n in range(1, rows.bit_length())]
     fewer = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": -(-step_rows // n)} for n in halves]
     shorter = [{"max_length": n} for n in (assumed["tokens"] // 2, assumed["tokens"] // 4) if n >= SHORTEST]
-    four_bits = [_four_bits(method)] if method.freezes_base and "bit" not in assumed["weights"] else []
+    four_bits = [flags] if method.freezes_base and (flags := _four_bits(method, assumed["weights"])) else []
     checkpointing = [] if assumed["gradient_checkpointing"] else [{"gradient_checkpointing": True}]
     kept: dict[str, Any] = {}
     least_with: dict[str, Any] = {}
     last = least = ledger
     first, second = (four_bits, []) if too_large(ledger) else ([], four_bits)
     for change in (*first, *checkpointing, *fewer, *second, *shorter):
-        if "load_in_4bit" not in change and too_large(last):
+        if change not in four_bits and too_large(last):
             continue
         found = tried(job.method, kept | change)
         if found is None:
@@ -292,14 +295,17 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
     return f"{nothing}; {asked} {format_bytes(least.needed_bytes)}, and {enough}" + (" as much" if card is None else "")
 
 
-def _four_bits(method: type[Method]) -> dict[str, Any]:
-    """The flags for the least memory with a base in 4 bits, as `method` allows them."""
-    flags = {"load_in_4bit": True, "kbit_upcast": "none"}
+def _four_bits(method: type[Method], weights: str) -> dict[str, Any]:
+    """The flags for the least memory with a base in 4 bits, as `method` allows them; `weights` says how they are held now."""
+    is_packed = "bit" in weights
+    if is_packed and "float32" not in weights:
+        return {}
+    flags: dict[str, Any] = {"load_in_4bit": True, "kbit_upcast": "none"}
     try:
         method(kbit_upcast="none").check(flags)  # type: ignore[call-arg]
     except (UserError, TypeError):  # it needs fp32 beside 4 bits, or has no such flag
         del flags["kbit_upcast"]
-    return flags
+    return {name: value for name, value in flags.items() if not (is_packed and name == "load_in_4bit")}
 
 
 def _as_words(changes: Mapping[str, Any]) -> str:

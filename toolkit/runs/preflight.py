@@ -76,6 +76,7 @@ def prepare(config: Config) -> Preflight:
     training = config.training
     check_engine(config.engine, training)
     check_installed(training)
+    _check_workers(training)
     _check_same_precision(config)
     with training.main_process_first(desc="reading the data"), guarded_rows(config.data):
         source = config.data.read()  # also decides the task, on which the kind of model depends
@@ -125,9 +126,19 @@ def _head_remarks(config: PreTrainedConfig, label_names: Sequence[str]) -> list[
 def _check_noise(training: TrainArguments, model: PreTrainedModel) -> None:
     """Raises UserError for NEFTune's noise in a model that does not call the embedding to which Trainer adds it (T5)."""
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-    if training.neftune_noise_alpha is not None and encoder.get_input_embeddings() is not model.get_input_embeddings():
+    if training.neftune_noise_alpha and encoder.get_input_embeddings() is not model.get_input_embeddings():
         raise UserError(
             f"--neftune_noise_alpha has no effect on {model.config.model_type}, whose encoder has its own embedding; leave it out"
+        )
+
+
+def _check_workers(training: TrainArguments) -> None:
+    """Raises UserError for more processes that load data than this machine's cores could feed."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if training.dataloader_num_workers > most:
+        raise UserError(
+            f"--dataloader_num_workers {training.dataloader_num_workers} is too many for this machine's {os.cpu_count()} cores; give at "
+            f"most {most}"
         )
 
 
@@ -411,7 +422,7 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed, experts: str | None
     if len(data.test) < FEW_ROWS:
         say(
             "data",
-            f"so few rows to test ({len(data.test):,}) that their scores say little; --dataset_name with more rows helps",
+            f"so few rows to test ({len(data.test):,}) that their scores say little",
         )
     for split, lost in data.truncation.items():
         if lost.rows:

@@ -78,12 +78,15 @@ def evaluate(
 
 
 def own_test_rows(run: FinishedRun, most: int) -> list[tuple[Any, str]]:
-    """(text, reference) of the first `most` rows of the run's own test split; of a chat the text is its messages.
+    """(text, reference) of the first `most` rows of the run's own test split.
 
-    If the run's data can no longer be read, they come from its completions.csv, in which a conversation is one text.
+    They come from its completions.csv. In that a conversation is one text, so a chat's rows are read from its data again, as
+    messages, if they are still there.
 
     Raises: UserError if neither is there.
     """
+    if run.task.name != "chat":
+        return run.sample(most)
     try:
         pairs = rows_to_score(_data(run, {}), whole=False)[0][:most]
     except UserError as error:

@@ -449,7 +449,7 @@ def _message(message: Message) -> Message:
 
     ShareGPT's keys (from, value) and the names of its roles become role, content, user, assistant and tool.
 
-    Raises: UserError for content that is not text.
+    Raises: UserError for content that is not text, and NothingToLearn for a message of a user or a system without any.
     """
     message = {name: value for name, value in message.items() if value is not None}
     if "role" not in message:
