@@ -73,6 +73,7 @@ FORMATS = {  # name: file, content, task, what is said, the tokens of a row
     "sentences": ("a.txt", "\n".join(f"{one}@{two}" for one, two in zip(ASKED, SAID, strict=True)), "classification", "sentence -> label", "{asked}\n\nLabel: {said}"),
     "texts": ("a.jsonl", lines([{"text": asked} for asked in ASKED]), "text", "plain text: text", "<s> {asked}</s>"),
     "wrapped": ("a.json", json.dumps({"version": 1, "data": ALPACA}), "summarization", "Alpaca rows", IN_ALPACA),
+    "table of pandas": ("a.json", json.dumps({"schema": {"fields": [{"name": "output"}]}, "data": ALPACA}), "summarization", "Alpaca rows", IN_ALPACA),
     "columns": ("a.json", json.dumps({name: [row[name] for row in ALPACA] for name in ALPACA[0]}), "summarization", "Alpaca rows", IN_ALPACA),
     "pandas": ("a.json", json.dumps({name: {n: row[name] for n, row in enumerate(ALPACA)} for name in ALPACA[0]}), "summarization", "Alpaca rows", IN_ALPACA),
     "semicolons": ("a.csv", table(";", "question", "answer"), "summarization", "question -> answer", "<s> {asked} {said}</s>"),

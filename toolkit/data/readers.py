@@ -308,7 +308,7 @@ def _objects(text: str, file: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def _unwrapped(whole: dict[str, Any], spelled: dict[str, Any], file: Path) -> tuple[list[Any], list[Any], str]:
     """The rows of a file that is one object, the same rows with numbers as text, and a remark.
 
-    The rows are the only list of objects in it, or its keys are columns, or it is the only row.
+    The rows are the only list of objects in it, beside objects that tell of them, or its keys are columns, or it is the only row.
     """
     lists = [name for name, value in whole.items() if _is_list_of_objects(value) and name not in CONVERSATIONS]
     nested = [name for name, value in whole.items() if isinstance(value, list | dict) and value]
@@ -317,7 +317,10 @@ def _unwrapped(whole: dict[str, Any], spelled: dict[str, Any], file: Path) -> tu
             f"{file}: several of its keys hold rows ({', '.join(lists)}); write each list to a file of its own in one folder, "
             "train.jsonl, validation.jsonl and test.jsonl"
         )
-    if lists == nested and lists:
+    about = [
+        name for name in nested if isinstance(whole[name], dict) and _column(whole[name]) is None
+    ]  # pandas' "schema"
+    if lists and lists == [name for name in nested if name not in about]:
         return whole[lists[0]], spelled[lists[0]], f"its rows are the list {lists[0]!r}"
     columns = {name: _column(value) for name, value in whole.items()}
     if columns and None not in columns.values() and len({len(cells or []) for cells in columns.values()}) == 1:

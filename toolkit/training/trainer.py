@@ -247,7 +247,7 @@ class FineTuner(Trainer):
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if args.should_save:
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
 
     def _keep_measured_memory(self) -> None:
         """Writes memory.json, because a run that resumes from a checkpoint after the last step measures nothing."""
