@@ -263,11 +263,8 @@ def test_rows_with_nothing_to_learn_are_counted(llama, tmp_path):
 
 
 def test_a_role_that_few_templates_know_is_counted(llama, tmp_path):
-    rows = [
-        {"messages": [{"role": "usr", "content": asked}, row["messages"][1]]}
-        for asked, row in zip(ASKED[:1], OPENAI, strict=False)
-    ]
-    loaded, _ = load(llama, write(tmp_path, "a.jsonl", lines([*rows, *OPENAI[1:]])))
+    wrong = {"messages": [{"role": "usr", "content": ASKED[0]}, OPENAI[0]["messages"][1]]}
+    loaded, _ = load(llama, write(tmp_path, "a.jsonl", lines([wrong, *OPENAI[1:]])))
     (remark,) = [one for one in loaded.remarks if "role" in one]
     assert remark.startswith("1 turn in ") and remark.endswith(
         "has the role 'usr', which few chat templates know (did you mean user?)"

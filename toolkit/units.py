@@ -34,9 +34,10 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].lower()) if match else None
-    if match is None or factor is None or not 0 < float(match[1].replace(",", "")) * factor < MOST_BYTES:
+    size = float(match[1].replace(",", "")) * factor if match and factor else 0.0
+    if not 0 < size < MOST_BYTES:
         raise UserError(
             f"{text[:60]!r} is not a size: write a positive number with its unit, such as 24GiB, 512MiB "
             "or 24GB (decimal: 24000000000 bytes)"
         )
-    return int(float(match[1].replace(",", "")) * factor)
+    return int(size)

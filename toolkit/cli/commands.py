@@ -59,11 +59,8 @@ def predict(args: argparse.Namespace) -> int:
 
             print_ledger(PlainConsole(file=out), ledger)
             if ledger.fits:
-                given = {word.split("=")[0].replace("-", "_") for word in args.flags}
-                flags, processes = [*args.flags], ledger.processes if args.launch else None
-                if "__model_name_or_path" in given and not {"__dataset_name", "__config"} & given:
-                    flags += ["--dataset_name", "DATA"]
-                print("next:", launching.train_command(args.method, flags, args.launch, processes), file=out)
+                processes = ledger.processes if args.launch else None
+                print("next:", launching.command_after(args.method, args.flags, args.launch, processes), file=out)
     return 0 if ledger.fits else 1
 
 

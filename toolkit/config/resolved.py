@@ -24,7 +24,7 @@ from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.launch_files import LaunchEnvironment, current_launch_environment
 from toolkit.distributed.ranks import broadcast_from_main
 from toolkit.distributed.request import requested_engine
-from toolkit.errors import UserError, words_of
+from toolkit.errors import UserError, check_filled, words_of
 from toolkit.memory.cuda.cards import Card
 from toolkit.models.arguments import ModelArguments
 from toolkit.models.loading import load_model_config, weights_dtype
@@ -144,9 +144,8 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
     settings = method.defaults(non_default) | ({"optim": optim} if optim else {}) | named
     if (own_optimizer := optimizers.OWN.get(settings.get("optim", ""))) is not None:
         settings |= {name: value for name, value in own_optimizer.defaults.items() if name not in named}
-    for name, value in non_default.items():
-        if any(isinstance(one, str) and not one.strip() for one in _listed(value)):
-            raise UserError(f"--{name} is empty; give a value, or leave it out")
+    check_filled(non_default)
+    for name in non_default:
         if name in OVERRIDDEN:
             raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")
     check_training(settings, non_default)
@@ -195,10 +194,6 @@ def _merged(method: type[methods.Method], flags: Flags) -> tuple[dict[str, Any],
     defaults, parser = method.defaults(named), RecipeParser(method)
     changed = {k: v for k, v in from_file.items() if v != defaults.get(k, parser.get_default(k))}
     return changed | on_command_line, named
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _not_replaced(from_file: dict[str, Any], on_command_line: dict[str, Any]) -> dict[str, Any]:

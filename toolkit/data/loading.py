@@ -219,16 +219,13 @@ class DataArguments:
             return source
         train = source.splits["train"]
         columns = {flag: column for flag, column in self.columns.items() if flag not in TASKS[self.task].optional}
-        if self._because and all(column in train.column_names for column in columns.values()):
-            return Source(
-                source.splits, [f"reads conversations: {', '.join(columns.values())}{self._because}", *source.remarks]
-            )
         if self.prompt_template and "{text}" not in self.prompt_template:
             columns.pop("text_column", None)
             columns.pop("prompt_column", None)
         is_named = self._is_open and self.summary_column is not None and self.prompt_template is None
         if all(column in train.column_names for column in columns.values()) and not is_named:
-            return source
+            said = [f"reads conversations: {', '.join(columns.values())}{self._because}"] if self._because else []
+            return Source(source.splits, [*said, *source.remarks])
         flags = [flag for flag in BY_TASK if flag.endswith("_column") and getattr(self, flag) is not None]
         given = {flag: getattr(self, flag) for flag in flags}
         if not {*given.values()} <= {*train.column_names}:

@@ -317,10 +317,9 @@ def _unwrapped(whole: dict[str, Any], spelled: dict[str, Any], file: Path) -> tu
             f"{file}: several of its keys hold rows ({', '.join(lists)}); write each list to a file of its own in one folder, "
             "train.jsonl, validation.jsonl and test.jsonl"
         )
-    about = [
-        name for name in nested if isinstance(whole[name], dict) and _column(whole[name]) is None
-    ]  # pandas' "schema"
-    if lists and lists == [name for name in nested if name not in about]:
+    # beside them may be objects that are no columns, such as pandas' "schema"
+    cells = [name for name in nested if isinstance(whole[name], list) or _column(whole[name])]
+    if lists and lists == cells:
         return whole[lists[0]], spelled[lists[0]], f"its rows are the list {lists[0]!r}"
     columns = {name: _column(value) for name, value in whole.items()}
     if columns and None not in columns.values() and len({len(cells or []) for cells in columns.values()}) == 1:

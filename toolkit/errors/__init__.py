@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,6 +52,14 @@ def did_you_mean(got: str, valid: Iterable[str]) -> str:
     """`" (did you mean x?)"` with the valid name closest to `got`, or an empty string if none is close."""
     near = get_close_matches(got[:100], list(valid), n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def check_filled(settings: Mapping[str, Any]) -> None:
+    """Raises UserError for the first text in `settings` (by flag name), alone or in a list, that is empty or blank."""
+    for name, value in settings.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and not one.strip():
+                raise UserError(f"--{name} is empty; give a value, or leave it out")
 
 
 def words_of(error: BaseException, longest: int = 200) -> str:

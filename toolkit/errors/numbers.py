@@ -14,7 +14,7 @@ PAIRS, NOT_FINITE = r"optim_args|\w+_(kwargs|config)", r"[=:]\s*[+-]?(nan|inf)" 
 FLOAT = 1e30
 
 # (least, most), both possible; a least of 0.0 (a float) is itself not possible.
-AT_LEAST_1, WIDTH, SEED, ABOVE_0 = (1, COUNT), (1, SIZE), (0, 2**32 - 1), (0.0, FLOAT)
+AT_LEAST_1, WIDTH, SEED = (1, COUNT), (1, SIZE), (0, 2**32 - 1)
 BY_NAME: dict[str, tuple[float, float]] = {
     "adam_beta1": (0, math.nextafter(1, 0)),
     "adam_beta2": (0, math.nextafter(1, 0)),

@@ -37,6 +37,7 @@ from toolkit.errors import UserError, guarded, time_limit, words_of
 from toolkit.errors.reading import check_regular, check_shape, read_json, stands_for_another
 from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
+from toolkit.models.generation import TAKEN_OVER
 from toolkit.models.heads import (
     OTHER_HEADS,
     ModelKind,
@@ -144,6 +145,7 @@ RANGES = (
 
 
 IDS = (int, None)
+TOKENS = (*TAKEN_OVER, "pad_token_id", "eos_token_id")
 GENERATION: dict[str, Any] = {  # the fields of generation_config.json that scoring takes over
     **{f"{name}_token_id?": IDS for name in ("bos", "pad", "decoder_start", "forced_bos")},
     "eos_token_id?": (int, [int], None),
@@ -276,15 +278,14 @@ def _overruled_generation(source: str, revision: str | None) -> dict[str, Genera
             GenerationConfig.from_pretrained(source, revision=revision)
     except OSError:  # there is none
         return {}
-    except Exception as error:
+    except Exception as error:  # of any kind: a setting of a wrong type fails where transformers compares it
         reason = words_of(error)
     else:
         return {}
     file = cached_file(source, "generation_config.json", revision=revision)
     asked = read_json(Path(file), remedy="mend it, or remove the file")
-    names = {name.removesuffix("?") for name in GENERATION} - {"num_beams", "do_sample", "temperature"}
     say("generation", f"transformers refuses generation_config.json ({reason}); only its tokens are used")
-    return {"generation_config": GenerationConfig(**{name: asked[name] for name in names & asked.keys()})}
+    return {"generation_config": GenerationConfig(**{name: asked.get(name) for name in TOKENS})}
 
 
 def check_weight_files(folder: Path) -> None:

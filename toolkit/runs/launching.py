@@ -13,7 +13,7 @@ from toolkit.config import page, sources, start
 from toolkit.config.start import say_start
 from toolkit.distributed.folders import find_launch_file, find_recipe
 from toolkit.distributed.launcher import STARTED_AS, without_secrets
-from toolkit.errors import UserError, did_you_mean
+from toolkit.errors import UserError, check_filled, did_you_mean
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_yaml
 
@@ -21,6 +21,7 @@ __all__ = [
     "check",
     "check_evaluation",
     "check_run_folder",
+    "command_after",
     "data_flags",
     "find_launch_file",
     "find_recipe",
@@ -29,7 +30,6 @@ __all__ = [
     "say_start",
     "show_help",
     "train",
-    "train_command",
 ]
 OF_A_RUN = ("run.json", "config.yaml")
 
@@ -96,9 +96,7 @@ def data_flags(words: Sequence[str]) -> dict[str, Any]:
 def check_evaluation(run_dir: Path, given: Mapping[str, Any], batch_size: int) -> None:
     """Raises UserError for a folder that is no run's, and for flags of the data that cannot be right."""
     check_run_folder(run_dir)
-    for name, value in given.items():
-        if isinstance(value, str) and not value.strip():
-            raise UserError(f"--{name} is empty; give a value, or leave it out")
+    check_filled(given)
     check_numbers({**given, "per_device_eval_batch_size": batch_size})
     start.check_paths(dict(given))
 
@@ -126,6 +124,14 @@ def train_command(method: str, flags: Sequence[str], launch: str | None = None, 
     words = ["footprint", "train", method, *(["--launch", launch] if launch is not None else [])]
     words += ["--num_processes", str(processes)] if processes is not None else []
     return shlex.join([*words, *flags])
+
+
+def command_after(method: str, flags: Sequence[str], launch: str | None, processes: int | None) -> str:
+    """The command line that trains what was predicted with these arguments; DATA stands for data that were not named."""
+    given = start.QuickParser(method).given(flags)
+    if "model_name_or_path" in given and not {"dataset_name", "config"} & given.keys():
+        flags = [*flags, "--dataset_name", "DATA"]
+    return train_command(method, flags, launch, processes)
 
 
 def train(method: str, flags: Sequence[str], launch: str | None, processes: int | None) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -35,6 +36,7 @@ from toolkit.memory.shadow.simulated_rank import processes, swapped_bytes, world
 from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
 from toolkit.memory.trace import Sink
 from toolkit.methods import METHODS, Method
+from toolkit.methods.base import PeftBased
 from toolkit.models import catalogue
 from toolkit.models.arguments import looks_like_path
 from toolkit.models.heads import has_head, set_head
@@ -240,7 +242,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
     halves = [rows >> n for n in range(1, rows.bit_length())]
     fewer = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": -(-step_rows // n)} for n in halves]
     shorter = [{"max_length": n} for n in (assumed["tokens"] // 2, assumed["tokens"] // 4) if n >= SHORTEST]
-    four_bits = [flags] if method.freezes_base and (flags := _four_bits(method, assumed["weights"])) else []
+    four_bits = [flags] if (flags := _four_bits(method, assumed["weights"])) else []
     checkpointing = [] if assumed["gradient_checkpointing"] else [{"gradient_checkpointing": True}]
     kept: dict[str, Any] = {}
     least_with: dict[str, Any] = {}
@@ -258,12 +260,11 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
             least, least_with = found, dict(kept)
         if found.fits:
             return f"it fits with {_as_words(kept)}: {format_bytes(found.needed_bytes)}"
-    if method.freezes_base and too_large(
-        last
-    ):  # what does not depend on the batch: one trial says what the least would be
-        smallest = {
-            name: value for change in (*four_bits, *checkpointing, *fewer[-1:]) for name, value in change.items()
-        }
+    if method.freezes_base and too_large(last):
+        # no batch changes that: one trial with all of them says what the least would be
+        smallest: dict[str, Any] = {}
+        for change in (*four_bits, *checkpointing, *fewer[-1:]):
+            smallest |= change
         found = tried(job.method, smallest) if smallest else None
         if found is not None and found.needed_bytes < least.needed_bytes:
             least, least_with = found, smallest
@@ -297,15 +298,17 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
 
 def _four_bits(method: type[Method], weights: str) -> dict[str, Any]:
     """The flags for the least memory with a base in 4 bits, as `method` allows them; `weights` says how they are held now."""
-    is_packed = "bit" in weights
-    if is_packed and "float32" not in weights:
+    if not issubclass(method, PeftBased):
         return {}
-    flags: dict[str, Any] = {"load_in_4bit": True, "kbit_upcast": "none"}
-    try:
-        method(kbit_upcast="none").check(flags)  # type: ignore[call-arg]
-    except (UserError, TypeError):  # it needs fp32 beside 4 bits, or has no such flag
-        del flags["kbit_upcast"]
-    return {name: value for name, value in flags.items() if not (is_packed and name == "load_in_4bit")}
+    is_packed = "bit" in weights
+    flags: dict[str, Any] = {} if is_packed else {"load_in_4bit": True}
+    if is_packed and "float32" not in weights:
+        return flags
+    short: dict[str, Any] = {"kbit_upcast": "none"}
+    with suppress(UserError):  # (IA)3 needs fp32 beside 4 bits
+        method(**short).check({"load_in_4bit": True} | short)
+        flags |= short
+    return flags
 
 
 def _as_words(changes: Mapping[str, Any]) -> str:

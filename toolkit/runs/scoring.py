@@ -35,8 +35,8 @@ def evaluate(
     """
     if output_file is not None:
         check_name("--output_file", output_file)
-    if output_file is not None and output_file.exists():
-        raise UserError(f"--output_file {output_file} exists; give a new file")
+        if output_file.exists():
+            raise UserError(f"--output_file {output_file} exists; give a new file")
     run = FinishedRun(run_dir)
     tokenizer, task = run.prompt_tokenizer, run.task
     args = _data(run, given)

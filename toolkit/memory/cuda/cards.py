@@ -416,7 +416,7 @@ def find_card(name: str) -> Card:
         )
     if bare := re.search(r"\s(\d{1,3})$", low):  # "A100 40"
         with suppress(UserError):
-            if _memory((card := find_card(f"{name}GB")).name) == int(bare[1]) or card.nominal_gib == int(bare[1]):
+            if (card := find_card(f"{name}GB")).nominal_gib == int(bare[1]):
                 return card
     if _OTHER_MAKERS.search(low):
         raise UserError(
