@@ -24,6 +24,7 @@ from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import Lora
+from toolkit.models.chunked_loss import accept_chunks, whole_loss_reason
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens
 from toolkit.runs.evaluation import evaluate_by_generation
@@ -54,6 +55,7 @@ from transformers.trainer_callback import CallbackHandler
 USED = {
     *("output_dir", "seed", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "memory_snapshot"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("loss_chunk_tokens",),
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps"),
 }
@@ -76,6 +78,9 @@ def main() -> None:
     model = config.method.attach(model)
     end_as_the_tokenizer(model, ready.data.tokenizer)
     model.config.use_cache = False  # keys and values of earlier tokens help to generate, not to train
+    chunk = 0 if whole_loss_reason(model) else args.loss_chunk_tokens
+    if chunk:
+        accept_chunks(model)
     set_seed(args.seed)
     collate = ready.data.collator(model)
     batches = DataLoader(ready.data.train, args.per_device_train_batch_size, shuffle=True, collate_fn=collate)
@@ -116,9 +121,12 @@ def main() -> None:
             loss = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(micro_batches, 1):
                 accelerator.sync_gradients = number == len(micro_batches)
-                weight = label_tokens(model, batch["labels"]) / tokens * accelerator.num_processes  # DDP averages
+                share = tokens / accelerator.num_processes  # DDP averages
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(wrapped):
-                    weighted_loss = wrapped(**batch).loss * weight
+                    if chunk:
+                        weighted_loss = wrapped(**batch, loss_chunk_tokens=chunk, num_items_in_batch=share).loss
+                    else:
+                        weighted_loss = wrapped(**batch).loss * (label_tokens(model, batch["labels"]) / share)
                     accelerator.backward(weighted_loss)
                 loss += weighted_loss.detach()
             norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)

@@ -107,7 +107,8 @@ def fine_tuner(
     if kind == "prompt":
         model = PromptTuning(num_virtual_tokens=3).attach(model)
     settings = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
-    args = TrainArguments(output_dir=str(folder), report_to="none", **settings | arguments)
+    chunks = {"loss_chunk_tokens": 4}  # several in each batch
+    args = TrainArguments(output_dir=str(folder), report_to="none", **settings | chunks | arguments)
     task = SimpleNamespace(model_kind="head" if kind == "head" else "generating")
     return FineTuner(model, config_of(args), task_data(task, train, validation, Tokenizer()), callbacks)
 

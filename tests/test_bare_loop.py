@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 
 import pytest
@@ -95,7 +96,7 @@ def test_the_bare_loop_is_the_trainer_on_two_processes_too(tmp_path):
 def test_the_run_of_a_bare_loop_answers_like_any_other(tmp_path, capsys):
     done = recipe("bare_loop", *SHORT, "--max_steps", "2", "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "memory" in done.stdout and "predicted for the backward of rows of" in done.stdout
+    assert re.search(r"memory .* predicted for the (forward|backward) of rows of", done.stdout)
     assert "gemm_4bit" not in done.stderr  # of bitsandbytes, on some CPUs
     assert "step  2/2  loss" in done.stdout and "Memory by phase (measured, cpu)" in done.stdout
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -19,8 +19,8 @@ from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
 from toolkit.methods import METHODS
 from toolkit.tasks import TASKS
-from toolkit.training.guards import FIRST_STEPS, Guards, check_generation, check_saved
-from toolkit.training.trainer import FineTuner
+from toolkit.training.guards import FIRST_STEPS, Guards, check_generation, check_loss, check_saved
+from toolkit.training.trainer import FineTuner, train
 
 CONFIGS = {
     "lora": LoraConfig(task_type="CAUSAL_LM", r=2),
@@ -66,6 +66,17 @@ def test_a_good_run_passes_every_guard_and_keeps_its_weights(trainer, method, tm
     saved_is_checked(good)
     check_generation(good.model, good.data, good.args)
     assert all(torch.equal(p, before[name]) for name, p in good.model.named_parameters())
+
+
+def test_a_loss_that_is_not_the_cross_entropy_of_label_tokens_is_found_before_training(trainer):
+    run = trainer()
+    base = run.model.get_base_model()
+    row = run.data_collator([run.data.train[0]])
+    check_loss(run.model, row, run.args)
+    own = base.loss_function
+    base.loss_function = lambda logits, labels, **more: own(logits, labels, **more) + 1.0
+    with pytest.raises(UserError, match=r"guard 'loss': computed in chunks, .* llama .* give --loss_chunk_tokens 0"):
+        train(run)
 
 
 def test_weights_in_float32_that_compute_in_bf16_are_rounded_too(trainer, monkeypatch):

@@ -124,7 +124,8 @@ def items(plans: dict[str, dict[str, dict[str, int]]], work: Path, rehearsed: bo
 
 
 def _flags(ladder: Ladder, rows: int) -> tuple[str, ...]:
-    own = ("--gradient_checkpointing", "false")  # qlora's default is true
+    # qlora's default is true; earlier calls had whole logits
+    own = ("--gradient_checkpointing", "false", "--loss_chunk_tokens", "0")
     return ("--bf16", "--per_device_train_batch_size", str(rows), "--max_length", str(ladder.length), *own)
 
 

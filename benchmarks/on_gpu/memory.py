@@ -78,7 +78,8 @@ def grid(rehearsed: bool = False) -> list[Configuration]:
 
 
 def _sizes(shape: tuple[int, int], *precision: str) -> tuple[str, ...]:
-    own = ("--gradient_checkpointing", "false")  # qlora's default is true
+    # qlora's default is true; whole logits show more of the allocator, and rows of earlier calls had them
+    own = ("--gradient_checkpointing", "false", "--loss_chunk_tokens", "0")
     return ("--per_device_train_batch_size", str(shape[0]), "--max_length", str(shape[1]), *own, *precision)
 
 
@@ -94,6 +95,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "fp32": ("--bf16", "false"),
     "accumulated": ("--bf16", "--gradient_accumulation_steps", "2"),
     "expandable": ("--bf16",),
+    "chunks": ("--bf16", "--loss_chunk_tokens", "512"),
+    "tiles": ("--bf16", "--loss_chunk_tokens", "512", "--mlp_tile_tokens", "256"),
 }
 
 
@@ -130,7 +133,7 @@ def _single() -> list[Configuration]:
     ]
 
 
-KEPT = ("", "expandable", "8-bit", "snapshot")  # options that a rehearsal tries
+KEPT = ("", "expandable", "8-bit", "snapshot", "chunks", "tiles")  # options that a rehearsal tries
 
 
 def _small(whole: list[Configuration]) -> list[Configuration]:

@@ -111,24 +111,33 @@ def ledger_row(ledger: Any) -> dict[str, Any]:
 
 
 def describe(batch: dict[str, Any]) -> dict[str, list[int]]:
-    """A batch's shapes, and the number of tokens in each row's mask: memory depends on nothing else."""
+    """A batch's shapes, and the number of tokens and of labels in each row: memory depends on nothing else."""
+    from toolkit.models.losses import IGNORE_INDEX
+
     found = {name: list(tensor.shape) for name, tensor in batch.items()}
     if "attention_mask" in batch:
         found["tokens"] = batch["attention_mask"].sum(-1).tolist()
+    if batch["labels"].dim() == 2:
+        found["label_tokens"] = batch["labels"].ne(IGNORE_INDEX).sum(-1).tolist()
     return found
 
 
 def rebuilt(description: dict[str, list[int]]) -> dict[str, Any]:
-    """A batch with the shapes from `describe`, padded on the right as the collator does."""
+    """A batch with the shapes from `describe`, padded on the right as the collator does, with the labels at the end of each row."""
     import torch
 
+    from toolkit.models.losses import IGNORE_INDEX
     from toolkit.runs.prediction import ORDINARY_TOKEN_ID
 
-    shapes = {name: shape for name, shape in description.items() if name != "tokens"}
+    shapes = {name: shape for name, shape in description.items() if name not in ("tokens", "label_tokens")}
     batch = {name: torch.full(tuple(shape), ORDINARY_TOKEN_ID) for name, shape in shapes.items()}
     if "tokens" in description:
         rows, length = shapes["attention_mask"]
         batch["attention_mask"] = (
             torch.arange(length).expand(rows, -1).lt(torch.tensor(description["tokens"])[:, None]).long()
         )
+    if "label_tokens" in description:
+        length = shapes["labels"][1]
+        masked = torch.arange(length).lt(length - torch.tensor(description["label_tokens"])[:, None])
+        batch["labels"][masked] = IGNORE_INDEX
     return batch

@@ -38,8 +38,11 @@ def event(nbytes, sign=1, op="aten::mm", module="layers.0.mlp", phase="forward",
         ["lora"],
         ["full", "--bf16", "--gradient_accumulation_steps", "2", "--gradient_checkpointing"],
         ["qlora", "--use_dora", "--optim", "adamw_bnb_8bit"],
+        ["full", "--loss_chunk_tokens", "10", "--mlp_tile_tokens", "30"],
+        ["lora", "--loss_chunk_tokens", "0"],
+        ["qlora", "--mlp_tile_tokens", "30", "--gradient_checkpointing", "--lora_dropout", "0.1"],
     ],
-    ids=lambda flags: flags[0],
+    ids=lambda flags: " ".join(flags[:2]),
 )
 def test_every_event_of_a_right_prediction_is_the_measured_one(flags, capfd):
     code, out, _ = compare(capfd, *flags, *SHORT)

@@ -91,6 +91,20 @@ class TrainArguments(TrainingArguments):
             + "."
         },
     )
+    loss_chunk_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Compute the loss over N label tokens at a time, and only over those, so that the logits of a batch are never in "
+            "memory at once. The loss is the same, and no slower. 0: over all positions at once."
+        },
+    )
+    mlp_tile_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "Compute feed-forward layers N tokens at a time, and each tile again in the backward pass: keeps the intermediate "
+            "results of one tile instead of all, and costs one more forward pass of these layers. Try 2048 for long rows. 0: off."
+        },
+    )
     memory_snapshot: bool = field(
         default=False,
         metadata={

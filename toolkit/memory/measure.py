@@ -181,7 +181,8 @@ class MemoryCallback(TrainerCallback):
         """A forward pass begins. With gradient accumulation a step has several, and clipping follows only the last one."""
         assert self._trace is not None
         with _disable_current_modes():  # the copies must not be traced
-            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            # single numbers, such as num_items_in_batch, belong to the step
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.dim()}
             self.batches.append({name: value.detach().to("cpu", copy=True) for name, value in tensors.items()})
         if self._trace.phase != "forward":
             self._trace.enter_phase("forward")

@@ -91,6 +91,7 @@ class Trace(TorchDispatchMode):
         self._at_head = False
         self._op = ""
         self._module = ""
+        self._entered: list[str] = []  # the modules around those whose forward pass is running
         self._blocks: dict[int, Allocation] = {}  # by address of the StorageImpl
         self._watches: dict[int, weakref.ref] = {}
         self._sequence_numbers: list[int] = []  # where in the autograd graph a module's operators begin
@@ -109,7 +110,12 @@ class Trace(TorchDispatchMode):
             sink.entered(phase, self.step)
 
     def _find_phase(self) -> None:
-        """Follows the autograd engine: the backward pass begins, is interrupted by recomputation, and ends."""
+        """Follows the autograd engine: the backward pass begins, is interrupted by recomputation, and ends.
+
+        What a module computes in its forward pass is part of that, even if it computes gradients, as a loss in chunks does.
+        """
+        if self.phase == "forward" and self._entered:
+            return
         if torch._C._current_graph_task_id() == -1:
             if self.phase == "backward" and self.after_backward != "backward":
                 self.enter_phase(self.after_backward)
@@ -268,7 +274,7 @@ class Trace(TorchDispatchMode):
         `named_modules`. In the backward pass, the module is the one whose forward built the autograd node that is running.
         """
         names = {module: name for name, module in model.named_modules()}
-        stack: list[str] = []
+        stack = self._entered
 
         def enter(module: torch.nn.Module, args: Any) -> None:
             stack.append(self._module)
@@ -291,6 +297,7 @@ class Trace(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
+            stack.clear()
             self._module = ""
 
     def _mark(self) -> None:

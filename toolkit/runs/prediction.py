@@ -42,8 +42,9 @@ from toolkit.models.arguments import looks_like_path
 from toolkit.models.heads import has_head, set_head
 from toolkit.models.hub import TOKENIZER_FILE, check_reachable
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_tokenizer
+from toolkit.models.losses import IGNORE_INDEX
 from toolkit.models.quantization import Packed, untrained_experts
-from toolkit.runs.preflight import check_checkpointing, check_combination
+from toolkit.runs.preflight import check_checkpointing, check_combination, check_loss_chunks
 from toolkit.training.checkpoints import readable_write_errors
 from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
@@ -107,6 +108,7 @@ def predict_run(
     def build() -> PreTrainedModel:
         model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
         check_checkpointing(config, model)
+        check_loss_chunks(config.training, model)
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.beside_packed)):
             warnings[warning] = None
@@ -331,7 +333,7 @@ def _refuse_unpredicted(config: Config) -> None:
 
 
 def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bool) -> tuple[tuple[int, int], str]:
-    """The tokens of the longest row and of the longest target (0: there is none), and where they come from, in words.
+    """The tokens of the longest row, the most of a row that have labels (0: no target), and where they come from, in words.
 
     With `reads_data` and --dataset_name the rows are read and tokenized as for a run.
 
@@ -342,6 +344,8 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
     with guarded_rows(data):
         rows_found = data.read() if reads_data else None  # also decides the task, on which the lengths depend
     length, target_length, _ = lengths(data, model_config, virtual_tokens=virtual_tokens)
+    if not model_config.is_encoder_decoder and not config.task.one_target:
+        target_length = length
     if not reads_data:
         unread = "--dataset_name was not read" if data.dataset_name else "no --dataset_name was given"
         return (length, target_length), f"rows as long as the flags allow ({unread})"
@@ -360,8 +364,8 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
     with guarded_rows(data):
         rows = load_data(data, model_config, tokenizer, virtual_tokens, rows_found).train
     longest = max(map(len, rows["input_ids"]))
-    if model_config.is_encoder_decoder and not has_head(model_config):
-        target_length = max(map(len, rows["labels"]))
+    if not has_head(model_config):
+        target_length = max(sum(label != IGNORE_INDEX for label in labels) for labels in rows["labels"])
     return (longest, target_length), f"rows as long as the longest of the {len(rows):,} rows of {data.dataset_name}"
 
 
@@ -385,10 +389,11 @@ def _assumed(config: Config, batch: Batch, data: str) -> dict[str, Any]:
 def worst_batch(config: Config, model_config: PreTrainedConfig, longest: tuple[int, int] | None = None) -> Batch:
     """`per_device_train_batch_size` rows of `max_length` tokens; ids, masks and labels are (rows, length), int64.
 
-    `longest`: the tokens of a row and of its target, instead of what the flags allow.
+    `longest`: the tokens of a row, and how many have labels, instead of what the flags allow.
 
     All rows but the first end with one padding token, because attention kernels need more memory with a mask. For T5-like
-    models the labels are (rows, `max_target_length`), as are the decoder's inputs. For a head the labels are (rows,), and each
+    models the labels are (rows, `max_target_length`), as are the decoder's inputs; for GPT-like models they are at the end of each
+    row. For a head the labels are (rows,), and each
     text ends with one end-of-text token, which some heads look for. If processes share the tokens of a row
     (`config.engine.sequence_parallel_size`), the batch is as `SharedRows` collates it.
 
@@ -412,6 +417,8 @@ def worst_batch(config: Config, model_config: PreTrainedConfig, longest: tuple[i
     if model_config.is_encoder_decoder:
         labels = torch.full((rows, target_length), ORDINARY_TOKEN_ID)
         batch |= {"labels": labels, "decoder_input_ids": labels.clone()}
+    else:
+        batch["labels"][:, : length - target_length] = IGNORE_INDEX
     return SharedRows.with_positions(batch) if config.engine.sequence_parallel_size > 1 else batch
 
 

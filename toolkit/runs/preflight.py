@@ -33,9 +33,11 @@ from toolkit.distributed.deepspeed import NOT_READ_BACK, OFFLOADED_OPTIMIZERS, c
 from toolkit.distributed.engine import Engine, EngineKind
 from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
 from toolkit.errors import UserError
+from toolkit.models.chunked_loss import whole_loss_reason
 from toolkit.models.heads import has_own_head, keeps_head, set_head
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_model, load_tokenizer
 from toolkit.models.quantization import Packed, untrained_experts
+from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.trainer import FineTuner
 
 FEW_ROWS = 20  # fewer make scores that change with each of them
@@ -96,16 +98,26 @@ def prepare(config: Config) -> Preflight:
         set_head(model_config, data.prompt_tokenizer.label_names, tokenizer.pad_token_id)
     base = build_on_meta(config.model, model_config, config.dtype)
     check_checkpointing(config, base)
+    check_loss_chunks(training, base)
     _check_noise(training, base)
     packed = Packed.of(base)
     model = config.method.attach(base)
     if config.method.trains:
         _check_whole_batches(training, data)
         check_schedule(training, model)
+        if training.mlp_tile_tokens:
+            tile_feed_forwards(model, training.mlp_tile_tokens)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     ready = Preflight(config, model_config, data, trainable, total)
     _say_what_will_be_done(ready, packed, untrained_experts(model))
+    if (
+        config.method.trains
+        and training.loss_chunk_tokens
+        and config.task.model_kind != "head"
+        and (reason := whole_loss_reason(base))
+    ):
+        say("loss", f"computed over all positions at once: {reason}")
     return ready
 
 
@@ -140,6 +152,13 @@ def _check_workers(training: TrainArguments) -> None:
             f"--dataloader_num_workers {training.dataloader_num_workers} is too many for this machine's {os.cpu_count()} cores; give at "
             f"most {most}"
         )
+
+
+def check_loss_chunks(training: TrainArguments, model: PreTrainedModel) -> None:
+    """Raises UserError for `--loss_chunk_tokens` of a model whose loss is not computed in chunks."""
+    default = TrainArguments.__dataclass_fields__["loss_chunk_tokens"].default
+    if training.loss_chunk_tokens not in (0, default) and (reason := whole_loss_reason(model)):
+        raise UserError(f"--loss_chunk_tokens {training.loss_chunk_tokens} has no effect: {reason}; leave it out")
 
 
 def check_checkpointing(config: Config, model: PreTrainedModel) -> None:

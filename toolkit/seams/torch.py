@@ -227,11 +227,41 @@ MODULES = (
     Seam(
         name="functions of autograd",
         kind="override",
-        where=("memory.cuda.device:_HalfToFloatSoftmax", "memory.cuda.attention:_Keeping"),
+        where=(
+            "memory.cuda.device:_HalfToFloatSoftmax",
+            "memory.cuda.attention:_Keeping",
+            "models.chunked_loss:_WithGradients",
+        ),
         target="torch.autograd.function: Function.forward Function.backward",
         called_in="",
-        reason="a kernel that takes float16 and gives float32; a bias that lives until the backward pass",
-        breaks="predictions of a card end with an error",
+        reason="a kernel that takes float16 and gives float32; a bias that lives until the backward pass; a loss with known gradients",
+        breaks="predictions of a card, and losses in chunks, end with an error",
+    ),
+    Seam(
+        name="an output head's forward",
+        kind="patch",
+        where="models.chunked_loss",
+        target="torch.nn.modules.module: Module.forward",
+        reason="the head is called once for all chunks of a loss, so that an engine gathers its weights once",
+        breaks="a loss in chunks ends with an error",
+    ),
+    Seam(
+        name="a feed-forward layer's forward",
+        kind="patch",
+        where="models.tiled_mlp",
+        target="torch.nn.modules.module: Module.forward",
+        reason="it computes some tokens at a time; this lasts as long as the model",
+        breaks="a step needs the memory of all intermediate results",
+    ),
+    Seam(
+        name="AccumulateGrad.variable",
+        kind="private",
+        where="models.chunked_loss",
+        reason="the trained weights of an output head are the leaves of the graph of its logits",
+        breaks="a trained output head gets no gradient",
+        silent=True,
+        probe=lambda: _no_leaf_in_a_graph(),
+        library="torch",
     ),
     Seam(
         name="BottleneckLayer.forward",
@@ -509,3 +539,14 @@ def _full_disk_is_told_otherwise() -> str | None:
             else f"it is {type(error).__name__}: {' '.join(str(error).split())[:120]}"
         )
     return "torch.save writes to a full disk without an error"
+
+
+def _no_leaf_in_a_graph() -> str | None:
+    """Checks that the graph of a sum ends in a node that names the leaf."""
+    import torch
+
+    leaf = torch.zeros(1, requires_grad=True)
+    node = (leaf * 2).grad_fn.next_functions[0][0]
+    return (
+        None if getattr(node, "variable", None) is leaf else "the last node of a graph does not name its leaf any more"
+    )

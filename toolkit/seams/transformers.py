@@ -130,6 +130,28 @@ MODELS = (
         ),
     ),
     Seam(
+        name="a model's forward",
+        kind="patch",
+        where="models.chunked_loss",
+        target="transformers.modeling_utils: PreTrainedModel.forward",
+        reason="the base model takes one more argument, for its loss in chunks; this lasts as long as the model",
+        breaks="a loss needs the memory of all logits",
+    ),
+    Seam(
+        name="parts of a model before its head",
+        kind="private",
+        where="models.chunked_loss",
+        target="transformers.modeling_utils: PreTrainedModel.get_output_embeddings PreTrainedModel.loss_function",
+        source=(
+            ("transformers.loss.loss_utils", r"shift_labels = labels\[\.\.\., 1:\]"),
+            ("transformers.models.mixtral.configuration_mixtral", r"output_router_logits"),
+        ),
+        reason="a model calls its decoder, then its head, and treats each position alone from there on",
+        breaks="the loss in chunks is not the model's own (the guard 'loss' stops such a run)",
+        silent=True,
+        checked_by="tests/test_chunked_loss.py",
+    ),
+    Seam(
         name="decoder_start_token_id of config.json",
         kind="private",
         where="models.generation",

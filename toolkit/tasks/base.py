@@ -30,6 +30,7 @@ class Task(ABC):
     model_kind: ClassVar[ModelKind] = "generating"
     flags: ClassVar[dict[str, Any]]  # the data flags that this task uses and others do not, and their defaults
     prompt_tokenizer: ClassVar[type[PromptTokenizer]] = PromptTokenizer
+    one_target: ClassVar[bool] = True  # whether only the end of a row, at most --max_target_length tokens, has labels
     metric: ClassVar[str]  # the headline score, which `row_scores` gives for each row
     higher_is_better: ClassVar[bool] = True
     optional: ClassVar[tuple[str, ...]] = ()  # flags of columns that may be missing

@@ -312,6 +312,7 @@ class Chat(Summarization):
     """Answers in a conversation; ROUGE scores the assistant's last turn."""
 
     name: ClassVar[str] = "chat"
+    one_target: ClassVar[bool] = False
     model_kind: ClassVar[ModelKind] = "decoder"
     flags: ClassVar[dict[str, Any]] = {
         "messages_column": "messages",

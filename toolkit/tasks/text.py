@@ -34,6 +34,7 @@ class Text(Task):
     """Language modelling on a column of plain text; each row is one text."""
 
     name: ClassVar[str] = "text"
+    one_target: ClassVar[bool] = False
     model_kind: ClassVar[ModelKind] = "decoder"
     flags: ClassVar[dict[str, Any]] = {"text_column": "text"}
     prompt_tokenizer: ClassVar[type[PromptTokenizer]] = TextPromptTokenizer

@@ -2,6 +2,7 @@
 
 | guard | when | cost |
 |---|---|---|
+| loss: in chunks it is the model's own loss | before the first step | two forward passes of at most 64 tokens |
 | gradient: its norm is above zero | the first steps | nothing: the Trainer computes it anyway |
 | update: trained weights have changed | the first steps, and the end | reads the trained weights once for each check |
 | frozen: frozen weights have not changed | the end | reads the frozen weights twice, on their device, without a copy: |
@@ -12,12 +13,14 @@
 
 That there are label tokens at all is checked before the run (`toolkit.data.loading`). Weights that ZeRO-3 or FSDP shard are
 checked shard by shard; their saved files are only checked for not being empty. If an engine keeps its own fp32 copy of 16-bit
-weights, a few small steps may round to nothing: then `update` is only checked at the end.
+weights, a few small steps may round to nothing: then `update` is only checked at the end. `loss` is not checked where an engine
+shards the weights or the tokens of a row.
 """
 
 import copy
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from toolkit.data.loading import TaskData
 from toolkit.distributed.checksums import checksums
 from toolkit.distributed.sharded_models import is_sharded
 from toolkit.errors import UserError
+from toolkit.models.chunked_loss import base_model
 from toolkit.models.generation import generation_error
 from toolkit.models.loading import load_model, longest_input
 from toolkit.models.soft_prompts import fit_head
@@ -45,6 +49,7 @@ ROUNDED_BASE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Tolerances relative to the logits' spread. On tiny models, lost virtual tokens gave 0.4 and more, rounding 4e-5 in fp32 and 0.006
 # in bf16. Mixtures of experts gave 0.12: if rounding changes the choice of an expert, everything after it changes.
 ROW, TOKENS = 64, 8  # at most so many tokens of the row are read, and so many generated
+LOSS_TOLERANCE = 2e-2  # T5 computes its own loss in bf16, which was 0.5 % off; labels that are not shifted give another loss altogether
 GENERATION_TOLERANCE = 1e-2
 GENERATION_TOLERANCE_ROUNDED = 0.25  # 16 bits, or a quantized base
 
@@ -140,6 +145,26 @@ def _is_rounded(model: nn.Module | None) -> bool:
     return all(p.dtype.itemsize == 2 for p in model.parameters() if p.requires_grad)
 
 
+@torch.no_grad()
+def check_loss(model: PreTrainedModel, row: dict[str, torch.Tensor], training: TrainingArguments) -> None:
+    """Compares the loss in chunks with the model's own, on the first tokens of `row`, a batch of one training row.
+
+    Raises: UserError if they differ: this model's loss is not the mean cross entropy of its label tokens.
+    """
+    base = base_model(model)
+    inputs = {name: tensor[:1, :ROW].to(base.device) for name, tensor in row.items() if tensor.dim() == 2}
+    if not base.config.is_encoder_decoder:
+        inputs["labels"] = inputs["input_ids"].clone()  # the first tokens of a prompt have no labels
+    with _as_in_training(base, training):
+        own = base(**inputs).loss.item()
+        in_chunks = base(**inputs, loss_chunk_tokens=ROW // 4).loss.item()
+    if not abs(in_chunks - own) <= LOSS_TOLERANCE * abs(own):
+        raise UserError(
+            f"guard 'loss': computed in chunks, the loss of this {base.config.model_type} model is {in_chunks:.4g}, and its own is "
+            f"{own:.4g}; give --loss_chunk_tokens 0"
+        )
+
+
 def check_saved(model: PreTrainedModel, config: Config, row: dict[str, torch.Tensor]) -> None:
     """Compares the weights that were saved into the run's folder with the trained `model`; only rank 0 calls it.
 
@@ -230,14 +255,20 @@ def _reloaded(config: Config, trained: PeftModel, folder: Path) -> PeftModel:
 
 def _logits(model: PeftModel, row: dict[str, torch.Tensor], training: TrainingArguments) -> torch.Tensor:
     """The logits (1, length, vocabulary) or (1, labels) of a row, in evaluation mode, computed as in training, fp32."""
+    with _as_in_training(model, training):
+        return model(**{name: tensor.to(model.device) for name, tensor in row.items()}).logits.float()
+
+
+@contextmanager
+def _as_in_training(model: PreTrainedModel, training: TrainingArguments) -> Iterator[None]:
+    """While open, `model` computes in the precision of training, but without dropout."""
     was_training = model.training
     model.eval()
     computed_in = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     # accelerate has wrapped the trained model in autocast; a model that was just loaded is not wrapped
     with torch.autocast(model.device.type, computed_in) if computed_in is not None else nullcontext():
-        logits = model(**{name: tensor.to(model.device) for name, tensor in row.items()}).logits
+        yield
     model.train(was_training)
-    return logits.float()
 
 
 @torch.no_grad()

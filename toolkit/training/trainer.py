@@ -31,12 +31,14 @@ from toolkit.distributed.sharded_models import share_tied_tables
 from toolkit.errors import UserError
 from toolkit.files import atomic_write
 from toolkit.memory.measure import MemoryCallback
+from toolkit.models.chunked_loss import accept_chunks, whole_loss_reason
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.soft_prompts import has_virtual_tokens
+from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.callbacks import EarlyStopping, MetricsFile, Preemption, ResumedChoice
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors, whole_files
-from toolkit.training.guards import Guards, check_generation, check_saved
+from toolkit.training.guards import Guards, check_generation, check_loss, check_saved
 from toolkit.training.progress import ProgressCallback
 from toolkit.training.sampling import LengthGrouped
 from toolkit.training.shards import load_optimizer_shards, load_weight_shards, save_shards
@@ -95,6 +97,12 @@ class FineTuner(Trainer):
             share_tied_tables(model)
         if data.tokenizer is not None:
             end_as_the_tokenizer(model, data.tokenizer)
+        if whole_loss_reason(model):
+            args.loss_chunk_tokens = 0
+        if args.loss_chunk_tokens:
+            accept_chunks(model)
+        if args.mlp_tile_tokens:
+            tile_feed_forwards(model, args.mlp_tile_tokens)
         super().__init__(
             model=model,
             args=args,
@@ -135,12 +143,22 @@ class FineTuner(Trainer):
         `num_processes`. Without N (under sequence parallelism) the result is the mean of the batch, so accumulated batches
         have equal weight.
         """
+        if self._in_chunks and self.get_sp_size() == 1:
+            share = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+            outputs = model(**inputs, num_items_in_batch=share, **self._in_chunks)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
         if num_items_in_batch is None:
-            return self._batch_loss(model, inputs, return_outputs)
+            return self._batch_loss(model, inputs | self._in_chunks, return_outputs)
         local = label_tokens(self.model, inputs["labels"])
         result = self._batch_loss(model, inputs, return_outputs)
         scale = local / num_items_in_batch * self.accelerator.num_processes
         return (result[0] * scale, result[1]) if return_outputs else result * scale
+
+    @property
+    def _in_chunks(self) -> dict[str, Any]:
+        """The arguments with which the model computes its loss in chunks; none if it does not."""
+        chunk, smoothing = self.args.loss_chunk_tokens, self.args.label_smoothing_factor
+        return {"loss_chunk_tokens": chunk, "label_smoothing": smoothing} if chunk else {}
 
     def _batch_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """The mean loss over the label tokens of a batch. Trainer's label smoothing fails with virtual tokens: more logits than labels."""
@@ -162,6 +180,10 @@ class FineTuner(Trainer):
         on the rows that are repeated to fill the last batch of several processes.
         """
         inputs = self._prepare_inputs(inputs)
+        if self._in_chunks:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**inputs, **self._in_chunks)
+            return None, outputs.row_losses, outputs.row_tokens
         shares_rows, seq2seq = self.get_sp_size() > 1, self.model.config.is_encoder_decoder
         labels = inputs["shift_labels" if shares_rows else "labels"]  # with shared rows, this rank's tokens
         if not seq2seq:  # a decoder of an encoder-decoder model may read labels; others would compute a second loss
@@ -354,6 +376,9 @@ def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
     """Trains (or resumes from `checkpoint`), saves and checks the result, and prints which checkpoint was selected, and why."""
     args = trainer.args
     args.resume_from_checkpoint = checkpoint  # for trackers, which report whether a run is resumed
+    engine = trainer.config.engine
+    if args.loss_chunk_tokens and not engine.kind.shards_parameters and engine.sequence_parallel_size == 1:
+        check_loss(trainer.model, trainer.data_collator([trainer.data.train[0]]), args)
     try:
         with interruption.deferred_to_a_step():
             trainer.train(resume_from_checkpoint=checkpoint)
