@@ -171,7 +171,7 @@ def test_a_full_gpu_is_one_line_that_says_how_to_need_less(monkeypatch, capsys):
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the GPU's memory is full (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
-    assert said.count("\n") == 1 and "--gradient_checkpointing" in said
+    assert said.count("\n") == 1 and "--activation_checkpointing" in said
 
 
 def test_a_rank_that_handles_no_signals_ends_soon_after_another_has_printed_an_error(tmp_path):

@@ -92,7 +92,7 @@ def test_the_defaults_of_lora_and_qlora_are_those_of_the_recipe():
     assert "  --learning_rate 0.0003\n" in page.short_help("lora")
     qlora = page.short_help("qlora")
     assert "  --learning_rate 0.0002\n" in qlora and "  --load_in_4bit true " in qlora
-    assert "  --gradient_checkpointing true " in qlora and "paged_adamw_8bit" in qlora
+    assert "  --activation_checkpointing true " in qlora and "paged_adamw_8bit" in qlora
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "in_context", "full"])

@@ -143,7 +143,9 @@ def test_what_was_assumed_is_in_the_table_and_in_the_json(config_only, capfd):
     _, out, _ = run(capfd, "predict", "qlora", *flags(config_only, "--gpu", "T4", "--gradient_checkpointing", "true"))
     said = " ".join(out.split())
     # of the two layers 49,152 weights are packed, the two embeddings of 512 x 64 and five norms of 64 are not
-    assert "weights 4-bit nf4 for 53% of the parameters, float32 for the rest; gradient checkpointing; rows as" in said
+    assert (
+        "weights 4-bit nf4 for 53% of the parameters, float32 for the rest; activation checkpointing; rows as" in said
+    )
 
 
 def test_the_rows_of_a_named_data_set_are_as_long_as_its_longest(tmp_path, capfd):
@@ -211,12 +213,12 @@ ASSUMED = {
 @pytest.mark.parametrize(
     ("method", "states", "needs", "says", "trials"),
     [
-        ("lora", 300, {"gradient_checkpointing": 900}, "it fits with --gradient_checkpointing: 900 B", 1),
+        ("lora", 300, {"activation_checkpointing": 900}, "it fits with --activation_checkpointing: 900 B", 1),
         (
             "lora",
             300,
             {"per_device_train_batch_size": 900},
-            "it fits with --gradient_checkpointing --per_device_train_batch_size 2 --gradient_accumulation_steps 4: 900 B",
+            "it fits with --activation_checkpointing --per_device_train_batch_size 2 --gradient_accumulation_steps 4: 900 B",
             2,
         ),
         (
@@ -264,7 +266,7 @@ def test_of_weights_that_are_too_large_alone_the_least_is_predicted(capfd):
         return ledger_of(1900 if smallest else 2000, 1200, ASSUMED)
 
     job = prediction.PredictionJob("lora", Flags({}), ONE_PROCESS)
-    least = "--load_in_4bit --kbit_upcast none --gradient_checkpointing --per_device_train_batch_size 1 --gradient_accumulation_steps 8"
+    least = "--load_in_4bit --kbit_upcast none --activation_checkpointing --per_device_train_batch_size 1 --gradient_accumulation_steps 8"
     said = prediction.nearest_fit(job, ledger_of(2000, 1200, ASSUMED), predict)
     assert f"is enough for lora; with {least} it needs 1.9 KiB, and" in said
     assert capfd.readouterr().err.count("does not fit; trying") == 2

@@ -8,7 +8,7 @@ PyTorch is imported when the first of them is used.
     ...     "lora", gpu="RTX 4090", model_name_or_path="meta-llama/Llama-3.2-1B", max_length=512, bf16=True
     ... )
     >>> ledger.fits, ledger.peak_phase_name
-    (True, 'backward')
+    (True, 'forward')
     >>> ledger.save("prediction.json")
     >>> toolkit.Ledger.load("prediction.json").needed_bytes == ledger.needed_bytes
     True

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -44,6 +45,11 @@ OVERRIDDEN = {
 }
 
 
+# Names that transformers has replaced, and the new ones; both are accepted
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 NEWEST = "true"  # the value of --resume_from_checkpoint when it names no folder
 
 
@@ -91,6 +97,22 @@ class TrainArguments(TrainingArguments):
             + "."
         },
     )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass: less memory, one more forward pass. The older name is "
+            "--gradient_checkpointing.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON. {"offload": true}: hold the inputs of layers in pinned host memory; the step waits for the copies. '
+            '{"every_n_layers": 2}: recompute only every second layer. Others are those of torch.utils.checkpoint.checkpoint.'
+        },
+    )
     loss_chunk_tokens: int = field(
         default=512,
         metadata={
@@ -113,7 +135,12 @@ class TrainArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Accepts our own optimizers, which transformers' list of names does not have."""
+        """Accepts our own optimizers, which transformers' list of names does not have, and names of checkpointing that 5.17 has not."""
+        for old, new in RENAMED.items():
+            if new not in TrainingArguments.__dataclass_fields__:
+                chosen = getattr(self, new)
+                setattr(self, old, getattr(self, old) if chosen is None else chosen)
+                setattr(self, new, getattr(self, old))
         name = optimizers.name_of(self)
         own = optimizers.OWN.get(name)
         if own is not None:
@@ -182,13 +209,13 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
             raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
 
 
-CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug"}
+CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "debug"}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def _check_texts(settings: dict[str, Any], given: dict[str, Any]) -> None:
     """Raises UserError for texts that libraries would refuse only while training."""
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
+    for name in ("activation_checkpointing_kwargs", "lr_scheduler_kwargs"):
         value = settings.get(name) or {}
         try:
             content = json.loads(value) if isinstance(value, str) else value
@@ -200,6 +227,8 @@ def _check_texts(settings: dict[str, Any], given: dict[str, Any]) -> None:
             raise UserError(f"--{name} {value} is no JSON object; give names with values")
         if unknown := sorted(content.keys() - CHECKPOINTING) if "checkpointing" in name else []:
             raise UserError(f"--{name} has no {unknown[0]!r}; give some of {', '.join(sorted(CHECKPOINTING))}")
+        if "checkpointing" in name:
+            _check_checkpointing(name, content, settings)
     if "fsdp_config" in given and not settings.get("fsdp"):
         raise UserError("--fsdp_config has no effect without --fsdp; add it or leave it out")
     backend, mode = settings.get("torch_compile_backend"), settings.get("torch_compile_mode")
@@ -208,6 +237,27 @@ def _check_texts(settings: dict[str, Any], given: dict[str, Any]) -> None:
         raise UserError(f"--torch_compile_backend {backend} is not known; there are {names}")
     if mode and mode not in COMPILE_MODES:
         raise UserError(f"--torch_compile_mode {mode} is not known; there are {', '.join(COMPILE_MODES)}")
+
+
+def _check_checkpointing(name: str, content: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises UserError for values of `--activation_checkpointing_kwargs` that are not possible, or without effect."""
+    every, offload = content.get("every_n_layers", 1), content.get("offload", False)
+    if content and not settings.get("activation_checkpointing"):
+        raise UserError(f"--{name} has no effect without --activation_checkpointing; add it or leave it out")
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise UserError(f"--{name}: every_n_layers {every!r} is not possible; give a whole number of at least 1")
+    if not isinstance(offload, bool):
+        raise UserError(f"--{name}: offload {offload!r} is not possible; give true or false")
+
+
+def by_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` by the names of `RENAMED`. Raises: UserError for two values under both names."""
+    for old, new in RENAMED.items():
+        if old in settings and new in settings and settings[old] != settings[new]:
+            raise UserError(
+                f"--{old} is the older name of --{new}, and both are given, with other values; give --{new} alone"
+            )
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:

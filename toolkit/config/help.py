@@ -32,7 +32,7 @@ SHORT: dict[str, dict[str, str]] = {
         "num_train_epochs": "or --max_steps N",
         "per_device_train_batch_size": "rows of one pass",
         "gradient_accumulation_steps": "passes of one optimizer step",
-        "gradient_checkpointing": "less memory, more time",
+        "activation_checkpointing": "less memory, more time",
         "bf16": "default: where the card has it; or --fp16",
         "optim": "adamw_torch, adafactor, prodigy ...",
         "seed": "",

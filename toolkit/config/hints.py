@@ -33,7 +33,7 @@ SAME: dict[str, str] = {
     **dict.fromkeys(("wd", "decay"), "weight_decay"),
     **dict.fromkeys(("label_smoothing",), "label_smoothing_factor"),
     **dict.fromkeys(("neftune", "neftune_alpha"), "neftune_noise_alpha"),
-    **dict.fromkeys(("grad_checkpointing", "use_gradient_checkpointing", "checkpointing"), "gradient_checkpointing"),
+    **dict.fromkeys(("grad_checkpointing", "use_gradient_checkpointing", "checkpointing"), "activation_checkpointing"),
     **dict.fromkeys(("lora_rank", "rank", "r", "lora_dim", "lora_attn_dim"), "lora_r"),
     **dict.fromkeys(("alpha",), "lora_alpha"),
     **dict.fromkeys(("dropout",), "lora_dropout"),

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig
 
 import toolkit.methods as methods
 from toolkit.config import optimizers
-from toolkit.config.arguments import NEWEST, OVERRIDDEN, TrainArguments, check_training
+from toolkit.config.arguments import NEWEST, OVERRIDDEN, RENAMED, TrainArguments, by_new_names, check_training
 from toolkit.config.parser import Flags, RecipeParser, read_flags
 from toolkit.data.loading import DataArguments
 from toolkit.distributed.engine import Engine, EngineKind
@@ -87,6 +88,7 @@ class Config:
             flat |= dataclasses.asdict(part)
         hidden = {
             *OVERRIDDEN,
+            *RENAMED,
             "output_dir",
             "resume_from_checkpoint",
             "allow_changed_data",
@@ -186,8 +188,8 @@ def _merged(method: type[methods.Method], flags: Flags) -> tuple[dict[str, Any],
     Flags are always in both. A key of the file with its default value is only in `named`. So a run's own config.yaml, which
     has every setting, can be used as `--config` again.
     """
-    on_command_line = dict(flags.given)
-    from_file = _not_replaced(dict(flags.from_file), on_command_line)
+    on_command_line = by_new_names(flags.given)
+    from_file = _not_replaced(by_new_names(flags.from_file), on_command_line)
     named = from_file | on_command_line
     if not from_file:
         return named, named
@@ -280,10 +282,11 @@ def _build_training(settings: dict[str, Any], method: methods.Method, model: Mod
         "logging_nan_inf_filter": False,
         "prediction_loss_only": True,
     }
-    if settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"):
-        ours["gradient_checkpointing_kwargs"] = settings.get("gradient_checkpointing_kwargs") or {
-            "use_reentrant": False
-        }
+    if settings.get("activation_checkpointing"):
+        given = settings.get("activation_checkpointing_kwargs") or {}
+        ours["activation_checkpointing_kwargs"] = {"use_reentrant": False} | (
+            json.loads(given) if isinstance(given, str) else given
+        )
     usual = {"dataloader_pin_memory": torch.cuda.is_available()}
     if "per_device_train_batch_size" in settings:  # Trainer's default of 8 may need more memory than training does
         usual["per_device_eval_batch_size"] = settings["per_device_train_batch_size"]

@@ -136,6 +136,6 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 
 
 LESS_MEMORY = (
-    "to need less: --gradient_checkpointing, a smaller --per_device_train_batch_size (with --gradient_accumulation_steps) or "
+    "to need less: --activation_checkpointing, a smaller --per_device_train_batch_size (with --gradient_accumulation_steps) or "
     "--max_length, recipes/qlora.py, or a launch file that offloads"
 )

@@ -60,6 +60,7 @@ SHAPE = {  # of `to_json`, as `check_shape` takes it
     "processes?": int,
     "engine?": (str, None),
     "host_bytes?": int,
+    "copied_bytes?": int,
     "nvme_bytes?": int,
 }
 
@@ -116,6 +117,7 @@ class Ledger:
     processes: int = 1  # of the run; the ledger describes one of them
     engine: str | None = None  # "ZeRO-3"; None: unknown
     host_bytes: int = 0  # offloaded to the memory of one machine, by all of its processes
+    copied_bytes: int = 0  # of activations, between card and host memory in one step of one process, both ways together
     nvme_bytes: int = 0  # offloaded to the disks of one machine, by all of its processes
 
     def __post_init__(self) -> None:
@@ -190,6 +192,7 @@ class Ledger:
             "processes": self.processes,
             "engine": self.engine,
             "host_bytes": self.host_bytes,
+            "copied_bytes": self.copied_bytes,
             "nvme_bytes": self.nvme_bytes,
             "seconds": round(self.seconds, 3),
             "warnings": list(self.warnings),
@@ -228,6 +231,7 @@ class Ledger:
                 processes=data.get("processes", 1),
                 engine=data.get("engine"),
                 host_bytes=data.get("host_bytes", 0),
+                copied_bytes=data.get("copied_bytes", 0),
                 nvme_bytes=data.get("nvme_bytes", 0),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

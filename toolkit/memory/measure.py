@@ -38,7 +38,7 @@ from toolkit.memory.cuda.meter import CudaMeter
 from toolkit.memory.environment import device_name, stack_versions
 from toolkit.memory.ledger import Ledger, LedgerError, ledger_of
 from toolkit.memory.recording import Counter, Meter, Recording
-from toolkit.memory.replay import replay_without_offloaded
+from toolkit.memory.replay import copied_bytes, replay_without_offloaded
 from toolkit.memory.resizing import resizes_seen_by
 from toolkit.memory.trace import Sink, Trace
 
@@ -209,6 +209,7 @@ class MemoryCallback(TrainerCallback):
         context = self._meter.context_bytes() if isinstance(self._meter, CudaMeter) else self.context_bytes
         recording, local = self._recording, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         host = census.paged_bytes(self._optimizer) if isinstance(self._meter, CudaMeter) else 0
+        copied = copied_bytes(recording)
         if any(event.block.offloaded for event in recording.events):  # recorded only if host memory is traced too
             recording.close()
             recording, host = replay_without_offloaded(recording, self.new_trace(model)[0])
@@ -224,6 +225,7 @@ class MemoryCallback(TrainerCallback):
                 context_bytes=context,
                 processes=int(os.environ.get("WORLD_SIZE", "1")),
                 host_bytes=host * local,
+                copied_bytes=copied,
                 nvme_bytes=census.swapped_bytes(self._optimizer) * local,
                 seconds=self._seconds,
             )

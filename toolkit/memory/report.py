@@ -83,7 +83,7 @@ def print_ledger(console: Console, ledger: Ledger) -> None:
 
 
 def assumptions(assumed: Mapping[str, Any]) -> str:
-    """`Ledger.assumed` in words: `4 rows of 512 tokens, 2 times a step; bf16, weights bfloat16; no gradient checkpointing; ...`."""
+    """`Ledger.assumed` in words: `4 rows of 512 tokens, 2 times a step; bf16, weights bfloat16; no activation checkpointing; ...`."""
     target = f" and targets of {assumed['target_tokens']}" if assumed["target_tokens"] else ""
     times = assumed["gradient_accumulation_steps"]
     return "; ".join(
@@ -91,7 +91,7 @@ def assumptions(assumed: Mapping[str, Any]) -> str:
             f"{assumed['rows']} rows of {assumed['tokens']} tokens{target}"
             + (f", {times} times a step" if times > 1 else ""),
             f"{assumed['precision']}, weights {assumed['weights']}",
-            f"{'' if assumed['gradient_checkpointing'] else 'no '}gradient checkpointing",
+            f"{'' if assumed['gradient_checkpointing'] else 'no '}activation checkpointing",
             assumed["data"],
         )
     )
@@ -202,11 +202,14 @@ def _headline(ledger: Ledger) -> str:
     if ledger.budget_bytes is not None:
         verdict = "fits" if ledger.fits else "does not fit"
         lines.insert(0, f"{verdict}: {format_bytes(ledger.needed_bytes)} of {format_bytes(ledger.budget_bytes)}")
+    if ledger.copied_bytes:
+        lines.append(
+            f"copied: {format_bytes(ledger.copied_bytes)} of activations a step, from the card to the host and back"
+        )
+    what = "activations, model states and their buffers" if ledger.copied_bytes else "model states and their buffers"
     for nbytes, where in ((ledger.host_bytes, "host memory"), (ledger.nvme_bytes, "on disk")):
         if nbytes:
-            lines.append(
-                f"{where}: {format_bytes(nbytes)} of model states and their buffers, for all processes of one machine"
-            )
+            lines.append(f"{where}: {format_bytes(nbytes)} of {what}, for all processes of one machine")
     return "\n".join(lines)
 
 

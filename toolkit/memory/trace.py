@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 PHASES = ("load", "forward", "backward", "optimizer_step")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -49,7 +49,8 @@ class Allocation:
     at_head: bool  # born in the forward pass at or after the output embedding: logits and loss
     category: str | None = None  # one of `ledger.CATEGORIES`; None: `recording.category_of` infers it from its lifetime
     died_in_segment: int | None = None
-    offloaded: bool = False  # kept by the engine in host memory
+    offloaded: bool = False  # in host memory
+    pinned: bool = False  # of those, a copy of an activation: it goes out and comes back in each step
     handle: Any = None  # for the meter's own use
 
 
@@ -309,6 +310,11 @@ class Trace(TorchDispatchMode):
             modules.pop()
         numbers.append(number)
         modules.append(self._module)
+
+
+def current_trace() -> Trace | None:
+    """The trace that is open."""
+    return next((mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Trace)), None)
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

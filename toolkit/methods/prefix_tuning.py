@@ -46,12 +46,12 @@ class PrefixTuning(PeftBased):
         return self.num_virtual_tokens
 
     def check(self, given: dict[str, Any]) -> None:
-        """Raises UserError for an impossible number of tokens, and for gradient checkpointing."""
+        """Raises UserError for an impossible number of tokens, and for activation checkpointing."""
         super().check(given)
         check_least(self, 1, "num_virtual_tokens")
-        if given.get("gradient_checkpointing") or given.get("activation_checkpointing"):
+        if given.get("activation_checkpointing"):
             raise UserError(
-                "prefix tuning and --gradient_checkpointing exclude each other: the prefix is a cache of keys and values, "
+                "prefix tuning and --activation_checkpointing exclude each other: the prefix is a cache of keys and values, "
                 "which a recomputed layer would fill twice; leave it out, or use recipes/prompt_tuning.py"
             )
 

@@ -14,7 +14,7 @@ class QLora(Lora):
 
     The base needs about 0.52 bytes per weight instead of 2. Each layer is dequantized whenever it is used, so a step takes longer.
 
-    Activations are recomputed in the backward pass, unless --gradient_checkpointing false is given: next to 4-bit weights they
+    Activations are recomputed in the backward pass, unless --activation_checkpointing false is given: next to 4-bit weights they
     would need most of the memory.
     """
 
@@ -27,8 +27,8 @@ class QLora(Lora):
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """4 bits, unless --load_in_8bit is given; gradient checkpointing, except for the embedded model."""
-        chosen = super().defaults(given) | {"gradient_checkpointing": given.get("model_name_or_path") is not None}
+        """4 bits, unless --load_in_8bit is given; activation checkpointing, except for the embedded model."""
+        chosen = super().defaults(given) | {"activation_checkpointing": given.get("model_name_or_path") is not None}
         return chosen | {"load_in_4bit": False} if given.get("load_in_8bit") else chosen
 
     @classmethod

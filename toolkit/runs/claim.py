@@ -17,7 +17,7 @@ from typing import IO, Any
 import yaml
 
 from toolkit.config import Config, new_output_dir
-from toolkit.config.arguments import NEWEST
+from toolkit.config.arguments import NEWEST, by_new_names
 from toolkit.config.start import LOCK, check_empty, check_no_file
 from toolkit.console import say
 from toolkit.errors import NothingToDo, UserError
@@ -230,7 +230,7 @@ def _changes(begun: Path, config: Config, what: str) -> dict[str, list[Any]]:
     """
     if not (begun / "config.yaml").is_file():
         return {}
-    then, now = read_yaml(begun / "config.yaml"), yaml.safe_load(yaml.safe_dump(config.as_dict()))
+    then, now = by_new_names(read_yaml(begun / "config.yaml")), yaml.safe_load(yaml.safe_dump(config.as_dict()))
     method = (
         read_json(begun / "run.json", finite=False).get("method")
         if (begun / "run.json").is_file()

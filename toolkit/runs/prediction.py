@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from toolkit.config import Config, Flags, configure, read_flags
+from toolkit.config.arguments import by_new_names
 from toolkit.console import console, is_main, say
 from toolkit.data.loading import guarded_rows, label_names, lengths, load_data
 from toolkit.data.shared_rows import SharedRows, shared_length
@@ -107,7 +108,7 @@ def predict_run(
 
     def build() -> PreTrainedModel:
         model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
-        check_checkpointing(config, model)
+        check_checkpointing(config, model, on_cpu=device is CPU)
         check_loss_chunks(config.training, model)
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.beside_packed)):
@@ -234,7 +235,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
         print(f"does not fit; trying {name} {_as_words(changes)}", file=sys.stderr, flush=True)
         # more accumulated passes than two change no peak
         passes = min(2, changes.get("gradient_accumulation_steps", assumed["gradient_accumulation_steps"]))
-        given = {**job.flags.given, **changes, "gradient_accumulation_steps": passes}
+        given = {**by_new_names(job.flags.given), **changes, "gradient_accumulation_steps": passes}
         try:
             return predict(replace(job, method=name, flags=replace(job.flags, given=given)))
         except UserError:
@@ -245,7 +246,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
     fewer = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": -(-step_rows // n)} for n in halves]
     shorter = [{"max_length": n} for n in (assumed["tokens"] // 2, assumed["tokens"] // 4) if n >= SHORTEST]
     four_bits = [flags] if (flags := _four_bits(method, assumed["weights"])) else []
-    checkpointing = [] if assumed["gradient_checkpointing"] else [{"gradient_checkpointing": True}]
+    checkpointing = [] if assumed["gradient_checkpointing"] else [{"activation_checkpointing": True}]
     kept: dict[str, Any] = {}
     least_with: dict[str, Any] = {}
     last = least = ledger
@@ -275,7 +276,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
         small = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": step_rows,
-            "gradient_checkpointing": True,
+            "activation_checkpointing": True,
         }
         others: list[tuple[str, dict[str, Any]]] = [("lora", {}), ("lora", small), ("qlora", small)]
         for name, changes in others:
@@ -381,7 +382,7 @@ def _assumed(config: Config, batch: Batch, data: str) -> dict[str, Any]:
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
         "weights": str(config.dtype).removeprefix("torch."),  # of a quantized base: what is not packed
-        "gradient_checkpointing": bool(training.gradient_checkpointing),
+        "gradient_checkpointing": bool(training.activation_checkpointing),
         "data": data,
     }
 

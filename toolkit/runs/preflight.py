@@ -9,6 +9,8 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
@@ -97,7 +99,7 @@ def prepare(config: Config) -> Preflight:
             data.remarks.extend(_head_remarks(model_config, data.prompt_tokenizer.label_names))
         set_head(model_config, data.prompt_tokenizer.label_names, tokenizer.pad_token_id)
     base = build_on_meta(config.model, model_config, config.dtype)
-    check_checkpointing(config, base)
+    check_checkpointing(config, base, on_cpu=training.device.type == "cpu")
     check_loss_chunks(training, base)
     _check_noise(training, base)
     packed = Packed.of(base)
@@ -161,12 +163,27 @@ def check_loss_chunks(training: TrainArguments, model: PreTrainedModel) -> None:
         raise UserError(f"--loss_chunk_tokens {training.loss_chunk_tokens} has no effect: {reason}; leave it out")
 
 
-def check_checkpointing(config: Config, model: PreTrainedModel) -> None:
-    """Raises UserError for gradient checkpointing of an architecture that does not support it."""
-    if config.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+def check_checkpointing(config: Config, model: PreTrainedModel, on_cpu: bool) -> None:
+    """Raises UserError for activation checkpointing that the architecture, transformers or the device does not have."""
+    if not config.training.activation_checkpointing:
+        return
+    if not model.supports_gradient_checkpointing:
         raise UserError(
-            f"--gradient_checkpointing: {config.model.source} is a {model.config.model_type} model, for which transformers cannot "
-            "recompute activations; give --gradient_checkpointing false"
+            f"--activation_checkpointing: {config.model.source} is a {model.config.model_type} model, for which transformers cannot "
+            "recompute activations; give --activation_checkpointing false"
+        )
+    options = config.training.activation_checkpointing_kwargs or {}
+    assert isinstance(options, dict)
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
+    if lacks := [n for n in ("every_n_layers", "offload") if n in options and n not in signature(enable).parameters]:
+        raise UserError(
+            f"--activation_checkpointing_kwargs: transformers {version('transformers')} has no {lacks[0]!r}; install a newer one, or "
+            "leave it out"
+        )
+    if options.get("offload") and on_cpu:
+        raise UserError(
+            "--activation_checkpointing_kwargs: offload has no effect without a GPU, for activations are in the host's memory "
+            "already; leave it out, or predict for a card: --gpu NAME"
         )
 
 
@@ -457,7 +474,7 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed, experts: str | None
         "batch",
         f"{rows_per_step} rows a step: {training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
         f"accumulated x {training.world_size} processes"
-        + ("; activations are recomputed in the backward pass" if training.gradient_checkpointing else ""),
+        + ("; activations are recomputed in the backward pass" if training.activation_checkpointing else ""),
     )
     if training.load_best_model_at_end:
         patience = training.early_stopping_patience

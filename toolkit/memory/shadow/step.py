@@ -41,6 +41,7 @@ from toolkit.memory.recording import Counter, Meter, Recording
 from toolkit.memory.replay import replay_without_offloaded
 from toolkit.memory.shadow import simulated_rank
 from toolkit.memory.shadow.fake import make_fake
+from toolkit.memory.shadow.host_copies import activations_on_host
 from toolkit.memory.shadow.isolation import isolated
 from toolkit.memory.trace import Overlay, Sink, Trace
 from toolkit.seams import patched
@@ -194,6 +195,7 @@ def predict(
         stack.enter_context(quantized.dequantized_by_peft())
         stack.enter_context(meta_ops.large_ones_fake(fake_mode))
         stack.enter_context(device.running())
+        stack.enter_context(activations_on_host(vars(arguments).get("activation_checkpointing_kwargs") or {}))
         stack.callback(callback.abort)
         if simulated_rank.in_world():
             stack.enter_context(simulated_rank.engine_on_fakes(fake_mode))
