@@ -3,7 +3,7 @@
     python benchmarks/distributed_fits.py              # continues where it stopped; takes more than an hour
     python benchmarks/distributed_fits.py --show       # the committed results
 
-Each card (RTX 3090, 24 GB) gets one row of 1,024 tokens, in bf16 with gradient checkpointing; LoRA has the recipe's rank. For each
+Each card (RTX 3090, 24 GB) gets one row of 1,024 tokens, in bf16 with activation checkpointing; LoRA has the recipe's rank. For each
 model, method and launch file this searches upwards for the smallest number of cards that fits: with more cards, each needs no more
 memory. If the model states alone exceed the card (`least_states`), no prediction is needed. Optimizers are the recipes' own, on
 cards or offloaded. A prediction takes a minute or more on a slow core, and longer for more layers.
@@ -36,7 +36,8 @@ METHODS = ("lora", "full")
 LAUNCHES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2")
 FIRST = ("single", "ddp", "zero2", "zero1", "fsdp2", "zero2_offload", "zero3", "zero3_offload")  # quick ones first
 SMALL = 9  # billions of parameters: larger models come last
-FLAGS = ["--max_length", "1024", "--per_device_train_batch_size", "1", "--bf16", "--gradient_checkpointing"]
+FLAGS = ["--max_length", "1024", "--per_device_train_batch_size", "1", "--bf16", "--activation_checkpointing"]
+FLAGS += ["--loss_chunk_tokens", "0"]  # as in the committed results, which are older than the loss in chunks
 
 
 def least_states(billions: float, method: str, launch: str, cards: int) -> float:

@@ -151,7 +151,7 @@ def arguments(folder: Path, batch_size: int, **settings: Any) -> TrainArguments:
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{"save_strategy": "no", "loss_chunk_tokens": 8} | settings,
+        **{"save_strategy": "no", "loss_chunk_tokens": 8, "mlp_tile_tokens": 16} | settings,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from reliability import Run
-from tiny_models import rows, tiny_config
+from tiny_models import rows, save_with_tokenizer, tiny_config
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,6 +24,7 @@ from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger
 from toolkit.memory.shadow.simulated_rank import in_world, processes, world
 from toolkit.memory.shadow.step import CPU, predict
+from toolkit.runs.prediction import PredictionJob
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -215,3 +216,25 @@ def test_states_never_need_more_memory_on_more_cards_and_lora_needs_less():
         assert distributed_fits.least_states(8, "lora", launch, 2) <= needs[1]
     assert distributed_fits.least_states(8, "full", "zero3", 8) == 16e9
     assert set(distributed_fits.FIRST) == set(distributed_fits.LAUNCHES)
+
+
+@pytest.mark.parametrize(("method", "targets"), [("full", ()), ("lora", ("q_proj", "lm_head"))])
+def test_zero3_gathers_a_head_and_a_feed_forward_once_however_many_chunks_and_tiles(
+    method, targets, tmp_path, monkeypatch
+):
+    model = save_with_tokenizer(tiny_config("llama"), tmp_path)
+    gathered, gather = [], torch.distributed.all_gather_into_tensor
+
+    def counted(*args, **kwargs):
+        gathered[-1] += 1
+        return gather(*args, **kwargs)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", counted)
+    launch = read_launch_file("zero3", 2)
+    for chunk, tile in ((1000, 1000), (8, 1000), (8, 16)):
+        flags = ["--model_name_or_path", str(model), "--use_cpu", "--max_length", "64", "--max_target_length", "60"]
+        flags += ["--loss_chunk_tokens", str(chunk), "--mlp_tile_tokens", str(tile)]
+        flags += ["--lora_target_modules", *targets] if targets else []
+        gathered.append(0)
+        PredictionJob.of(method, flags, launch, None).predict()
+    assert gathered[0] > 20 and len(set(gathered)) == 1, gathered

@@ -36,8 +36,8 @@ def _takes_hidden_states_alone(module: nn.Module) -> bool:
     return len(needed) == 1 and needed[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
-def tile_feed_forwards(model: nn.Module, tokens: int) -> None:
-    """From now on each feed-forward layer of `model` computes `tokens` tokens at a time.
+def tile_feed_forwards(model: nn.Module, tokens: int) -> list[nn.Module]:
+    """From now on each feed-forward layer of `model` computes `tokens` tokens at a time; returns these layers.
 
     Raises: UserError for a model without such layers.
     """
@@ -49,6 +49,7 @@ def tile_feed_forwards(model: nn.Module, tokens: int) -> None:
         )
     for layer in layers:
         layer.forward = partial(_in_tiles, layer.forward, layer, tokens)
+    return layers
 
 
 def _in_tiles(

@@ -27,11 +27,11 @@ from toolkit.data.loading import TaskData
 from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import interruption, leave_process_group
 from toolkit.distributed.running import EngineCheck
-from toolkit.distributed.sharded_models import share_tied_tables
+from toolkit.distributed.sharded_models import gather_together, share_tied_tables
 from toolkit.errors import UserError
 from toolkit.files import atomic_write
 from toolkit.memory.measure import MemoryCallback
-from toolkit.models.chunked_loss import accept_chunks, whole_loss_reason
+from toolkit.models.chunked_loss import accept_chunks, base_model, whole_loss_reason
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.soft_prompts import has_virtual_tokens
@@ -99,10 +99,14 @@ class FineTuner(Trainer):
             end_as_the_tokenizer(model, data.tokenizer)
         if whole_loss_reason(model):
             args.loss_chunk_tokens = 0
+        repeated: list[nn.Module] = []  # modules whose parts run many times in a pass
         if args.loss_chunk_tokens:
             accept_chunks(model)
+            repeated.append(base_model(model).get_output_embeddings())
         if args.mlp_tile_tokens:
-            tile_feed_forwards(model, args.mlp_tile_tokens)
+            repeated += tile_feed_forwards(model, args.mlp_tile_tokens)
+        if engine.kind is EngineKind.ZERO_3:
+            gather_together(repeated)
         super().__init__(
             model=model,
             args=args,
