@@ -79,6 +79,14 @@ def test_a_loss_that_is_not_the_cross_entropy_of_label_tokens_is_found_before_tr
         train(run)
 
 
+def test_liger_leaves_the_loss_to_its_chunks(trainer, monkeypatch):
+    given = []
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, options: given.append(options))
+    trainer(use_liger_kernel=True).train()
+    trainer(use_liger_kernel=True, loss_chunk_tokens=0).train()
+    assert given == [{"cross_entropy": False, "fused_linear_cross_entropy": False}, None]
+
+
 def test_weights_in_float32_that_compute_in_bf16_are_rounded_too(trainer, monkeypatch):
     """As full fine-tuning does on every card that has bf16; accelerate's autocast stays around the model after training."""
     monkeypatch.setattr("toolkit.training.guards.generation_error", lambda *args: 0.02)

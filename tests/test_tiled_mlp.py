@@ -8,7 +8,9 @@ from test_chunked_loss import TOLERANCE, batch_of, config_of, difference, gradie
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from toolkit.config import parse_config
 from toolkit.errors import UserError
+from toolkit.methods.lora import Lora
 from toolkit.models.tiled_mlp import feed_forwards, tile_feed_forwards
 
 # They compute it inside of their layers, from more than hidden states, or with experts
@@ -81,6 +83,11 @@ def test_a_recomputed_tile_draws_the_same_dropout():
                 parameter += sign * step * found[name]
         ends.append(loss().item())
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(size, rel=2e-2)
+
+
+def test_liger_replaces_the_same_layers():
+    with pytest.raises(UserError, match="--mlp_tile_tokens and --use_liger_kernel exclude each other"):
+        parse_config(Lora, ["--mlp_tile_tokens", "64", "--use_liger_kernel"])
 
 
 def test_one_tile_of_intermediate_results_is_kept():

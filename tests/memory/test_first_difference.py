@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from toolkit.config.optimizers import OWN
 from toolkit.memory import meta_ops
 from toolkit.memory.shadow.step import real_zero_losses
+from toolkit.methods import METHODS
 from toolkit.runs.first_difference import AHEAD, SHOWN, Event, Pair, aligned, main, sentence, show
 
 SHORT = ["--max_train_samples", "32", "--max_eval_samples", "2", "--max_length", "64", "--use_cpu"]
@@ -49,6 +50,20 @@ def test_every_event_of_a_right_prediction_is_the_measured_one(flags, capfd):
     assert code == 0, out
     events = int(out.rpartition("all ")[2].split()[0].replace(",", ""))
     assert events > 1500, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(name for name, m in METHODS.items() if m.trains and name != "peft_method"))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_lever_is_predicted_to_the_event_for_every_method(method, checkpointing, capfd):
+    flags = ["--loss_chunk_tokens", "10", "--mlp_tile_tokens", "30"]
+    if checkpointing:
+        flags += ["--activation_checkpointing"]
+    code, out, err = compare(capfd, method, *flags, *SHORT)
+    if checkpointing and method == "prefix_tuning":
+        assert code == 2 and "exclude each other" in err
+    else:
+        assert code == 0, out + err
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -190,6 +190,10 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     for name in ("allow_changed_data", "trust_checkpoint"):
         if settings.get(name) and not settings.get("resume_from_checkpoint"):
             raise UserError(f"--{name} has no effect without --resume_from_checkpoint; add it or leave it out")
+    if settings.get("mlp_tile_tokens") and settings.get("use_liger_kernel"):
+        raise UserError(
+            "--mlp_tile_tokens and --use_liger_kernel exclude each other: both replace feed-forward layers; give one"
+        )
     _check_strategies(settings, given)
     _check_texts(settings, given)
     reports = settings.get("report_to") not in (None, "none", ["none"], [])

@@ -32,7 +32,7 @@ EMBEDDED = {
     "max_target_length": 48,
 }
 # Rows of one forward pass, and how many passes make one optimizer step: 8 rows a step, as Trainer's own default. Halves of it fit
-# cards with 12 GB: LoRA of Llama-3.2-1B and, with checkpointing, QLoRA of Llama-3.1-8B.
+# cards with 8 GB: LoRA of Llama-3.2-1B and, with checkpointing, QLoRA of Llama-3.1-8B.
 CONSUMER_BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 KBIT_UPCAST = (
     "With a quantized base: hold what is not quantized in fp32 (all, PEFT's own preparation) or leave it in the type that it "

@@ -15,8 +15,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -42,6 +44,7 @@ OWN_LOSS = {
 # Decoders of encoder-decoder models, loaded alone: they do not shift their labels
 UNSHIFTED = {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus"}
 UNSHIFTED |= {"plbart", "trocr", "whisper"}
+_ACCEPTING: WeakSet[nn.Module] = WeakSet()  # models whose `forward` computes a loss in chunks
 FP16_SCALE = (
     2.0**12
 )  # of gradients while they wait in fp16, whose smallest number is 6e-8, for the factor of the gradient scaler
@@ -93,21 +96,18 @@ def accept_chunks(model: nn.Module) -> None:
     A call without `loss_chunk_tokens` is as before.
     """
     model = base_model(model)
-    plain = model.forward
-    if "loss_chunk_tokens" in inspect.signature(plain).parameters:
+    if model in _ACCEPTING:
         return
+    _ACCEPTING.add(model)
+    plain = model.forward
 
+    @wraps(plain.__func__)  # PEFT looks for names in its signature
     def forward(self: PreTrainedModel, *args: Any, loss_chunk_tokens: int = 0, **kwargs: Any) -> Any:
         if not loss_chunk_tokens:
             return plain(*args, **kwargs)
         named = dict(zip(inspect.signature(plain).parameters, args, strict=False))
         return _in_chunks(self, plain.__func__, loss_chunk_tokens, **named, **kwargs)
 
-    signature = inspect.signature(plain.__func__)  # PEFT looks for names in it
-    chunks = inspect.Parameter("loss_chunk_tokens", inspect.Parameter.KEYWORD_ONLY, default=0, annotation=int)
-    *others, last = signature.parameters.values()
-    rest = [chunks, last] if last.kind is inspect.Parameter.VAR_KEYWORD else [last, chunks]
-    forward.__signature__ = signature.replace(parameters=[*others, *rest])  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)
 
 

@@ -102,6 +102,8 @@ class FineTuner(Trainer):
         repeated: list[nn.Module] = []  # modules whose parts run many times in a pass
         if args.loss_chunk_tokens:
             accept_chunks(model)
+            # Liger's own loss would replace the forward pass that was just made
+            args.liger_kernel_config = {"cross_entropy": False, "fused_linear_cross_entropy": False}
             repeated.append(base_model(model).get_output_embeddings())
         if args.mlp_tile_tokens:
             repeated += tile_feed_forwards(model, args.mlp_tile_tokens)
