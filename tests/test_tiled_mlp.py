@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, HYBRIDS, MULTIMODAL
+from architectures import ARCHITECTURES, DECODER, HYBRIDS, MULTIMODAL, TOKENS
 from peft import LoraConfig, get_peft_model
 from test_chunked_loss import TOLERANCE, batch_of, config_of, difference, gradients, model_of
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from toolkit.config import parse_config
 from toolkit.errors import UserError
@@ -83,6 +83,31 @@ def test_a_recomputed_tile_draws_the_same_dropout():
                 parameter += sign * step * found[name]
         ends.append(loss().item())
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(size, rel=2e-2)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_dropout_that_is_no_module_is_drawn_again_too(again):
+    config = AutoConfig.for_model("starcoder2", **DECODER, residual_dropout=0.3)
+    model = model_of(config).train()
+    tile_feed_forwards(model, TILE)
+    if again:  # a second trainer on the same model
+        tile_feed_forwards(model, TILE)
+    layer = feed_forwards(model)[0]
+    hidden = torch.randn(1, 20, 32, requires_grad=True)
+    torch.manual_seed(0)
+    output = layer(hidden)
+    output.sum().backward()
+    slopes = []
+    for step in (1e-3, -1e-3):
+        torch.manual_seed(0)
+        slopes.append(layer(hidden.detach() + step * hidden.grad).sum().item())
+    assert (slopes[0] - slopes[1]) / 2e-3 == pytest.approx(hidden.grad.square().sum().item(), rel=1e-2)
+
+
+def test_layers_that_see_other_tokens_are_refused():
+    model = model_of(AutoConfig.for_model("rwkv", **TOKENS, hidden_size=32, num_hidden_layers=2, context_length=64))
+    with pytest.raises(UserError, match="--mlp_tile_tokens has no effect on rwkv"):
+        tile_feed_forwards(model, TILE)
 
 
 def test_liger_replaces_the_same_layers():

@@ -102,6 +102,9 @@ def test_without_a_gpu_it_has_no_effect(folder):
         ('{"every_n_layers": true}', "every_n_layers True is not possible"),
         ('{"every_n_layers": 1.5}', "every_n_layers 1.5 is not possible"),
         ('{"offload": "yes"}', "offload 'yes' is not possible; give true or false"),
+        ('{"use_reentrant": "x"}', "use_reentrant 'x' is not possible; give true or false"),
+        ('{"determinism_check": "foo"}', "determinism_check 'foo' is not possible; give default or none"),
+        ('{"use_reentrant": true, "debug": true}', "debug and determinism_check need use_reentrant false"),
         ('{"offloads": true}', "has no 'offloads'; give some of .*every_n_layers.*offload"),
     ],
 )
@@ -128,6 +131,14 @@ def test_both_names_of_checkpointing_are_the_same_flag(name, tmp_path):
     assert not parse_config(QLora, [f"--{name}", "false", *model]).training.activation_checkpointing
     for other in ("activation_checkpointing", "gradient_checkpointing"):  # the command line wins over the file
         assert not parse_config(Lora, ["--config", str(file), f"--{other}", "false"]).training.activation_checkpointing
+
+
+def test_a_runs_own_file_can_be_used_without_checkpointing(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(parse_config(Lora, ["--activation_checkpointing"]).as_dict()))
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        again = parse_config(Lora, ["--config", str(file), f"--{name}", "false"])
+        assert not again.training.activation_checkpointing
 
 
 def test_two_values_under_both_names_are_refused():

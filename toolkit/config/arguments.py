@@ -117,7 +117,7 @@ class TrainArguments(TrainingArguments):
         default=512,
         metadata={
             "help": "Compute the loss over N label tokens at a time, and only over those, so that the logits of a batch are never in "
-            "memory at once. The loss is the same, and no slower. 0: over all positions at once."
+            "memory at once; the loss is the same. 0: over all positions at once."
         },
     )
     mlp_tile_tokens: int = field(
@@ -245,13 +245,20 @@ def _check_texts(settings: dict[str, Any], given: dict[str, Any]) -> None:
 
 def _check_checkpointing(name: str, content: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raises UserError for values of `--activation_checkpointing_kwargs` that are not possible, or without effect."""
-    every, offload = content.get("every_n_layers", 1), content.get("offload", False)
+    every = content.get("every_n_layers", 1)
     if content and not settings.get("activation_checkpointing"):
         raise UserError(f"--{name} has no effect without --activation_checkpointing; add it or leave it out")
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise UserError(f"--{name}: every_n_layers {every!r} is not possible; give a whole number of at least 1")
-    if not isinstance(offload, bool):
-        raise UserError(f"--{name}: offload {offload!r} is not possible; give true or false")
+    for key in ("offload", "use_reentrant", "preserve_rng_state", "debug"):
+        if not isinstance(content.get(key, False), bool):
+            raise UserError(f"--{name}: {key} {content[key]!r} is not possible; give true or false")
+    if content.get("determinism_check", "none") not in ("default", "none"):
+        raise UserError(
+            f"--{name}: determinism_check {content['determinism_check']!r} is not possible; give default or none"
+        )
+    if content.get("use_reentrant") and (content.get("debug") or "determinism_check" in content):
+        raise UserError(f"--{name}: debug and determinism_check need use_reentrant false; leave them out")
 
 
 def by_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:

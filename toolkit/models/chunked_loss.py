@@ -5,7 +5,7 @@ and more. Here only positions that have a label meet the output head, N at a tim
 loss, in the memory of its logits, so that nothing is kept for the backward pass but the gradient of the hidden states, and
 nothing is computed twice (the idea of Liger's kernels, Hsu et al. 2024, arXiv:2410.10989; this is plain PyTorch).
 
-What a model does after its head (a softcap, a scale, a bias) is the model's own code: `Tail` runs the forward pass of the model with
+What a model does after its head (a softcap, a scale, a bias) is the model's own code: `_Run` runs the forward pass of the model with
 hidden states in place of everything before the head. So there is nothing here for one architecture or another.
 """
 
@@ -24,7 +24,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -37,6 +38,7 @@ from toolkit.seams import patched
 OWN_LOSS = {
     "bamba": "it adds a term of all logits",
     "encoder-decoder": "its decoder is a whole model",
+    "fsmt": "its decoder computes the logits",
     "prophetnet": "it predicts several tokens at each position",
     "xlm": "it predicts the label of the same position",
     "xlnet": "it predicts the label of the same position",
@@ -45,9 +47,6 @@ OWN_LOSS = {
 UNSHIFTED = {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus"}
 UNSHIFTED |= {"plbart", "trocr", "whisper"}
 _ACCEPTING: WeakSet[nn.Module] = WeakSet()  # models whose `forward` computes a loss in chunks
-FP16_SCALE = (
-    2.0**12
-)  # of gradients while they wait in fp16, whose smallest number is 6e-8, for the factor of the gradient scaler
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -104,7 +103,7 @@ def accept_chunks(model: nn.Module) -> None:
     @wraps(plain.__func__)  # PEFT looks for names in its signature
     def forward(self: PreTrainedModel, *args: Any, loss_chunk_tokens: int = 0, **kwargs: Any) -> Any:
         if not loss_chunk_tokens:
-            return plain(*args, **kwargs)
+            return plain.__func__(self, *args, **kwargs)
         named = dict(zip(inspect.signature(plain).parameters, args, strict=False))
         return _in_chunks(self, plain.__func__, loss_chunk_tokens, **named, **kwargs)
 
@@ -138,7 +137,8 @@ def _in_chunks(
     items = (len(places) or math.nan) if num_items_in_batch is None else num_items_in_batch
 
     def at_head(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, each = _token_losses(run.logits, hidden, targets, chunk, label_smoothing, items)
+        compute = _recomputed_losses if _computes_in_fp16(hidden) else _token_losses
+        loss, each = compute(run.logits, hidden, targets, chunk, label_smoothing, items)
         if getattr(model.config, "output_router_logits", False):
             loss = loss + run.added_loss(hidden) * (len(places) / items)
         return loss, each
@@ -281,7 +281,6 @@ def _token_losses(
     leaves: list[torch.Tensor] = []  # trained weights of the head
     sums: list[torch.Tensor] = []  # their gradients, in fp32 while there are more chunks to come
     of_hidden = torch.empty_like(hidden) if torch.is_grad_enabled() and hidden.requires_grad else None
-    scale = 1.0
     for start in range(0, max(len(targets), 1), chunk):
         part = hidden[start : start + chunk].detach().requires_grad_(of_hidden is not None)
         logits = logits_of(part)
@@ -291,8 +290,7 @@ def _token_losses(
         each.append(losses)
         if edge is None:
             continue
-        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-        gradient *= scale / items
+        gradient *= 1 / items
         if not sums:
             leaves = [leaf for leaf in _leaves(edge.node) if leaf is not part]
         wanted = [*leaves, part] if of_hidden is not None else leaves
@@ -304,11 +302,41 @@ def _token_losses(
             found = [one.float() for one in found]
         sums = [total.add_(one) for total, one in zip(sums, found, strict=True)] if sums else found
     loss = torch.cat(each).sum() / items
-    if of_hidden is not None or leaves:
-        gradients = [total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
-        inputs = [*leaves, hidden] if of_hidden is not None else leaves
-        loss = _WithGradients.apply(loss, [*gradients, *([] if of_hidden is None else [of_hidden])], scale, *inputs)
+    gradients = [total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
+    inputs = [*leaves]
+    if of_hidden is not None:
+        gradients, inputs = [*gradients, of_hidden], [*inputs, hidden]
+    if inputs:
+        loss = _WithGradients.apply(loss, gradients, *inputs)
     return loss, torch.cat(each)
+
+
+def _computes_in_fp16(hidden: torch.Tensor) -> bool:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return dtype == torch.float16
+
+
+def _recomputed_losses(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int,
+    smoothing: float,
+    items: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_token_losses` for fp16: each chunk is recomputed in the backward pass, where the gradient scaler's factor is known.
+
+    Gradients in fp16 that did not have this factor would vanish or overflow, and no later factor would mend that.
+    """
+
+    def losses(part: torch.Tensor, of_part: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits_of(part).float(), of_part, reduction="none", label_smoothing=smoothing)
+
+    starts = range(0, max(len(targets), 1), chunk)
+    parts = ((hidden[start : start + chunk], targets[start : start + chunk]) for start in starts)
+    each = torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
+    return each.sum() / items, each.detach()
 
 
 def _loss_and_gradient(
@@ -344,16 +372,14 @@ def _leaves(last: Node) -> Iterator[torch.Tensor]:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are already known: `gradients`, one for each of `inputs`, divided by `scale`."""
+    """A value whose gradients are already known: `gradients`, one for each of `inputs`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor], scale: float, *inputs: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.gradients, ctx.scale = gradients, scale
+    def forward(ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # they are used once, and changed in place
-        return None, None, None, *(one.mul_(gradient / ctx.scale) for one in gradients)
+        return None, None, *(one.mul_(gradient) for one in gradients)

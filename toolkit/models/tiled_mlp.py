@@ -17,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from toolkit.errors import UserError
 
 FEED_FORWARD = re.compile(r"(MLP|FeedForward|FFN|Dense(Gated)?ActDense)$")  # names of classes, from T5 to Llama
+SHIFTS_TOKENS = {"rwkv"}  # its feed-forward layers see the token before
 ROUTED = re.compile(r"Expert|Router|TopK")  # parts of a mixture of experts, which see all tokens together
 
 
 def feed_forwards(model: nn.Module) -> list[nn.Module]:
     """The feed-forward layers of `model` that compute each token alone, from the hidden states and nothing else."""
+    if model.config.model_type in SHIFTS_TOKENS:
+        return []
     return [
         module
         for module in model.modules()
@@ -33,7 +36,9 @@ def feed_forwards(model: nn.Module) -> list[nn.Module]:
 
 def _takes_hidden_states_alone(module: nn.Module) -> bool:
     needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    return len(needed) == 1 and needed[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [p.kind for p in needed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] == [
+        inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
 
 
 def tile_feed_forwards(model: nn.Module, tokens: int) -> list[nn.Module]:
@@ -48,7 +53,8 @@ def tile_feed_forwards(model: nn.Module, tokens: int) -> list[nn.Module]:
             "alone in a module of its own; leave it out"
         )
     for layer in layers:
-        layer.forward = partial(_in_tiles, layer.forward, layer, tokens)
+        plain = layer.forward.args[0] if isinstance(layer.forward, partial) else layer.forward  # tiled before
+        layer.forward = partial(_in_tiles, plain, layer, tokens)
     return layers
 
 
@@ -59,9 +65,8 @@ def _in_tiles(
     rows = hidden.reshape(1, -1, hidden.shape[-1])
     if rows.shape[1] <= tokens:
         return forward(hidden, *args, **kwargs)
-    draws = layer.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in layer.modules())
     tiles = [
-        checkpoint(forward, tile, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+        checkpoint(forward, tile, *args, use_reentrant=False, preserve_rng_state=layer.training, **kwargs)
         for tile in rows.split(tokens, dim=1)
     ]
     output = torch.cat(tiles, dim=1)

@@ -122,7 +122,7 @@ class FineTuner(Trainer):
         if data.is_collated:
             self._train_batch_size = 1  # each item is a batch of --per_device_train_batch_size rows
         self.remove_callback(PrinterCallback)
-        # so that Trainer counts labels for every model; no model receives the count
+        # so that Trainer counts labels for every model; only a loss in chunks receives the count
         self.model_accepts_loss_kwargs = True
         if has_virtual_tokens(model):
             self._loss_shifts_labels = False  # so that Trainer counts labels as `compute_loss` does
@@ -153,7 +153,7 @@ class FineTuner(Trainer):
             share = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
             outputs = model(**inputs, num_items_in_batch=share, **self._in_chunks)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
-        if num_items_in_batch is None:
+        if num_items_in_batch is None:  # under sequence parallelism Trainer passes all inputs to the model
             return self._batch_loss(model, inputs | self._in_chunks, return_outputs)
         local = label_tokens(self.model, inputs["labels"])
         result = self._batch_loss(model, inputs, return_outputs)
