@@ -43,7 +43,7 @@ BY_NAME: dict[str, tuple[float, float]] = {
     "max_grad_norm": (0, FLOAT),
     "max_length": (1, 10**7),
     "max_steps": (-1, COUNT),
-    "max_target_length": (1, 10**5),
+    "max_target_length": (1, 10**7),
     "max_train_samples": AT_LEAST_1,
     "mlp_tile_tokens": (0, COUNT),
     "neftune_noise_alpha": (0, 1e4),
