@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -269,6 +270,19 @@ def by_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
                 f"--{old} is the older name of --{new}, and both are given, with other values; give --{new} alone"
             )
     return {RENAMED.get(name, name): value for name, value in settings.items()}
+
+
+@contextmanager
+def by_given_names(given: Collection[str]) -> Iterator[None]:
+    """While open, an error names a flag of `RENAMED` as the user does, who gave the flags `given`."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for old, new in RENAMED.items():
+            if old in given and new not in given:
+                text = re.sub(rf"--{new}\b", f"--{old}", text)
+        raise UserError(text) from error.__cause__
 
 
 def _check_strategies(settings: dict[str, Any], given: dict[str, Any]) -> None:

@@ -18,7 +18,15 @@ from transformers import PreTrainedConfig
 
 import toolkit.methods as methods
 from toolkit.config import optimizers
-from toolkit.config.arguments import NEWEST, OVERRIDDEN, RENAMED, TrainArguments, by_new_names, check_training
+from toolkit.config.arguments import (
+    NEWEST,
+    OVERRIDDEN,
+    RENAMED,
+    TrainArguments,
+    by_given_names,
+    by_new_names,
+    check_training,
+)
 from toolkit.config.parser import Flags, RecipeParser, read_flags
 from toolkit.data.loading import DataArguments
 from toolkit.distributed.engine import Engine, EngineKind
@@ -123,8 +131,9 @@ def parse_config(
     flags, other = read_flags(method, argv), f"recipes/{method.name}.py"
     if used is not None:
         training = {f.name for f in dataclasses.fields(TrainArguments)}
-        for name in sorted(training.intersection(_merged(method, flags)[0]).difference(used)):
-            raise UserError(f"--{name} has no effect in this recipe's own loop; leave it out, or use {other}")
+        with by_given_names(flags.given):
+            for name in sorted(training.intersection(_merged(method, flags)[0]).difference(used)):
+                raise UserError(f"--{name} has no effect in this recipe's own loop; leave it out, or use {other}")
     config = configure(method, flags, card)
     if engines is not None and config.engine.kind not in engines:
         raise UserError(f"this recipe's own loop does not run under {config.engine}; use launch/ddp.yaml, or {other}")
@@ -150,7 +159,8 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
     for name in non_default:
         if name in OVERRIDDEN:
             raise UserError(f"--{name} has no effect here: {OVERRIDDEN[name]}; leave it out")
-    check_training(settings, non_default)
+    with by_given_names({*flags.given, *flags.from_file}):
+        check_training(settings, non_default)
     model, data, own = (_build(part, settings) for part in (ModelArguments, DataArguments, method))
     for part in (model, data, own):
         part.check(non_default)
