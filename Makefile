@@ -5,9 +5,10 @@
 # make stacks  the fast tests and one recipe on the oldest and on the newest versions that pyproject.toml admits, each in an
 #              environment of its own; UV_TORCH_BACKEND=cpu make stacks takes PyTorch's small CPU build
 # make gpu     measures on this machine's GPU for MINUTES (9) whatever is claimed about GPUs; with PYTHON=python3, without .venv
+# make bench   repeats the benchmarks of levers: how far each card reaches (an hour), and their cost (minutes, on an idle machine)
 # make setup   only the environment, in .venv
 # make extensions   what DeepSpeed compiles for offloading, now rather than in the first run that needs it (minutes)
-.PHONY: setup extensions demo test quick matrix stacks check results gpu
+.PHONY: setup extensions demo test quick matrix stacks check results bench gpu
 PYTHON ?= python3
 # Also for what a package needs to be built: DeepSpeed is built on the spot, against the same torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -39,6 +40,10 @@ else
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),9) $(if $(OUT),--out $(OUT))
 endif
+bench: setup
+	$(BIN)/python benchmarks/ladder.py
+	$(BIN)/python benchmarks/reach.py
+	$(BIN)/python benchmarks/readme.py
 results: setup
 	$(BIN)/python benchmarks/embedded.py
 	$(BIN)/python benchmarks/readme.py

@@ -376,6 +376,71 @@ def distributed_fits() -> str:
     return "\n".join(lines)
 
 
+def reach() -> str:
+    """The longest rows that each card can train on, by levers, beside what others publish; then the largest batches."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import reach as made
+
+    found = made.load()["rows"]
+    lengths = {(row["gb"], row["levers"]): row for row in found if row["kind"] == "length"}
+    batches = {(row["gb"], row["levers"]): row for row in found if row["kind"] == "batch"}
+    casts, *levers = made.LEVERS
+
+    def tokens(gb: int, name: str) -> str:
+        return f"{lengths[gb, name]['most']:,}" if lengths[gb, name]["most"] else "does not fit"
+
+    def published(gb: int, column: int) -> str:
+        value = made.PUBLISHED[gb][column] if gb in made.PUBLISHED else None
+        return "" if value is None else f"{value:,}" if value else "does not fit"
+
+    lines = [
+        f"| card | {casts} | others: transformers | {' | '.join(levers)} | others: Unsloth | on the host |",
+        "|---|" + "---:|" * (len(levers) + 4),
+    ]
+    for gb, card in made.CARDS.items():
+        cells = [tokens(gb, casts), published(gb, 0), *(tokens(gb, name) for name in levers), published(gb, 1)]
+        host = lengths[gb, levers[-1]]["host_bytes"] / 2**30
+        lines.append(f"| {card}, {gb} GB | {' | '.join(cells)} | {host:.0f} GiB |")
+    names = list(dict.fromkeys(name for _, name in batches))
+    lines += [
+        "",
+        f"The most rows of {made.BATCH_LENGTH:,} tokens at once:",
+        "",
+        f"| card | {' | '.join(names)} |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for gb, card in made.CARDS.items():
+        lines.append(f"| {card}, {gb} GB | {' | '.join(str(batches[gb, name]['most']) for name in names)} |")
+    dates = sorted(row["date"] for row in found)
+    lines += [
+        "",
+        f"{sum(row['predictions'] for row in found)} predictions, {dates[-1]}; made by `python benchmarks/reach.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def ladder() -> str:
+    """Peak memory and speed with one lever after another."""
+    result = json.loads((RESULTS / "ladder.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model | levers | peak, measured | peak, predicted | tokens a second (slowest and fastest step) |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        low, high = row["slowest_and_fastest"]
+        lines.append(
+            f"| {row['model']} | {row['levers']} | {row['measured_bytes'] / 2**20:.1f} MiB | {row['predicted_bytes'] / 2**20:.1f} MiB "
+            f"| {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) |"
+        )
+    dates = sorted(row["date"] for row in result["rows"])
+    lines += [
+        "",
+        f"{dates[-1]}, {result['cores']} CPU cores, {result['repetitions']} repetitions, torch {result['stack']['torch']}, transformers "
+        f"{result['stack']['transformers']}; made by `python benchmarks/ladder.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def stacks() -> str:
     """The tests under the oldest and the newest versions that pyproject.toml admits."""
     path = RESULTS / "stacks.json"
@@ -472,6 +537,14 @@ COMMITTED = {
         "[Time and RAM of a prediction](#time-of-a-prediction)",
         "python benchmarks/prediction_speed.py",
     ),
+    "ladder.json": (
+        "[Memory and speed with one lever after another](#one-lever-after-another)",
+        "python benchmarks/ladder.py",
+    ),
+    "reach.json": (
+        "[The longest rows and largest batches](#how-far-a-card-reaches) that each card is predicted to train on",
+        "python benchmarks/reach.py",
+    ),
     "reliability.json": ("[Runs that were killed and resumed](../launch/README.md#when-a-run-is-interrupted)", ""),
     "stacks.json": (
         "[Tests on the oldest and the newest versions](#oldest-and-newest-versions) of the dependencies",
@@ -539,6 +612,8 @@ PARTS = {
     "third party": third_party,
     "distributed accuracy": distributed_accuracy,
     "distributed fits": distributed_fits,
+    "reach": reach,
+    "ladder": ladder,
     "prediction speed": prediction_speed,
     "gpu accuracy": gpu_accuracy,
     "comparison": comparison,

@@ -1,0 +1,62 @@
+"""What the committed results say of the levers: how far each card reaches, and what each step of the ladder saves."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import ladder
+import reach
+
+LENGTHS = {(row["gb"], row["levers"]): row for row in reach.load()["rows"] if row["kind"] == "length"}
+BATCHES = {(row["gb"], row["levers"]): row for row in reach.load()["rows"] if row["kind"] == "batch"}
+CASTS, *STEPS = reach.LEVERS
+RUNGS = {(row["model"], row["levers"]): row for row in ladder.load()["rows"]}
+
+
+@pytest.mark.parametrize("gb", reach.PUBLISHED)
+def test_with_all_levers_each_published_length_is_passed(gb):
+    assert LENGTHS[gb, STEPS[-1]]["most"] > reach.PUBLISHED[gb][1]
+
+
+@pytest.mark.parametrize("gb", [gb for gb, (plain, _) in reach.PUBLISHED.items() if plain])
+def test_without_levers_predictions_are_near_what_others_measured(gb):
+    """They leave some memory unused, or hold more in fp32; a prediction that flatters would be far above."""
+    assert 0.95 < LENGTHS[gb, CASTS]["most"] / reach.PUBLISHED[gb][0] < 1.15
+
+
+def test_without_levers_8_gb_are_too_few_as_others_measured():
+    assert LENGTHS[8, CASTS]["most"] == 0
+
+
+@pytest.mark.parametrize("gb", reach.CARDS)
+def test_each_lever_makes_rows_longer_and_batches_larger(gb):
+    lengths = [LENGTHS[gb, name]["most"] for name in reach.LEVERS]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > 4 * lengths[1]
+    assert BATCHES[gb, "none"]["most"] < BATCHES[gb, "and MLP in tiles"]["most"]
+
+
+def test_every_length_was_bounded_from_both_sides():
+    for row in [*LENGTHS.values(), *BATCHES.values()]:
+        assert row["most"] < row["not"] <= max(row["most"] * (1 + 2 * reach.STEP), row["most"] + 1, 16)
+        assert not row["most"] or row["needed_bytes"] <= row["budget_bytes"]
+
+
+@pytest.mark.parametrize("model", ladder.MODELS)
+def test_each_rung_saves_what_was_predicted(model):
+    rungs = [RUNGS[model, levers] for levers in ladder.LEVERS]
+    for row in rungs:
+        assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.01)
+        assert row["loss"] == pytest.approx(rungs[0]["loss"], rel=ladder.LOSS_TOLERANCE)
+    peaks = [row["measured_bytes"] for row in rungs]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[-1]
+    assert rungs[1]["tokens_per_second"] > rungs[0]["tokens_per_second"]  # the loss in chunks costs nothing
+
+
+def test_the_results_are_of_the_levers_that_the_scripts_have():
+    assert {levers for _, levers in LENGTHS} == {*reach.LEVERS} and {gb for gb, _ in LENGTHS} == {*reach.CARDS}
+    assert json.loads(ladder.RESULTS.read_text())["repetitions"] == ladder.REPETITIONS
