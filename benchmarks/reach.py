@@ -139,13 +139,14 @@ def load() -> dict[str, Any]:
 
 def save(rows: list[dict[str, Any]]) -> None:
     """Writes the results, each row as one line."""
+    from on_gpu.results import rows_as_lines
+
     from toolkit.files import atomic_write
     from toolkit.memory.environment import stack_versions
 
     order = {case: number for number, case in enumerate(cases())}
     rows = sorted(rows, key=lambda row: (order[row["kind"], row["levers"]], row["gb"]))
-    head = json.dumps({"model": MODEL, "stack": stack_versions()}, indent=1).removesuffix("\n}")
-    atomic_write(RESULTS, head + ',\n "rows": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]\n}\n")
+    atomic_write(RESULTS, rows_as_lines({"model": MODEL, "stack": stack_versions(), "rows": rows}))
 
 
 def show(rows: list[dict[str, Any]]) -> None:

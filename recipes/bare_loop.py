@@ -24,7 +24,7 @@ from toolkit.distributed.engine import EngineKind
 from toolkit.distributed.ranks import exits_cleanly
 from toolkit.memory.measure import MemoryCallback
 from toolkit.methods.lora import Lora
-from toolkit.models.chunked_loss import accept_chunks, whole_loss_reason
+from toolkit.models.chunked_loss import chunks_of
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens
 from toolkit.runs.evaluation import evaluate_by_generation
@@ -55,9 +55,9 @@ from transformers.trainer_callback import CallbackHandler
 USED = {
     *("output_dir", "seed", "data_seed", "use_cpu", "bf16", "fp16", "tf32", "memory_snapshot"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("loss_chunk_tokens",),
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps"),
+    "loss_chunk_tokens",
 }
 
 
@@ -78,9 +78,7 @@ def main() -> None:
     model = config.method.attach(model)
     end_as_the_tokenizer(model, ready.data.tokenizer)
     model.config.use_cache = False  # keys and values of earlier tokens help to generate, not to train
-    chunk = 0 if whole_loss_reason(model) else args.loss_chunk_tokens
-    if chunk:
-        accept_chunks(model)
+    chunk = chunks_of(model, args.loss_chunk_tokens)
     set_seed(args.seed)
     collate = ready.data.collator(model)
     batches = DataLoader(ready.data.train, args.per_device_train_batch_size, shuffle=True, collate_fn=collate)

@@ -95,9 +95,14 @@ class Results:
 
     def write(self) -> None:
         """Writes the file atomically, each row as one line."""
-        head = json.dumps({name: value for name, value in self.content.items() if name != "rows"}, indent=1)
-        rows = ",\n".join(f"  {json.dumps(row)}" for row in self.content["rows"])
-        atomic_write(self.path, head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n")
+        atomic_write(self.path, rows_as_lines(self.content))
+
+
+def rows_as_lines(content: dict[str, Any]) -> str:
+    """`content` as JSON, each of its "rows" as one line, after everything else."""
+    head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in content["rows"])
+    return head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
 
 
 def _without_folders(found: Any) -> Any:

@@ -21,7 +21,6 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.functional import cross_entropy, pad
@@ -32,6 +31,7 @@ from transformers.utils import ModelOutput
 from toolkit.errors import UserError
 from toolkit.models.heads import has_head
 from toolkit.models.losses import IGNORE_INDEX
+from toolkit.models.soft_prompts import base_model
 from toolkit.seams import patched
 
 # Model types whose loss is not the mean cross entropy of each position's next token (GPT-like) or of its own label (T5-like).
@@ -49,11 +49,6 @@ UNSHIFTED |= {"plbart", "trocr", "whisper"}
 _ACCEPTING: WeakSet[nn.Module] = WeakSet()  # models whose `forward` computes a loss in chunks
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers in a PEFT model, or `model` itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def whole_loss_reason(model: nn.Module) -> str:
     """Why the loss of `model` is not computed in chunks, in words; empty if it can be."""
     model = base_model(model)
@@ -64,11 +59,15 @@ def whole_loss_reason(model: nn.Module) -> str:
         return f"the loss of {config.model_type} is its own: {OWN_LOSS[config.model_type]}"
     if config.model_type in UNSHIFTED and not config.is_encoder_decoder:
         return f"the loss of {config.model_type}'s decoder is its own: it does not shift labels"
-    if config.is_encoder_decoder and getattr(config, "output_router_logits", False):
+    if config.is_encoder_decoder and _adds_router_loss(model):
         return f"the loss of {config.model_type} includes that of its routers"
     if model.get_output_embeddings() is None:
         return f"{config.model_type} has no output head that can be found"
     return ""
+
+
+def _adds_router_loss(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "output_router_logits", False)
 
 
 @dataclass
@@ -85,6 +84,14 @@ class LossOutput(ModelOutput):
     loss: torch.Tensor | None = None
     row_losses: torch.Tensor | None = None
     row_tokens: torch.Tensor | None = None
+
+
+def chunks_of(model: nn.Module, tokens: int) -> int:
+    """The number of label tokens in a chunk: `tokens`, which `model` then accepts, or 0 if its loss is not computed in chunks."""
+    if not tokens or whole_loss_reason(model):
+        return 0
+    accept_chunks(model)
+    return tokens
 
 
 def accept_chunks(model: nn.Module) -> None:
@@ -139,7 +146,7 @@ def _in_chunks(
     def at_head(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         compute = _recomputed_losses if _computes_in_fp16(hidden) else _token_losses
         loss, each = compute(run.logits, hidden, targets, chunk, label_smoothing, items)
-        if getattr(model.config, "output_router_logits", False):
+        if _adds_router_loss(model):
             loss = loss + run.added_loss(hidden) * (len(places) / items)
         return loss, each
 
@@ -187,7 +194,7 @@ class _Run:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits (tokens, vocabulary) of `hidden` (tokens, width)."""
-        options = {"output_router_logits": False} if getattr(self.model.config, "output_router_logits", False) else {}
+        options = {"output_router_logits": False} if _adds_router_loss(self.model) else {}
         return self._continued(hidden, **options).logits.squeeze(0)
 
     def added_loss(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -333,8 +340,7 @@ def _recomputed_losses(
     def losses(part: torch.Tensor, of_part: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits_of(part).float(), of_part, reduction="none", label_smoothing=smoothing)
 
-    starts = range(0, max(len(targets), 1), chunk)
-    parts = ((hidden[start : start + chunk], targets[start : start + chunk]) for start in starts)
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     each = torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
     return each.sum() / items, each.detach()
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel
 from rich.progress import track
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -24,7 +23,7 @@ from toolkit.console import console, say
 from toolkit.distributed.deepspeed import gathered_in_use
 from toolkit.distributed.sharded_models import is_sharded
 from toolkit.errors import UserError
-from toolkit.models.soft_prompts import cache_by_both_names, embedded, has_virtual_tokens
+from toolkit.models.soft_prompts import base_model, cache_by_both_names, embedded, has_virtual_tokens
 
 Answer = TypeVar("Answer")
 
@@ -110,7 +109,7 @@ def _settings(
     empty_target: Sequence[int] = (),
 ) -> GenerationConfig:
     """The settings of generation, without sampling: the model's own ones in `TAKEN_OVER`, and the arguments of `generate`."""
-    holder = _without_peft(model)
+    holder = base_model(model)
     shipped = holder.generation_config
     settings = GenerationConfig(**{name: getattr(shipped, name, None) for name in TAKEN_OVER}, do_sample=False)
     if settings.decoder_start_token_id is None:  # a generation_config.json need not repeat what config.json says
@@ -125,7 +124,7 @@ def _settings(
 @contextmanager
 def _generating_by(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
     """While open, `model` generates with `settings` and a cache."""
-    holder = _without_peft(model)
+    holder = base_model(model)
     # a model of two models has its setting in the config of its decoder
     configs: list[Any] = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs)]
     parts = [part for part in configs if hasattr(part, "use_cache")]
@@ -139,10 +138,6 @@ def _generating_by(settings: GenerationConfig, model: PreTrainedModel) -> Iterat
         holder.generation_config = shipped
         for part, before in zip(parts, use_cache, strict=True):
             part.use_cache = before
-
-
-def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _begin_as_labels(settings: GenerationConfig, model: PreTrainedModel, empty_target: Sequence[int]) -> None:

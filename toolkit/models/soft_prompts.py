@@ -20,6 +20,11 @@ from toolkit.seams import patched
 IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers in a PEFT model, or `model` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def has_virtual_tokens(model: nn.Module) -> bool:
     """Whether virtual tokens are part of the input sequence, as with prompt tuning and P-tuning.
 

@@ -100,7 +100,7 @@ def prepare(config: Config) -> Preflight:
         set_head(model_config, data.prompt_tokenizer.label_names, tokenizer.pad_token_id)
     base = build_on_meta(config.model, model_config, config.dtype)
     check_checkpointing(config, base, on_cpu=training.device.type == "cpu")
-    check_loss_chunks(training, base)
+    whole_loss = check_loss_chunks(training, base)
     _check_noise(training, base)
     packed = Packed.of(base)
     model = config.method.attach(base)
@@ -113,13 +113,8 @@ def prepare(config: Config) -> Preflight:
     total = sum(p.numel() for p in model.parameters())
     ready = Preflight(config, model_config, data, trainable, total)
     _say_what_will_be_done(ready, packed, untrained_experts(model))
-    if (
-        config.method.trains
-        and training.loss_chunk_tokens
-        and config.task.model_kind != "head"
-        and (reason := whole_loss_reason(base))
-    ):
-        say("loss", f"computed over all positions at once: {reason}")
+    if whole_loss and config.method.trains and config.task.model_kind != "head":
+        say("loss", f"computed over all positions at once: {whole_loss}")
     return ready
 
 
@@ -156,11 +151,16 @@ def _check_workers(training: TrainArguments) -> None:
         )
 
 
-def check_loss_chunks(training: TrainArguments, model: PreTrainedModel) -> None:
-    """Raises UserError for `--loss_chunk_tokens` of a model whose loss is not computed in chunks."""
-    default = TrainArguments.__dataclass_fields__["loss_chunk_tokens"].default
-    if training.loss_chunk_tokens not in (0, default) and (reason := whole_loss_reason(model)):
-        raise UserError(f"--loss_chunk_tokens {training.loss_chunk_tokens} has no effect: {reason}; leave it out")
+def check_loss_chunks(training: TrainArguments, model: PreTrainedModel) -> str:
+    """Why the loss of `model` is not computed in chunks, although the flags ask for it; empty if it is, or if they do not.
+
+    Raises: UserError if the user chose the number of tokens.
+    """
+    chosen = training.loss_chunk_tokens
+    reason = whole_loss_reason(model) if chosen else ""
+    if reason and chosen != TrainArguments.__dataclass_fields__["loss_chunk_tokens"].default:
+        raise UserError(f"--loss_chunk_tokens {chosen} has no effect: {reason}; leave it out")
+    return reason
 
 
 def check_checkpointing(config: Config, model: PreTrainedModel, on_cpu: bool) -> None:

@@ -36,10 +36,9 @@ from toolkit.data.loading import TaskData
 from toolkit.distributed.checksums import checksums
 from toolkit.distributed.sharded_models import is_sharded
 from toolkit.errors import UserError
-from toolkit.models.chunked_loss import base_model
 from toolkit.models.generation import generation_error
 from toolkit.models.loading import load_model, longest_input
-from toolkit.models.soft_prompts import fit_head
+from toolkit.models.soft_prompts import base_model, fit_head
 
 # LoRA's A changes from the second step on, and the first step of a warm-up may have a learning rate of 0
 FIRST_STEPS = 3

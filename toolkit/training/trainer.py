@@ -31,10 +31,10 @@ from toolkit.distributed.sharded_models import gather_together, share_tied_table
 from toolkit.errors import UserError
 from toolkit.files import atomic_write
 from toolkit.memory.measure import MemoryCallback
-from toolkit.models.chunked_loss import accept_chunks, base_model, whole_loss_reason
+from toolkit.models.chunked_loss import chunks_of
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
-from toolkit.models.soft_prompts import has_virtual_tokens
+from toolkit.models.soft_prompts import base_model, has_virtual_tokens
 from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.callbacks import EarlyStopping, MetricsFile, Preemption, ResumedChoice
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors, whole_files
@@ -97,12 +97,10 @@ class FineTuner(Trainer):
             share_tied_tables(model)
         if data.tokenizer is not None:
             end_as_the_tokenizer(model, data.tokenizer)
-        if whole_loss_reason(model):
-            args.loss_chunk_tokens = 0
+        args.loss_chunk_tokens = chunks_of(model, args.loss_chunk_tokens)
         repeated: list[nn.Module] = []  # modules whose parts run many times in a pass
         if args.loss_chunk_tokens:
-            accept_chunks(model)
-            # Liger's own loss would replace the forward pass that was just made
+            # Liger's own loss would replace the forward pass that computes it
             args.liger_kernel_config = {"cross_entropy": False, "fused_linear_cross_entropy": False}
             repeated.append(base_model(model).get_output_embeddings())
         if args.mlp_tile_tokens:
