@@ -223,7 +223,7 @@ def test_two_processes_that_share_each_row_have_the_loss_of_one(data, small_csv,
 
 def config_with(model, method=None, **training):
     """The parts of a Config that `check_combination` reads."""
-    usual = {"optim": "adamw_torch", "bf16": False, "load_best_model_at_end": False}
+    usual = {"optim": "adamw_torch", "bf16": False, "load_best_model_at_end": False, "optimizer_in_backward": False}
     usual |= training
     return SimpleNamespace(
         model=model, method=method or Lora(), training=SimpleNamespace(**usual), optimizer=usual["optim"]

@@ -97,6 +97,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "expandable": ("--bf16",),
     "chunks": ("--bf16", "--loss_chunk_tokens", "512"),
     "tiles": ("--bf16", "--loss_chunk_tokens", "512", "--mlp_tile_tokens", "256"),
+    "in-backward": ("--bf16", "--optimizer_in_backward"),
 }
 
 
@@ -133,7 +134,7 @@ def _single() -> list[Configuration]:
     ]
 
 
-KEPT = ("", "expandable", "8-bit", "snapshot", "chunks", "tiles")  # options that a rehearsal tries
+KEPT = ("", "expandable", "8-bit", "snapshot", "chunks", "tiles", "in-backward")  # options that a rehearsal tries
 
 
 def _small(whole: list[Configuration]) -> list[Configuration]:

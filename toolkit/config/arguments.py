@@ -51,6 +51,8 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+# With --optimizer_in_backward, where no step has the gradients of all weights
+IN_BACKWARD = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
 NEWEST = "true"  # the value of --resume_from_checkpoint when it names no folder
 
 
@@ -128,6 +130,13 @@ class TrainArguments(TrainingArguments):
             "results of one tile instead of all, and costs one more forward pass of these layers. Try 2048 for long rows. 0: off."
         },
     )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "Update each weight in the backward pass, as soon as its gradient is complete, and free the gradient: one gradient "
+            "is in memory instead of all. For one process; without gradient accumulation, clipping and fp16."
+        },
+    )
     memory_snapshot: bool = field(
         default=False,
         metadata={
@@ -195,6 +204,13 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         raise UserError(
             "--mlp_tile_tokens and --use_liger_kernel exclude each other: both replace feed-forward layers; give one"
         )
+    if settings.get("optimizer_in_backward"):
+        for name, least in IN_BACKWARD.items():
+            if settings.get(name, least) > least:
+                raise UserError(
+                    f"--{name} {settings[name]} and --optimizer_in_backward exclude each other: the former takes the gradients of all "
+                    f"weights, and each is freed once its weight is updated; give --{name} {least:g}, or leave one of them out"
+                )
     _check_strategies(settings, given)
     _check_texts(settings, given)
     reports = settings.get("report_to") not in (None, "none", ["none"], [])

@@ -35,6 +35,7 @@ SAME: dict[str, str] = {
     **dict.fromkeys(("neftune", "neftune_alpha"), "neftune_noise_alpha"),
     **dict.fromkeys(("cut_cross_entropy", "fused_linear_cross_entropy", "loss_chunk_size"), "loss_chunk_tokens"),
     **dict.fromkeys(("tiled_mlp", "tiled_mlp_num_shards", "mlp_tile_size"), "mlp_tile_tokens"),
+    **dict.fromkeys(("optimizer_in_bwd", "fused_backward", "fused_backward_pass"), "optimizer_in_backward"),
     **dict.fromkeys(("grad_checkpointing", "use_gradient_checkpointing", "checkpointing"), "activation_checkpointing"),
     **dict.fromkeys(("lora_rank", "rank", "r", "lora_dim", "lora_attn_dim"), "lora_r"),
     **dict.fromkeys(("alpha",), "lora_alpha"),

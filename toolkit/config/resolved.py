@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 import toolkit.methods as methods
 from toolkit.config import optimizers
 from toolkit.config.arguments import (
+    IN_BACKWARD,
     NEWEST,
     OVERRIDDEN,
     RENAMED,
@@ -152,7 +153,8 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
     if card is None and not named.get("use_cpu"):
         _check_gpus()
     optim, why = _choose_optimizer(method, engine, _on_gpu(named, card))
-    settings = method.defaults(non_default) | ({"optim": optim} if optim else {}) | named
+    settings = method.defaults(non_default) | ({"optim": optim} if optim else {})
+    settings |= (IN_BACKWARD if named.get("optimizer_in_backward") else {}) | named
     if (own_optimizer := optimizers.OWN.get(settings.get("optim", ""))) is not None:
         settings |= {name: value for name, value in own_optimizer.defaults.items() if name not in named}
     check_filled(non_default)

@@ -40,6 +40,7 @@ from toolkit.models.heads import has_own_head, keeps_head, set_head
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_model, load_tokenizer
 from toolkit.models.quantization import Packed, untrained_experts
 from toolkit.models.tiled_mlp import tile_feed_forwards
+from toolkit.training.optimizer_steps import refuse_unless_by_weight
 from toolkit.training.trainer import FineTuner
 
 FEW_ROWS = 20  # fewer make scores that change with each of them
@@ -286,6 +287,8 @@ def check_schedule(training: TrainArguments, model: PreTrainedModel) -> None:
     except BUILD_ERRORS as error:
         args = f" --optim_args {training.optim_args}" if training.optim_args else ""
         raise UserError(f"--optim {optim}{args}: {_line(error)}") from None
+    if training.optimizer_in_backward:
+        refuse_unless_by_weight(kind, optim)
     if training.optim_args and not by_layer and repr(options) == repr(plain):
         raise UserError(f"--optim_args {training.optim_args} has no effect with --optim {optim}; leave it out")
     schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
@@ -360,6 +363,8 @@ def check_combination(config: Config) -> None:
             "launch/zero3_offload.yaml"
         )
     optim = config.optimizer
+    if config.training.optimizer_in_backward:
+        _check_optimizer_in_backward(config)
     if engine.kind is EngineKind.FSDP2 and any(part in optim for part in NOT_OF_SHARDS):
         raise UserError(
             f"--optim {optim} under FSDP2: bitsandbytes' optimizers and Adafactor do not update shards (DTensors); use "
@@ -382,6 +387,20 @@ def check_combination(config: Config) -> None:
                 f"{name} is {what}; sharing rows among {engine.sequence_parallel_size} processes takes a GPT-like model "
                 "whose number of heads they divide: choose another model or launch file"
             )
+
+
+def _check_optimizer_in_backward(config: Config) -> None:
+    """Raises UserError for an engine or a precision with which weights cannot be updated in the backward pass."""
+    if config.engine.kind is not EngineKind.NONE:
+        raise UserError(
+            f"--optimizer_in_backward under {config.engine}: the engine needs the gradients when the backward pass has ended; train with "
+            "launch/single.yaml, or leave it out"
+        )
+    if config.training.fp16:
+        raise UserError(
+            "--optimizer_in_backward in fp16: a step is skipped if any gradient overflows, and then some weights are updated already; "
+            "give --bf16, or leave it out"
+        )
 
 
 def _check_parallelism(engine: Engine) -> None:
@@ -446,7 +465,8 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed, experts: str | None
     if experts is not None:
         say("method", experts)
     say("precision", config.precision_reason)
-    say("optimizer", f"{config.optimizer}: {config.optimizer_reason}")
+    when = "; each weight in the backward pass, without clipping" if training.optimizer_in_backward else ""
+    say("optimizer", f"{config.optimizer}: {config.optimizer_reason}{when}")
     labels = "labels" if data.task.model_kind == "head" else "label tokens"
     rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"
     say(

@@ -18,6 +18,7 @@ FAKE_TENSORS = (
             "memory.cuda.device",
             "memory.cuda.quantized",
             "memory.trace",
+            "training.trainer",
         ),
         target=(
             "torch._subclasses.fake_tensor: FakeTensor FakeTensor.fake_mode FakeTensor.fake_device FakeTensorMode "

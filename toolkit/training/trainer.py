@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,6 +41,7 @@ from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.callbacks import EarlyStopping, MetricsFile, Preemption, ResumedChoice
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors, whole_files
 from toolkit.training.guards import Guards, check_generation, check_loss, check_saved
+from toolkit.training.optimizer_steps import StepInBackward, refuse_unless_by_weight, step_in_chunks
 from toolkit.training.progress import ProgressCallback
 from toolkit.training.sampling import LengthGrouped
 from toolkit.training.shards import load_optimizer_shards, load_weight_shards, save_shards
@@ -97,6 +100,7 @@ class FineTuner(Trainer):
             share_tied_tables(model)
         if data.tokenizer is not None:
             end_as_the_tokenizer(model, data.tokenizer)
+        self.steps_in_backward = StepInBackward() if args.optimizer_in_backward else None
         args.loss_chunk_tokens = chunks_of(model, args.loss_chunk_tokens)
         repeated: list[nn.Module] = []  # modules whose parts run many times in a pass
         if args.loss_chunk_tokens:
@@ -147,6 +151,19 @@ class FineTuner(Trainer):
         `num_processes`. Without N (under sequence parallelism) the result is the mean of the batch, so accumulated batches
         have equal weight.
         """
+        result = self._step_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if self.steps_in_backward is not None:
+            self._check_finite(loss)  # after the backward pass it is too late
+        return result
+
+    def _step_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> Any:
         if self._in_chunks and self.get_sp_size() == 1:
             share = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
             outputs = model(**inputs, num_items_in_batch=share, **self._in_chunks)
@@ -203,7 +220,11 @@ class FineTuner(Trainer):
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = self.config.method.make_optimizer(self.model, self.args, kind, options)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        step_in_chunks(optimizer)
+        if self.steps_in_backward is not None:
+            refuse_unless_by_weight(type(optimizer), name_of(self.args))
+        return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
@@ -213,23 +234,26 @@ class FineTuner(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; stops the run if the loss is not finite.
-
-        Raises: UserError with the step and the last checkpoint, before the optimizer uses the bad gradients.
-        """
+        """One forward and backward pass; stops the run if the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        self._check_finite(loss)
+        return loss
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        """Raises UserError with the step and the last checkpoint, before the optimizer uses the bad gradients."""
+        finite = torch.isfinite(loss)
+        if not isinstance(finite, FakeTensor) and not finite:
             good = newest_first(Path(self.args.output_dir))
             kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint had been written yet"
             raise UserError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}; {kept}. "
                 f"{_remedy(self.model, self.state.global_step)}"
             )
-        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm that Trainer logs, from any engine; also given to the guards."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        own = self.steps_in_backward
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm) if own is None else own.gradient_norm()
         for guards in (callback for callback in self.callback_handler.callbacks if isinstance(callback, Guards)):
             guards.gradient(norm)
         return norm
@@ -253,7 +277,9 @@ class FineTuner(Trainer):
         set_epoch = getattr(self.sampler, "set_epoch", None)
         if set_epoch is not None:  # the data loader that skips batches after a resume does not pass the epoch on
             set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
+        own = self.steps_in_backward
+        with nullcontext() if own is None else own.open(self.model, self.optimizer):
+            super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes Trainer's checkpoint atomically (`atomic_folder`), then deletes old ones."""

@@ -1,0 +1,184 @@
+"""Optimizer steps in the backward pass, and in chunks of weights: the same weights, bit for bit, in less memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from memory.tiny_models import tiny_model
+from peft import LoraConfig, get_peft_model
+from training_data import config_of, task_data
+from transformers import AutoTokenizer
+
+from toolkit.config import parse_config
+from toolkit.config.arguments import TrainArguments
+from toolkit.distributed.engine import Engine, EngineKind
+from toolkit.embedded import MODEL_DIR
+from toolkit.errors import UserError
+from toolkit.methods.full import Full
+from toolkit.runs.preflight import check_combination, check_schedule
+from toolkit.tasks import TASKS
+from toolkit.training.optimizer_steps import StepInBackward, step_in_chunks
+from toolkit.training.trainer import FineTuner
+
+IN_BACKWARD = {"optimizer_in_backward": True}
+OPTIMIZERS = [
+    *("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"),
+    *("adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix", "rmsprop_bnb_8bit"),
+]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Trains a tiny model for 4 steps of 2 rows; returns its FineTuner. Further arguments are those of training."""
+
+    def train(name="llama", lora=False, kind=FineTuner, resume=None, **arguments):
+        model = tiny_model(name)
+        if lora:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2))
+        generator = torch.Generator().manual_seed(1)
+        ids = [torch.randint(3, 256, (12,), generator=generator).tolist() for _ in range(8)]
+        rows = Dataset.from_list([{"input_ids": i, "attention_mask": [1] * 12, "labels": i} for i in ids])
+        settings = {"max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "logging_steps": 1}
+        settings |= {"save_strategy": "no", "max_grad_norm": 0.0, "output_dir": str(tmp_path), "use_cpu": True}
+        args = TrainArguments(report_to="none", disable_tqdm=True, **settings | arguments)
+        data = task_data(TASKS["text"], rows, None, AutoTokenizer.from_pretrained(MODEL_DIR))
+        trainer = kind(model, config_of(args), data)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return train
+
+
+def same_weights(one, other):
+    others = dict(other.model.named_parameters())
+    return all(torch.equal(p, others[name]) for name, p in one.model.named_parameters())
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_weights_and_gradient_norms_are_those_of_the_usual_step(trained, name, optim):
+    usual, in_backward = trained(name, optim=optim), trained(name, optim=optim, **IN_BACKWARD)
+    assert same_weights(usual, in_backward)
+    assert logged(in_backward, "loss") == logged(usual, "loss")
+    assert logged(in_backward, "grad_norm") == pytest.approx(logged(usual, "grad_norm"), rel=1e-6)
+    assert not same_weights(usual, trained(name, optim=optim, max_steps=1))  # the steps do something
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": True},
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"loss_chunk_tokens": 5, "mlp_tile_tokens": 7},
+        {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_it_works_together_with_other_flags(trained, settings):
+    assert same_weights(trained(**settings), trained(**settings, **IN_BACKWARD))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit"])
+def test_a_resumed_run_gives_the_same_weights(trained, optim, tmp_path):
+    settings = {"optim": optim, "save_strategy": "steps", "save_steps": 2, **IN_BACKWARD}
+    whole = trained(**settings)
+    assert same_weights(whole, trained(**settings, resume=str(tmp_path / "checkpoint-2")))
+
+
+def test_one_gradient_at_a_time_is_in_memory(trained):
+    model = tiny_model("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    held = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            held.append(sum(p.grad is not None for p in model.parameters()))
+
+    steps = StepInBackward()
+    with steps.open(model, Watched(model.parameters(), lr=1e-3)):
+        model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+    assert held == [1] * sum(1 for _ in model.parameters())
+    assert steps.gradient_norm() > 0 and steps.gradient_norm() == 0
+    before = [p.clone() for p in model.parameters()]
+    model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())  # after training, gradients are kept as usual
+    optimizer.step()
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_weight_whose_gradient_comes_in_parts_is_refused():
+    layer = torch.nn.Linear(4, 4)
+    steps = StepInBackward()
+    with steps.open(layer, torch.optim.SGD(layer.parameters(), lr=1e-3)):
+        layer(torch.ones(1, 4)).sum().backward()
+        with pytest.raises(UserError, match=r"a weight of shape \(4,\) got its gradient in more than one part"):
+            layer(torch.ones(1, 4)).sum().backward()
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(trained):
+    class Overflows(FineTuner):
+        def _step_loss(self, *args, **kwargs):
+            self.seen = [p.clone() for p in self.model.parameters()]
+            trainers.append(self)
+            return super()._step_loss(*args, **kwargs) * float("inf")
+
+    trainers = []
+    with pytest.raises(UserError, match="the loss became inf at step 1; no checkpoint had been written yet"):
+        trained(kind=Overflows, **IN_BACKWARD)
+    assert all(map(torch.equal, trainers[0].seen, trainers[0].model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gradient_accumulation_steps 2", "--gradient_accumulation_steps 2 and --optimizer_in_backward exclude each"),
+        (
+            "--max_grad_norm 1",
+            "--max_grad_norm 1.0 and --optimizer_in_backward exclude each other.* give --max_grad_norm 0",
+        ),
+        ("--optim prodigy", "--optimizer_in_backward with --optim prodigy: its step is one for all weights"),
+    ],
+)
+def test_what_needs_all_gradients_at_once_is_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        config = parse_config(Full, ["--optimizer_in_backward", "--use_cpu", *flags.split()])
+        check_schedule(config.training, tiny_model("llama"))
+
+
+def test_engines_and_fp16_are_refused():
+    config = parse_config(Full, ["--optimizer_in_backward", "--use_cpu"])
+    assert (config.training.max_grad_norm, config.training.gradient_accumulation_steps) == (0.0, 1)
+    check_combination(config)
+    for kind in (EngineKind.DDP, EngineKind.ZERO_2, EngineKind.FSDP2):
+        with pytest.raises(UserError, match=f"--optimizer_in_backward under {kind}"):
+            check_combination(replace(config, engine=Engine(2, kind)))
+    config.training.fp16 = True
+    with pytest.raises(UserError, match="--optimizer_in_backward in fp16: a step is skipped if any gradient overflows"):
+        check_combination(config)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop])
+def test_steps_in_chunks_give_the_same_weights_with_temporaries_of_one_chunk(kind):
+    def train(chunk_bytes):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(rows, 8)) for rows in (3, 5, 40, 1, 9)]
+        groups = [{"params": weights[:3], "weight_decay": 0.1}, {"params": weights[3:], "lr": 1e-2}]
+        optimizer = kind(groups, lr=1e-3, foreach=True)
+        if chunk_bytes:
+            step_in_chunks(optimizer, chunk_bytes)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = weight.detach().cos()
+            optimizer.step()
+        assert [len(group["params"]) for group in optimizer.param_groups] == [3, 2]
+        return weights
+
+    assert all(map(torch.equal, train(None), train(256)))
