@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer
 from tiny_models import CONFIGS, rows, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
@@ -536,3 +537,43 @@ def test_lora_has_its_default_targets_in_a_model_whose_experts_peft_knows():
         parameter.split(".lora_")[0].rsplit(".", 1)[-1] for parameter, p in model.named_parameters() if p.requires_grad
     }
     assert names == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_under_autocast_keeps_one_input_for_all_targets_that_read_it(name):
+    """Compared with PEFT's own layers, which cast each target's input: less to keep, and the same loss and gradients, bit for bit."""
+
+    def step(peft_casts):
+        torch.manual_seed(0)
+        base = tiny_model(name).to(torch.bfloat16)
+        for dropout in (module for module in base.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.0
+        model = Lora(lora_dropout=0.0, lora_target_modules=["all-linear"]).attach(base).train()
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                torch.nn.init.ones_(layer.lora_B["default"].weight)
+                if peft_casts:
+                    del layer._cast_input_dtype
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch(name)).loss
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        nbytes = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+        loss.backward()
+        return nbytes, loss, [p.grad for p in model.parameters() if p.requires_grad]
+
+    (more, loss, gradients), (less, same_loss, same_gradients) = step(True), step(False)
+    assert less < 0.98 * more
+    assert torch.equal(loss, same_loss) and all(map(torch.equal, gradients, same_gradients))
+
+
+def test_lora_outside_of_autocast_casts_its_inputs_as_peft_does():
+    """Its A is in fp32, and the base in bf16: without a cast the product is an error."""
+    model = Lora(lora_dropout=0.0).attach(tiny_model("llama").to(torch.bfloat16))
+    model(**batch("llama")).loss.backward()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

@@ -483,3 +483,25 @@ def test_a_copy_in_4_bits_of_a_model_of_the_catalogue_is_built_without_a_network
 )
 def test_a_copy_whose_layers_are_stored_in_another_way_is_not_in_the_catalogue(name):
     assert catalogue.find(name) is None
+
+
+def test_the_cost_of_peft_casts_is_said_by_another_prediction(config_only, capfd):
+    large = [
+        "--max_length",
+        "256",
+        "--per_device_train_batch_size",
+        "64",
+    ]  # the allocator's blocks of 20 MiB would hide it
+    command = ["lora", "--model_name_or_path", str(config_only), *large, "--load_in_4bit", "--gpu", "RTX 4090"]
+    ledgers = {}
+    for upcast in ("all", "none"):
+        code, out, _ = run(capfd, "predict", *command, "--kbit_upcast", upcast, "--json")
+        assert code == 0
+        ledgers[upcast] = json.loads(out)
+    more = ledgers["all"]["peak"]["process_bytes"] - ledgers["none"]["peak"]["process_bytes"]
+    assert more > 0
+    assert (
+        f"--kbit_upcast all costs {format_bytes(more)} of it; --kbit_upcast none needs no other change"
+        in ledgers["all"]["notes"]
+    )
+    assert not any("kbit_upcast" in note for note in ledgers["none"]["notes"])

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora import dora
+from peft.tuners.lora import LoraLayer, dora
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_CHOICE
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -51,7 +52,9 @@ class Lora(PeftBased):
 
     lora_r: int = field(default=16, metadata={"help": "Rank: trainable parameters and adapter size grow with it."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before A; costs one mask a target in memory."})
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout before A; each target then keeps a mask and an input of its own."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -165,6 +168,7 @@ class Lora(PeftBased):
             raise UserError("--init_lora_weights olora does not know GPT-2's Conv1D layers; give pissa or default")
         with _dora_on_meta():
             model = super().attach(model)
+        share_inputs(model)
         if self.lora_target_modules == ["all-linear"] and not any(p.is_meta for p in model.parameters()):
             _say_left_out(model)
         if self.changes_base and not any(p.is_meta for p in model.parameters()):
@@ -196,6 +200,23 @@ class Lora(PeftBased):
     def adapter_changes_base(cls, config: PeftConfig) -> bool:
         """Whether PEFT subtracts the adapter's initial product from the base."""
         return takes_from_base(config)
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Lets A read the layer's own input under autocast, without PEFT's (0.21) cast to the type of A, which is fp32.
+
+    Autocast casts the input back to 16 bits at once, so the product is the same, bit for bit; but each target would keep a copy of
+    its own for the gradient of A, where q, k and v can keep one input together. PEFT's quantized layers do this already on GPUs.
+    """
+    for layer in model.modules():
+        if (
+            isinstance(layer, LoraLayer) and not layer.lora_variant
+        ):  # DoRA computes with the weight in the type of its input
+            layer._cast_input_dtype = _cast_outside_autocast
+
+
+def _cast_outside_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def _reaches_experts(config: LoraConfig, model: PreTrainedModel) -> bool:

@@ -48,7 +48,7 @@ def predict(
         launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
         num_processes: the number of processes, instead of the launch file's own.
         advise: where the run does not fit, search the nearest setting that does by more predictions; the last warning names it.
-            Progress is printed on standard error.
+            Progress is printed on standard error. A note says what --kbit_upcast all costs, by another prediction.
         settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping becomes JSON,
             and None leaves the flag out. They override `flags`.
 
@@ -87,7 +87,7 @@ def predict(
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
     from toolkit.methods import method_named
-    from toolkit.runs.prediction import PredictionJob, nearest_fit, this_card
+    from toolkit.runs.prediction import PredictionJob, cost_of_upcast, nearest_fit, this_card
 
     recipe = method_named(method)
     named = find_card(gpu) if gpu else generic_card(str(gpu_memory)) if gpu_memory else None
@@ -102,10 +102,11 @@ def predict(
     ledger = run(job)
     if job.card is None and not on_cpu:
         ledger = replace(ledger, warnings=(*ledger.warnings, ON_CPU))
-    if ledger.fits or not advise:
+    if not advise:
         return ledger
-    advice = nearest_fit(job, ledger, run)
-    return replace(ledger, warnings=(*ledger.warnings, advice))
+    if cost := cost_of_upcast(job, ledger, run):
+        ledger = replace(ledger, notes=(*ledger.notes, cost))
+    return ledger if ledger.fits else replace(ledger, warnings=(*ledger.warnings, nearest_fit(job, ledger, run)))
 
 
 def load_run(path: str | Path) -> FinishedRun:

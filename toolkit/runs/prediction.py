@@ -299,6 +299,23 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
     return f"{nothing}; {asked} {format_bytes(least.needed_bytes)}, and {enough}" + (" as much" if card is None else "")
 
 
+def cost_of_upcast(job: PredictionJob, ledger: Ledger, predict: Callable[[PredictionJob], Ledger]) -> str:
+    """One sentence for a job whose `ledger` was predicted with --kbit_upcast all: what that costs, by a prediction without it.
+
+    Empty for other jobs, for methods that need it, and where it costs nothing.
+    """
+    change = _four_bits(METHODS[job.method], ledger.assumed["weights"])
+    if change != {"kbit_upcast": "none"}:
+        return ""
+    without = predict(replace(job, flags=replace(job.flags, given=job.flags.given | change)))
+    cost = ledger.needed_bytes - without.needed_bytes
+    return (
+        f"--kbit_upcast all costs {format_bytes(cost)} of it; --kbit_upcast none needs no other change"
+        if cost > 0
+        else ""
+    )
+
+
 def _four_bits(method: type[Method], weights: str) -> dict[str, Any]:
     """The flags for the least memory with a base in 4 bits, as `method` allows them; `weights` says how they are held now."""
     if not issubclass(method, PeftBased):

@@ -69,6 +69,22 @@ TABLE = (
         breaks="DoRA over a 4-bit base cannot be predicted",
     ),
     Seam(
+        name="BaseTunerLayer._cast_input_dtype",
+        kind="patch",
+        where="methods.lora",
+        target="peft.tuners.tuners_utils: BaseTunerLayer._cast_input_dtype",
+        signature=("x", "dtype"),
+        source=(
+            (
+                "peft.tuners.lora.layer",
+                r"x = self\._cast_input_dtype\(x, lora_A\.weight\.dtype\)\n.*\n.*lora_A\(dropout\(x\)\)",
+            ),
+        ),
+        reason="under autocast A reads the layer's input as it is; set on single layers",
+        breaks="each target keeps a copy of its input for the backward pass",
+        silent=True,
+    ),
+    Seam(
         name="dequantize_module_weight",
         kind="patch",
         where="memory.cuda.quantized",
