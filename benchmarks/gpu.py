@@ -146,7 +146,7 @@ class Session:
             "facts": facts.items(work, small),
             "memory": [one.item(work, work / "kept", small) for one in memory.grid(small)],
             "speed": speed.items(work, small),
-            "fits": fits.items(plans, work, small),
+            "fits": [*fits.reach_items(work, small), *fits.items(plans, work, small)],
         }
         for item in (item for part in every.values() for item in part):
             if (row := results.row(item.name)) is not None and row["status"] in ("ok", "out of memory"):

@@ -45,6 +45,7 @@ def test_every_item_has_a_unique_name_and_a_model_that_can_be_made(tmp_path):
     items = [scenario.item(tmp_path, False) for scenario in runs.scenarios()]
     items += [c.item(tmp_path, tmp_path, False) for c in memory.grid()]
     items += facts.items(tmp_path, False) + speed.items(tmp_path, False) + fits.items(plans, tmp_path, False)
+    items += fits.reach_items(tmp_path, False)
     assert len({item.name for item in items}) == len(items)
     makers = {model.item.name for model in models.by_label(rehearsed=False).values()}
     for item in items:

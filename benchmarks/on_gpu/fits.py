@@ -1,5 +1,7 @@
 """Checks "fits": under an allocator limit, the largest batch predicted to fit must run, and the next larger one must run out.
 
+And under the limits of smaller cards, one row that is longer than others publish must run with all levers (`REACH`).
+
 The plan (which batch fits within which limit) is predicted without the card: by idle processors while the other parts run, or
 beforehand (`--plan`), into `results/gpu/fits.json`. It takes no GPU time. The limit is on memory that PyTorch reserves, as set by
 `torch.cuda.set_per_process_memory_fraction`; the CUDA context is not included.
@@ -46,6 +48,8 @@ LADDERS = (
     Ladder("full", "flan-t5-base", 256, 14),
 )
 REHEARSED = (Ladder("lora", "small-llama", 64, 6),)
+REACH = {8: 2_972, 12: 21_848, 16: 40_724}  # GB of a card -> tokens that others publish for it
+REACHED_IN_REHEARSAL = {8: 63}
 LIMITS = (8, 12, 16, 24)  # GiB; MiB in a rehearsal
 
 
@@ -120,7 +124,74 @@ def items(plans: dict[str, dict[str, dict[str, int]]], work: Path, rehearsed: bo
     return sorted(result, key=lambda item: item.arguments["limit"])
 
 
+def reach_items(work: Path, rehearsed: bool) -> list[Item]:
+    """One item for each card of `REACH`: QLoRA of Llama-3.1-8B with one row of one token more than others publish."""
+    model = "small-llama" if rehearsed else "llama-8b"
+    return [
+        Item(
+            f"fits {gb} GB card, {tokens + 1} tokens",
+            "fits",
+            "on_gpu.fits:reached",
+            {"gb": gb, "tokens": tokens + 1, "model": model, "work": str(work), "rehearsed": rehearsed},
+            30 + tokens / 1000,
+            gb + 1.5,
+            (f"model {model}",),
+        )
+        for gb, tokens in (REACHED_IN_REHEARSAL if rehearsed else REACH).items()
+    ]
+
+
 # ---- jobs
+
+
+def reached(gb: int, tokens: int, model: str, work: str, rehearsed: bool) -> dict[str, Any]:
+    """Trains two steps on one row of `tokens` tokens under the limit of a card with `gb` GB."""
+    import reach
+
+    from on_gpu.pool import is_out_of_memory
+    from toolkit.config import parse_config
+    from toolkit.memory.cuda.cards import find_card
+    from toolkit.memory.measure import MemoryCallback
+    from toolkit.methods.qlora import QLora
+    from toolkit.models.loading import load_model
+    from toolkit.runs.prediction import Batches, worst_batch
+    from toolkit.training.trainer import FineTuner
+
+    it, card = device(rehearsed), find_card(reach.CARDS[gb])
+    limit = card.budget_bytes - card.context_bytes
+    it.limit(limit)
+    levers = reach.LEVERS[
+        "and MLP in tiles" if rehearsed else "and layer inputs on the host"
+    ]  # a CPU has no other host
+    argv = ["--model_name_or_path", str(models.folder_of(work, model)), *reach.RECIPE, *levers, "--max_steps", "2"]
+    argv += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_length", str(tokens)]
+    argv += [
+        "--output_dir",
+        str(Path(work) / "measured" / slug(f"reach {gb}")),
+        "--save_strategy",
+        "no",
+        "--report_to",
+        "none",
+    ]
+    config = parse_config(QLora, [*argv, *(["--use_cpu"] if rehearsed else [])])
+    batches = [worst_batch(config, config.model_config, (tokens, tokens - 1))] * 2
+    memory, found, outcome = MemoryCallback(), {}, "fits"
+    try:
+        base = load_model(config.model, config.model_config, config.dtype, config.training, config.engine)
+        FineTuner(config.method.attach(base), config, Batches(batches), [memory]).train()
+        assert memory.ledger is not None, memory.problem
+        found = training.ledger_row(memory.ledger)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        outcome, found = "runs out", {"error": " ".join(str(error).split())[:600]}
+    return found | {
+        "limit_bytes": limit,
+        "expected": "fits",
+        "outcome": outcome,
+        "agrees": outcome == "fits",
+        "says": f"{outcome}, predicted: fits",
+    }
 
 
 def _flags(ladder: Ladder, rows: int) -> tuple[str, ...]:

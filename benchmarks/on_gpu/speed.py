@@ -26,12 +26,24 @@ class Step:
     flags: tuple[str, ...] = ()
 
 
+WHOLE_LOSS = ("--loss_chunk_tokens", "0")  # as in the bare loop, in Trainer, and in earlier calls
+CHECKPOINTING = "--activation_checkpointing"
 LADDER = (  # every step added here is measured
-    Step("lora", "lora"),
-    Step("lora, checkpointing", "lora", ("--gradient_checkpointing",)),
-    Step("qlora, checkpointing", "qlora", ("--gradient_checkpointing",)),
-    Step("full", "full"),
-    Step("full, 8-bit AdamW", "full", ("--optim", "adamw_bnb_8bit")),
+    Step("lora", "lora", WHOLE_LOSS),
+    Step("lora, checkpointing", "lora", (*WHOLE_LOSS, CHECKPOINTING)),
+    Step("qlora, checkpointing", "qlora", (*WHOLE_LOSS, CHECKPOINTING)),
+    Step("full", "full", WHOLE_LOSS),
+    Step("full, 8-bit AdamW", "full", (*WHOLE_LOSS, "--optim", "adamw_bnb_8bit")),
+    Step("lora, loss in chunks", "lora"),
+    Step("lora, and MLP in tiles", "lora", ("--mlp_tile_tokens", "256")),
+    Step("lora, and checkpointing", "lora", ("--mlp_tile_tokens", "256", CHECKPOINTING)),
+    Step(
+        "lora, and layer inputs on the host",
+        "lora",
+        ("--mlp_tile_tokens", "256", CHECKPOINTING, "--activation_checkpointing_kwargs", '{"offload": true}'),
+    ),
+    Step("full, loss in chunks, 8-bit AdamW", "full", ("--optim", "adamw_bnb_8bit")),
+    Step("full, and optimizer in backward", "full", ("--optim", "adamw_bnb_8bit", "--optimizer_in_backward")),
 )
 BESIDE = ("bare loop", "Trainer + PEFT")  # compared with the ladder's first step
 SHAPES = {"llama-1b": (4, 1024), "flan-t5-base": (8, 512), "small-llama": (2, 64), "small-t5": (2, 64)}  # rows x length
