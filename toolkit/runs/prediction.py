@@ -307,7 +307,7 @@ def cost_of_upcast(job: PredictionJob, ledger: Ledger, predict: Callable[[Predic
     change = _four_bits(METHODS[job.method], ledger.assumed["weights"])
     if change != {"kbit_upcast": "none"}:
         return ""
-    without = predict(replace(job, flags=replace(job.flags, given=job.flags.given | change)))
+    without = predict(replace(job, flags=replace(job.flags, given={**job.flags.given, **change})))
     cost = ledger.needed_bytes - without.needed_bytes
     return (
         f"--kbit_upcast all costs {format_bytes(cost)} of it; --kbit_upcast none needs no other change"
