@@ -43,6 +43,7 @@ class Cell:
     preset: str
     method: str
     model: str = "embedded"
+    more: tuple[str, ...] = ()  # flags
 
     @property
     def id(self) -> str:
@@ -75,7 +76,7 @@ def flags(cell: Cell, models: Path, data: Path) -> tuple[str | Path, ...]:
     model = () if cell.model == "embedded" else ("--model_name_or_path", models / cell.model)
     steps = SHORT if METHODS[cell.method].trains else TINY[:4]
     precision = ("--bf16",) if (cell.preset, cell.method) == ("zero3_nvme", "qlora") else ()  # refused without
-    return ("--use_cpu", "--dataset_name", data, "--max_length", "64", *model, *steps, *precision)
+    return ("--use_cpu", "--dataset_name", data, "--max_length", "64", *model, *steps, *precision, *cell.more)
 
 
 def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
