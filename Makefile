@@ -42,6 +42,9 @@ gpu: setup
 endif
 bench: setup
 	$(BIN)/python benchmarks/ladder.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/costs.py
+	$(BIN)/python benchmarks/streamed.py
 	$(BIN)/python benchmarks/reach.py
 	$(BIN)/python benchmarks/readme.py
 results: setup

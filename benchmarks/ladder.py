@@ -3,8 +3,8 @@
     python benchmarks/ladder.py              # some minutes on two CPU cores, which must be idle
     python benchmarks/ladder.py --show       # the committed results
 
-Small random models with the vocabularies of T5 and Llama 2, LoRA on all linear layers, one set of rows in one order. Each
-repetition runs every step of the ladder once, in a process of its own; tokens a second are medians of the steps of all
+Small random models with the vocabularies of T5 and Llama 2, LoRA on all linear layers or full fine-tuning, one set of rows in one
+order. Each repetition runs every step of the ladder once, in a process of its own; tokens a second are medians of the steps of all
 repetitions. A row is void if its losses differ from those of the first one, or a gradient norm is not above zero.
 """
 
@@ -34,11 +34,20 @@ MODELS = {  # name -> architecture, shape, flags
     ),
     "t5": ("t5", T5 | {"vocab_size": 32_128}, ["--max_length", "256", "--max_target_length", "128"]),
 }
-LEVERS = {  # cumulative
-    "none": ["--loss_chunk_tokens", "0"],
-    "loss in chunks": [],
-    "and MLP in tiles": ["--mlp_tile_tokens", "256"],
-    "and layers recomputed": ["--mlp_tile_tokens", "256", "--activation_checkpointing"],
+LORA = ["--lora_target_modules", "all-linear", "--lora_dropout", "0"]
+LEVERS: dict[str, dict[str, list[str]]] = {  # by method; cumulative
+    "lora": {
+        "none": [*LORA, "--loss_chunk_tokens", "0"],
+        "loss in chunks": LORA,
+        "and MLP in tiles": [*LORA, "--mlp_tile_tokens", "256"],
+        "and layers recomputed": [*LORA, "--mlp_tile_tokens", "256", "--activation_checkpointing"],
+    },
+    "full": {
+        "none": ["--max_grad_norm", "0", "--loss_chunk_tokens", "0"],
+        "loss in chunks": ["--max_grad_norm", "0"],
+        "and layers recomputed": ["--max_grad_norm", "0", "--activation_checkpointing"],
+        "and optimizer in backward": ["--activation_checkpointing", "--optimizer_in_backward"],
+    },
 }
 BATCH, TRACED, WARM, TIMED = 4, 2, 1, 4  # rows; steps
 REPETITIONS = 2
@@ -57,14 +66,14 @@ def rows(folder: Path) -> Path:
     return data
 
 
-def measured(model: str, levers: str) -> dict[str, Any]:
+def measured(model: str, method: str, levers: str) -> dict[str, Any]:
     """One run: peak bytes measured and predicted, seconds of each timed step, losses, and tokens of a step."""
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
     from toolkit.config import parse_config
     from toolkit.memory.measure import MemoryCallback
-    from toolkit.methods.lora import Lora
+    from toolkit.methods import METHODS
     from toolkit.runs.prediction import predict_run
     from toolkit.runs.preflight import prepare
     from toolkit.training.trainer import FineTuner
@@ -80,9 +89,9 @@ def measured(model: str, levers: str) -> dict[str, Any]:
         config.save_pretrained(folder / "model")
         argv = ["--model_name_or_path", str(folder / "model"), "--random_weights", "--dataset_name", str(rows(folder))]
         argv += ["--output_dir", str(folder / "run"), "--use_cpu", "--save_strategy", "no", "--report_to", "none"]
-        argv += ["--lora_target_modules", "all-linear", "--lora_dropout", "0", "--logging_steps", "1"]
+        argv += ["--learning_rate", "1e-4", "--logging_steps", "1"]
         argv += ["--per_device_train_batch_size", str(BATCH), "--max_steps", str(TRACED + WARM + TIMED)]
-        run = parse_config(Lora, [*argv, *flags, *LEVERS[levers]])
+        run = parse_config(METHODS[method], [*argv, *flags, *LEVERS[method][levers]])
         ready = prepare(run)
         torch.manual_seed(0)
         watch, memory = _watch(), MemoryCallback()
@@ -119,17 +128,18 @@ def _watch() -> Any:
     return Watch()
 
 
-def rung(model: str, levers: str, runs: list[dict[str, Any]], first: dict[str, Any]) -> dict[str, Any]:
+def rung(model: str, method: str, levers: str, runs: list[dict[str, Any]], first: dict[str, Any]) -> dict[str, Any]:
     """The row of the results for all repetitions of one step; `first` is a run without levers."""
     for run in runs:
         off = max(abs(one - other) / abs(other) for one, other in zip(run["losses"], first["losses"], strict=True))
         if off > LOSS_TOLERANCE or not all(norm > 0 for norm in run["norms"]):
-            raise SystemExit(f"{model}, {levers}: void, its losses are off by {off:.2g}: {run['losses']}")
+            raise SystemExit(f"{model}, {method}, {levers}: void, its losses are off by {off:.2g}: {run['losses']}")
     rates = [runs[0]["tokens"] / seconds for run in runs for seconds in run["seconds"]]
     return {
         "model": model,
+        "method": method,
         "levers": levers,
-        "flags": LEVERS[levers],
+        "flags": LEVERS[method][levers],
         "measured_bytes": runs[0]["measured_bytes"],
         "predicted_bytes": runs[0]["predicted_bytes"],
         "tokens_per_second": round(median(rates), 1),
@@ -149,7 +159,7 @@ def show(found: list[dict[str, Any]]) -> None:
     for row in found:
         error = 100 * (row["predicted_bytes"] / row["measured_bytes"] - 1)
         print(
-            f"{row['model']:6s} {row['levers']:24s} {row['measured_bytes'] / 2**20:8.1f} MiB (predicted {error:+.2f} %)  "
+            f"{row['model']:6s} {row['method']:5s} {row['levers']:26s} {row['measured_bytes'] / 2**20:8.1f} MiB (predicted {error:+.2f} %)  "
             f"{row['tokens_per_second']:8.1f} tokens/s"
         )
 
@@ -164,13 +174,14 @@ def main() -> None:
     from toolkit.memory.environment import stack_versions
 
     spawn = multiprocessing.get_context("spawn")
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for _ in range(REPETITIONS):
-        for model in MODELS:
-            for levers in LEVERS:
-                with ProcessPoolExecutor(1, spawn) as pool:
-                    runs.setdefault((model, levers), []).append(pool.submit(measured, model, levers).result())
-    found = [rung(*case, made, runs[case[0], "none"][0]) for case, made in runs.items()]
+    cases = [
+        (model, method, levers) for method, of_method in LEVERS.items() for model in MODELS for levers in of_method
+    ]
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    for case in cases * REPETITIONS:
+        with ProcessPoolExecutor(1, spawn) as pool:
+            runs[case].append(pool.submit(measured, *case).result())
+    found = [rung(*case, made, runs[*case[:2], "none"][0]) for case, made in runs.items()]
     show(found)
     head = {"cores": os.cpu_count(), "repetitions": REPETITIONS, "stack": stack_versions()}
     atomic_write(RESULTS, json.dumps(head | {"rows": found}, indent=1) + "\n")

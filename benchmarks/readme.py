@@ -236,6 +236,34 @@ def combinations() -> str:
     return "\n".join(lines)
 
 
+def levers() -> str:
+    """Which levers go with which recipes and engines, and the reasons for refused ones."""
+    path = RESULTS / "levers.json"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+    if not cells:
+        return "No cell has been run yet: `make matrix`."
+    rows: dict[str, dict[str, list[str]]] = {}
+    reasons: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        lever, preset, method, _ = name.split("-")
+        rows.setdefault(f"--{lever}", {}).setdefault(preset, []).append(cell["outcome"])
+        if cell["outcome"] == "refused":
+            reasons.setdefault(re.sub(r" on \d+ processes", "", cell["reason"]), []).append(method)
+    presets = list(dict.fromkeys(preset for row in rows.values() for preset in row))
+    lines = [f"| | {' | '.join(f'`{preset}`' for preset in presets)} |", "|---|" + "---:|" * len(presets)]
+    for lever, row in rows.items():
+        found = [row.get(preset, []) for preset in presets]
+        counts = [f"{outcomes.count('runs')} of {len(outcomes)}" if outcomes else "" for outcomes in found]
+        lines.append(f"| `{lever}` | {' | '.join(counts)} |")
+    dates = sorted({cell["date"] for cell in cells.values()})
+    lines += ["", f"{len(cells)} cells, {' to '.join(dates[:: max(len(dates) - 1, 1)])}; `make matrix` runs all."]
+    lines += ["Refused, with the recipe's message:", ""] if reasons else []
+    for reason, methods_refused in reasons.items():
+        names = ", ".join(f"`{method}`" for method in dict.fromkeys(methods_refused))
+        lines.append(f"- {names} ({len(methods_refused)} cells): {reason}")
+    return "\n".join(lines)
+
+
 def launches() -> str:
     """Which recipe runs under which file of launch/, the exit codes of its ranks, and the reasons for refused ones."""
     path = RESULTS / "launch_matrix.json"
@@ -423,13 +451,13 @@ def ladder() -> str:
     """Peak memory and speed with one lever after another."""
     result = json.loads((RESULTS / "ladder.json").read_text(encoding="utf-8"))
     lines = [
-        "| model | levers | peak, measured | peak, predicted | tokens a second (slowest and fastest step) |",
-        "|---|---|---:|---:|---:|",
+        "| model | method | levers | peak, measured | peak, predicted | tokens a second (slowest and fastest step) |",
+        "|---|---|---|---:|---:|---:|",
     ]
     for row in result["rows"]:
         low, high = row["slowest_and_fastest"]
         lines.append(
-            f"| {row['model']} | {row['levers']} | {row['measured_bytes'] / 2**20:.1f} MiB | {row['predicted_bytes'] / 2**20:.1f} MiB "
+            f"| {row['model']} | {row['method']} | {row['levers']} | {row['measured_bytes'] / 2**20:.1f} MiB | {row['predicted_bytes'] / 2**20:.1f} MiB "
             f"| {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) |"
         )
     dates = sorted(row["date"] for row in result["rows"])
@@ -437,6 +465,63 @@ def ladder() -> str:
         "",
         f"{dates[-1]}, {result['cores']} CPU cores, {result['repetitions']} repetitions, torch {result['stack']['torch']}, transformers "
         f"{result['stack']['transformers']}; made by `python benchmarks/ladder.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def costs() -> str:
+    """What single flags cost or save, predicted."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import costs as made
+
+    result = made.load()
+    lines = ["| change | the run | without | with it | difference | others measured |", "|---|---|---:|---:|---:|---:|"]
+    for row in result["rows"]:
+        without, with_it = (nbytes / 2**30 for nbytes in row["reserved_bytes"])
+        published = made.PUBLISHED_GIB.get(row["what"])
+        cells = [f"{without:.1f} GiB", f"{with_it:.1f} GiB", f"{with_it - without:+.1f} GiB"]
+        cells.append("" if published is None else f"{published:+.1f} GiB")
+        lines.append(f"| {row['what']}: `{row['flag']}` | `{row['run']}` | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Reserved memory on an {result['card']}, predicted {result['rows'][0]['date']}; made by `python benchmarks/costs.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def streamed() -> str:
+    """Runs whose base is larger than the card, predicted."""
+    result = json.loads((RESULTS / "streamed.json").read_text(encoding="utf-8"))
+    lines = ["| recipe | model | tokens of a row | the card needs | the host needs |", "|---|---|---:|---:|---:|"]
+    for row in result["rows"]:
+        card, host = (row[name] / 2**30 for name in ("needed_bytes", "host_bytes"))
+        lines.append(f"| `{row['method']}` | {row['model']} | {row['tokens']:,} | {card:.1f} GiB | {host:.0f} GiB |")
+    lines += [
+        "",
+        f"Predicted {result['rows'][0]['date']}, one row, bf16, activation checkpointing; made by `python benchmarks/streamed.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def overhead() -> str:
+    """What is added to a step, and the seconds from launch to the first step."""
+    result = json.loads((RESULTS / "overhead.json").read_text(encoding="utf-8"))
+    lines = ["| loop | ms of CPU time a step (slowest and fastest repetition) |", "|---|---:|"]
+    for loop, found in result["milliseconds"].items():
+        low, high = min(found["repetitions"]), max(found["repetitions"])
+        lines.append(f"| {loop} | {found['median']:.1f} ({low:.1f} to {high:.1f}) |")
+    lines += [
+        "",
+        f"So {result['added_milliseconds']:.1f} ms are added to a bare loop: {result['share_of_a_step']:.1%} of a step of "
+        f"{result['large_milliseconds']:,.0f} ms, that of the Llama above.",
+        "",
+        "| from launch to the first step | seconds |",
+        "|---|---:|",
+    ]
+    lines += [f"| {part} | {seconds:.1f} |" for part, seconds in result["launch_seconds"].items()]
+    lines += [
+        "",
+        f"{result['date']}, {result['cores']} CPU cores, one thread; made by `python benchmarks/overhead.py`.",
     ]
     return "\n".join(lines)
 
@@ -529,6 +614,10 @@ COMMITTED = {
         "[Recipes under launch files](../launch/README.md#which-recipe-runs-under-which-file) on two real processes",
         "",
     ),
+    "levers.json": (
+        "[Which levers go with which recipe and engine](../recipes/README.md#need-less-memory) on real processes",
+        "",
+    ),
     "matrix.json": (
         "[Which options combine](../recipes/README.md#what-combines): a run of two steps for each combination",
         "",
@@ -536,6 +625,12 @@ COMMITTED = {
     "prediction_speed.json": (
         "[Time and RAM of a prediction](#time-of-a-prediction)",
         "python benchmarks/prediction_speed.py",
+    ),
+    "costs.json": ("[What single flags cost or save](#what-single-flags-cost)", "python benchmarks/costs.py"),
+    "overhead.json": ("[What is added to a step](#what-is-added-to-a-step)", "python benchmarks/overhead.py"),
+    "streamed.json": (
+        "[Runs whose base is larger than the card](../launch/README.md#a-base-larger-than-the-card)",
+        "python benchmarks/streamed.py",
     ),
     "ladder.json": (
         "[Memory and speed with one lever after another](#one-lever-after-another)",
@@ -605,6 +700,7 @@ PARTS = {
     "demo output": demo_output,
     "combinations": combinations,
     "launches": launches,
+    "levers": levers,
     "engines equal": engines_equal,
     "reliability": reliability,
     "results": results,
@@ -614,6 +710,9 @@ PARTS = {
     "distributed fits": distributed_fits,
     "reach": reach,
     "ladder": ladder,
+    "costs": costs,
+    "overhead": overhead,
+    "streamed": streamed,
     "prediction speed": prediction_speed,
     "gpu accuracy": gpu_accuracy,
     "comparison": comparison,

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from memory.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
 from training_data import config_of, task_data
 from transformers import AutoTokenizer
 
+import toolkit
 from toolkit.config import parse_config
 from toolkit.config.arguments import TrainArguments
 from toolkit.distributed.engine import Engine, EngineKind
@@ -18,7 +20,7 @@ from toolkit.errors import UserError
 from toolkit.methods.full import Full
 from toolkit.runs.preflight import check_combination, check_schedule
 from toolkit.tasks import TASKS
-from toolkit.training.optimizer_steps import StepInBackward, step_in_chunks
+from toolkit.training.optimizer_steps import CHUNK_BYTES, StepInBackward, step_in_chunks
 from toolkit.training.trainer import FineTuner
 
 IN_BACKWARD = {"optimizer_in_backward": True}
@@ -165,8 +167,17 @@ def test_engines_and_fp16_are_refused():
         check_combination(config)
 
 
+def test_the_settings_of_a_run_in_backward_are_read_again_and_can_be_undone(tmp_path):
+    first = parse_config(Full, ["--optimizer_in_backward", "--use_cpu"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first.as_dict()))
+    again = parse_config(Full, ["--config", str(tmp_path / "config.yaml")]).training
+    assert again.optimizer_in_backward and again.max_grad_norm == 0
+    usual = parse_config(Full, ["--config", str(tmp_path / "config.yaml"), "--optimizer_in_backward", "false"]).training
+    assert not usual.optimizer_in_backward and usual.max_grad_norm == 1
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop])
-def test_steps_in_chunks_give_the_same_weights_with_temporaries_of_one_chunk(kind):
+def test_steps_in_chunks_give_the_same_weights(kind):
     def train(chunk_bytes):
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(rows, 8)) for rows in (3, 5, 40, 1, 9)]
@@ -182,3 +193,11 @@ def test_steps_in_chunks_give_the_same_weights_with_temporaries_of_one_chunk(kin
         return weights
 
     assert all(map(torch.equal, train(None), train(256)))
+
+
+def test_temporaries_of_foreach_are_those_of_one_chunk_or_of_one_larger_weight():
+    ledger = toolkit.predict(
+        "full", model_name_or_path="Qwen/Qwen2.5-0.5B", gpu="RTX 4090", optim="adamw_torch", max_length=64
+    )
+    embedding = 4 * 151_936 * 896  # bytes in fp32
+    assert CHUNK_BYTES < embedding <= ledger.phases["optimizer_step"].categories["temporaries"] < 1.01 * embedding

@@ -208,8 +208,8 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         for name, least in IN_BACKWARD.items():
             if settings.get(name, least) > least:
                 raise UserError(
-                    f"--{name} {settings[name]} and --optimizer_in_backward exclude each other: the former takes the gradients of all "
-                    f"weights, and each is freed once its weight is updated; give --{name} {least:g}, or leave one of them out"
+                    f"--{name} {settings[name]} and --optimizer_in_backward exclude each other: the one needs the gradients of all "
+                    f"weights at once, and the other frees each when its weight is updated; give --{name} {least:g}, or leave one of them out"
                 )
     _check_strategies(settings, given)
     _check_texts(settings, given)

@@ -214,7 +214,8 @@ def _not_replaced(from_file: dict[str, Any], on_command_line: dict[str, Any]) ->
     """The file's settings without those that a flag of another name replaces.
 
     --max_steps and --num_train_epochs each replace the other, because both set the length of the run. A --save_strategy or
-    --eval_strategy other than `steps` replaces save_steps or eval_steps, and --activation_checkpointing false its options.
+    --eval_strategy other than `steps` replaces save_steps or eval_steps, --activation_checkpointing false its options, and
+    --optimizer_in_backward false what it had excluded.
     """
     replaced = set()
     for flag, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
@@ -225,6 +226,8 @@ def _not_replaced(from_file: dict[str, Any], on_command_line: dict[str, Any]) ->
             replaced.add(f"{what}_steps")
     if on_command_line.get("activation_checkpointing") is False:
         replaced.add("activation_checkpointing_kwargs")
+    if on_command_line.get("optimizer_in_backward") is False and from_file.get("optimizer_in_backward"):
+        replaced.update(IN_BACKWARD)
     return {name: value for name, value in from_file.items() if name not in replaced}
 
 

@@ -75,7 +75,8 @@ def step_in_chunks(optimizer: Optimizer, chunk_bytes: int = CHUNK_BYTES) -> None
     Their temporaries are as large as all weights they update together: AdamW of an 8B model in bf16 needs 15 GiB for them. The
     updates are the same, bit for bit, because each weight's depends on no other. Other optimizers are not changed.
     """
-    if not type(optimizer).__module__.startswith("torch.optim.") or "foreach" not in optimizer.defaults:
+    own = type(optimizer).__module__.startswith("torch.optim.") and "foreach" in optimizer.defaults
+    if not own or optimizer.defaults.get("fused"):  # fused implementations have no temporaries
         return
 
     def step(self: Optimizer, closure: Any = None) -> Any:

@@ -1,0 +1,88 @@
+"""Predicts what single flags cost or save: each row is a run and the same run with one flag more, on one card.
+
+    python benchmarks/costs.py               # some minutes
+    python benchmarks/costs.py --show        # the committed results
+
+`PUBLISHED_GIB` has what others measured for the same change, where somebody did; their runs differ from these in details.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "costs.json"
+CARD = "A100 80GB"
+LLAMA, MISTRAL = "meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.1"
+ALL_LINEAR = "--lora_target_modules all-linear"
+UPCAST = "--kbit_upcast all"
+LORA = f"lora --model_name_or_path {LLAMA} --bf16 --max_length 2048 --per_device_train_batch_size 2 {ALL_LINEAR} --lora_dropout 0"
+QLORA = f"qlora --model_name_or_path {LLAMA} --bf16 --max_length 8192 --per_device_train_batch_size 1 {ALL_LINEAR} --lora_dropout 0"
+CASTS = f"qlora --model_name_or_path {MISTRAL} --bf16 --max_length 4096 --lora_dropout 0 --per_device_train_batch_size"
+FULL = f"full --model_name_or_path {LLAMA} --bf16 --dtype bfloat16 --max_length 2048 --per_device_train_batch_size 1 --activation_checkpointing"
+ROWS = [  # what changes, the run without it, and with it
+    ("dropout before A, LoRA", LORA, "--lora_dropout 0.05"),
+    ("dropout before A, QLoRA", QLORA, "--lora_dropout 0.05"),
+    ("PEFT's casts to fp32, 4 rows", f"{CASTS} 4", UPCAST),
+    ("PEFT's casts to fp32, 8 rows", f"{CASTS} 8", UPCAST),
+    ("AdamW in 8 bits", FULL, "--optim adamw_bnb_8bit"),
+    ("and in the backward pass", f"{FULL} --optim adamw_bnb_8bit", "--optimizer_in_backward"),
+    (
+        "and its state in managed memory",
+        f"{FULL} --optim adamw_bnb_8bit --optimizer_in_backward",
+        "--optim paged_adamw_8bit",
+    ),
+]
+PUBLISHED_GIB = {"PEFT's casts to fp32, 4 rows": 4.0, "PEFT's casts to fp32, 8 rows": 8.0}
+
+
+def row(what: str, run: str, more: str) -> dict[str, Any]:
+    """The row of the results for one change: reserved bytes without and with it."""
+    import toolkit
+
+    method, *flags = f"{run} --gradient_accumulation_steps 1".split()
+    changed = more.split()
+    without = toolkit.predict(method, *flags, gpu=CARD)
+    name = changed[0].removeprefix("--")
+    with_it = toolkit.predict(method, *flags, gpu=CARD, **{name: changed[1] if len(changed) > 1 else True})
+    return {
+        "what": what,
+        "run": run,
+        "flag": more,
+        "reserved_bytes": [without.reserved_bytes, with_it.reserved_bytes],
+        "host_bytes": [without.host_bytes, with_it.host_bytes],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def load() -> dict[str, Any]:
+    """The committed results."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Prints the results."""
+    for one in found:
+        without, with_it = (nbytes / 2**30 for nbytes in one["reserved_bytes"])
+        print(f"{one['what']:32s} {without:7.2f} -> {with_it:7.2f} GiB  ({with_it - without:+.2f})  {one['flag']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="print the committed results")
+    if parser.parse_args().show:
+        show(load()["rows"])
+        return
+    from toolkit.files import atomic_write
+    from toolkit.memory.environment import stack_versions
+
+    found = [row(*one) for one in ROWS]
+    show(found)
+    atomic_write(RESULTS, json.dumps({"card": CARD, "stack": stack_versions(), "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
