@@ -25,7 +25,7 @@ from toolkit.methods.prompt_tuning import PromptTuning
 from toolkit.models.heads import auto_class, set_head
 from toolkit.training.trainer import FineTuner
 
-KINDS = ("t5", "bart", "llama", "head")
+KINDS = ("t5", "bart", "llama", "packed", "head")
 STRATEGIES = ("random", "group_by_length", "batch_rebalance")
 SIZES = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
@@ -42,7 +42,7 @@ SIZES = {
     },
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-SIZES["head"] = SIZES["prompt"] = SIZES["llama"]
+SIZES["head"] = SIZES["prompt"] = SIZES["packed"] = SIZES["llama"]
 
 
 class Tokenizer:
@@ -71,7 +71,13 @@ def rows(kind: str) -> Dataset:
     made = []
     for n in (1, 15, 2, 9, 3, 14, 1, 6):
         ids = torch.randint(3, 100, (20,), generator=generator).tolist()
-        labels = n % 3 if kind == "head" else [-100] * (20 - n) + ids[-n:] if kind in ("llama", "prompt") else ids[-n:]
+        labels = (
+            n % 3
+            if kind == "head"
+            else [-100] * (20 - n) + ids[-n:]
+            if kind in ("llama", "prompt", "packed")
+            else ids[-n:]
+        )
         made.append({"input_ids": ids, "attention_mask": [1] * 20, "labels": labels})
     return Dataset.from_list(made)
 
@@ -100,14 +106,14 @@ def fine_tuner(
     """A `FineTuner` of a tiny model of `kind`, always with the same weights."""
     torch.manual_seed(0)
     special = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-    config = AutoConfig.for_model("llama" if kind in ("head", "prompt") else kind, **SIZES[kind], **special)
+    config = AutoConfig.for_model("llama" if kind in ("head", "prompt", "packed") else kind, **SIZES[kind], **special)
     if kind == "head":
         set_head(config, ["a", "b", "c"], pad_token_id=0)
     model = auto_class(config).from_config(config)
     if kind == "prompt":
         model = PromptTuning(num_virtual_tokens=3).attach(model)
     settings = {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
-    chunks = {"loss_chunk_tokens": 4}  # several in each batch
+    chunks = {"loss_chunk_tokens": 4, "packing": kind == "packed"}  # several chunks in each batch
     args = TrainArguments(output_dir=str(folder), report_to="none", **settings | chunks | arguments)
     task = SimpleNamespace(model_kind="head" if kind == "head" else "generating")
     return FineTuner(model, config_of(args), task_data(task, train, validation, Tokenizer()), callbacks)

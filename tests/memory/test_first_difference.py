@@ -81,6 +81,13 @@ def test_random_weights_are_enough(capfd, tmp_path):
     assert code == 0, out + err
 
 
+@pytest.mark.parametrize("flags", [[], ["--activation_checkpointing", "--mlp_tile_tokens", "30", "--bf16"]], ids=len)
+def test_packed_rows_are_predicted_to_the_event(flags, capfd, tmp_path):
+    folder = save_with_tokenizer(tiny_config("llama"), tmp_path / "model")
+    code, out, err = compare(capfd, "lora", "--model_name_or_path", folder, "--packing", *flags, *SHORT)
+    assert code == 0, out + err
+
+
 @pytest.fixture
 def doubled(monkeypatch):
     """Makes the shadow of one operator return tensors of the right shape in storages of twice the size."""

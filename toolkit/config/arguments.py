@@ -137,6 +137,13 @@ class TrainArguments(TrainingArguments):
             "is in memory instead of all. For one process; without gradient accumulation, clipping and fp16."
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the rows of each batch end to end instead of padding them, for GPT-like models; rows do not see each other, so "
+            "that the training is the same. Saves all time and memory that padding takes. A batch has as many rows as without."
+        },
+    )
     memory_snapshot: bool = field(
         default=False,
         metadata={
@@ -211,6 +218,8 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
                     f"--{name} {settings[name]} and --optimizer_in_backward exclude each other: the one needs the gradients of all "
                     f"weights at once, and the other frees each when its weight is updated; give --{name} {least:g}, or leave one of them out"
                 )
+    if settings.get("packing"):
+        _check_packing(settings)
     _check_strategies(settings, given)
     _check_texts(settings, given)
     reports = settings.get("report_to") not in (None, "none", ["none"], [])
@@ -228,6 +237,22 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
         trackio = name == "hub_private_repo" and reports  # trackio reads this flag too
         if name in given and not settings.get("push_to_hub") and not trackio:
             raise UserError(f"--{name} has no effect without --push_to_hub; add it or leave it out")
+
+
+def _check_packing(settings: dict[str, Any]) -> None:
+    """Raises UserError for flags that would do nothing, or something else, in a batch whose rows are laid end to end."""
+    if settings.get("train_sampling_strategy") == "group_by_length":
+        raise UserError(
+            "--train_sampling_strategy group_by_length saves padding, and with --packing there is none; leave one of them out"
+        )
+    if settings.get("neftune_noise_alpha"):
+        raise UserError(
+            "--neftune_noise_alpha scales its noise by the length of a row, which --packing changes; leave one of them out"
+        )
+    if settings.get("torch_compile"):
+        raise UserError(
+            "--torch_compile would compile again for the lengths of each batch of --packing; leave one of them out"
+        )
 
 
 CHECKPOINTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "debug"}

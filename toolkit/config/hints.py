@@ -36,6 +36,7 @@ SAME: dict[str, str] = {
     **dict.fromkeys(("cut_cross_entropy", "fused_linear_cross_entropy", "loss_chunk_size"), "loss_chunk_tokens"),
     **dict.fromkeys(("tiled_mlp", "tiled_mlp_num_shards", "mlp_tile_size"), "mlp_tile_tokens"),
     **dict.fromkeys(("optimizer_in_bwd", "fused_backward", "fused_backward_pass"), "optimizer_in_backward"),
+    **dict.fromkeys(("pack", "padding_free", "sample_packing", "group_texts"), "packing"),
     **dict.fromkeys(("grad_checkpointing", "use_gradient_checkpointing", "checkpointing"), "activation_checkpointing"),
     **dict.fromkeys(("lora_rank", "rank", "r", "lora_dim", "lora_attn_dim"), "lora_r"),
     **dict.fromkeys(("alpha",), "lora_alpha"),
@@ -170,10 +171,6 @@ INSTEAD: dict[str, str] = {
     **dict.fromkeys(
         ("val_set_size", "validation_split_percentage", "test_size"),
         "leave it out: a tenth of the train split is held out where there is no other split",
-    ),
-    **dict.fromkeys(
-        ("packing", "pack", "group_texts"),
-        "leave it out: rows are not packed; --train_sampling_strategy group_by_length pads less",
     ),
     **dict.fromkeys(
         ("train_on_inputs", "mask_inputs", "train_on_prompt", "completion_only_loss", "assistant_only_loss"),

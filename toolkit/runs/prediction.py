@@ -45,7 +45,7 @@ from toolkit.models.hub import TOKENIZER_FILE, check_reachable
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_tokenizer
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.models.quantization import Packed, untrained_experts
-from toolkit.runs.preflight import check_checkpointing, check_combination, check_loss_chunks
+from toolkit.runs.preflight import check_checkpointing, check_combination, check_loss_chunks, check_packing
 from toolkit.training.checkpoints import readable_write_errors
 from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
@@ -110,6 +110,7 @@ def predict_run(
         model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
         check_checkpointing(config, model, on_cpu=device is CPU)
         check_loss_chunks(config.training, model)
+        check_packing(config, model)
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.beside_packed)):
             warnings[warning] = None
@@ -390,7 +391,8 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
 def _assumed(config: Config, batch: Batch, data: str) -> dict[str, Any]:
     """What a prediction for `batch` rests on, for `Ledger.assumed`; `data` says in words how long the rows are."""
     training = config.training
-    rows, length = batch["input_ids"].shape
+    rows = training.per_device_train_batch_size
+    length = batch["input_ids"].numel() // rows
     target = batch["labels"].shape[1] if "decoder_input_ids" in batch else 0
     return {
         "rows": rows,
@@ -412,7 +414,8 @@ def worst_batch(config: Config, model_config: PreTrainedConfig, longest: tuple[i
     All rows but the first end with one padding token, because attention kernels need more memory with a mask. For T5-like
     models the labels are (rows, `max_target_length`), as are the decoder's inputs; for GPT-like models they are at the end of each
     row. For a head the labels are (rows,), and each
-    text ends with one end-of-text token, which some heads look for. If processes share the tokens of a row
+    text ends with one end-of-text token, which some heads look for. With --packing the batch is (1, rows x tokens), as transformers'
+    `DataCollatorWithFlattening` makes it. If processes share the tokens of a row
     (`config.engine.sequence_parallel_size`), the batch is as `SharedRows` collates it.
 
     Raises: UserError for a length beyond the model's positions, and for more than `MOST_TOKENS` tokens.
@@ -437,6 +440,10 @@ def worst_batch(config: Config, model_config: PreTrainedConfig, longest: tuple[i
         batch |= {"labels": labels, "decoder_input_ids": labels.clone()}
     else:
         batch["labels"][:, : length - target_length] = IGNORE_INDEX
+    if config.training.packing:
+        batch["labels"][:, 0] = IGNORE_INDEX
+        batch["position_ids"] = torch.arange(length).repeat(rows, 1)
+        return {name: tensor.view(1, -1) for name, tensor in batch.items() if name != "attention_mask"}
     return SharedRows.with_positions(batch) if config.engine.sequence_parallel_size > 1 else batch
 
 

@@ -38,6 +38,7 @@ from toolkit.errors import UserError
 from toolkit.models.chunked_loss import whole_loss_reason
 from toolkit.models.heads import has_own_head, keeps_head, set_head
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_model, load_tokenizer
+from toolkit.models.packing import padded_reason
 from toolkit.models.quantization import Packed, untrained_experts
 from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.optimizer_steps import refuse_unless_by_weight
@@ -102,6 +103,7 @@ def prepare(config: Config) -> Preflight:
     base = build_on_meta(config.model, model_config, config.dtype)
     check_checkpointing(config, base, on_cpu=training.device.type == "cpu")
     whole_loss = check_loss_chunks(training, base)
+    check_packing(config, base)
     _check_noise(training, base)
     packed = Packed.of(base)
     model = config.method.attach(base)
@@ -162,6 +164,19 @@ def check_loss_chunks(training: TrainArguments, model: PreTrainedModel) -> str:
     if reason and chosen != TrainArguments.__dataclass_fields__["loss_chunk_tokens"].default:
         raise UserError(f"--loss_chunk_tokens {chosen} has no effect: {reason}; leave it out")
     return reason
+
+
+def check_packing(config: Config, model: PreTrainedModel) -> None:
+    """Raises UserError if the flags ask for packed batches, and `model`, the method or the engine cannot train on them."""
+    if not config.training.packing:
+        return
+    reason = padded_reason(model)
+    if config.method.virtual_tokens:
+        reason = f"the virtual tokens of {config.method.name} stand before each row"
+    if config.engine.sequence_parallel_size > 1:
+        reason = f"under {config.engine} several processes share each row"
+    if reason:
+        raise UserError(f"--packing: {reason}; leave it out")
 
 
 def check_checkpointing(config: Config, model: PreTrainedModel, on_cpu: bool) -> None:

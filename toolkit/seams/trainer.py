@@ -59,6 +59,11 @@ TRAINER = (
         "the guard 'gradient' never gets a norm, and passes",
     ),
     _own_method(
+        "get_train_dataloader",
+        "--packing lays the rows of training batches end to end, and pads those of validation",
+        "--packing has no effect",
+    ),
+    _own_method(
         "_get_train_sampler",
         "grouping by length is seeded; a shadow step takes its batches in order",
         "group_by_length has another order on each rank and after a resume; a prediction uses shuffled batches",
@@ -164,6 +169,16 @@ TRAINER = (
         source=(("transformers.trainer", r"batch_size=self\._train_batch_size"),),
         reason="a row of a shadow step's data set is a batch",
         breaks="a prediction merges several batches into one, or ends with an error",
+    ),
+    Seam(
+        name="Trainer.data_collator",
+        kind="private",
+        where="training.trainer",
+        target="transformers.trainer: Trainer.data_collator",
+        source=(("transformers.trainer", r"data_collator = self\.data_collator"),),
+        reason="another one while Trainer makes the loader of training batches, with --packing",
+        breaks="--packing has no effect",
+        silent=True,
     ),
     Seam(
         name="Trainer.optimizer",

@@ -69,6 +69,25 @@ MODELS = (
         silent=True,
     ),
     Seam(
+        name="attention of packed rows",
+        kind="private",
+        where="models.packing",
+        target=(
+            "transformers: PreTrainedConfig._attn_implementation",
+            "transformers.models.gemma3.configuration_gemma3: Gemma3TextConfig.layer_types",
+            "transformers.modeling_utils: PreTrainedModel._supports_attention_backend",
+        ),
+        source=(
+            ("transformers.masking_utils", r"packed_sequence_mask is not None"),
+            ("transformers.masking_utils", r"mask_function=mask_factory_function"),
+            ("transformers.masking_utils", r"local_size=sliding_window"),
+            ("transformers.masking_utils", r"use_vmap=use_vmap"),
+        ),
+        reason="whether a model takes attention functions from outside, and which rows may see each other",
+        breaks="--packing is refused for every model, or the guard 'packing' stops each run",
+        checked_by="tests/test_packing.py",
+    ),
+    Seam(
         name="all_tied_weights_keys",
         kind="private",
         where="training.trainer",

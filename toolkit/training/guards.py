@@ -3,6 +3,7 @@
 | guard | when | cost |
 |---|---|---|
 | loss: in chunks it is the model's own loss | before the first step | two forward passes of at most 64 tokens |
+| packing: a row in a packed batch is computed as it is alone | before the first step | two forward passes of at most 128 tokens |
 | gradient: its norm is above zero | the first steps | nothing: the Trainer computes it anyway |
 | update: trained weights have changed | the first steps, and the end | reads the trained weights once for each check |
 | frozen: frozen weights have not changed | the end | reads the frozen weights twice, on their device, without a copy: |
@@ -13,13 +14,13 @@
 
 That there are label tokens at all is checked before the run (`toolkit.data.loading`). Weights that ZeRO-3 or FSDP shard are
 checked shard by shard; their saved files are only checked for not being empty. If an engine keeps its own fp32 copy of 16-bit
-weights, a few small steps may round to nothing: then `update` is only checked at the end. `loss` is not checked where an engine
+weights, a few small steps may round to nothing: then `update` is only checked at the end. `loss` and `packing` are not checked where an engine
 shards the weights or the tokens of a row.
 """
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,14 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from toolkit.config import Config
 from toolkit.data.loading import TaskData
@@ -164,6 +172,31 @@ def check_loss(model: PreTrainedModel, row: dict[str, torch.Tensor], training: T
         )
 
 
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]], training: TrainingArguments) -> None:
+    """Compares the logits of the second of two `rows` of token ids after the first, in a packed batch, with those alone.
+
+    Raises: UserError if they differ: this model lets a row see another, or counts its positions from elsewhere.
+    """
+    short = [{"input_ids": row["input_ids"][:ROW]} for row in rows]
+    collate, length = DataCollatorWithFlattening(), len(short[-1]["input_ids"])
+
+    def logits(batch: list[dict[str, list[int]]]) -> torch.Tensor:
+        inputs = {name: tensor.to(model.device) for name, tensor in collate(batch).items() if name != "labels"}
+        return model(**inputs).logits[0, -length:].float()
+
+    with _as_in_training(model, training):
+        packed, alone = logits(short), logits(short[1:])
+    spread = alone - alone.mean(-1, keepdim=True)
+    error = float(((packed - alone).norm(dim=-1) / spread.norm(dim=-1)).max())  # of the token that differs most
+    tolerance = _rounding(model, training)
+    if not error <= tolerance:
+        raise UserError(
+            f"guard 'packing': in a packed batch the logits of a row of this {model.config.model_type} model differ from its own by "
+            f"{error:.2g} of their spread (at most {tolerance:g}); leave --packing out"
+        )
+
+
 def check_saved(model: PreTrainedModel, config: Config, row: dict[str, torch.Tensor]) -> None:
     """Compares the weights that were saved into the run's folder with the trained `model`; only rank 0 calls it.
 
@@ -191,15 +224,20 @@ def check_generation(model: PreTrainedModel, data: TaskData, training: TrainingA
     limit = longest_input(model.config) or ROW + TOKENS
     room = min(ROW, limit - TOKENS - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0))
     error = generation_error(model, data.tokenizer, data.test_prompts[0][: max(1, room)], TOKENS)
-    computes_in_16_bits = model.dtype.itemsize == 2 or training.bf16 or training.fp16
-    rounded = computes_in_16_bits or getattr(model, "is_quantized", False)
-    tolerance = GENERATION_TOLERANCE_ROUNDED if rounded else GENERATION_TOLERANCE
+    tolerance = _rounding(model, training)
     if not error <= tolerance:
         raise UserError(
             f"guard 'generation': the trained model's generation does not agree with its forward passes: the logits differ by "
             f"{error:.2g} of their spread (at most {tolerance:g}). transformers {version('transformers')} and peft {version('peft')} "
             "may not be compatible; install the versions of constraints.txt"
         )
+
+
+def _rounding(model: PreTrainedModel, training: TrainingArguments) -> float:
+    """How far logits of the same tokens may differ, relative to their spread, when they are computed in another way."""
+    computes_in_16_bits = model.dtype.itemsize == 2 or training.bf16 or training.fp16
+    rounded = computes_in_16_bits or getattr(model, "is_quantized", False)
+    return GENERATION_TOLERANCE_ROUNDED if rounded else GENERATION_TOLERANCE
 
 
 def _check_not_empty(folder: Path) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
+    DataCollatorWithFlattening,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -36,11 +37,12 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.models.chunked_loss import chunks_of
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
+from toolkit.models.packing import keep_rows_apart
 from toolkit.models.soft_prompts import base_model, has_virtual_tokens
 from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.callbacks import EarlyStopping, MetricsFile, Preemption, ResumedChoice
 from toolkit.training.checkpoints import RunFingerprint, atomic_folder, newest_first, readable_write_errors, whole_files
-from toolkit.training.guards import Guards, check_generation, check_loss, check_saved
+from toolkit.training.guards import Guards, check_generation, check_loss, check_packing, check_saved
 from toolkit.training.optimizer_steps import StepInBackward, refuse_unless_by_weight, step_in_chunks
 from toolkit.training.progress import ProgressCallback
 from toolkit.training.sampling import LengthGrouped
@@ -86,6 +88,7 @@ class FineTuner(Trainer):
     """
 
     optimizer: Any  # accelerate wraps it
+    data_collator: Any
     sampler: torch.utils.data.Sampler | None = None  # of the train split, once Trainer has requested it
     written_to: Path | None = None  # the temporary parent folder while a checkpoint is being written
 
@@ -109,6 +112,9 @@ class FineTuner(Trainer):
             repeated.append(base_model(model).get_output_embeddings())
         if args.mlp_tile_tokens:
             repeated += tile_feed_forwards(model, args.mlp_tile_tokens)
+        if args.packing:
+            keep_rows_apart(model)
+            args.include_num_input_tokens_seen = "all"  # none is padding, even one that the tokenizer also pads with
         if engine.kind is EngineKind.ZERO_3:
             gather_together(repeated)
         super().__init__(
@@ -257,6 +263,16 @@ class FineTuner(Trainer):
         for guards in (callback for callback in self.callback_handler.callbacks if isinstance(callback, Guards)):
             guards.gradient(norm)
         return norm
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """The batches to train on; with --packing their rows are end to end in one, (1, tokens). Validation pads: it needs each row's loss."""
+        padding = self.data_collator
+        if self.args.packing and not self.data.is_collated:
+            self.data_collator = DataCollatorWithFlattening()
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padding
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         """The order of rows that `--train_sampling_strategy` names."""
@@ -409,6 +425,8 @@ def train(trainer: FineTuner, checkpoint: str | None = None) -> None:
     engine = trainer.config.engine
     if args.loss_chunk_tokens and not engine.kind.shards_parameters and engine.sequence_parallel_size == 1:
         check_loss(trainer.model, trainer.data_collator([trainer.data.train[0]]), args)
+    if args.packing and not engine.kind.shards_parameters:
+        check_packing(trainer.model, [trainer.data.train[0], trainer.data.train[-1]], args)
     try:
         with interruption.deferred_to_a_step():
             trainer.train(resume_from_checkpoint=checkpoint)
