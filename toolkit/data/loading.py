@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import chain, pairwise
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from transformers import (
 from toolkit.data.formats import FILLED, PLACEHOLDER, recognize, split_template
 from toolkit.data.rows import SPLITS, Source, Splits, load_rows, read_source, sample, sample_of_classes
 from toolkit.data.shared_rows import SharedRows
+from toolkit.data.token_cache import Tokenized, cached
 from toolkit.errors import UserError, did_you_mean, guarded
 from toolkit.models.arguments import lasting_path, looks_like_path
 from toolkit.models.heads import class_order, normalized
@@ -366,29 +367,18 @@ def load_data(
             remarks += [f"--{flag} {most}: {remark} of {split}" for remark in more]
         _check_sizes(splits[split], columns, split)
     limit = longest_input(config, tokenizer) if max_target_length and not args.max_target_length else None
-    truncation = {split: Truncation() for split in splits}
-    tokenized, supervised = {}, {}
+    fingerprint = {split: _fingerprint(splits[split], list(columns.values())) for split in splits}
+    tokenized, truncation = {}, {"test": Truncation()}
     for split in ("train", "validation"):
-        rows, counts = [], []
-        for number, (text, target) in enumerate(_pairs(task, splits[split], columns, split), start=1):
-            if limit and (needed := len(prompt_tokenizer.target_ids(target))) > limit:
-                *_, column = columns.values()
-                raise UserError(
-                    f"row {number:,} of {split}: its {column} has {needed} tokens, more than the {limit} that "
-                    "the model can take; shorten it, or truncate such labels with --max_target_length "
-                    f"{min(max_target_length, limit // 2)}"
-                )
-            try:
-                row = prompt_tokenizer.row(text, target, truncation[split])
-            except UserError as error:
-                raise UserError(f"row {number:,} of {split}: {error}") from None
-            counts.append(_supervised(row["labels"], config.is_encoder_decoder))
-            if counts[-1]:
-                rows.append(row)
-        check_supervision(sum(counts), split)
-        if counts.count(0):
-            remarks.append(f"{counts.count(0):,} rows of {split} left out: no label within --max_length {max_length}")
-        tokenized[split], supervised[split] = Dataset.from_list(rows), sum(counts)
+        others = (task.name, sorted(columns), limit, fingerprint[split])
+        make = partial(_tokenize, task, splits, split, columns, prompt_tokenizer, limit)
+        made = cached(len(splits[split]), prompt_tokenizer, others, make)
+        check_supervision(made.supervised_tokens, split)
+        if made.left_out:
+            remarks.append(f"{made.left_out:,} rows of {split} left out: no label within --max_length {max_length}")
+        tokenized[split], truncation[split] = made.rows, made.truncation
+        if split == "train":
+            supervised_tokens = made.supervised_tokens
     test_prompts, references = [], []
     for number, (text, target) in enumerate(_pairs(task, splits["test"], columns, "test"), start=1):
         try:
@@ -400,9 +390,9 @@ def load_data(
         truncation["test"].rows += cut > 0
         truncation["test"].text_tokens += cut
     remarks += [*prompt_tokenizer.remarks(), *_remarks(task, splits, columns, tokenizer, tokenized, truncation)]
-    used = [tokenized[split]["input_ids"] for split in tokenized]
+    used = [tokenized[split]["input_ids"][:] for split in tokenized]
     if config.is_encoder_decoder and task.model_kind != "head":
-        used += [tokenized[split]["labels"] for split in tokenized]
+        used += [tokenized[split]["labels"][:] for split in tokenized]
     _check_embedded(config, tokenizer, chain(test_prompts, *used))
     return TaskData(
         task,
@@ -415,9 +405,40 @@ def load_data(
         references,
         truncation,
         remarks,
-        {split: _fingerprint(splits[split], list(columns.values())) for split in splits},
-        supervised["train"],
+        fingerprint,
+        supervised_tokens,
     )
+
+
+def _tokenize(
+    task: Task,
+    splits: Splits,
+    split: str,
+    columns: dict[str, str],
+    prompt_tokenizer: PromptTokenizer,
+    limit: int | None,
+) -> Tokenized:
+    """The rows of `split` as token ids. Raises: UserError with the number of a row that cannot be one, or is above the model's `limit`."""
+    rows, counts, lost = [], [], Truncation()
+    most = prompt_tokenizer.max_target_length
+    for number, (text, target) in enumerate(_pairs(task, splits[split], columns, split), start=1):
+        cut_before = lost.target_tokens
+        try:
+            row = prompt_tokenizer.row(text, target, lost)
+        except UserError as error:
+            raise UserError(f"row {number:,} of {split}: {error}") from None
+        if limit and (lost.target_tokens > cut_before or most > limit):
+            needed = len(prompt_tokenizer.target_ids(target))
+            if needed > limit:
+                *_, column = columns.values()
+                raise UserError(
+                    f"row {number:,} of {split}: its {column} has {needed} tokens, more than the {limit} that the model can take; "
+                    f"shorten it, or truncate such labels with --max_target_length {min(most, limit // 2)}"
+                )
+        counts.append(_supervised(row["labels"], prompt_tokenizer.is_encoder_decoder))
+        if counts[-1]:
+            rows.append(row)
+    return Tokenized(Dataset.from_list(rows), counts.count(0), sum(counts), lost)
 
 
 def rows_to_score(args: DataArguments, whole: bool) -> tuple[list[tuple[Any, Any]], list[str]]:
@@ -500,7 +521,7 @@ def _template(args: DataArguments, columns: dict[str, str], source: Source) -> t
 def _check_sizes(rows: Dataset, columns: dict[str, str], split: str) -> None:
     """Raises UserError for a text of more than `MOST_CHARACTERS`."""
     for column in columns.values():
-        for number, value in enumerate(rows[column], start=1):
+        for number, value in enumerate(rows[column][:], start=1):
             if isinstance(value, str) and len(value) > MOST_CHARACTERS:
                 raise UserError(
                     f"row {number:,} of {split}: its column {column} has {len(value):,} characters, and at most "
@@ -569,7 +590,7 @@ def check_supervision(supervised_tokens: int, split: str = "train") -> None:
 
 
 def _pairs(task: Task, rows: Dataset, columns: dict[str, str], split: str) -> Any:
-    for number, values in enumerate(zip(*(rows[column] for column in columns.values()), strict=True), start=1):
+    for number, values in enumerate(zip(*(rows[column][:] for column in columns.values()), strict=True), start=1):
         try:
             yield task.pair(dict(zip(columns, values, strict=True)))
         except UserError as error:
@@ -595,9 +616,9 @@ def _remarks(
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
         for split, rows in tokenized.items():
-            if count := sum(ids.count(unknown) for ids in rows["input_ids"]):
+            if count := sum(ids.count(unknown) for ids in rows["input_ids"][:]):
                 remarks.append(f"{count:,} tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})")
-            labels = rows["labels"] if task.model_kind != "head" else []
+            labels = rows["labels"][:] if task.model_kind != "head" else []
             if count := sum(ids.count(unknown) for ids in labels):
                 remarks.append(
                     f"{count:,} label tokens of {split} are unknown to the tokenizer ({tokenizer.unk_token})"
@@ -712,7 +733,7 @@ def _check_written(columns: dict[str, str], prompt_tokenizer: PromptTokenizer) -
 
 def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for values in zip(*(rows[c] for c in columns), strict=True):
+    for values in zip(*(rows[c][:] for c in columns), strict=True):
         for value in values:
             digest.update(f"{value}\0".encode())
     return digest.hexdigest()

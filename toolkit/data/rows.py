@@ -196,7 +196,7 @@ def _learnable(
     """`rows` without those that have nothing to learn, the key of each, and remarks on how many were left out."""
     there = {flag: column for flag, column in columns.items() if column in rows.column_names}
     kept, keys, reasons = [], [], []
-    for number, values in enumerate(zip(*(rows[column] for column in there.values()), strict=True)):
+    for number, values in enumerate(zip(*(rows[column][:] for column in there.values()), strict=True)):
         try:
             keys.append(kind_of_row(dict(zip(there, values, strict=True))))
             kept.append(number)
@@ -533,4 +533,4 @@ def _check_rows(rows: Dataset, columns: dict[str, str], where: str) -> tuple[Dat
 
 def _filled(rows: Dataset, column: str) -> list[bool]:
     """For each row, whether `column` holds something other than blanks."""
-    return [value is not None and bool(str(value).strip()) for value in rows[column]]
+    return [value is not None and bool(str(value).strip()) for value in rows[column][:]]
