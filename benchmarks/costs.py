@@ -41,13 +41,13 @@ PUBLISHED_GIB = {"PEFT's casts to fp32, 4 rows": 4.0, "PEFT's casts to fp32, 8 r
 
 def row(what: str, run: str, more: str) -> dict[str, Any]:
     """The row of the results for one change: reserved bytes without and with it."""
-    import toolkit
+    from toolkit.runs.api import predict
 
     method, *flags = f"{run} --gradient_accumulation_steps 1".split()
     changed = more.split()
-    without = toolkit.predict(method, *flags, gpu=CARD)
+    without = predict(method, *flags, gpu=CARD)
     name = changed[0].removeprefix("--")
-    with_it = toolkit.predict(method, *flags, gpu=CARD, **{name: changed[1] if len(changed) > 1 else True})
+    with_it = predict(method, *flags, gpu=CARD, **{name: changed[1] if len(changed) > 1 else True})
     return {
         "what": what,
         "run": run,

@@ -4,7 +4,7 @@
     python benchmarks/ladder.py --show       # the committed results
 
 Small random models with the vocabularies of T5 and Llama 2, LoRA on all linear layers or full fine-tuning, one set of rows in one
-order. Each repetition runs every step of the ladder once, in a process of its own; tokens a second are medians of the steps of all
+order: as long as the flags allow, or uneven for packing, which saves nothing where all rows are as long. Each repetition runs every step of the ladder once, in a process of its own; tokens a second are medians of the steps of all
 repetitions. A row is void if its losses differ from those of the first one, or a gradient norm is not above zero.
 """
 
@@ -35,7 +35,8 @@ MODELS = {  # name -> architecture, shape, flags
     "t5": ("t5", T5 | {"vocab_size": 32_128}, ["--max_length", "256", "--max_target_length", "128"]),
 }
 LORA = ["--lora_target_modules", "all-linear", "--lora_dropout", "0"]
-LEVERS: dict[str, dict[str, list[str]]] = {  # by method; cumulative
+UNEVEN = "lora, uneven rows"
+LEVERS: dict[str, dict[str, list[str]]] = {  # method (and rows) -> levers, cumulative
     "lora": {
         "none": [*LORA, "--loss_chunk_tokens", "0"],
         "loss in chunks": LORA,
@@ -48,20 +49,23 @@ LEVERS: dict[str, dict[str, list[str]]] = {  # by method; cumulative
         "and layers recomputed": ["--max_grad_norm", "0", "--activation_checkpointing"],
         "and optimizer in backward": ["--activation_checkpointing", "--optimizer_in_backward"],
     },
+    UNEVEN: {"none": LORA, "and rows end to end": [*LORA, "--packing"]},
 }
+LADDERS = [(model, method) for method in LEVERS for model in MODELS if method != UNEVEN or model == "llama"]
 BATCH, TRACED, WARM, TIMED = 4, 2, 1, 4  # rows; steps
 REPETITIONS = 2
 LOSS_TOLERANCE = 1e-4  # relative: only roundings differ
 
 
-def rows(folder: Path) -> Path:
-    """A data set whose texts and summaries are longer than any limit here."""
-    generator = random.Random(0)
+def rows(folder: Path, uneven: bool = False) -> Path:
+    """A data set whose texts and summaries are longer than any limit here; or, if `uneven`, shorter ones of 4 to 60 words."""
+    generator, lengths = random.Random(0), random.Random(1)
     words = ["rain", "sun", "river", "stone", "bird", "cloud", "field", "road", "house", "tree"]
     data = folder / "rows.jsonl"
     with data.open("w", encoding="utf-8") as file:
         for _ in range(BATCH * (TRACED + WARM + TIMED) + 30):
-            text, summary = (" ".join(generator.choices(words, k=700)) for _ in range(2))
+            sizes = [lengths.randint(4, 60) if uneven else 700 for _ in range(2)]
+            text, summary = (" ".join(generator.choices(words, k=size)) for size in sizes)
             file.write(json.dumps({"text": text, "summary": summary}) + "\n")
     return data
 
@@ -87,11 +91,17 @@ def measured(model: str, method: str, levers: str) -> dict[str, Any]:
         special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = AutoConfig.for_model(architecture, **shape, **special, decoder_start_token_id=tokenizer.pad_token_id)
         config.save_pretrained(folder / "model")
-        argv = ["--model_name_or_path", str(folder / "model"), "--random_weights", "--dataset_name", str(rows(folder))]
+        argv = [
+            "--model_name_or_path",
+            str(folder / "model"),
+            "--random_weights",
+            "--dataset_name",
+            str(rows(folder, method == UNEVEN)),
+        ]
         argv += ["--output_dir", str(folder / "run"), "--use_cpu", "--save_strategy", "no", "--report_to", "none"]
         argv += ["--learning_rate", "1e-4", "--logging_steps", "1"]
         argv += ["--per_device_train_batch_size", str(BATCH), "--max_steps", str(TRACED + WARM + TIMED)]
-        run = parse_config(METHODS[method], [*argv, *flags, *LEVERS[method][levers]])
+        run = parse_config(METHODS[method.split(",")[0]], [*argv, *flags, *LEVERS[method][levers]])
         ready = prepare(run)
         torch.manual_seed(0)
         watch, memory = _watch(), MemoryCallback()
@@ -106,8 +116,13 @@ def measured(model: str, method: str, levers: str) -> dict[str, Any]:
         "seconds": watch.seconds[TRACED + WARM :],
         "losses": [entry["loss"] for entry in logged],
         "norms": [entry["grad_norm"] for entry in logged],
-        "tokens": sum(batch["attention_mask"].sum().item() for batch in memory.batches) / len(memory.batches),
+        "tokens": sum(map(_tokens, memory.batches)) / len(memory.batches),
     }
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    """The tokens of a batch that are no padding."""
+    return batch["attention_mask"].sum().item() if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 def _watch() -> Any:
@@ -159,7 +174,7 @@ def show(found: list[dict[str, Any]]) -> None:
     for row in found:
         error = 100 * (row["predicted_bytes"] / row["measured_bytes"] - 1)
         print(
-            f"{row['model']:6s} {row['method']:5s} {row['levers']:26s} {row['measured_bytes'] / 2**20:8.1f} MiB (predicted {error:+.2f} %)  "
+            f"{row['model']:6s} {row['method']:17s} {row['levers']:26s} {row['measured_bytes'] / 2**20:8.1f} MiB (predicted {error:+.2f} %)  "
             f"{row['tokens_per_second']:8.1f} tokens/s"
         )
 

@@ -168,7 +168,8 @@ def launch_seconds(began: float) -> dict[str, float]:
         watch.start = time.time()
         return make(*args, callbacks=[*callbacks, watch])
 
-    recipe.prepare, recipe.FineTuner = prepared, made
+    setattr(recipe, "prepare", prepared)  # noqa: B010
+    setattr(recipe, "FineTuner", made)  # noqa: B010
     with tempfile.TemporaryDirectory() as folder:
         import sys
 

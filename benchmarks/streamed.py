@@ -32,10 +32,10 @@ FLAGS = {
 
 def row(method: str, model: str, tokens: int) -> dict[str, Any]:
     """The row of the results for one run."""
-    import toolkit
+    from toolkit.runs.api import predict
 
     launch = {"gpu_memory": f"{CARD_GB}GB", "launch": "zero3_offload", "num_processes": 1}
-    ledger = toolkit.predict(method, **launch, **FLAGS, model_name_or_path=model, max_length=tokens)
+    ledger = predict(method, **launch, **FLAGS, model_name_or_path=model, max_length=tokens)
     return {
         "method": method,
         "model": model,

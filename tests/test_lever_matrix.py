@@ -25,6 +25,7 @@ LEVERS = {
     "--activation_checkpointing": (),
     "--activation_checkpointing_kwargs": ('{"every_n_layers": 2}', "--activation_checkpointing"),
     "--optimizer_in_backward": (),
+    "--packing": (),
 }
 OWN_FLAGS = {"selective": ("--train_last_layers", "1")}  # which the method needs
 METHODS_TRAINED = sorted(name for name, method in METHODS.items() if method.trains)

@@ -69,15 +69,15 @@ def test_what_single_flags_cost():
         assert rows[what][1] - rows[what][0] > gib * GIB
 
 
-@pytest.mark.parametrize("method", ladder.LEVERS)
-@pytest.mark.parametrize("model", ladder.MODELS)
+@pytest.mark.parametrize(("model", "method"), ladder.LADDERS)
 def test_each_rung_saves_what_was_predicted(model, method):
     rungs = [RUNGS[model, method, levers] for levers in ladder.LEVERS[method]]
     for row in rungs:
         assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.01)
         assert row["loss"] == pytest.approx(rungs[0]["loss"], rel=ladder.LOSS_TOLERANCE)
     peaks = [row["measured_bytes"] for row in rungs]
-    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 1.5 * peaks[-1]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > (1.05 if method == ladder.UNEVEN else 1.5) * peaks[-1]
     assert rungs[1]["tokens_per_second"] > rungs[0]["tokens_per_second"]  # the loss in chunks costs nothing
 
 
