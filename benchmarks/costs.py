@@ -3,7 +3,7 @@
     python benchmarks/costs.py               # some minutes
     python benchmarks/costs.py --show        # the committed results
 
-`PUBLISHED_GIB` has what others measured for the same change, where somebody did; their runs differ from these in details.
+`OTHERS_GIB` is what others measured for the same change of the same model and rows. How else their run differed is not known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROWS = [  # what changes, the run without it, and with it
         "--optim paged_adamw_8bit",
     ),
 ]
-PUBLISHED_GIB = {"PEFT's casts to fp32, 4 rows": 4.0, "PEFT's casts to fp32, 8 rows": 8.0}
+OTHERS_GIB = {"PEFT's casts to fp32, 4 rows": 4.0, "PEFT's casts to fp32, 8 rows": 8.0}
 
 
 def row(what: str, run: str, more: str) -> dict[str, Any]:

@@ -4,8 +4,9 @@
     python benchmarks/overhead.py --show     # the committed results
 
 A step of a very small model takes milliseconds, so that what is added shows: the same model, rows, loss and optimizer in a bare loop,
-in transformers' Trainer, and in ours. The time that is added depends on no size, so it is also given as a share of a step of the
-Llama of `ladder.py`. Steps are counted from the fourth: the ledger traces two, and the guards look at three.
+in transformers' Trainer, and in ours. What is added grows with the number of layers and of weights, and with nothing else, so it is also
+given as a share of a step of the Llama of `ladder.py`, which has as many. Steps are counted from the fourth: the ledger traces two,
+and the guards look at three. All on one thread, in CPU time.
 
 The launch is that of recipes/lora.py with its embedded model, each of its calls timed.
 """
@@ -30,15 +31,9 @@ import ladder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 4096,
-}
+SMALL = ladder.LLAMA | {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 4096}  # with as many layers
 LOOPS = ("bare loop", "Trainer", "ours")
-FIRST, TIMED, LARGE_TIMED = 5, 200, 5  # steps
+FIRST, TIMED, LARGE_TIMED = 3, 200, 6  # steps
 REPETITIONS = 5
 PARTS = {  # of recipes/lora.py, in order: the call, and what it is
     "parse_config": "flags and configuration",
@@ -51,6 +46,7 @@ PARTS = {  # of recipes/lora.py, in order: the call, and what it is
 
 def step_seconds(loop: str, shape: dict[str, int], timed: int) -> list[float]:
     """Seconds of each of `timed` steps of LoRA on a random Llama, from the end of one step to the end of the next."""
+    import torch
     from torch.utils.data import DataLoader
     from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback
 
@@ -61,6 +57,7 @@ def step_seconds(loop: str, shape: dict[str, int], timed: int) -> list[float]:
     from toolkit.runs.preflight import prepare
     from toolkit.training.trainer import FineTuner
 
+    torch.set_num_threads(1)
     steps = FIRST + timed
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -475,12 +475,10 @@ def costs() -> str:
     import costs as made
 
     result = made.load()
-    lines = ["| change | the run | without | with it | difference | others measured |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["| change | the run | without | with it | difference |", "|---|---|---:|---:|---:|"]
     for row in result["rows"]:
         without, with_it = (nbytes / 2**30 for nbytes in row["reserved_bytes"])
-        published = made.PUBLISHED_GIB.get(row["what"])
         cells = [f"{without:.1f} GiB", f"{with_it:.1f} GiB", f"{with_it - without:+.1f} GiB"]
-        cells.append("" if published is None else f"{published:+.1f} GiB")
         lines.append(f"| {row['what']}: `{row['flag']}` | `{row['run']}` | {' | '.join(cells)} |")
     lines += [
         "",

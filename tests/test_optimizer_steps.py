@@ -1,5 +1,6 @@
 """Optimizer steps in the backward pass, and in chunks of weights: the same weights, bit for bit, in less memory."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,9 @@ import yaml
 from datasets import Dataset
 from memory.tiny_models import tiny_model
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from training_data import config_of, task_data
 from transformers import AutoTokenizer
 
@@ -20,7 +24,7 @@ from toolkit.errors import UserError
 from toolkit.methods.full import Full
 from toolkit.runs.preflight import check_combination, check_schedule
 from toolkit.tasks import TASKS
-from toolkit.training.optimizer_steps import CHUNK_BYTES, StepInBackward, step_in_chunks
+from toolkit.training.optimizer_steps import CHUNK_BYTES, StepInBackward, _chunks, step_in_chunks
 from toolkit.training.trainer import FineTuner
 
 IN_BACKWARD = {"optimizer_in_backward": True}
@@ -105,7 +109,7 @@ def test_one_gradient_at_a_time_is_in_memory(trained):
             held.append(sum(p.grad is not None for p in model.parameters()))
 
     steps = StepInBackward()
-    with steps.open(model, Watched(model.parameters(), lr=1e-3)):
+    with steps.open(Watched(model.parameters(), lr=1e-3)):
         model(input_ids=torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
     assert held == [1] * sum(1 for _ in model.parameters())
     assert steps.gradient_norm() > 0 and steps.gradient_norm() == 0
@@ -119,10 +123,13 @@ def test_one_gradient_at_a_time_is_in_memory(trained):
 def test_a_weight_whose_gradient_comes_in_parts_is_refused():
     layer = torch.nn.Linear(4, 4)
     steps = StepInBackward()
-    with steps.open(layer, torch.optim.SGD(layer.parameters(), lr=1e-3)):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    with steps.open(optimizer):
         layer(torch.ones(1, 4)).sum().backward()
         with pytest.raises(UserError, match=r"a weight of shape \(4,\) got its gradient in more than one part"):
             layer(torch.ones(1, 4)).sum().backward()
+    with steps.open(optimizer):  # another run after one that failed
+        layer(torch.ones(1, 4)).sum().backward()
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight(trained):
@@ -146,6 +153,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(trained):
             "--max_grad_norm 1",
             "--max_grad_norm 1.0 and --optimizer_in_backward exclude each other.* give --max_grad_norm 0",
         ),
+        ("--torch_compile", "--torch_compile and --optimizer_in_backward exclude each other"),
         ("--optim prodigy", "--optimizer_in_backward with --optim prodigy: its step is one for all weights"),
     ],
 )
@@ -155,9 +163,16 @@ def test_what_needs_all_gradients_at_once_is_refused(flags, message):
         check_schedule(config.training, tiny_model("llama"))
 
 
+def test_the_defaults_that_it_excludes_are_left_out(tmp_path):
+    flags = ["--model_name_or_path", str(tmp_path), "--use_cpu"]
+    usual, training = (parse_config(Full, [*flags, *more]).training for more in ([], ["--optimizer_in_backward"]))
+    assert (usual.max_grad_norm, usual.gradient_accumulation_steps) == (1.0, 2)
+    assert (training.max_grad_norm, training.gradient_accumulation_steps) == (0.0, 1)
+    assert training.per_device_train_batch_size == usual.per_device_train_batch_size
+
+
 def test_engines_and_fp16_are_refused():
     config = parse_config(Full, ["--optimizer_in_backward", "--use_cpu"])
-    assert (config.training.max_grad_norm, config.training.gradient_accumulation_steps) == (0.0, 1)
     check_combination(config)
     for kind in (EngineKind.DDP, EngineKind.ZERO_2, EngineKind.FSDP2):
         with pytest.raises(UserError, match=f"--optimizer_in_backward under {kind}"):
@@ -201,3 +216,27 @@ def test_temporaries_of_foreach_are_those_of_one_chunk_or_of_one_larger_weight()
     )
     embedding = 4 * 151_936 * 896  # bytes in fp32
     assert CHUNK_BYTES < embedding <= ledger.phases["optimizer_step"].categories["temporaries"] < 1.01 * embedding
+
+
+def test_a_chunk_is_of_the_bytes_that_this_process_holds():
+    with torch.device("meta"):
+        weights = [torch.nn.Parameter(torch.empty(8, 8)) for _ in range(4)]  # 256 bytes each
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        sharded = [torch.nn.Parameter(DTensor.from_local(torch.empty(2, 8), mesh, [Shard(0)])) for _ in weights]
+        assert [len(chunk) for chunk in _chunks(weights, 256)] == [1, 1, 1, 1]
+        assert [len(chunk) for chunk in _chunks(sharded, 256)] == [4]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_advice_for_a_run_that_does_not_fit_lowers_the_rows_of_a_step(tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    flags = {"model_name_or_path": tmp_path, "max_length": 64, "per_device_train_batch_size": 512}
+    flags["activation_checkpointing"] = True
+    ledger = toolkit.predict("full", gpu_memory="150MiB", advise=True, optimizer_in_backward=True, **flags)
+    assert not ledger.fits
+    rows = re.search(r"it fits with .*--per_device_train_batch_size (\d+)", ledger.warnings[-1])
+    assert rows and "accumulation" not in ledger.warnings[-1], ledger.warnings

@@ -505,3 +505,9 @@ def test_the_cost_of_peft_casts_is_said_by_another_prediction(config_only, capfd
         in ledgers["all"]["notes"]
     )
     assert not any("kbit_upcast" in note for note in ledgers["none"]["notes"])
+
+
+def test_without_peft_casts_there_is_one_prediction(config_only, capfd):
+    """Also in fp32, where the rest of the base is in that type anyway."""
+    _, _, err = run(capfd, "predict", "qlora", *flags(config_only, "--gpu", "RTX 2080 Ti", "--json"))
+    assert "kbit_upcast" not in err

@@ -218,6 +218,11 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
                     f"--{name} {settings[name]} and --optimizer_in_backward exclude each other: the one needs the gradients of all "
                     f"weights at once, and the other frees each when its weight is updated; give --{name} {least:g}, or leave one of them out"
                 )
+        if settings.get("torch_compile"):
+            raise UserError(
+                "--torch_compile and --optimizer_in_backward exclude each other: a compiled backward pass gives all gradients at its end; "
+                "give one"
+            )
     if settings.get("packing"):
         _check_packing(settings)
     _check_strategies(settings, given)

@@ -234,17 +234,22 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
 
     def tried(name: str, changes: Mapping[str, Any]) -> Ledger | None:
         print(f"does not fit; trying {name} {_as_words(changes)}", file=sys.stderr, flush=True)
-        # more accumulated passes than two change no peak
-        passes = min(2, changes.get("gradient_accumulation_steps", assumed["gradient_accumulation_steps"]))
-        given = {**by_new_names(job.flags.given), **changes, "gradient_accumulation_steps": passes}
+        given = {**by_new_names(job.flags.given), **changes}
+        if accumulates:  # more passes than two change no peak
+            passes = changes.get("gradient_accumulation_steps", assumed["gradient_accumulation_steps"])
+            given["gradient_accumulation_steps"] = min(2, passes)
         try:
             return predict(replace(job, method=name, flags=replace(job.flags, given=given)))
         except UserError:
             return None  # this method, model or engine does not allow it
 
+    def batch_of(rows: int) -> dict[str, Any]:
+        passes = {"gradient_accumulation_steps": -(-step_rows // rows)} if accumulates else {}
+        return {"per_device_train_batch_size": rows} | passes
+
     rows, step_rows = assumed["rows"], assumed["rows"] * assumed["gradient_accumulation_steps"]
-    halves = [rows >> n for n in range(1, rows.bit_length())]
-    fewer = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": -(-step_rows // n)} for n in halves]
+    accumulates = not ledger.config.get("optimizer_in_backward")
+    fewer = [batch_of(rows >> n) for n in range(1, rows.bit_length())]
     shorter = [{"max_length": n} for n in (assumed["tokens"] // 2, assumed["tokens"] // 4) if n >= SHORTEST]
     four_bits = [flags] if (flags := _four_bits(method, assumed["weights"])) else []
     checkpointing = [] if assumed["gradient_checkpointing"] else [{"activation_checkpointing": True}]
@@ -274,11 +279,7 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
             least, least_with = found, smallest
     nothing = f"no batch size, length or checkpointing is enough for {job.method}"
     if not method.freezes_base:
-        small = {
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": step_rows,
-            "activation_checkpointing": True,
-        }
+        small = batch_of(1) | {"activation_checkpointing": True}
         others: list[tuple[str, dict[str, Any]]] = [("lora", {}), ("lora", small), ("qlora", small)]
         for name, changes in others:
             found = tried(name, changes)
@@ -306,9 +307,13 @@ def cost_of_upcast(job: PredictionJob, ledger: Ledger, predict: Callable[[Predic
     Empty for other jobs, for methods that need it, and where it costs nothing.
     """
     change = _four_bits(METHODS[job.method], ledger.assumed["weights"])
-    if change != {"kbit_upcast": "none"}:
+    if ledger.config.get("kbit_upcast") != "all" or change != {"kbit_upcast": "none"}:
         return ""
-    without = predict(replace(job, flags=replace(job.flags, given={**job.flags.given, **change})))
+    print(f"predicting the cost of --kbit_upcast all: trying {_as_words(change)}", file=sys.stderr, flush=True)
+    try:
+        without = predict(replace(job, flags=replace(job.flags, given={**job.flags.given, **change})))
+    except UserError:
+        return ""
     cost = ledger.needed_bytes - without.needed_bytes
     return (
         f"--kbit_upcast all costs {format_bytes(cost)} of it; --kbit_upcast none needs no other change"

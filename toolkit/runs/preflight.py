@@ -480,7 +480,11 @@ def _say_what_will_be_done(ready: Preflight, packed: Packed, experts: str | None
     if experts is not None:
         say("method", experts)
     say("precision", config.precision_reason)
-    when = "; each weight in the backward pass, without clipping" if training.optimizer_in_backward else ""
+    when = (
+        "; each weight in the backward pass, without clipping and accumulation"
+        if training.optimizer_in_backward
+        else ""
+    )
     say("optimizer", f"{config.optimizer}: {config.optimizer_reason}{when}")
     labels = "labels" if data.task.model_kind == "head" else "label tokens"
     rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {len(data.test):,} to test"

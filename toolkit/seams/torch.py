@@ -199,6 +199,19 @@ AUTOGRAD = (
 
 MODULES = (
     Seam(
+        name="Optimizer.step",
+        kind="patch",
+        where="training.optimizer_steps",
+        target="torch.optim: AdamW.step",
+        source=(
+            ("torch.optim.adamw", r"class AdamW\(Adam\)"),
+            ("torch.optim.adam", r"for group in self\.param_groups:"),
+        ),
+        reason="a step updates the weights of `param_groups`, which are narrowed to a part of them; set on single optimizers",
+        breaks="some weights are updated several times a step, or not at all",
+        checked_by="tests/test_optimizer_steps.py",
+    ),
+    Seam(
         name="DTensor.to_local",
         kind="private",
         where="distributed.checksums",

@@ -1,7 +1,7 @@
 """Optimizer steps that need less memory: in the backward pass, or over a part of the weights at a time."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from toolkit.errors import UserError
+from toolkit.memory.census import local
 from toolkit.memory.trace import current_trace
 
 CHUNK_BYTES = 2**28  # of weights that one call of a foreach implementation updates: enough for a GPU to be busy
@@ -20,8 +21,8 @@ BY_WEIGHT = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.")
 class StepInBackward:
     """Updates each weight in the backward pass, as soon as its gradient is complete, and frees the gradient.
 
-    So one gradient is in memory instead of all (Lv et al. 2023, arXiv:2306.09782). The optimizer is the usual one: its step skips
-    weights without a gradient, and while `open` only one has one. Weights, state and checkpoints are those of the usual step
+    So one gradient is in memory instead of all (Lv et al. 2023, arXiv:2306.09782). The optimizer is the usual one, and steps once for
+    each weight; weights without a gradient it skips. Weights, state and checkpoints are those of the usual step
     without clipping and accumulation, bit for bit: both need the gradients of all weights at once.
     """
 
@@ -29,11 +30,15 @@ class StepInBackward:
         self._norms: dict[nn.Parameter, torch.Tensor] = {}  # of the gradients of this step
 
     @contextmanager
-    def open(self, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-        """While open, each backward pass through `model` is also a step of `optimizer`.
+    def open(self, optimizer: Optimizer) -> Iterator[None]:
+        """While open, each backward pass is also a step of `optimizer`.
 
         Raises (in the backward pass): UserError if a weight gets its gradient in more than one part.
         """
+        self._norms.clear()
+        group_of = {weight: group for group in optimizer.param_groups for weight in group["params"]}
+        # bitsandbytes knows settings of single weights by their places in the groups, so it walks over all of them
+        narrows = not type(optimizer).__module__.startswith("bitsandbytes.")
 
         def update(weight: nn.Parameter) -> None:
             if weight in self._norms:
@@ -45,11 +50,12 @@ class StepInBackward:
             if (trace := current_trace()) is not None:
                 trace.adopt(weight.grad, "gradients")
             self._norms[weight] = torch.linalg.vector_norm(weight.grad)
-            optimizer.step()
+            with _narrowed(optimizer, group_of[weight], [weight]) if narrows else nullcontext():
+                optimizer.step()
             weight.grad = None
 
         with ExitStack() as hooks:
-            for weight in (p for p in model.parameters() if p.requires_grad):
+            for weight in group_of:
                 hooks.callback(weight.register_post_accumulate_grad_hook(update).remove)
             yield
 
@@ -80,27 +86,36 @@ def step_in_chunks(optimizer: Optimizer, chunk_bytes: int = CHUNK_BYTES) -> None
         return
 
     def step(self: Optimizer, closure: Any = None) -> Any:
-        loss, groups = closure() if closure is not None else None, self.param_groups
-        try:
-            for group in groups:
-                for weights in _chunks(group["params"], chunk_bytes):
-                    self.param_groups = [group | {"params": weights}]
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for weights in _chunks(group["params"], chunk_bytes):
+                with _narrowed(self, group, weights):
                     type(self).step(self)
-        finally:
-            self.param_groups = groups
         return loss
 
     optimizer.step = MethodType(step, optimizer)
 
 
+@contextmanager
+def _narrowed(optimizer: Optimizer, group: dict[str, Any], weights: list[nn.Parameter]) -> Iterator[None]:
+    """While open, `optimizer` has only these `weights` of `group`."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group | {"params": weights}]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+
+
 def _chunks(weights: list[nn.Parameter], chunk_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """`weights` in order, in lists of at most `chunk_bytes`, or of one larger weight."""
+    """`weights` in order, in lists of at most `chunk_bytes` on this process, or of one larger weight."""
     chunk: list[nn.Parameter] = []
     held = 0
     for weight in weights:
-        if chunk and held + weight.nbytes > chunk_bytes:
+        nbytes = local(weight).nbytes
+        if chunk and held + nbytes > chunk_bytes:
             yield chunk
             chunk, held = [], 0
         chunk.append(weight)
-        held += weight.nbytes
+        held += nbytes
     yield chunk

@@ -294,7 +294,7 @@ class FineTuner(Trainer):
         if set_epoch is not None:  # the data loader that skips batches after a resume does not pass the epoch on
             set_epoch(kwargs["epoch"])
         own = self.steps_in_backward
-        with nullcontext() if own is None else own.open(self.model, self.optimizer):
+        with nullcontext() if own is None else own.open(self.optimizer.optimizer):
             super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
