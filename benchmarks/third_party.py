@@ -171,7 +171,7 @@ def build(run: Run) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
-    from toolkit.models.meta import model_on_meta
+    from toolkit.models.meta import attention_without_its_package, model_on_meta
 
     config, dtype = config_of(run), getattr(torch, run.dtype)
     config.use_cache = run.use_cache and not run.gradient_checkpointing
@@ -186,7 +186,8 @@ def build(run: Run) -> Any:
     elif run.quantization == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: Any = model_on_meta(kind, config, dtype, _attention(run, config.model_type), quantization)
+    with attention_without_its_package():
+        model: Any = model_on_meta(kind, config, dtype, _attention(run, config.model_type), quantization)
     checkpointing = {"use_reentrant": run.use_reentrant}
     if run.kbit_prepare:
         model = prepare_model_for_kbit_training(model, run.gradient_checkpointing, checkpointing)
@@ -207,11 +208,11 @@ def build(run: Run) -> Any:
 
 
 def _attention(run: Run, model_type: str) -> str:
-    """The attention implementation in transformers. flash_attention_2 runs the kernel that SDPA calls flash, on rows without a mask."""
+    """The attention implementation in transformers."""
     if run.attention == "default":  # GPT-Neo only has eager; T5 had only eager before transformers 5
         eager = model_type == "gpt_neo" or (model_type in ("t5", "mt5") and run.version("transformers") < (5, 0))
         return "eager" if eager else "sdpa"
-    return "eager" if run.attention == "eager" else "sdpa"
+    return run.attention if run.attention in ("eager", "flash_attention_2") else "sdpa"
 
 
 def optimizer_of(run: Run, parameters: list[Any]) -> Any:
@@ -277,9 +278,8 @@ def of_the_stack(run: Run, model: Any, mode: Any) -> Iterator[None]:
             repeated = partial(_repeated, F.scaled_dot_product_attention)
             stack.enter_context(patched("F.scaled_dot_product_attention", repeated))
         if transformers < (5, 0):
-            if run.attention != "flash_attention_2":
-                mapping = {**AttentionInterface._global_mapping, "sdpa": _sdpa_of_4}
-                stack.enter_context(patched("AttentionInterface._global_mapping", mapping))
+            mapping = {**AttentionInterface._global_mapping, "sdpa": _sdpa_of_4}
+            stack.enter_context(patched("AttentionInterface._global_mapping", mapping))
             stack.enter_context(patched("DynamicLayer.update", _cache_of_4))
             stack.enter_context(patched("T5's eager_attention_forward", _t5_attention_of_4))
         if bitsandbytes < (0, 50):

@@ -10,6 +10,15 @@ from toolkit.embedded import MODEL_DIR
 from toolkit.errors import UserError
 from toolkit.models.hub import hub_id
 
+# transformers' names of FlashAttention, and the version that each runs. The last three are kernels of the hub: they are only predicted.
+FLASH_ATTENTION = {
+    "flash_attention_2": 2,
+    "flash_attention_3": 3,
+    "kernels-community/flash-attn2": 2,
+    "kernels-community/flash-attn3": 3,
+    "kernels-community/vllm-flash-attn3": 3,
+}
+
 
 @dataclass
 class ModelArguments:
@@ -33,7 +42,10 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "sdpa, eager, flash_attention_2 ...; eager keeps every attention map in memory."},
+        metadata={
+            "help": "sdpa, eager, flash_attention_2 or flash_attention_3; eager keeps every attention map in memory. FlashAttention needs "
+            "a GPU and its package, to predict it neither."
+        },
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 4 bits (QLoRA)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 8 bits (LLM.int8())."})
@@ -66,13 +78,18 @@ class ModelArguments:
                 raise UserError(
                     "--random_weights cannot be quantized while loading; leave out --load_in_4bit / --load_in_8bit"
                 )
+        if self.attn_implementation not in FLASH_ATTENTION:
+            self.check_kernel()
+        if "model_revision" in given and self.is_local:
+            raise UserError("--model_revision has no effect on a local model; leave it out")
+
+    def check_kernel(self) -> None:
+        """Raises UserError for attention that would be downloaded from the hub."""
         if "/" in (self.attn_implementation or ""):
             raise UserError(
                 f"--attn_implementation {self.attn_implementation}: a kernel of the hub is code from outside, which footprint never "
                 "runs; give sdpa, eager or flash_attention_2"
             )
-        if "model_revision" in given and self.is_local:
-            raise UserError("--model_revision has no effect on a local model; leave it out")
 
     @property
     def source(self) -> str:

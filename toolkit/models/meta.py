@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers import AutoHfQuantizer
 
 from toolkit.errors import UserError
+from toolkit.models.arguments import FLASH_ATTENTION
+from toolkit.seams import patched
 
 
 def model_on_meta(
@@ -58,3 +62,29 @@ def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
         wanted = next((plan[part] for part in name.split(".") if part in plan), None)
         if wanted is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(wanted)
+
+
+@contextmanager
+def attention_without_its_package() -> Iterator[None]:
+    """While open, models are built with FlashAttention although neither its package nor a GPU is here. They cannot compute it.
+
+    Its implementation is then `flash_attention_2` or `flash_attention_3`, by the version that runs.
+
+    Raises: UserError, when a model is built that does not support it.
+    """
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+
+    def checked(model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        version = FLASH_ATTENTION.get(attn_implementation or "")
+        if version is None:
+            return check(model, attn_implementation, *args, **kwargs)
+        flag, kind = f"--attn_implementation {attn_implementation}", model.config.model_type
+        if not model._supports_flash_attn:
+            raise UserError(f"{flag}: transformers has no FlashAttention for {kind} models; leave it out")
+        own = [name for name in model._compatible_flash_implementations or () if name in FLASH_ATTENTION]
+        if own and version not in map(FLASH_ATTENTION.get, own):
+            raise UserError(f"{flag}: {kind} models only run with {' or '.join(own)}; give it, or leave the flag out")
+        return f"flash_attention_{version}"
+
+    with patched("PreTrainedModel._check_and_adjust_attn_implementation", checked):
+        yield

@@ -39,11 +39,12 @@ from toolkit.memory.trace import Sink
 from toolkit.methods import METHODS, Method
 from toolkit.methods.base import PeftBased
 from toolkit.models import catalogue
-from toolkit.models.arguments import looks_like_path
+from toolkit.models.arguments import FLASH_ATTENTION, looks_like_path
 from toolkit.models.heads import has_head, set_head
 from toolkit.models.hub import TOKENIZER_FILE, check_reachable
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_tokenizer
 from toolkit.models.losses import IGNORE_INDEX
+from toolkit.models.meta import attention_without_its_package
 from toolkit.models.quantization import Packed, untrained_experts
 from toolkit.runs.preflight import check_checkpointing, check_combination, check_loss_chunks, check_packing
 from toolkit.training.checkpoints import readable_write_errors
@@ -84,7 +85,7 @@ def predict_run(
         data = config.data
         names = label_names(data.dataset_name, data.dataset_config_name, data.columns["label_column"], data.encoding)
         set_head(model_config, names, model_config.pad_token_id or 0)
-    _refuse_unpredicted(config)
+    _refuse_unpredicted(config, device)
     check_combination(config)
     accumulated, assumed, left_out = training.gradient_accumulation_steps, {}, ""
     settings = config.as_dict()
@@ -128,7 +129,8 @@ def predict_run(
         return FineTuner(model, replace(config, training=sequential_arguments(arguments)), Batches(batches), [callback])
 
     try:
-        ledger = predict(build, trainer, training, device, settings, sinks)
+        with attention_without_its_package():
+            ledger = predict(build, trainer, training, device, settings, sinks)
     except LedgerError:
         raise
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -342,9 +344,13 @@ def _as_words(changes: Mapping[str, Any]) -> str:
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
 
 
-def _refuse_unpredicted(config: Config) -> None:
+def _refuse_unpredicted(config: Config, device: Device) -> None:
     """Raises UserError for engines and options whose memory the shadow step cannot predict."""
-    engine = config.engine
+    engine, attention = config.engine, config.model.attn_implementation
+    if device is CPU and attention in FLASH_ATTENTION:
+        raise UserError(
+            f"--attn_implementation {attention} needs a GPU; leave it out, or predict for a card: --gpu NAME"
+        )
     if processes() == 1 and engine.kind is EngineKind.NONE:
         return
     if engine.kind not in SUPPORTED_ENGINES:

@@ -82,6 +82,7 @@ def prepare(config: Config) -> Preflight:
     training = config.training
     check_engine(config.engine, training)
     check_installed(training)
+    config.model.check_kernel()
     _check_workers(training)
     _check_same_precision(config)
     with training.main_process_first(desc="reading the data"), guarded_rows(config.data):

@@ -70,6 +70,43 @@ FUNCTIONS = (
         probe=lambda: _attention_takes_other_parameters(),
     ),
     Seam(
+        name="lazy_import_flash_attention",
+        kind="patch",
+        where="memory.cuda.flash",
+        target="transformers.modeling_flash_attention_utils: lazy_import_flash_attention",
+        signature=("implementation", "attention_wrapper", "allow_all_kernels"),
+        source=(
+            ("transformers.modeling_flash_attention_utils", r"= lazy_import_flash_attention\(attn_implementation\)"),
+        ),
+        reason="the functions of FlashAttention compute only on a GPU; stand-ins allocate what they do",
+        breaks="predictions with FlashAttention end with an error",
+        probe=lambda: _flash_attention_returns_another_tuple(),
+    ),
+    Seam(
+        name="what surrounds FlashAttention",
+        kind="private",
+        where="memory.cuda.flash",
+        target="transformers.modeling_flash_attention_utils: _lazy_define_process_function _pad_input _unpad_input",
+        source=(
+            (
+                "transformers.modeling_flash_attention_utils",
+                r"_process_with_kvcache_kwargs_fn|_process_flash_kwargs_fn",
+            ),
+        ),
+        reason="the stand-ins are called as transformers calls the package's functions, between its own unpadding and padding",
+        breaks="predictions with FlashAttention end with an error",
+    ),
+    Seam(
+        name="buffers of FlashAttention",
+        kind="constant",
+        where="memory.cuda.flash",
+        library="flash-attn",
+        reason="what flash_api.cpp of FlashAttention 2 and 3 allocates, and what their autograd functions keep",
+        breaks="attention is predicted too small or too large",
+        silent=True,
+        checked_by="tests/memory/test_flash.py",
+    ),
+    Seam(
         name="aten::dropout",
         kind="patch",
         where="memory.cuda.device",
@@ -285,6 +322,19 @@ def _autocast_lists_differ() -> str | None:
         if gone := own - theirs - {"rms_norm"}:  # PyTorch 2.11 has none
             found.append(f"{macro} has no {', '.join(sorted(gone))}")
     return "; ".join(found) or None
+
+
+def _flash_attention_returns_another_tuple() -> str | None:
+    from inspect import getsource
+
+    from transformers import modeling_flash_attention_utils as flash_utils
+
+    both = hasattr(flash_utils, "_process_with_kvcache_kwargs_fn")
+    last = "(_process_flash_kwargs_fn, _process_with_kvcache_kwargs_fn)" if both else "_process_flash_kwargs_fn"
+    returned = f"(_flash_fn, _flash_varlen_fn, _flash_with_kvcache_fn, _pad_fn, _unpad_fn), {last}"
+    text = " ".join(getsource(flash_utils.lazy_import_flash_attention).split())
+    is_same = returned.replace(" ", "") in text.replace(" ", "").replace(",)", ")")
+    return None if is_same else "lazy_import_flash_attention returns another tuple"
 
 
 def _attention_takes_other_parameters() -> str | None:

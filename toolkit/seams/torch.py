@@ -244,11 +244,12 @@ MODULES = (
         where=(
             "memory.cuda.device:_HalfToFloatSoftmax",
             "memory.cuda.attention:_Keeping",
+            "memory.cuda.flash:_FlashAttention",
             "models.chunked_loss:_WithGradients",
         ),
         target="torch.autograd.function: Function.forward Function.backward",
         called_in="",
-        reason="a kernel that takes float16 and gives float32; a bias that lives until the backward pass; a loss with known gradients",
+        reason="kernels that only a GPU has; a bias that lives until the backward pass; a loss with known gradients",
         breaks="predictions of a card, and losses in chunks, end with an error",
     ),
     Seam(
