@@ -347,10 +347,10 @@ def _as_words(changes: Mapping[str, Any]) -> str:
 def _refuse_unpredicted(config: Config, device: Device) -> None:
     """Raises UserError for engines and options whose memory the shadow step cannot predict."""
     engine, attention = config.engine, config.model.attn_implementation
-    if device is CPU and attention in FLASH_ATTENTION:
-        raise UserError(
-            f"--attn_implementation {attention} needs a GPU; leave it out, or predict for a card: --gpu NAME"
-        )
+    needs_gpu = f"--attn_implementation {attention}" if attention in FLASH_ATTENTION else ""
+    needs_gpu = "--use_liger_kernel" if config.training.use_liger_kernel else needs_gpu
+    if device is CPU and needs_gpu:
+        raise UserError(f"{needs_gpu} needs a GPU; leave it out, or predict for a card: --gpu NAME")
     if processes() == 1 and engine.kind is EngineKind.NONE:
         return
     if engine.kind not in SUPPORTED_ENGINES:

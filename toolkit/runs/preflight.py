@@ -37,6 +37,7 @@ from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
 from toolkit.errors import UserError
 from toolkit.models.chunked_loss import whole_loss_reason
 from toolkit.models.heads import has_own_head, keeps_head, set_head
+from toolkit.models.liger import check_liger
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_model, load_tokenizer
 from toolkit.models.packing import padded_reason
 from toolkit.models.quantization import Packed, untrained_experts
@@ -106,6 +107,8 @@ def prepare(config: Config) -> Preflight:
     whole_loss = check_loss_chunks(training, base)
     check_packing(config, base)
     _check_noise(training, base)
+    if training.use_liger_kernel:
+        check_liger(model_config.model_type)
     packed = Packed.of(base)
     model = config.method.attach(base)
     if config.method.trains:

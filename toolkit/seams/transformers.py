@@ -61,6 +61,19 @@ MODELS = (
         breaks="a name is refused, or predicted as another version",
     ),
     Seam(
+        name="Liger's norm on T5's",
+        kind="private",
+        where="models.liger",
+        library="transformers",
+        source=(
+            ("transformers.models.t5.modeling_t5", r"self\.variance_epsilon = eps"),
+            ("transformers.models.t5.modeling_t5", r"return self\.weight \* hidden_states"),
+        ),
+        reason="Liger's norm reads the weight and `variance_epsilon` of the module whose forward pass it replaces",
+        breaks="--use_liger_kernel does nothing on T5, or ends with an AttributeError",
+        silent=True,
+    ),
+    Seam(
         name="steps of a quantizer",
         kind="private",
         where="models.meta",

@@ -36,6 +36,9 @@ from toolkit.files import atomic_write
 from toolkit.memory.measure import MemoryCallback
 from toolkit.models.chunked_loss import chunks_of
 from toolkit.models.generation import end_as_the_tokenizer
+from toolkit.models.heads import has_head
+from toolkit.models.liger import use_liger_norms
+from toolkit.models.loading import T5_FAMILY
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.packing import keep_rows_apart
 from toolkit.models.soft_prompts import base_model, has_virtual_tokens
@@ -105,11 +108,16 @@ class FineTuner(Trainer):
             end_as_the_tokenizer(model, data.tokenizer)
         self.steps_in_backward = StepInBackward() if args.optimizer_in_backward else None
         args.loss_chunk_tokens = chunks_of(model, args.loss_chunk_tokens)
+        base = base_model(model)
+        if args.loss_chunk_tokens or has_head(base.config):
+            # Liger's own loss would replace the forward pass that computes it, or that of a head, for which it has none
+            args.liger_kernel_config = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        if args.use_liger_kernel and base.config.model_type in T5_FAMILY:
+            use_liger_norms(base)
+            args.use_liger_kernel = False  # Trainer would ask Liger, which has no kernels for T5
         repeated: list[nn.Module] = []  # modules whose parts run many times in a pass
         if args.loss_chunk_tokens:
-            # Liger's own loss would replace the forward pass that computes it
-            args.liger_kernel_config = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-            repeated.append(base_model(model).get_output_embeddings())
+            repeated.append(base.get_output_embeddings())
         if args.mlp_tile_tokens:
             repeated += tile_feed_forwards(model, args.mlp_tile_tokens)
         if args.packing:

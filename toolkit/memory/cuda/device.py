@@ -4,7 +4,7 @@
 
 - `CudaOverlay` runs operators: buffers inside kernels, workspaces, gradients summed in place.
 - `running()` replaces the Python functions that behave differently on a GPU: attention (`attention`), softmax, dropout,
-  the operators that CUDA's autocast runs in float32 (`autocast`), FlashAttention (`flash`) and bitsandbytes (`quantized`).
+  the operators that CUDA's autocast runs in float32 (`autocast`), FlashAttention (`flash`), Liger (`liger`) and bitsandbytes (`quantized`).
 - `load()` replays loading (`loading`); `prepare()` makes optimizers use their foreach implementations.
 
 The docstrings below name their sources: files of PyTorch 2.14, under aten/src/ATen unless the path begins with torch/.
@@ -30,6 +30,7 @@ from toolkit.memory.cuda.autocast import cuda_autocast, in_lower_precision
 from toolkit.memory.cuda.cards import Card
 from toolkit.memory.cuda.flash import flash_attention
 from toolkit.memory.cuda.gradient_sums import caller, find_refcounts, sums_gradients
+from toolkit.memory.cuda.liger import liger_kernel
 from toolkit.memory.trace import Trace
 from toolkit.seams import patched
 from toolkit.units import MIB, format_bytes
@@ -332,6 +333,7 @@ class Cuda:
             cuda_autocast(),
             _fused_dropout(),
             flash_attention(self.card),
+            liger_kernel(self.card),
             ExitStack() as stack,
         ):
             for name, function in replaced.items():

@@ -188,13 +188,13 @@ def predict(
         callback = ShadowCallback(device, config, sinks)
         if arguments.fp16 and not simulated_rank.in_deepspeed():
             stack.enter_context(_fp16_autocast())
+        stack.enter_context(device.running())
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
         keep_only(shadow, callback)
         device.prepare(shadow)
         stack.enter_context(real_zero_losses())
         stack.enter_context(quantized.dequantized_by_peft())
         stack.enter_context(meta_ops.large_ones_fake(fake_mode))
-        stack.enter_context(device.running())
         stack.enter_context(activations_on_host(vars(arguments).get("activation_checkpointing_kwargs") or {}))
         stack.callback(callback.abort)
         if simulated_rank.in_world():
@@ -257,10 +257,6 @@ def refuse_unsupported(arguments: TrainingArguments) -> None:
     if arguments.torch_compile:
         raise UserError(
             "memory under --torch_compile cannot be predicted: compilation fuses kernels; leave the flag out"
-        )
-    if arguments.use_liger_kernel:
-        raise UserError(
-            "memory under --use_liger_kernel cannot be predicted: its kernels run only on GPUs; leave the flag out"
         )
     if arguments.auto_find_batch_size:
         raise UserError(
