@@ -234,6 +234,10 @@ def check_training(settings: dict[str, Any], given: dict[str, Any]) -> None:
     for name in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
         if name in given and not tracks:
             raise UserError(f"--{name} has no effect without --report_to trackio; add it or leave --{name} out")
+    if str(settings.get("optim", "")).startswith(("galore", "apollo")) and not settings.get("optim_target_modules"):
+        raise UserError(
+            f"--optim {settings['optim']} needs --optim_target_modules: the linear layers whose gradients it projects, such as all-linear"
+        )
     if "optim_target_modules" in given and not str(settings.get("optim", "")).startswith(("galore", "apollo", "lomo")):
         raise UserError(
             f"--optim_target_modules has no effect with --optim {settings.get('optim') or 'adamw_torch'}; leave it out"

@@ -72,7 +72,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
-    """Labels every tensor that the optimizer keeps between steps, under any name.
+    """Labels every tensor that the optimizer keeps between steps, under any name; of a LayerWiseDummyOptimizer, those of the
+    optimizers that it has for each weight.
 
     Under ZeRO these include the master weights and the partition of the gradients, which the optimizer keeps as well. What
     the optimizer keeps in host memory or in managed memory is marked as offloaded.
@@ -83,6 +84,8 @@ def label_optimizer_state(trace: Trace, optimizer: Any) -> None:
             if getattr(tensor, PAGED, False):
                 _offload(trace, [tensor])
     zero: Any = getattr(optimizer, "optimizer", None)
+    for one in (getattr(zero, "optimizer_dict", None) or {}).values():
+        label_optimizer_state(trace, one)
     for category, names in ZERO.items():
         for name in names:
             for tensor in nested_tensors(getattr(zero, name, None)):
@@ -166,7 +169,7 @@ def plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def nested_tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
+    """The tensors in nested dicts, lists and tuples, and the matrices with which GaLore and APOLLO project gradients."""
     if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, dict):
@@ -175,6 +178,8 @@ def nested_tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from nested_tensors(value)
+    elif hasattr(tree, "ortho_matrix"):
+        yield from nested_tensors(tree.ortho_matrix)
 
 
 def head_of(model: nn.Module) -> nn.Module | None:

@@ -43,6 +43,7 @@ from toolkit.memory.resizing import resizes_seen_by
 from toolkit.memory.trace import Sink, Trace
 
 logger = logging.getLogger(__name__)
+COMPILED = ("adamw_torch_4bit", "adamw_torch_8bit")  # optimizers whose step torch.compile compiles
 
 
 class MemoryCallback(TrainerCallback):
@@ -83,8 +84,10 @@ class MemoryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.abort()  # of an earlier attempt, such as a batch size that did not fit
         self.ledger, self.problem, self.batches = None, None, []
-        if args.torch_compile:
-            self.problem = "memory cannot be measured under --torch_compile: PyTorch does not compile the operators of a traced step"
+        if compiled := self.compiled(args):
+            self.problem = (
+                f"memory cannot be measured under {compiled}: PyTorch does not compile the operators of a traced step"
+            )
             logger.warning("no measured ledger: %s", self.problem)
             return
         self._first_step = state.global_step
@@ -98,6 +101,11 @@ class MemoryCallback(TrainerCallback):
         self._trace = new_trace(self._meter, self._recording, *self.sinks)
         self.load(self._trace, model)
         self._trace.on_phase = self._on_phase
+
+    def compiled(self, args: Any) -> str:
+        """The flag by which a part of the step is compiled; empty without one."""
+        optim = str(getattr(args.optim, "value", args.optim))
+        return "--torch_compile" if args.torch_compile else f"--optim {optim}" if optim in COMPILED else ""
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any

@@ -31,7 +31,7 @@ from toolkit.files import atomic_write
 from toolkit.memory.cuda.cards import CARDS, Card, card_of_device
 from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger, LedgerError
-from toolkit.memory.measure import MemoryCallback
+from toolkit.memory.measure import COMPILED, MemoryCallback
 from toolkit.memory.report import print_comparison, print_ledger
 from toolkit.memory.shadow.simulated_rank import processes, swapped_bytes, world
 from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
@@ -149,6 +149,12 @@ def predict_run(
         notes += (
             "a paged optimizer's state is not in the peak: the driver keeps it in the card's free memory or on the host",
         )
+    if config.optimizer in COMPILED:
+        notes += (
+            "the optimizer's step is compiled: counted are both moments of one weight in float32, which not every version keeps",
+        )
+    if device is not CPU and config.optimizer.startswith("galore"):
+        notes += ("the workspace in which cuSOLVER finds GaLore's projections is not counted",)
     ledger = replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes())
     return replace(ledger, notes=notes, warnings=tuple(warnings), assumed=assumed)
 
@@ -351,6 +357,8 @@ def _refuse_unpredicted(config: Config, device: Device) -> None:
     needs_gpu = "--use_liger_kernel" if config.training.use_liger_kernel else needs_gpu
     if device is CPU and needs_gpu:
         raise UserError(f"{needs_gpu} needs a GPU; leave it out, or predict for a card: --gpu NAME")
+    if config.optimizer.startswith("galore_adafactor"):
+        raise UserError(f"memory of --optim {config.optimizer} is not predicted; that of galore_adamw is")
     if processes() == 1 and engine.kind is EngineKind.NONE:
         return
     if engine.kind not in SUPPORTED_ENGINES:

@@ -13,14 +13,16 @@ a library fails with a list of names. Importing this package imports no library.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from toolkit.seams import accelerate, bitsandbytes, cuda, deepspeed, other, peft, torch, trainer, transformers
 from toolkit.seams.seam import Seam, applies_to_installed, check, find
 
-__all__ = ["SEAMS", "Seam", "applies_to_installed", "check", "patched"]
+__all__ = ["SEAMS", "Seam", "applies_to_installed", "check", "imported", "patched"]
 
 TABLES = (torch, cuda, transformers, trainer, accelerate, deepspeed, peft, bitsandbytes, other)
 SEAMS: dict[str, Seam] = {seam.name: seam for table in TABLES for seam in table.TABLE}
@@ -54,3 +56,17 @@ def patched(name: str, replacement: Any, owner: Any = None) -> Iterator[None]:
             setattr(owner, attribute, before)
         else:  # it was inherited
             delattr(owner, attribute)
+
+
+@contextmanager
+def imported(name: str, stand_in: ModuleType) -> Iterator[None]:
+    """While open, importing the module `name` gives `stand_in`, whether or not it is installed."""
+    installed = sys.modules.get(name)
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if installed is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = installed

@@ -229,6 +229,17 @@ RULES = (
         checked_by="benchmarks/on_gpu/fact_jobs.py",
     ),
     Seam(
+        name="hidden buffers: singular values",
+        kind="constant",
+        where="memory.cuda.device",
+        target="torch.ops.aten: _linalg_svd",
+        signature=("A", "full_matrices"),
+        reason="BatchLinearAlgebraLib.cpp copies the matrix for cuSOLVER",
+        breaks="the steps in which GaLore finds its projection are predicted too small",
+        silent=True,
+        checked_by="tests/memory/test_low_rank_optimizers.py",
+    ),
+    Seam(
         name="hidden buffers: attention backward",
         kind="constant",
         where="memory.cuda.device",

@@ -73,6 +73,41 @@ MODELS = (
         breaks="--use_liger_kernel does nothing on T5, or ends with an AttributeError",
         silent=True,
     ),
+    *(
+        Seam(
+            name=f"is_{package}_available",
+            kind="patch",
+            where="memory.shadow.optimizers",
+            target=f"transformers.trainer_optimizer: is_{package}_available",
+            source=(("transformers.trainer_optimizer", imports),),
+            reason="optimizers of packages are predicted without them, by stand-ins of their names",
+            breaks="predictions with these optimizers end with transformers' error that the package is missing",
+        )
+        for package, imports in (
+            ("torchao", r"from torchao\.optim import AdamW4bit, AdamW8bit"),
+            ("galore_torch", r"from galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit"),
+            ("apollo_torch", r"from apollo_torch import APOLLOAdamW"),
+        )
+    ),
+    Seam(
+        name="importlib of the optimizers",
+        kind="patch",
+        where="memory.shadow.optimizers",
+        target="transformers.trainer_optimizer: importlib",
+        source=(("transformers.trainer_optimizer", r"importlib\.metadata\.version\(\"torchao\"\)"),),
+        reason="transformers asks for the version of torchao, which need not be installed",
+        breaks="predictions with torchao's optimizers end with an error",
+    ),
+    Seam(
+        name="optimizers by layer",
+        kind="private",
+        where="memory.census",
+        target="transformers.trainer_pt_utils: LayerWiseDummyOptimizer",
+        source=(("transformers.trainer_pt_utils", r"self\.optimizer_dict = optimizer_dict"),),
+        reason="an optimizer for each weight holds the state",
+        breaks="the state of layerwise optimizers is labelled as temporaries",
+        silent=True,
+    ),
     Seam(
         name="steps of a quantizer",
         kind="private",

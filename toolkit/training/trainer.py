@@ -231,7 +231,7 @@ class FineTuner(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names, with the method's own parameter groups if it has any."""
-        if self.optimizer is None:
+        if self.optimizer is None and not name_of(self.args).endswith("layerwise"):  # these add hooks when asked for
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = self.config.method.make_optimizer(self.model, self.args, kind, options)
         optimizer = super().create_optimizer(model)

@@ -89,12 +89,19 @@ def safe_softmax(args: tuple) -> list[int]:
     return [scores.numel(), scores.numel() // scores.shape[dim], scores.element_size()]
 
 
+def singular_values(args: tuple) -> list[int]:
+    """native/cuda/linalg/BatchLinearAlgebraLib.cpp, `svd_cusolver`: a copy of the matrix, which cuSOLVER overwrites. Its own workspace
+    is not counted: only cuSOLVER knows its size."""
+    return [_bytes(args[0])]
+
+
 HIDDEN: dict[str, Callable[[tuple], list[int]]] = {
     "aten::_safe_softmax": safe_softmax,
     "aten::_softmax_backward_data": softmax_backward,
     "aten::_scaled_dot_product_flash_attention_backward": flash_backward,
     "aten::_scaled_dot_product_efficient_attention_backward": efficient_backward,
     "aten::embedding_dense_backward": embedding_backward,
+    "aten::_linalg_svd": singular_values,
 }
 
 

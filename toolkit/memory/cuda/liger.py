@@ -19,7 +19,7 @@ from torch import nn
 
 from toolkit.errors import UserError
 from toolkit.memory.cuda.cards import Card
-from toolkit.seams import patched
+from toolkit.seams import imported, patched
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -173,20 +173,6 @@ def _rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
 
 
 @contextmanager
-def _module(name: str, stand_in: ModuleType) -> Iterator[None]:
-    """While open, importing `name` gives `stand_in`."""
-    installed = sys.modules.get(name)
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        if installed is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = installed
-
-
-@contextmanager
 def liger_kernel(card: Card) -> Iterator[None]:
     """While open, `--use_liger_kernel` replaces parts of a model by what Liger's would allocate on `card`, installed or not.
 
@@ -225,6 +211,6 @@ def liger_kernel(card: Card) -> Iterator[None]:
         package, functions = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
         functions.__dict__.update(LigerRMSNorm=LigerRMSNorm, _apply_liger_kernel_to_instance=apply_to)
         for name, module in (("liger_kernel", package), ("liger_kernel.transformers", functions)):
-            stack.enter_context(_module(name, module))
+            stack.enter_context(imported(name, module))
         stack.enter_context(patched("is_liger_kernel_available", lambda *_: True))
         yield

@@ -43,6 +43,7 @@ from toolkit.memory.shadow import simulated_rank
 from toolkit.memory.shadow.fake import make_fake
 from toolkit.memory.shadow.host_copies import activations_on_host
 from toolkit.memory.shadow.isolation import isolated
+from toolkit.memory.shadow.optimizers import optimizer_packages
 from toolkit.memory.trace import Overlay, Sink, Trace
 from toolkit.seams import patched
 
@@ -130,6 +131,9 @@ class ShadowCallback(MemoryCallback):
     def new_trace(self, model: nn.Module) -> tuple[Meter, Callable[..., Trace]]:
         return self.device.meter(), lambda *sinks: Trace(*sinks, overlay=self.device.overlay())
 
+    def compiled(self, args: Any) -> str:
+        return ""  # stand-ins are not compiled
+
     def load(self, trace: Trace, model: nn.Module) -> None:
         if simulated_rank.in_world():  # the engine has already partitioned the model
             census.label_model(trace, model)
@@ -189,6 +193,7 @@ def predict(
         if arguments.fp16 and not simulated_rank.in_deepspeed():
             stack.enter_context(_fp16_autocast())
         stack.enter_context(device.running())
+        stack.enter_context(optimizer_packages())
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
         keep_only(shadow, callback)
         device.prepare(shadow)
