@@ -343,7 +343,8 @@ def test_the_default_batch_gives_way_to_what_is_asked_for(argv, expected, config
         ("lora", ["--max_length", "512"], "at most 256"),
         ("lora", ["--bf16", "--fp16"], "exclude each other"),
         ("full", ["--load_in_4bit"], "quantized"),
-        ("lora", ["--torch_compile"], "torch_compile"),
+        ("lora", ["--torch_compile_mode", "max-autotune"], "it records CUDA graphs"),
+        ("lora", ["--torch_compile", "--launch", "ddp"], "--torch_compile under DDP"),
         ("lora", ["--num_processes", "2"], "no effect without --launch"),
         ("lora", ["--launch", "zero33"], "did you mean zero3"),
         ("lora", ["--launch", "zero3_nvme", "--optim", "sgd"], "--optim sgd"),
@@ -362,6 +363,16 @@ def test_mistakes_are_one_line_and_exit_code_2(method, more, says, config_only, 
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert says in lines[0]
+
+
+@pytest.mark.parametrize("more", [[], ["--gpu", "RTX 4090"]])
+def test_a_compiled_run_is_predicted_as_an_upper_bound(more, config_only, capfd):
+    _, out, _ = run(capfd, "predict", "lora", *flags(config_only, *more, "--json"))
+    _, compiled, _ = run(capfd, "predict", "lora", *flags(config_only, *more, "--torch_compile", "--json"))
+    plain, bound = json.loads(out), json.loads(compiled)
+    assert bound["phases"] == plain["phases"] and bound["first_step"] == plain["first_step"]
+    assert any("without --torch_compile, an upper bound" in note for note in bound["notes"])
+    assert bound["notes"][: len(plain["notes"])] == plain["notes"]
 
 
 def test_report_puts_ledgers_side_by_side(config_only, tmp_path, capfd):

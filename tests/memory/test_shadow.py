@@ -162,9 +162,19 @@ def test_a_prediction_changes_nothing_in_the_process(tmp_path):
     assert arguments.max_steps == steps
 
 
-def test_an_unsupported_option_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match="torch_compile"):
-        predict(lambda: None, lambda *_: None, training_arguments(tmp_path, torch_compile=True))
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"torch_compile_mode": "reduce-overhead"}, "--torch_compile_mode reduce-overhead .* it records CUDA graphs"),
+        ({"torch_compile_mode": "max-autotune"}, "give default or max-autotune-no-cudagraphs"),
+        ({"torch_compile_backend": "cudagraphs"}, "--torch_compile_backend cudagraphs cannot be predicted"),
+    ],
+)
+def test_an_unsupported_option_is_refused_by_name(options, says, tmp_path, monkeypatch):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "no")  # TrainingArguments sets them: restored at the end
+    with pytest.raises(UserError, match=says):
+        predict(lambda: None, lambda *_: None, training_arguments(tmp_path, torch_compile=True, **options))
 
 
 def test_a_model_that_branches_on_values_is_refused(tmp_path):

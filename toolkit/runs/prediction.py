@@ -52,6 +52,10 @@ from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
 
 Batch = dict[str, torch.Tensor]
+UNCOMPILED = (
+    "the figures are those without --torch_compile, an upper bound: fused operators need fewer temporaries, and compiled graphs keep "
+    "fewer activations; not counted: matrices that Inductor pads, and what compiling itself takes for a while"
+)
 SUPPORTED_ENGINES = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, EngineKind.ZERO_3, EngineKind.FSDP2)
 MOST_TOKENS = 20_000_000  # in a batch: its ids, mask and labels are held on this machine, 24 bytes a token
 MOST_PASSES = 32  # of a step are traced: each takes 1 to 3 seconds for a model of 1 to 8 B
@@ -149,6 +153,8 @@ def predict_run(
         notes += (
             "a paged optimizer's state is not in the peak: the driver keeps it in the card's free memory or on the host",
         )
+    if training.torch_compile:
+        notes += (UNCOMPILED,)
     if config.optimizer in COMPILED:
         notes += (
             "the optimizer's step is compiled: counted are both moments of one weight in float32, which not every version keeps",
@@ -365,6 +371,8 @@ def _refuse_unpredicted(config: Config, device: Device) -> None:
         raise UserError(f"memory under {engine.kind} is not predicted; DDP, ZeRO-1 to ZeRO-3 and FSDP2 are")
     if engine.offloads and engine.kind is EngineKind.FSDP2:
         raise UserError(f"memory under {engine} is not predicted yet; --launch zero3_offload is")
+    if config.training.torch_compile:
+        raise UserError(f"memory of --torch_compile under {engine} is not predicted; leave it out for an upper bound")
     optim = config.optimizer
     if engine.offloads and not optim.startswith("adamw_torch"):
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is only predicted for adamw_torch_fused")

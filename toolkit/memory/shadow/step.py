@@ -47,6 +47,8 @@ from toolkit.memory.shadow.optimizers import optimizer_packages
 from toolkit.memory.trace import Overlay, Sink, Trace
 from toolkit.seams import patched
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
+BACKENDS = ("inductor", "aot_eager", "eager")  # that compile no more than the operators of a step, and keep no memory
 STEPS = 2  # the first, in which optimizer state appears, and the steady one
 
 
@@ -242,6 +244,9 @@ def shadow_arguments(arguments: TrainingArguments, folder: str) -> TrainingArgum
         "_n_gpu": 0,
         "_setup_devices": torch.device("cpu"),
         "mixed_precision": _mixed_precision(arguments),
+        "torch_compile": False,
+        "torch_compile_backend": "no",
+        "torch_compile_mode": None,
     }
     if not simulated_rank.in_world():
         changes["deepspeed_plugin"] = None
@@ -259,9 +264,15 @@ def _mixed_precision(arguments: TrainingArguments) -> str:
 
 def refuse_unsupported(arguments: TrainingArguments) -> None:
     """Raises UserError for options whose effect on memory the shadow step cannot predict."""
-    if arguments.torch_compile:
+    if arguments.torch_compile and arguments.torch_compile_mode in CUDA_GRAPHS:
         raise UserError(
-            "memory under --torch_compile cannot be predicted: compilation fuses kernels; leave the flag out"
+            f"memory under --torch_compile_mode {arguments.torch_compile_mode} cannot be predicted: it records CUDA graphs, which hold "
+            "memory pools of their own; give default or max-autotune-no-cudagraphs"
+        )
+    if arguments.torch_compile and arguments.torch_compile_backend not in BACKENDS:
+        raise UserError(
+            f"memory under --torch_compile_backend {arguments.torch_compile_backend} cannot be predicted; that under "
+            f"{', '.join(BACKENDS)} can"
         )
     if arguments.auto_find_batch_size:
         raise UserError(
