@@ -1,4 +1,4 @@
-"""Predicts what single flags cost or save: each row is a run and the same run with one flag more, on one card.
+"""Predicts what single flags cost or save: each row is a run and the same run with a flag more, on one card.
 
     python benchmarks/costs.py               # some minutes
     python benchmarks/costs.py --show        # the committed results
@@ -23,7 +23,17 @@ LORA = f"lora --model_name_or_path {LLAMA} --bf16 --max_length 2048 --per_device
 QLORA = f"qlora --model_name_or_path {LLAMA} --bf16 --max_length 8192 --per_device_train_batch_size 1 {ALL_LINEAR} --lora_dropout 0"
 CASTS = f"qlora --model_name_or_path {MISTRAL} --bf16 --max_length 4096 --lora_dropout 0 --per_device_train_batch_size"
 FULL = f"full --model_name_or_path {LLAMA} --bf16 --dtype bfloat16 --max_length 2048 --per_device_train_batch_size 1 --activation_checkpointing"
+SMALL = "--model_name_or_path meta-llama/Llama-3.2-1B --bf16"
+LORA_1B = f"lora {SMALL} --max_length 4096 --per_device_train_batch_size 4"
+FULL_1B = f"full {SMALL} --dtype bfloat16 --max_length 1024 --per_device_train_batch_size 1"
+LOW_RANK = "--optim_args rank=128 --optim_target_modules all-linear"
 ROWS = [  # what changes, the run without it, and with it
+    ("FlashAttention 2", LORA_1B, "--attn_implementation flash_attention_2"),
+    ("Liger's kernels", LORA_1B, "--use_liger_kernel"),
+    ("torchao's AdamW, 8 bits", FULL_1B, "--optim adamw_torch_8bit"),
+    ("torchao's AdamW, 4 bits", FULL_1B, "--optim adamw_torch_4bit"),
+    ("GaLore", FULL_1B, f"--optim galore_adamw {LOW_RANK}"),
+    ("APOLLO", FULL_1B, f"--optim apollo_adamw {LOW_RANK}"),
     ("dropout before A, LoRA", LORA, "--lora_dropout 0.05"),
     ("dropout before A, QLoRA", QLORA, "--lora_dropout 0.05"),
     ("PEFT's casts to fp32, 4 rows", f"{CASTS} 4", UPCAST),
@@ -44,10 +54,9 @@ def row(what: str, run: str, more: str) -> dict[str, Any]:
     from toolkit.runs.api import predict
 
     method, *flags = f"{run} --gradient_accumulation_steps 1".split()
-    changed = more.split()
+    changed = {name: value or True for name, _, value in (pair.partition(" ") for pair in more.split("--")[1:])}
     without = predict(method, *flags, gpu=CARD)
-    name = changed[0].removeprefix("--")
-    with_it = predict(method, *flags, gpu=CARD, **{name: changed[1] if len(changed) > 1 else True})
+    with_it = predict(method, *flags, gpu=CARD, **{name: str(value).strip() for name, value in changed.items()})
     return {
         "what": what,
         "run": run,

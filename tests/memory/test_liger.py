@@ -260,3 +260,11 @@ def test_a_run_on_a_model_without_kernels_is_refused(monkeypatch):
     check_liger("t5")
     with pytest.raises(UserError, match="--use_liger_kernel has no effect on gpt2"):
         check_liger("gpt2")
+
+
+def test_a_classification_head_keeps_its_own_loss(folder_of, tmp_path):
+    """Liger's loss is that of a language model, and would take the place of the head's forward pass."""
+    data = tmp_path / "train.csv"
+    data.write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(20)))
+    flags = ("--task", "sequence_classification", "--dataset_name", str(data), "--use_liger_kernel")
+    assert predicted(folder_of("llama"), *flags).phases
