@@ -199,7 +199,7 @@ AUTOGRAD = (
 
 MODULES = (
     Seam(
-        name="Optimizer.step",
+        name="step of a part of the weights",
         kind="patch",
         where="training.optimizer_steps",
         target="torch.optim: AdamW.step",
