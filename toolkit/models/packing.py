@@ -7,6 +7,7 @@ rows where they are, and computes no score between two of them (packing and its 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
 from typing import Any
@@ -63,16 +64,12 @@ def keep_rows_apart(model: nn.Module) -> None:
         model.set_attn_implementation(ROW_BY_ROW)
 
 
+@dataclass(frozen=True)
 class Rows:
-    """The rows of a packed batch: models pass it on to their attention, in the place of a mask.
+    """The rows of a packed batch: models pass it on to their attention, in the place of a mask."""
 
-    Args:
-        lengths: the tokens of each row.
-        masks: the mask of each row, (1, 1, length, length), or None where it is causal and nothing else.
-    """
-
-    def __init__(self, lengths: list[int], masks: list[torch.Tensor | None]) -> None:
-        self.lengths, self.masks = lengths, masks
+    lengths: list[int]  # tokens of each row
+    masks: list[torch.Tensor | None]  # of each row, (1, 1, length, length); None where it is causal and nothing else
 
 
 def _rows_or_mask(

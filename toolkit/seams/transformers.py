@@ -169,6 +169,25 @@ MODELS = (
         checked_by="tests/test_packing.py",
     ),
     Seam(
+        name="position bias of T5",
+        kind="private",
+        where="models.position_bias",
+        target=(
+            "transformers: PreTrainedConfig._attn_implementation",
+            "transformers.integrations.sdpa_attention: create_position_bias_mask",
+        ),
+        source=(
+            ("transformers.models.t5.modeling_t5", r"self\.has_relative_attention_bias = "),
+            ("transformers.models.t5.modeling_t5", r"self\.gradient_checkpointing = "),
+            ("transformers.models.t5.modeling_t5", r"position_bias=position_bias"),
+            ("transformers.integrations.sdpa_attention", r"if position_bias is not None:"),
+        ),
+        reason="bias and mask are added once, for all layers that share both",
+        breaks="each layer adds and keeps its own sum; or recomputed layers end with an error",
+        silent=True,
+        checked_by="tests/test_position_bias.py",
+    ),
+    Seam(
         name="all_tied_weights_keys",
         kind="private",
         where="training.trainer",

@@ -41,6 +41,7 @@ from toolkit.models.liger import use_liger_norms
 from toolkit.models.loading import T5_FAMILY
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.packing import keep_rows_apart
+from toolkit.models.position_bias import share_position_bias
 from toolkit.models.soft_prompts import base_model, has_virtual_tokens
 from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.callbacks import EarlyStopping, MetricsFile, Preemption, ResumedChoice
@@ -120,6 +121,7 @@ class FineTuner(Trainer):
             repeated.append(base.get_output_embeddings())
         if args.mlp_tile_tokens:
             repeated += tile_feed_forwards(model, args.mlp_tile_tokens)
+        share_position_bias(model)
         if args.packing:
             keep_rows_apart(model)
             args.include_num_input_tokens_seen = "all"  # none is padding, even one that the tokenizer also pads with
