@@ -121,7 +121,7 @@ def events(kind, apply):
         use_liger_norms(model)
     else:
         apply(model.train(), **OWN_LOSS)
-    trace = Trace(log)
+    trace = Trace(log, overlay=CPU.overlay())
     for parameter in model.parameters():
         trace.adopt(parameter, "parameters_trainable")
     ids = torch.ones((2, 16), dtype=torch.long)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType, ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -92,7 +92,9 @@ class Replaced:
 
     norms: str = "norm input_layernorm post_attention_layernorm"  # that write gradients in place
     copying_norms: str = ""  # that do not
-    packed: bool = False  # whether feed-forward layers compute gate and up as one product
+    feed_forward: Literal["separate", "packed", ""] = (
+        "separate"  # packed: gate and up are one product; "": it is not replaced
+    )
     rotates: bool = True  # whether rotary embeddings are replaced
 
 
@@ -104,7 +106,8 @@ MODELS = {
     "gemma": Replaced(),
     "gemma2": Replaced("", _GEMMA),
     "gemma3_text": Replaced("", f"{_GEMMA} q_norm k_norm"),
-    "glm4": Replaced("", f"{_GLM} post_mlp_layernorm", packed=True, rotates=False),
+    "glm4": Replaced("", f"{_GLM} post_mlp_layernorm", feed_forward="packed", rotates=False),
+    "gpt_oss": Replaced(feed_forward=""),
     "granite": Replaced(),
     "hunyuan_v1_dense": Replaced(),
     "llama": Replaced(),
@@ -112,7 +115,7 @@ MODELS = {
     "mistral": Replaced(),
     "olmo2": _OLMO,
     "olmo3": _OLMO,
-    "phi3": Replaced(packed=True),
+    "phi3": Replaced(feed_forward="packed"),
     "qwen2": Replaced(),
     "qwen3": Replaced("norm input_layernorm post_attention_layernorm q_norm k_norm"),
     "smollm3": Replaced(),
@@ -128,7 +131,6 @@ NOT_PREDICTED = [
     "gemma4_text",
     "glm4v",
     "glm4v_moe",
-    "gpt_oss",
     "hunyuan_v1_moe",
     "internvl",
     "llama4",
@@ -203,8 +205,9 @@ def liger_kernel(card: Card) -> Iterator[None]:
                 if last in f"{replaced.norms} {replaced.copying_norms}".split():
                     module.in_place = last in replaced.norms.split()
                     module.forward = MethodType(LigerRMSNorm.forward, module)
-                elif last == "mlp":
-                    module.forward = MethodType(_packed_feed_forward if replaced.packed else _feed_forward, module)
+                elif last == "mlp" and replaced.feed_forward:
+                    forward = _packed_feed_forward if replaced.feed_forward == "packed" else _feed_forward
+                    module.forward = MethodType(forward, module)
             if replaced.rotates:
                 stack.enter_context(patched("apply_rotary_pos_emb", _rotate, sys.modules[type(model).__module__]))
 
