@@ -1,6 +1,7 @@
 """`footprint predict` and `footprint report`: one JSON object, an exit code, and one-line errors."""
 
 import json
+import os
 import re
 import resource
 import sys
@@ -373,6 +374,9 @@ def test_a_compiled_run_is_predicted_as_an_upper_bound(more, config_only, capfd)
     assert bound["phases"] == plain["phases"] and bound["first_step"] == plain["first_step"]
     assert any("without --torch_compile, an upper bound" in note for note in bound["notes"])
     assert bound["notes"][: len(plain["notes"])] == plain["notes"]
+    assert (
+        "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+    )  # with which accelerate would compile later runs of this process
 
 
 def test_report_puts_ledgers_side_by_side(config_only, tmp_path, capfd):

@@ -121,44 +121,13 @@ MODELS = {
     "smollm3": Replaced(),
 }
 # Other types for which liger-kernel has kernels: mixtures of experts, models that read images, linear attention.
-NOT_PREDICTED = [
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v4",
-    "falcon_h1",
-    "gemma3",
-    "gemma4",
-    "gemma4_text",
-    "glm4v",
-    "glm4v_moe",
-    "hunyuan_v1_moe",
-    "internvl",
-    "llama4",
-    "llama4_text",
-    "llava",
-    "mixtral",
-    "mllama",
-    "mllama_text_model",
-    "muse_glimmer",
-    "nemotron",
-    "paligemma",
-    "pixtral",
-    "qwen2_5_vl",
-    "qwen2_5_vl_text",
-    "qwen2_vl",
-    "qwen2_vl_text",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_5_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_vl_moe_text",
-    "qwen3_vl_text",
-    "smolvlm",
-]
+_OTHERS = (
+    "deepseek_v2 deepseek_v3 deepseek_v4 falcon_h1 gemma3 gemma4 gemma4_text glm4v glm4v_moe hunyuan_v1_moe "
+    "internvl llama4 llama4_text llava mixtral mllama mllama_text_model muse_glimmer nemotron paligemma pixtral "
+    "qwen2_5_vl qwen2_5_vl_text qwen2_vl qwen2_vl_text qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe "
+    "qwen3_next qwen3_vl qwen3_vl_moe qwen3_vl_moe_text qwen3_vl_text smolvlm"
+)
+NOT_PREDICTED = _OTHERS.split()
 
 
 def _feed_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
