@@ -346,6 +346,16 @@ def test_the_default_batch_gives_way_to_what_is_asked_for(argv, expected, config
         ("full", ["--load_in_4bit"], "quantized"),
         ("lora", ["--torch_compile_mode", "max-autotune"], "it records CUDA graphs"),
         ("lora", ["--torch_compile", "--launch", "ddp"], "--torch_compile under DDP"),
+        (
+            "full",
+            ["--launch", "zero2", "--optim", "galore_adamw", "--optim_target_modules", "all-linear"],
+            "--optim galore_adamw under ZeRO-2: DeepSpeed gives the optimizer flat shards",
+        ),
+        (
+            "full",
+            ["--launch", "ddp", "--optim", "apollo_adamw_layerwise", "--optim_target_modules", "all-linear"],
+            "use apollo_adamw",
+        ),
         ("lora", ["--num_processes", "2"], "no effect without --launch"),
         ("lora", ["--launch", "zero33"], "did you mean zero3"),
         ("lora", ["--launch", "zero3_nvme", "--optim", "sgd"], "--optim sgd"),

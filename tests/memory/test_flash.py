@@ -96,9 +96,9 @@ def test_flash_attention_3_keeps_and_takes_what_its_source_says(card, size, quer
 
 
 def test_the_largest_tiles_of_flash_attention_3_need_neither_a_mask_nor_a_window():
-    assert Kernel(HOPPER, 3, False, False, 0.0, False)._tiles_3(128) == (80, 128)
-    assert Kernel(HOPPER, 3, False, True, 0.0, False)._tiles_3(128) == (64, 128)
-    assert Kernel(HOPPER, 3, True, False, 30.0, False)._tiles_3(64) == (96, 128)
+    assert Kernel(HOPPER, 3, False, False, 0.0, False, 1)._tiles_3(128) == (80, 128)
+    assert Kernel(HOPPER, 3, False, True, 0.0, False, 1)._tiles_3(128) == (64, 128)
+    assert Kernel(HOPPER, 3, True, False, 30.0, False, 1)._tiles_3(64) == (96, 128)
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -359,10 +359,12 @@ def _as_words(changes: Mapping[str, Any]) -> str:
 def _refuse_unpredicted(config: Config, device: Device) -> None:
     """Raises UserError for engines and options whose memory the shadow step cannot predict."""
     engine, attention = config.engine, config.model.attn_implementation
-    needs_gpu = f"--attn_implementation {attention}" if attention in FLASH_ATTENTION else ""
-    needs_gpu = "--use_liger_kernel" if config.training.use_liger_kernel else needs_gpu
-    if device is CPU and needs_gpu:
-        raise UserError(f"{needs_gpu} needs a GPU; leave it out, or predict for a card: --gpu NAME")
+    of_gpus = {
+        f"--attn_implementation {attention}": attention in FLASH_ATTENTION,
+        "--use_liger_kernel": config.training.use_liger_kernel,
+    }
+    for flag in (flag for flag, given in of_gpus.items() if given and device is CPU):
+        raise UserError(f"{flag} needs a GPU; leave it out, or predict for a card: --gpu NAME")
     if config.optimizer.startswith("galore_adafactor"):
         raise UserError(f"memory of --optim {config.optimizer} is not predicted; that of galore_adamw is")
     if processes() == 1 and engine.kind is EngineKind.NONE:

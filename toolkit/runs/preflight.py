@@ -389,6 +389,16 @@ def check_combination(config: Config) -> None:
             f"--optim {optim} under FSDP2: bitsandbytes' optimizers and Adafactor do not update shards (DTensors); use "
             "adamw_torch_fused, or launch/zero2.yaml"
         )
+    if engine.kind.is_zero and optim.startswith(("galore", "apollo")):
+        raise UserError(
+            f"--optim {optim} under {engine.kind}: DeepSpeed gives the optimizer flat shards of weights, which have no matrix to project; "
+            "use launch/ddp.yaml, or another optimizer"
+        )
+    if engine.processes > 1 and optim.endswith("layerwise"):
+        raise UserError(
+            f"--optim {optim} on {engine.processes} processes: transformers updates each weight before its gradient is summed over "
+            f"them; use {optim.removesuffix('_layerwise')}"
+        )
     if engine.kind.is_zero and optim == "adagrad":
         raise UserError(
             f"--optim adagrad under {engine.kind}: DeepSpeed 0.19 rebuilds it with one parameter group, and fails because "

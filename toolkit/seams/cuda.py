@@ -76,7 +76,7 @@ FUNCTIONS = (
         target="transformers.modeling_flash_attention_utils: lazy_import_flash_attention",
         signature=("implementation", "attention_wrapper", "allow_all_kernels"),
         source=(
-            ("transformers.modeling_flash_attention_utils", r"= lazy_import_flash_attention\(attn_implementation\)"),
+            ("transformers.modeling_flash_attention_utils", r"lazy_import_flash_attention\(\s*attn_implementation"),
         ),
         reason="the functions of FlashAttention compute only on a GPU; stand-ins allocate what they do",
         breaks="predictions with FlashAttention end with an error",

@@ -54,7 +54,6 @@ MODELS = (
                 r'"flash_attention_2": .*\n?.*"kernels-community/flash-attn2"',
             ),
             ("transformers.modeling_flash_attention_utils", r'"kernels-community/vllm-flash-attn3"'),
-            ("transformers.modeling_flash_attention_utils", r'"kernels-community/flash-attn3"'),
         ),
         library="transformers",
         reason="which version of FlashAttention a name runs",

@@ -45,6 +45,7 @@ class Kernel:
     is_local: bool  # attends within a window
     softcap: float
     deterministic: bool
+    longest: int  # queries of a row
     rows: int | None = None  # that are laid end to end in one dimension; None: rows of one length, in two
 
     def check(self, q: torch.Tensor) -> None:
@@ -91,28 +92,25 @@ class Kernel:
         rounded = next(one for one in (64, 96, 128, 192, 256) if size <= one)
         of_queries, of_keys = self._tiles_3(rounded)
         if self.rows is None:
-            rows, longest = q.shape[0], q.shape[1]
-            queries, keys = rows * _round_up(longest, of_queries), rows * _round_up(k.shape[1], of_keys)
+            rows = q.shape[0]
+            queries, keys = rows * _round_up(q.shape[1], of_queries), rows * _round_up(k.shape[1], of_keys)
         else:
-            rows, longest = self.rows, q.shape[0]
+            rows = self.rows
             queries = _round_up(q.shape[0] + rows * of_queries, of_queries)
             keys = _round_up(k.shape[0] + rows * of_keys, of_keys)
         hidden = [_FLOAT * heads * queries, _FLOAT * heads * queries, _FLOAT * heads * queries * rounded]
         if k.shape[-2] != heads:
             hidden += 2 * [_FLOAT * k.shape[-2] * keys * rounded]
-        return [*hidden, _FLOAT * -(-longest // of_queries) * rows * heads]
+        return [*hidden, _FLOAT * -(-self.longest // of_queries) * rows * heads]
 
     def _tiles_3(self, size: int) -> tuple[int, int]:
         """The queries and keys of a tile, by the rounded head size."""
         if self.card.capability >= (9, 0):
-            few = self.causal or self.is_local or self.softcap > 0
-            queries = (
-                (96 if self.causal and self.softcap > 0 else 128)
-                if size <= 64
-                else 80
-                if size == 128 and not few
-                else 64
-            )
+            queries = 64
+            if size <= 64:
+                queries = 96 if self.causal and self.softcap > 0 else 128
+            elif size == 128 and not (self.causal or self.is_local or self.softcap > 0):
+                queries = 80
             return queries, 128 if size <= 128 else 96 if size <= 192 else 80
         if self.card.capability in ((8, 6), (8, 9)):
             return 64 if size <= 192 else 32, 128 if size <= 96 else 96 if size <= 128 else 64
@@ -164,10 +162,11 @@ def _functions(card: Card, version: int) -> tuple[Callable[..., torch.Tensor], C
         window: tuple[int, int],
         softcap: float,
         deterministic: bool,
+        longest: Any,
         *lengths: torch.Tensor,
     ) -> torch.Tensor:
         rows = len(lengths[0]) - 1 if lengths else None
-        kernel = Kernel(card, version, causal, max(window) >= 0, softcap, deterministic, rows)
+        kernel = Kernel(card, version, causal, max(window) >= 0, softcap, deterministic, int(longest), rows)
         kernel.check(q)
         return _FlashAttention.apply(q, k, v, kernel, *lengths)
 
@@ -182,7 +181,7 @@ def _functions(card: Card, version: int) -> tuple[Callable[..., torch.Tensor], C
         softcap: float = 0.0,
         deterministic: bool = False,
     ) -> torch.Tensor:
-        return run(q, k, v, causal, window_size, softcap, deterministic)
+        return run(q, k, v, causal, window_size, softcap, deterministic, q.shape[1])
 
     def flash_attn_varlen_func(
         q: torch.Tensor,
@@ -199,7 +198,7 @@ def _functions(card: Card, version: int) -> tuple[Callable[..., torch.Tensor], C
         softcap: float = 0.0,
         deterministic: bool = False,
     ) -> torch.Tensor:
-        return run(q, k, v, causal, window_size, softcap, deterministic, cu_seqlens_q, cu_seqlens_k)
+        return run(q, k, v, causal, window_size, softcap, deterministic, max_seqlen_q, cu_seqlens_q, cu_seqlens_k)
 
     return flash_attn_func, flash_attn_varlen_func
 
@@ -217,7 +216,7 @@ def flash_attention(card: Card) -> Iterator[None]:
             one, of_lengths = _functions(card, int(implementation[-1]))
             functions = (one, of_lengths, None, flash_utils._pad_input, flash_utils._unpad_input)
             options = flash_utils._lazy_define_process_function(of_lengths)
-            # from transformers 5.20 on the functions of paged caches have options of their own
+            # in newer versions of transformers the functions of paged caches have options of their own
             both = hasattr(flash_utils, "_process_with_kvcache_kwargs_fn")
             loaded[implementation] = functions, ((options, None) if both else options)
         return loaded[implementation]

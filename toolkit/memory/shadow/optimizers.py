@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -278,7 +279,7 @@ def optimizer_packages() -> Iterator[None]:
             stand_in = ModuleType(name)
             vars(stand_in).update(content)
             stack.enter_context(imported(name, stand_in))
-        metadata = SimpleNamespace(version=VERSIONS.__getitem__)
+        metadata = SimpleNamespace(version=lambda name: VERSIONS.get(name) or version(name))
         stack.enter_context(patched("importlib of the optimizers", SimpleNamespace(metadata=metadata)))
         for name in ("is_torchao_available", "is_galore_torch_available", "is_apollo_torch_available"):
             stack.enter_context(patched(name, lambda: True))
