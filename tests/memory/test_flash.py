@@ -17,6 +17,7 @@ from toolkit.memory.shadow.step import CPU
 from toolkit.memory.trace import Trace
 from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
+from toolkit.methods.prefix_tuning import PrefixTuning
 from toolkit.runs.prediction import predict_run
 from toolkit.runs.preflight import prepare
 
@@ -231,3 +232,7 @@ def test_a_run_without_the_package_is_refused_before_a_model_is_loaded(name, say
     monkeypatch.setattr("toolkit.runs.preflight.load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=says):
         prepare(parse_config(Lora, ["--model_name_or_path", folder, "--attn_implementation", name]))
+
+
+def test_prefix_tuning_finds_the_shape_of_its_keys_without_the_package(folder):
+    assert predicted(folder, A100, "--attn_implementation", "flash_attention_2", method=PrefixTuning).phases

@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 from test_cuda import Log
-from tiny_models import save_with_tokenizer, tiny_config
+from tiny_models import save_with_tokenizer, tiny_config, tiny_model
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 from transformers.models.llama import modeling_llama
@@ -24,6 +25,7 @@ from toolkit.memory.shadow.step import CPU
 from toolkit.memory.trace import Trace
 from toolkit.methods.full import Full
 from toolkit.methods.lora import Lora
+from toolkit.methods.peft_method import AnyPeft
 from toolkit.models.liger import check_liger, use_liger_norms
 from toolkit.models.meta import model_on_meta
 from toolkit.runs.prediction import predict_run
@@ -268,3 +270,29 @@ def test_a_classification_head_keeps_its_own_loss(folder_of, tmp_path):
     data.write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(20)))
     flags = ("--task", "sequence_classification", "--dataset_name", str(data), "--use_liger_kernel")
     assert predicted(folder_of("llama"), *flags).phases
+
+
+def test_an_adapter_around_a_norm_is_refused(folder_of):
+    with pytest.raises(UserError, match=r"--use_liger_kernel replaces .*layernorm, which has an adapter"):
+        predicted(folder_of("llama"), "--peft_type", "LN_TUNING", "--use_liger_kernel", method=AnyPeft)
+
+
+def test_t5_computes_the_same_with_the_norm_that_liger_puts_in_place(monkeypatch):
+    """The stand-in computes as LigerRMSNorm in its casting mode "llama", from the attributes that Liger's forward reads."""
+
+    class LigerRMSNorm(nn.Module):
+        def forward(self, x):
+            assert (self.offset, self.casting_mode, self.in_place, self.row_mode) == (0.0, "llama", True, None)
+            rstd = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            return (x.float() * rstd).to(x.dtype) * self.weight
+
+    package = ModuleType("liger_kernel.transformers")
+    package.LigerRMSNorm = LigerRMSNorm
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    model, ids = tiny_model("t5").eval(), torch.arange(3, 35).view(2, 16)
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    plain = model(input_ids=ids, decoder_input_ids=ids).logits
+    use_liger_norms(model)
+    assert torch.equal(model(input_ids=ids, decoder_input_ids=ids).logits, plain)

@@ -108,8 +108,8 @@ def _cache_of(model: PreTrainedModel, words: torch.Tensor) -> Any:
 def _cached(model: PreTrainedModel) -> dict[str, int]:
     """PEFT's fields for the keys that `model` caches; none if it only computes on real weights, where PEFT reads its config."""
     what = f"prefix_tuning does not fit this {model.config.model_type} model"
-    # grouped products of experts want bf16
-    empty = model_on_meta(auto_class(model.config), copy.deepcopy(model.config), torch.bfloat16)
+    # grouped products of experts want bf16; FlashAttention wants a GPU
+    empty = model_on_meta(auto_class(model.config), copy.deepcopy(model.config), torch.bfloat16, "eager")
     try:
         layers = _cache_of(empty, torch.zeros(1, 1, dtype=torch.long, device="meta")).layers
     except IndexError:  # of the model's own cache, in which layers without attention keep a state

@@ -1,9 +1,10 @@
-"""Liger's kernels (Hsu et al. 2024, arXiv:2410.10989) for T5-like models, and which models have any."""
+"""Liger's kernels (Hsu et al. 2024, arXiv:2410.10989): its norm for T5-like models, and which models it cannot serve."""
 
 from __future__ import annotations
 
 from types import MethodType
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from toolkit.errors import UserError
@@ -16,6 +17,15 @@ def check_liger(model_type: str) -> None:
 
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN and model_type not in T5_FAMILY:
         raise UserError(f"--use_liger_kernel has no effect on {model_type}: Liger has no kernels for it; leave it out")
+
+
+def check_norms(model: nn.Module) -> None:
+    """Raises UserError for an adapter around a norm: Liger would run the norm's own weight, and leave the adapter out."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and type(module.get_base_layer()).__name__.endswith("Norm"):
+            raise UserError(
+                f"--use_liger_kernel replaces {name}, which has an adapter; leave it out, or adapt other modules"
+            )
 
 
 def use_liger_norms(model: nn.Module) -> None:

@@ -37,7 +37,7 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.models.chunked_loss import chunks_of
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.heads import has_head
-from toolkit.models.liger import use_liger_norms
+from toolkit.models.liger import check_norms, use_liger_norms
 from toolkit.models.loading import T5_FAMILY
 from toolkit.models.losses import label_tokens, mean_loss, row_losses
 from toolkit.models.packing import keep_rows_apart
@@ -113,6 +113,8 @@ class FineTuner(Trainer):
         if args.loss_chunk_tokens or has_head(base.config):
             # Liger's own loss would replace the forward pass that computes it, or that of a head, for which it has none
             args.liger_kernel_config = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        if args.use_liger_kernel:
+            check_norms(base)
         if args.use_liger_kernel and base.config.model_type in T5_FAMILY:
             use_liger_norms(base)
             args.use_liger_kernel = False  # Trainer would ask Liger, which has no kernels for T5
