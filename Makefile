@@ -5,7 +5,8 @@
 # make stacks  the fast tests and one recipe on the oldest and on the newest versions that pyproject.toml admits, each in an
 #              environment of its own; UV_TORCH_BACKEND=cpu make stacks takes PyTorch's small CPU build
 # make gpu     measures on this machine's GPU for MINUTES (9) whatever is claimed about GPUs; with PYTHON=python3, without .venv
-# make bench   repeats the benchmarks of levers: how far each card reaches (an hour), and their cost (minutes, on an idle machine)
+# make bench   repeats the benchmarks of levers: how far each card reaches (an hour), and their cost (minutes, on an idle machine);
+#              with THROUGHPUT="--data D --llama L --t5_tokenizer T --peers P" also tokens a second beside other trainers
 # make setup   only the environment, in .venv
 # make extensions   what DeepSpeed compiles for offloading, now rather than in the first run that needs it (minutes)
 .PHONY: setup extensions demo test quick matrix stacks check results bench gpu
@@ -46,6 +47,7 @@ bench: setup
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/streamed.py
 	$(BIN)/python benchmarks/reach.py
+	$(if $(THROUGHPUT),$(BIN)/python benchmarks/throughput.py $(THROUGHPUT))
 	$(BIN)/python benchmarks/readme.py
 results: setup
 	$(BIN)/python benchmarks/embedded.py

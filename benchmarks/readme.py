@@ -524,6 +524,32 @@ def overhead() -> str:
     return "\n".join(lines)
 
 
+def throughput() -> str:
+    """Real tokens a second and peak memory: ours beside what people use instead."""
+    result = json.loads((RESULTS / "throughput.json").read_text(encoding="utf-8"))
+    ours = {row["case"]: row["tokens_per_second"] for row in result["rows"] if row["way"] == "ours"}
+    lines = [
+        "| model, rows | way | real tokens a second (slowest and fastest repetition) | ours is as fast | peak |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        low, high = min(row["of_each_repetition"]), max(row["of_each_repetition"])
+        times = f"{ours[row['case']] / row['tokens_per_second']:.2f} x" if row["way"] != "ours" else ""
+        lines.append(
+            f"| {row['case']} | {row['way']} | {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) | {times} "
+            f"| {row['peak_bytes'] / 2**20:,.0f} MiB |"
+        )
+    waits = [row["waiting_for_data_percent"] for row in result["rows"] if row["way"].startswith("ours")]
+    repetitions, steps = len(result["rows"][0]["of_each_repetition"]), [row["steps"] for row in result["rows"]]
+    lines += [
+        "",
+        f"By CPU time of one thread on a busy machine; {repetitions} repetitions of {min(steps)} to {max(steps)} steps of {result['batch']} rows, "
+        f"{result['rows'][0]['date']}, torch {result['stack']['torch']}, transformers {result['stack']['transformers']}, TRL {result['trl']}; "
+        f"a step of ours waits {min(waits):.1f} to {max(waits):.1f} % of its time for data; made by `python benchmarks/throughput.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def stacks() -> str:
     """The tests under the oldest and the newest versions that pyproject.toml admits."""
     path = RESULTS / "stacks.json"
@@ -656,6 +682,10 @@ COMMITTED = {
         "python benchmarks/third_party.py SET CSV",
     ),
     "gpu/fits.json": ("Limits predicted beforehand for `make gpu`", "python benchmarks/gpu.py --plan CARD"),
+    "throughput.json": (
+        "[Real tokens a second](#real-tokens-a-second) beside what people use instead",
+        "python benchmarks/throughput.py --data D --llama L --t5_tokenizer T --peers P",
+    ),
 }
 
 
@@ -711,6 +741,7 @@ PARTS = {
     "costs": costs,
     "overhead": overhead,
     "streamed": streamed,
+    "throughput": throughput,
     "prediction speed": prediction_speed,
     "gpu accuracy": gpu_accuracy,
     "comparison": comparison,
