@@ -101,7 +101,7 @@ def test_the_refused_would_mix_rows(name):
     assert difference(gradients(model, model(**EndToEnd()(rows())).loss), expected) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["opt", "bloom", "rwkv"])
+@pytest.mark.parametrize("name", ["falcon", "mpt", "opt", "rwkv"])
 def test_the_guard_finds_rows_that_mix(name):
     args = TrainArguments(output_dir="unused", use_cpu=True)
     with pytest.raises(UserError, match=f"guard 'packing': in a packed batch .* of this {name} model"):
