@@ -189,9 +189,7 @@ def main() -> None:
     from toolkit.memory.environment import stack_versions
 
     spawn = multiprocessing.get_context("spawn")
-    cases = [
-        (model, method, levers) for method, of_method in LEVERS.items() for model in MODELS for levers in of_method
-    ]
+    cases = [(*one, levers) for one in LADDERS for levers in LEVERS[one[1]]]
     runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     for case in cases * REPETITIONS:
         with ProcessPoolExecutor(1, spawn) as pool:
