@@ -32,6 +32,7 @@ import ladder
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 SMALL = ladder.LLAMA | {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 4096}  # with as many layers
+SHORT = ["--max_length", "64", "--max_target_length", "32"]
 LOOPS = ("bare loop", "Trainer", "ours")
 FIRST, TIMED, LARGE_TIMED = 3, 200, 6  # steps
 REPETITIONS = 5
@@ -44,7 +45,7 @@ PARTS = {  # of recipes/lora.py, in order: the call, and what it is
 }
 
 
-def step_seconds(loop: str, shape: dict[str, int], timed: int) -> list[float]:
+def step_seconds(loop: str, shape: dict[str, int], lengths: list[str], timed: int) -> list[float]:
     """Seconds of each of `timed` steps of LoRA on a random Llama, from the end of one step to the end of the next."""
     import torch
     from torch.utils.data import DataLoader
@@ -63,11 +64,11 @@ def step_seconds(loop: str, shape: dict[str, int], timed: int) -> list[float]:
         folder = Path(name)
         tokenizer = AutoTokenizer.from_pretrained(ladder.TOKENIZER)
         tokenizer.save_pretrained(folder / "model")
-        AutoConfig.for_model("llama", **shape, max_position_embeddings=512, pad_token_id=0).save_pretrained(
+        AutoConfig.for_model("llama", **({"max_position_embeddings": 512} | shape), pad_token_id=0).save_pretrained(
             folder / "model"
         )
         argv = ["--model_name_or_path", str(folder / "model"), "--random_weights", "--output_dir", str(folder / "run")]
-        argv += ["--dataset_name", str(ladder.rows(folder)), "--max_length", "64", "--max_target_length", "32"]
+        argv += ["--dataset_name", str(ladder.rows(folder)), *lengths]
         argv += ["--use_cpu", "--save_strategy", "no", "--report_to", "none", "--lora_dropout", "0"]
         argv += ["--per_device_train_batch_size", str(ladder.BATCH), "--gradient_accumulation_steps", "1"]
         config = parse_config(Lora, [*argv, "--max_steps", str(steps)])
@@ -215,8 +216,9 @@ def main() -> None:
     medians: dict[str, list[float]] = {loop: [] for loop in LOOPS}
     for _ in range(REPETITIONS):
         for loop in LOOPS:
-            medians[loop].append(1000 * median(apart(step_seconds, loop, SMALL, TIMED)))
-    large = 1000 * median(apart(step_seconds, "ours", ladder.LLAMA | {"vocab_size": 32_000}, LARGE_TIMED))
+            medians[loop].append(1000 * median(apart(step_seconds, loop, SMALL, SHORT, TIMED)))
+    _, shape, lengths = ladder.MODELS["llama"]
+    large = 1000 * median(apart(step_seconds, "ours", shape, lengths, LARGE_TIMED))
     launches = [apart(launch_seconds, time.time()) for _ in range(REPETITIONS)]
     rounded = {
         loop: {"median": round(median(ms), 3), "repetitions": [round(one, 2) for one in ms]}
