@@ -11,8 +11,10 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, recipe
@@ -123,21 +125,21 @@ def run_cell(cell: Cell, models: Path, data: Path, place: Path) -> dict:
     return found | {"outcome": "runs"}
 
 
-def recorded() -> dict[str, dict]:
+def recorded(results: Path = RESULTS) -> dict[str, dict]:
     """The committed outcomes by cell."""
-    return json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if RESULTS.is_file() else {}
+    return json.loads(results.read_text(encoding="utf-8"))["cells"] if results.is_file() else {}
 
 
-def record(cell: Cell, outcome: dict) -> None:
-    """Writes the outcome of one cell into the results and keeps the others."""
-    known = recorded() | {cell.id: outcome | {"date": datetime.date.today().isoformat()}}
+def record(cell: Any, outcome: dict, cells: Sequence[Any] = CELLS, results: Path = RESULTS) -> None:
+    """Writes the outcome of one of `cells` into the results and keeps the others."""
+    known = recorded(results) | {cell.id: outcome | {"date": datetime.date.today().isoformat()}}
     content = {
         "what": "each cell is two steps of the recipe on CPU ranks with the launcher's environment, saved and read back on one",
-        "command": "python -m pytest tests/test_launch_matrix.py --matrix",
+        "command": "make matrix",
         "stack": stack_versions(),
-        "cells": {cell.id: known[cell.id] for cell in CELLS if cell.id in known},
+        "cells": {cell.id: known[cell.id] for cell in cells if cell.id in known},
     }
-    atomic_write(RESULTS, json.dumps(content, indent=1) + "\n")
+    atomic_write(results, json.dumps(content, indent=1) + "\n")
 
 
 @pytest.mark.slow

@@ -5,17 +5,13 @@ back, and compared with its prediction; or it is refused with the recipe's own m
 `--matrix` a few cells, different ones each day, are run and compared with that file.
 """
 
-import datetime
-import json
 from dataclasses import dataclass
 from itertools import product
 
 import pytest
 from conftest import ROOT
-from test_launch_matrix import Cell, models, run_cell  # noqa: F401 - a fixture
+from test_launch_matrix import Cell, models, record, recorded, run_cell  # noqa: F401 - a fixture
 
-from toolkit.files import atomic_write
-from toolkit.memory.environment import stack_versions
 from toolkit.methods import METHODS
 
 RESULTS = ROOT / "benchmarks" / "results" / "levers.json"
@@ -57,23 +53,6 @@ CELLS = [
 ]
 
 
-def recorded() -> dict[str, dict]:
-    """The committed outcomes by cell."""
-    return json.loads(RESULTS.read_text(encoding="utf-8"))["cells"] if RESULTS.is_file() else {}
-
-
-def record(cell: LeverCell, outcome: dict) -> None:
-    """Writes the outcome of one cell into the results and keeps the others."""
-    known = recorded() | {cell.id: outcome | {"date": datetime.date.today().isoformat()}}
-    content = {
-        "what": "each cell is two steps of the recipe on CPU ranks, saved and read back on one, and held to its prediction",
-        "command": "python -m pytest tests/test_lever_matrix.py --matrix",
-        "stack": stack_versions(),
-        "cells": {cell.id: known[cell.id] for cell in CELLS if cell.id in known},
-    }
-    atomic_write(RESULTS, json.dumps(content, indent=1) + "\n")
-
-
 @pytest.mark.slow
 @pytest.mark.matrix(sample=2)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.id)
@@ -81,10 +60,10 @@ def test_a_lever_runs_with_a_recipe_and_an_engine_or_is_refused(cell, models, sm
     outcome = run_cell(cell.run, models, small_csv, tmp_path)
     assert outcome["outcome"] != "fails", outcome["said"]
     if request.config.getoption("--matrix"):
-        record(cell, outcome)
-    elif (known := recorded().get(cell.id)) is not None:
+        record(cell, outcome, CELLS, RESULTS)
+    elif (known := recorded(RESULTS).get(cell.id)) is not None:
         assert (outcome["outcome"], outcome.get("reason")) == (known["outcome"], known.get("reason"))
 
 
 def test_every_result_belongs_to_a_cell():
-    assert set(recorded()) <= {cell.id for cell in CELLS}
+    assert set(recorded(RESULTS)) <= {cell.id for cell in CELLS}
