@@ -27,6 +27,7 @@ from toolkit.methods.lora import Lora
 from toolkit.models.chunked_loss import chunks_of
 from toolkit.models.generation import end_as_the_tokenizer
 from toolkit.models.losses import label_tokens
+from toolkit.models.position_bias import share_position_bias
 from toolkit.runs.evaluation import evaluate_by_generation
 from toolkit.runs.prediction import say_prediction, show_comparison, show_prediction
 from toolkit.runs.preflight import prepare
@@ -79,6 +80,7 @@ def main() -> None:
     end_as_the_tokenizer(model, ready.data.tokenizer)
     model.config.use_cache = False  # keys and values of earlier tokens help to generate, not to train
     chunk = chunks_of(model, args.loss_chunk_tokens)
+    share_position_bias(model)
     set_seed(args.seed)
     collate = ready.data.collator(model)
     batches = DataLoader(ready.data.train, args.per_device_train_batch_size, shuffle=True, collate_fn=collate)

@@ -1,12 +1,22 @@
 """T5's layers share one sum of position bias and mask: the same loss and gradients, in the memory of one layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from architectures import T5
+from datasets import Dataset
+from gradients import Tokenizer
 from test_chunked_loss import TOLERANCE, batch_of, config_of, difference, gradients, model_of
+from tiny_models import tiny_model
+from training_data import config_of as run_of
+from training_data import task_data
 from transformers import AutoConfig
 
+import toolkit
+from toolkit.config.arguments import TrainArguments
 from toolkit.models.position_bias import SHARED, share_position_bias
+from toolkit.training.trainer import FineTuner
 
 LAYERS = 3
 
@@ -87,3 +97,22 @@ def test_models_without_such_a_bias_stay_as_they_are(name):
     model = model_of(config_of(name))
     share_position_bias(model)
     assert model.config._attn_implementation != SHARED
+
+
+def test_a_compiled_t5_trains_without_it_and_is_predicted_without_it(tmp_path):
+    """Compilation cannot follow a sum that is kept at a tensor."""
+    model = tiny_model("t5")
+    args = TrainArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=1,
+        torch_compile=True,
+        torch_compile_backend="eager",
+        save_strategy="no",
+    )
+    data = Dataset.from_list([{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [8, 9]}] * 8)
+    FineTuner(model, run_of(args), task_data(SimpleNamespace(model_kind="generating"), data, None, Tokenizer())).train()
+    assert model.config._attn_implementation == "sdpa"
+    flags = ["--use_cpu", "--max_length", "64", "--max_target_length", "64", "--per_device_train_batch_size", "8"]
+    usual, compiled = (toolkit.predict("lora", *flags, *more) for more in ([], ["--torch_compile"]))
+    assert compiled.allocated_bytes > usual.allocated_bytes

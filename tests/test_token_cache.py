@@ -1,5 +1,7 @@
 """Tokenized rows are kept, and taken only for the same texts, tokenizer and flags."""
 
+import os
+import time
 from dataclasses import replace
 
 import datasets
@@ -117,3 +119,43 @@ def test_few_rows_are_not_kept(folder, monkeypatch):
     monkeypatch.setattr(token_cache, "FEWEST", 3)
     cached(2, prompt_tokenizer(), PARTS, made)
     assert not folder.exists()
+
+
+def test_a_tokenizer_that_cannot_be_saved_tokenizes_each_time(folder, monkeypatch):
+    other = prompt_tokenizer()
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(other.tokenizer), "save_pretrained", full)
+    assert cached(2, other, PARTS, made).supervised_tokens == 8
+    assert not folder.exists()
+
+
+def test_a_template_that_writes_the_date_is_tokenized_anew_each_day(monkeypatch):
+    other = prompt_tokenizer()
+    other.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{{ messages }}"
+
+    class Tomorrow(token_cache.datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2100, 1, 1)
+
+    cached(2, other, PARTS, made)
+    cached(2, other, PARTS, never)
+    monkeypatch.setattr(token_cache.datetime, "date", Tomorrow)
+    with pytest.raises(AssertionError, match="tokenized again"):
+        cached(2, other, PARTS, never)
+
+
+def test_files_that_no_run_used_for_a_month_are_deleted(folder):
+    for n in range(2):
+        cached(2, prompt_tokenizer(max_length=8 + n), PARTS, made)
+    long_ago = time.time() - 31 * 24 * 3600
+    for file in folder.iterdir():
+        os.utime(file, (long_ago, long_ago))
+    cached(2, prompt_tokenizer(max_length=8), PARTS, never)  # used today
+    cached(2, prompt_tokenizer(max_length=10), PARTS, made)
+    assert len([*folder.iterdir()]) == 2
+    with pytest.raises(AssertionError, match="tokenized again"):
+        cached(2, prompt_tokenizer(max_length=9), PARTS, never)

@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import toolkit
 from toolkit.errors import UserError
 from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.shadow.step import predict
@@ -195,3 +196,12 @@ def test_a_model_that_branches_on_values_is_refused(tmp_path):
             ),
             training_arguments(tmp_path),
         )
+
+
+def test_8_bit_optimizers_take_no_settings_of_another_model():
+    """bitsandbytes keeps them by the places of weights in their groups: an embedding's 32 bits would be another weight's."""
+    flags = ["--use_cpu", "--max_length", "16", "--per_device_train_batch_size", "1", "--optim", "adamw_bnb_8bit"]
+    alone = toolkit.predict("selective", "--train_last_layers", "1", *flags)
+    toolkit.predict("full", *flags)  # its first weight is an embedding
+    again = toolkit.predict("selective", "--train_last_layers", "1", *flags)
+    assert again.phases == alone.phases

@@ -141,7 +141,7 @@ class TrainArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Lay the rows of each batch end to end instead of padding them, for GPT-like models; rows do not see each other, so "
-            "that the training is the same. Saves all time and memory that padding takes. A batch has as many rows as without."
+            "that the training is the same. Saves the time and the memory that padding takes. A batch has as many rows as without."
         },
     )
     memory_snapshot: bool = field(
@@ -258,6 +258,12 @@ def _check_packing(settings: dict[str, Any]) -> None:
         raise UserError(
             "--neftune_noise_alpha scales its noise by the length of a row, which --packing changes; leave one of them out"
         )
+    if settings.get("use_cache"):
+        raise UserError(
+            "--use_cache keeps keys and values, and with them transformers does not tell the rows of --packing apart; leave it out"
+        )
+    if settings.get("per_device_train_batch_size") == 1:
+        raise UserError("--packing has no effect on batches of one row, which have no padding; leave it out")
     if settings.get("torch_compile"):
         raise UserError(
             "--torch_compile would compile again for the lengths of each batch of --packing; leave one of them out"

@@ -370,7 +370,8 @@ def load_data(
     fingerprint = {split: _fingerprint(splits[split], list(columns.values())) for split in splits}
     tokenized, truncation = {}, {"test": Truncation()}
     for split in ("train", "validation"):
-        others = (task.name, sorted(columns), limit, fingerprint[split])
+        empty = {name: [n for n, v in enumerate(splits[split][name][:]) if v is None] for name in columns.values()}
+        others = (task.name, list(columns), limit, fingerprint[split], empty)
         make = partial(_tokenize, task, splits, split, columns, prompt_tokenizer, limit)
         made = cached(len(splits[split]), prompt_tokenizer, others, make)
         check_supervision(made.supervised_tokens, split)

@@ -2,13 +2,15 @@
 
 One file for each split in `footprint` of datasets' cache ($HF_DATASETS_CACHE, else under $HF_HOME). Its name is a hash of all that
 the token ids depend on: the texts, the tokenizer's files, the flags, this code, and the libraries' versions. So no file is ever out
-of date, and any may be deleted at any time. Files appear whole, by renaming: several runs may write the same one at once.
+of date, and any may be deleted at any time; one that no run used for a month is. Files appear whole, by renaming: several runs may write the same one at once.
 """
 
+import datetime
 import hashlib
 import json
-import os
+import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,9 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from toolkit.models import losses
 from toolkit.tasks import tokenization
 from toolkit.tasks.tokenization import PromptTokenizer, Truncation
 
+UNUSED_SECONDS = 30 * 24 * 3600  # after which a file is deleted, when the next one is written
 FEWEST = 1000  # rows that are kept; fewer are tokenized in a second
 REST = b"footprint"  # what a file holds besides the rows, in the metadata of its schema
 
@@ -48,9 +52,19 @@ def cached(
     """
     if number < FEWEST:
         return make()
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "footprint" / f"{_key(prompt_tokenizer, others)}.parquet"
+    try:
+        key = _key(prompt_tokenizer, others)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        NotImplementedError,
+    ):  # no room for the tokenizer's files, or it cannot be saved
+        return make()
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "footprint" / f"{key}.parquet"
     with suppress(OSError, pa.ArrowException, ValueError, LookupError, TypeError):  # none, or a damaged one
         table = pq.read_table(file)
+        file.touch()  # it was used today
         rest = json.loads(table.schema.metadata[REST])
         lost = Truncation(**rest.pop("truncation"))
         lost.unusual_roles = Counter(lost.unusual_roles)
@@ -61,20 +75,28 @@ def cached(
     }
     table = made.rows.data.table
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), REST: json.dumps(rest)})
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with suppress(OSError):  # no permission, or a full disk
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            pq.write_table(table, temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        for old in file.parent.iterdir():
+            if time.time() - old.stat().st_mtime > UNUSED_SECONDS:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(
+                    missing_ok=True
+                )  # a folder is of a run that was killed
+        with tempfile.TemporaryDirectory(dir=file.parent) as place:
+            pq.write_table(table, Path(place) / file.name)
+            (Path(place) / file.name).replace(file)
     return made
 
 
 def _key(prompt_tokenizer: PromptTokenizer, others: Sequence[Any]) -> str:
     """SHA-256 over everything that the token ids of a split depend on."""
-    code = sorted(Path(tokenization.__file__).parent.glob("*.py"))
+    code = [
+        *sorted(Path(tokenization.__file__).parent.glob("*.py")),
+        *sorted(Path(__file__).parent.glob("*.py")),
+        Path(losses.__file__),
+    ]
+    if "strftime_now" in str(getattr(prompt_tokenizer.tokenizer, "chat_template", "")):  # its prompts hold the date
+        others = [*others, datetime.date.today().isoformat()]
     prompt_tokenizer.tokenizer("")  # a tokenizer that was used before is saved with other settings of truncation
     with tempfile.TemporaryDirectory() as name:
         prompt_tokenizer.tokenizer.save_pretrained(name)

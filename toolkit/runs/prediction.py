@@ -130,7 +130,8 @@ def predict_run(
         return tuned
 
     def trainer(model: PreTrainedModel, arguments: TrainingArguments, callback: MemoryCallback) -> FineTuner:
-        return FineTuner(model, replace(config, training=sequential_arguments(arguments)), Batches(batches), [callback])
+        same = replace(config, training=sequential_arguments(arguments))
+        return FineTuner(model, same, Batches(batches), [callback], compiles=config.training.torch_compile)
 
     try:
         with attention_without_its_package():
@@ -259,7 +260,8 @@ def nearest_fit(job: PredictionJob, ledger: Ledger, predict: Callable[[Predictio
 
     def batch_of(rows: int) -> dict[str, Any]:
         passes = {"gradient_accumulation_steps": -(-step_rows // rows)} if accumulates else {}
-        return {"per_device_train_batch_size": rows} | passes
+        alone = {"packing": False} if rows == 1 and ledger.config.get("packing") else {}
+        return {"per_device_train_batch_size": rows} | passes | alone
 
     rows, step_rows = assumed["rows"], assumed["rows"] * assumed["gradient_accumulation_steps"]
     accumulates = not ledger.config.get("optimizer_in_backward")

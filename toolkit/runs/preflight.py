@@ -37,10 +37,11 @@ from toolkit.distributed.ranks import broadcast_from_main, raise_on_all_ranks
 from toolkit.errors import UserError
 from toolkit.models.chunked_loss import whole_loss_reason
 from toolkit.models.heads import has_own_head, keeps_head, set_head
-from toolkit.models.liger import check_liger
+from toolkit.models.liger import check_liger, check_norms
 from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_model, load_tokenizer
 from toolkit.models.packing import padded_reason
 from toolkit.models.quantization import Packed, untrained_experts
+from toolkit.models.soft_prompts import base_model
 from toolkit.models.tiled_mlp import tile_feed_forwards
 from toolkit.training.optimizer_steps import refuse_unless_by_weight
 from toolkit.training.trainer import FineTuner
@@ -111,6 +112,8 @@ def prepare(config: Config) -> Preflight:
         check_liger(model_config.model_type)
     packed = Packed.of(base)
     model = config.method.attach(base)
+    if training.use_liger_kernel:
+        check_norms(base_model(model))
     if config.method.trains:
         _check_whole_batches(training, data)
         check_schedule(training, model)

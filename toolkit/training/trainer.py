@@ -97,8 +97,14 @@ class FineTuner(Trainer):
     written_to: Path | None = None  # the temporary parent folder while a checkpoint is being written
 
     def __init__(
-        self, model: PreTrainedModel, config: Config, data: TrainingData, callbacks: Sequence[TrainerCallback] = ()
+        self,
+        model: PreTrainedModel,
+        config: Config,
+        data: TrainingData,
+        callbacks: Sequence[TrainerCallback] = (),
+        compiles: bool | None = None,
     ) -> None:
+        """`compiles`: whether the run compiles the model, where `config` does not say it (None: it does)."""
         self.config, self.data = config, data
         args, engine = copy.copy(config.training), config.engine
         if engine.sequence_parallel_size > 1:
@@ -123,7 +129,8 @@ class FineTuner(Trainer):
             repeated.append(base.get_output_embeddings())
         if args.mlp_tile_tokens:
             repeated += tile_feed_forwards(model, args.mlp_tile_tokens)
-        share_position_bias(model)
+        if not (args.torch_compile if compiles is None else compiles):  # compilation fails on a tensor with attributes
+            share_position_bias(model)
         if args.packing:
             keep_rows_apart(model)
             args.include_num_input_tokens_seen = "all"  # none is padding, even one that the tokenizer also pads with

@@ -1,12 +1,14 @@
-"""A shadow step changes nothing in the process: random states, accelerate's singletons and the environment are restored."""
+"""A shadow step changes nothing in the process: random states, libraries' singletons and the environment are restored."""
 
 from __future__ import annotations
 
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +21,16 @@ _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """While open, accelerate is newly initialized for one CPU process without an engine; afterwards its state is restored."""
+    """While open, accelerate is newly initialized for one CPU process without an engine; afterwards its state is restored.
+
+    So are bitsandbytes' settings of single weights, which it finds by their places: another model's would be taken for this one's.
+    """
     states = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
     kept = [dict(state) for state in states]
     environment = dict(os.environ)
     verbosity = transformers_logging.get_verbosity()
     python, numpy = random.getstate(), np.random.get_state()
+    of_weights = _settings_of_weights(None)
     for state in states:
         state.clear()
     for name in environment:
@@ -40,8 +46,18 @@ def isolated() -> Iterator[None]:
         for state, before in zip(states, kept, strict=True):
             state.clear()
             state.update(before)
+        _settings_of_weights(of_weights)
         os.environ.clear()
         os.environ.update(environment)
         transformers_logging.set_verbosity(verbosity)
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def _settings_of_weights(new: Any) -> Any:
+    """Sets bitsandbytes' manager of them, if it is imported (None: it makes an empty one), and returns the one before."""
+    module: Any = sys.modules.get("bitsandbytes.optim.optimizer")
+    if module is None:
+        return None
+    before, module.GlobalOptimManager._instance = module.GlobalOptimManager._instance, new
+    return before
