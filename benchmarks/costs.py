@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 from pathlib import Path
 from typing import Any
+
+import predicted_rows
 
 RESULTS = Path(__file__).parent / "results" / "costs.json"
 CARD = "A100 80GB"
@@ -54,9 +55,8 @@ def row(what: str, run: str, more: str) -> dict[str, Any]:
     from toolkit.runs.api import predict
 
     method, *flags = f"{run} --gradient_accumulation_steps 1".split()
-    changed = {name: value or True for name, _, value in (pair.partition(" ") for pair in more.split("--")[1:])}
     without = predict(method, *flags, gpu=CARD)
-    with_it = predict(method, *flags, gpu=CARD, **{name: str(value).strip() for name, value in changed.items()})
+    with_it = predict(method, *flags, *more.split(), gpu=CARD)
     return {
         "what": what,
         "run": run,
@@ -79,19 +79,5 @@ def show(found: list[dict[str, Any]]) -> None:
         print(f"{one['what']:32s} {without:7.2f} -> {with_it:7.2f} GiB  ({with_it - without:+.2f})  {one['flag']}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", action="store_true", help="print the committed results")
-    if parser.parse_args().show:
-        show(load()["rows"])
-        return
-    from toolkit.files import atomic_write
-    from toolkit.memory.environment import stack_versions
-
-    found = [row(*one) for one in ROWS]
-    show(found)
-    atomic_write(RESULTS, json.dumps({"card": CARD, "stack": stack_versions(), "rows": found}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    predicted_rows.run(__doc__, RESULTS, ROWS, row, show, card=CARD)

@@ -19,10 +19,12 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -169,14 +171,9 @@ def launch_seconds(began: float) -> dict[str, float]:
     setattr(recipe, "prepare", prepared)  # noqa: B010
     setattr(recipe, "FineTuner", made)  # noqa: B010
     with tempfile.TemporaryDirectory() as folder:
-        import sys
-
         sys.argv = ["lora.py", "--use_cpu", "--output_dir", str(Path(folder) / "run")]
-        try:
+        with suppress(KeyboardInterrupt, SystemExit):
             recipe.main()
-        except BaseException as error:
-            if not isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
     return found
 
 

@@ -471,10 +471,7 @@ def ladder() -> str:
 
 def costs() -> str:
     """What single flags cost or save, predicted."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    import costs as made
-
-    result = made.load()
+    result = json.loads((RESULTS / "costs.json").read_text(encoding="utf-8"))
     lines = ["| change | the run | without | with it | difference |", "|---|---|---:|---:|---:|"]
     for row in result["rows"]:
         without, with_it = (nbytes / 2**30 for nbytes in row["reserved_bytes"])

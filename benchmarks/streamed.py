@@ -8,11 +8,12 @@ One process under launch/zero3_offload.yaml, one row, bf16, with activation chec
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 from pathlib import Path
 from typing import Any
+
+import predicted_rows
 
 RESULTS = Path(__file__).parent / "results" / "streamed.json"
 CARD_GB = 4  # the smallest on which anybody trains
@@ -61,19 +62,5 @@ def show(found: list[dict[str, Any]]) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", action="store_true", help="print the committed results")
-    if parser.parse_args().show:
-        show(load()["rows"])
-        return
-    from toolkit.files import atomic_write
-    from toolkit.memory.environment import stack_versions
-
-    found = [row(*one) for one in RUNS]
-    show(found)
-    atomic_write(RESULTS, json.dumps({"stack": stack_versions(), "rows": found}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    predicted_rows.run(__doc__, RESULTS, RUNS, row, show)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,6 @@ def reached(gb: int, tokens: int, model: str, work: str, rehearsed: bool) -> dic
     """Trains two steps on one row of `tokens` tokens under the limit of a card with `gb` GB."""
     import reach
 
-    from on_gpu.pool import is_out_of_memory
     from toolkit.config import parse_config
     from toolkit.memory.cuda.cards import find_card
     from toolkit.memory.measure import MemoryCallback
@@ -175,22 +175,33 @@ def reached(gb: int, tokens: int, model: str, work: str, rehearsed: bool) -> dic
     ]
     config = parse_config(QLora, [*argv, *(["--use_cpu"] if rehearsed else [])])
     batches = [worst_batch(config, config.model_config, (tokens, tokens - 1))] * 2
-    memory, found, outcome = MemoryCallback(), {}, "fits"
-    try:
+    memory = MemoryCallback()
+
+    def train() -> dict[str, Any]:
         base = load_model(config.model, config.model_config, config.dtype, config.training, config.engine)
         FineTuner(config.method.attach(base), config, Batches(batches), [memory]).train()
         assert memory.ledger is not None, memory.problem
-        found = training.ledger_row(memory.ledger)
+        return training.ledger_row(memory.ledger)
+
+    return outcome_of(train, limit, "fits") | {"limit_bytes": limit}
+
+
+def outcome_of(train: Callable[[], dict[str, Any]], limit: int, expected: str) -> dict[str, Any]:
+    """What `train()` found, with the outcome: whether it ran within `limit` bytes. A CPU enforces none, so sizes are compared too."""
+    from on_gpu.pool import is_out_of_memory
+
+    try:
+        found = train()
+        outcome = "fits" if found["peak"]["reserved_bytes"] <= limit else "runs out"
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         outcome, found = "runs out", {"error": " ".join(str(error).split())[:600]}
     return found | {
-        "limit_bytes": limit,
-        "expected": "fits",
+        "expected": expected,
         "outcome": outcome,
-        "agrees": outcome == "fits",
-        "says": f"{outcome}, predicted: fits",
+        "agrees": outcome == expected,
+        "says": f"{outcome}, predicted: {expected}",
     }
 
 
@@ -259,21 +270,9 @@ def tried(ladder: dict[str, Any], rows: int, limit: int, expected: str, work: st
     output = str(Path(work) / "measured" / slug(f"fits {limit} {one.name} {rows}"))
     argv = training.flags(work, one.model, _flags(one, rows), output, rehearsed)
     it.limit(limit)
-    found: dict[str, Any] = {}
-    from on_gpu.pool import is_out_of_memory
 
-    try:
+    def train() -> dict[str, Any]:
         found = training.measured(one.method, argv)[1]
-        peak = found["peak"]["reserved_bytes"]
-        outcome = "fits" if peak <= limit else "runs out"  # a CPU enforces no limit, so a rehearsal compares sizes
-        found = {"peak": found["peak"], "allocator": found.get("allocator")}
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        outcome, found = "runs out", {"error": " ".join(str(error).split())[:600]}
-    return found | {
-        "expected": expected,
-        "outcome": outcome,
-        "agrees": outcome == expected,
-        "says": f"{outcome}, predicted: {expected}",
-    }
+        return {"peak": found["peak"], "allocator": found.get("allocator")}
+
+    return outcome_of(train, limit, expected)

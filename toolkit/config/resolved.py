@@ -176,9 +176,8 @@ def configure(method: type[methods.Method], flags: Flags, card: Card | None = No
     if card is not None:
         settings["use_cpu"] = True  # the prediction runs here
     training = _build_training(settings, own, model)
-    if (
-        flags.predict or card is not None
-    ):  # TrainingArguments sets these, and accelerate would compile what this process trains later
+    if flags.predict or card is not None:
+        # TrainingArguments sets these, and accelerate would compile what this process trains later
         for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
             os.environ.pop(name, None)
     dtype, dtype_reason = weights_dtype(model, own.freezes_base, training.bf16, training.fp16)

@@ -102,7 +102,6 @@ TABLE = (
         kind="override",
         where=(
             "memory.shadow.optimizers:AdamW8bit",
-            "memory.shadow.optimizers:AdamW4bit",
             "memory.shadow.optimizers:GaLoreAdamW",
             "memory.shadow.optimizers:APOLLOAdamW",
         ),

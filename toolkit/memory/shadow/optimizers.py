@@ -22,8 +22,8 @@ VERSIONS = {"torchao": "0.18.0", "galore_torch": "1.0", "apollo_torch": "1.0.3"}
 SMALLEST = 4096  # numbers in a weight whose state torchao quantizes
 
 
-class _LowBitAdamW(Optimizer):
-    """torchao's AdamW (torchao/optim/adam.py): both moments quantized in blocks, each with a float32 scale and a table.
+class AdamW8bit(Optimizer):
+    """torchao's AdamW (torchao/optim/adam.py; Dettmers et al. 2021, arXiv:2110.02861): both moments quantized in blocks, each with a float32 scale and a table.
 
     The step is compiled. Inductor fuses its operators; what it keeps of each weight, one after the other, are both moments in float32
     and their scales. So says its code for a CPU (8 bits). For 4 bits that code also keeps the codes as int64, 25 bytes a number in all,
@@ -56,8 +56,8 @@ class _LowBitAdamW(Optimizer):
         scale = p.new_zeros(p.numel() // self.block_size, dtype=torch.float32)
         return [codes, scale, p.new_empty(2**self.bits, dtype=torch.float32)]
 
-    def update(self) -> None:
-        """One step."""
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state = self.state[p]
             if not state:
@@ -69,22 +69,10 @@ class _LowBitAdamW(Optimizer):
                 del kept
 
 
-class AdamW8bit(_LowBitAdamW):
-    """Dettmers et al. 2021, arXiv:2110.02861."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.update()
-
-
-class AdamW4bit(_LowBitAdamW):
+class AdamW4bit(AdamW8bit):
     """Li et al. 2023, arXiv:2309.01507."""
 
     bits = 4
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.update()
 
 
 class _Projector:
