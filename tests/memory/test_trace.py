@@ -83,6 +83,45 @@ def test_blocks_have_the_module_in_which_they_are_born_in_forward_and_backward()
     assert mm == ["1.1", "1.1", "0"]  # gradients of weight and input; the input of the first layer needs none
 
 
+class Layer(torch.nn.Module):
+    def __init__(self, recomputes_itself):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+        self.recomputes_itself = recomputes_itself
+
+    def forward(self, x):
+        return checkpoint(self.compute, x, use_reentrant=False) if self.recomputes_itself else self.compute(x)
+
+    def compute(self, x):
+        return x.exp() + self.down(self.up(x).tanh()).sigmoid()
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, with_hooks):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(not with_hooks), Layer(not with_hooks)])
+        self.with_hooks = with_hooks
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.with_hooks else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("with_hooks", [True, False])  # whether those of a layer run when it is recomputed
+def test_recomputed_blocks_have_the_module_that_made_them(with_hooks):
+    model = Layers(with_hooks)
+    trace, _, recording = traced()
+    trace.enter_phase("forward")
+    with trace, trace.modules_of(model):
+        model(torch.zeros(3, 4, requires_grad=True)).sum().backward()
+    made = [(e.block.op.removeprefix("aten::"), e.block.module) for e in recording.events if e.sign > 0]
+    assert [module for op, module in made if op == "exp"] == ["layers.0", "layers.1", "layers.1", "layers.0"]
+    assert [module for op, module in made if op == "tanh"] == ["layers.0", "layers.1", "layers.1", "layers.0"]
+    up = [f"layers.{i}.up" for i in (0, 1, 1, 0)]
+    assert [module for op, module in made if op == "addmm" and module.endswith("up")] == up
+
+
 def test_a_resized_storage_is_counted_with_its_new_size():
     trace, meter, _ = traced()
     with trace:

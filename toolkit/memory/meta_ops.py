@@ -21,18 +21,23 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+_OPTIMIZER_STEPS = {"bitsandbytes::optimizer_update_8bit_blockwise", "bitsandbytes::optimizer_update_32bit"}
 _GROUPED_MM = torch.ops.aten._grouped_mm.default
 _refused: set[Any] = set()  # operators whose meta kernel raised once
 _templates: WeakKeyDictionary[FakeTensorMode, FakeTensor] = WeakKeyDictionary()
 _LARGE = 2**24  # elements; a larger real tensor is a mask of long rows, on whose values no code branches
 _mode_of_large: list[FakeTensorMode] = []
-_remembered: dict[Any, Any] = {}  # an operator with its arguments' shapes -> (shape, stride, dtype) of its results
+# an operator with its arguments' shapes -> (shape, stride, dtype, offset, bytes of the storage) of its results
+_remembered: dict[Any, Any] = {}
 
 
 @cache
 def _in_place(op: Any) -> str:
     """ "self" for an operator that writes into its first argument and returns it, "nothing" for one that writes and returns
-    nothing, otherwise ""; also "" for one that changes a size or stride."""
+    nothing, "weight" for a step of bitsandbytes, which writes into its arguments and returns nothing, otherwise ""; also "" for one
+    that changes a size or stride."""
+    if op.name() in _OPTIMIZER_STEPS:
+        return "weight"
     writes = [a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if op.namespace != "aten" or not writes or any(a.kwarg_only for a in writes) or torch.Tag.inplace_view in op.tags:
         return ""
@@ -62,6 +67,8 @@ def run(op: Any, args: tuple, kwargs: dict) -> Any:
     if in_place == "self" and isinstance(args[0], FakeTensor):
         return args[0]
     if in_place == "nothing" and all(isinstance(tensor, FakeTensor) for tensor in args[0]):
+        return None
+    if in_place == "weight" and isinstance(args[2], FakeTensor):  # (name of the optimizer, gradient, weight, ...)
         return None
     if op is _GROUPED_MM and isinstance(args[0], FakeTensor) and args[0].dtype != torch.bfloat16:
         return _grouped_mm(*args, **kwargs)
@@ -134,7 +141,15 @@ def _signature(value: Any, fakes: list[FakeTensor]) -> Any:
 def _description(result: Any) -> Any:
     if isinstance(result, (list, tuple)):
         return [type(result), *(_description(item) for item in result)]
-    return None if result is None else (tuple(result.shape), result.stride(), result.dtype)
+    if result is None:
+        return None
+    return (
+        tuple(result.shape),
+        result.stride(),
+        result.dtype,
+        result.storage_offset(),
+        result.untyped_storage().nbytes(),
+    )
 
 
 def _made(known: Any, mode: FakeTensorMode) -> Any:
@@ -142,18 +157,25 @@ def _made(known: Any, mode: FakeTensorMode) -> Any:
         return known[0](_made(item, mode) for item in known[1:])
     if known is None:
         return None
-    shape, stride, dtype = known
-    return fake(mode, torch.empty_strided(shape, stride, dtype=dtype, device=_META))
+    shape, stride, dtype, offset, nbytes = known
+    meta = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+    if meta.untyped_storage().nbytes() != nbytes:  # a kernel returns a part of what it allocates, such as a padded row
+        meta = torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=_META).as_strided(shape, stride, offset)
+    return fake(mode, meta)
 
 
-def fake(mode: FakeTensorMode, meta: torch.Tensor) -> FakeTensor:
-    """`FakeTensor(mode, meta, "cpu")`, made faster by copying the attributes of an earlier one."""
+def fake(mode: FakeTensorMode, meta: torch.Tensor, has_address: bool = False) -> FakeTensor:
+    """`FakeTensor(mode, meta, "cpu")`, made faster by copying the attributes of an earlier one.
+
+    `has_address`: asking for its `data_ptr` is no error, as for the constructor's.
+    """
     if mode not in _templates:
         _templates[mode] = FakeTensor(mode, torch.empty(0, device=_META), _CPU)
     tensor = torch.Tensor._make_subclass(
         FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=_CPU
     )
-    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    if not has_address:
+        torch._C._set_throw_on_mutable_data_ptr(tensor)
     tensor.__dict__.update(_templates[mode].__dict__)
     return tensor
 

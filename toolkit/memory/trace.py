@@ -18,6 +18,7 @@ task is in the backward pass, no matter what called it (a loop, `Trainer`, DDP's
 from __future__ import annotations
 
 import bisect
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ PHASES = ("load", "forward", "backward", "optimizer_step")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 # AccumulateGrad nodes have 2**64 - 1: they belong to no point of the forward pass; seam "sequence number of AccumulateGrad".
 _NO_SEQUENCE_NUMBER = 2**63
+_LAYER = re.compile(r".*?\.\d+(?=\.|$)")  # the path of a layer at the beginning of a module's path
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +54,23 @@ class Allocation:
     offloaded: bool = False  # in host memory
     pinned: bool = False  # of those, a copy of an activation: it goes out and comes back in each step
     handle: Any = None  # for the meter's own use
+
+    def copy(self) -> Allocation:
+        """Another block like this one, without a handle."""
+        return Allocation(
+            nbytes=self.nbytes,
+            op=self.op,
+            module=self.module,
+            phase=self.phase,
+            step=self.step,
+            segment=self.segment,
+            builds_graph=self.builds_graph,
+            at_head=self.at_head,
+            category=self.category,
+            died_in_segment=self.died_in_segment,
+            offloaded=self.offloaded,
+            pinned=self.pinned,
+        )
 
 
 class Sink(Protocol):
@@ -87,6 +106,8 @@ class Trace(TorchDispatchMode):
         self.step = 0
         self.after_backward = "optimizer_step"  # the phase of the first operator after the backward pass
         self.on_phase: Callable[[str, int], None] | None = None  # called before the sinks
+        # called before each operator, with its arguments' blocks
+        self.on_operator: Callable[[list[Allocation]], None] | None = None
         self._segment = 0
         self._recomputing = False
         self._at_head = False
@@ -97,6 +118,16 @@ class Trace(TorchDispatchMode):
         self._watches: dict[int, weakref.ref] = {}
         self._sequence_numbers: list[int] = []  # where in the autograd graph a module's operators begin
         self._sequence_modules: list[str] = []
+
+    @property
+    def module(self) -> str:
+        """The path of the module that runs now."""
+        return self._module
+
+    @property
+    def op(self) -> str:
+        """The operator that runs now."""
+        return self._op
 
     # ---- phases
 
@@ -124,20 +155,29 @@ class Trace(TorchDispatchMode):
         if self.phase != "backward":
             self.enter_phase("backward")
         recomputing = torch.is_grad_enabled()  # the engine disables grad mode, checkpointing enables it to recompute
+        begins = recomputing and not self._recomputing
         if recomputing != self._recomputing:
             self._segment += 1
             self._recomputing = recomputing
-        if not recomputing:
-            node = torch._C._current_autograd_node()
-            number = node._sequence_nr() if node is not None else _NO_SEQUENCE_NUMBER
-            if number < _NO_SEQUENCE_NUMBER:
-                at = bisect.bisect_right(self._sequence_numbers, number) - 1
-                self._module = self._sequence_modules[at] if at >= 0 else ""
+        if self._entered or (recomputing and not begins):
+            return  # the module that is recomputed
+        node = torch._C._current_autograd_node()
+        number = node._sequence_nr() if node is not None else _NO_SEQUENCE_NUMBER
+        if number < _NO_SEQUENCE_NUMBER:
+            at = bisect.bisect_right(self._sequence_numbers, number) - 1
+            self._module = self._sequence_modules[at] if at >= 0 else ""
+        if begins and (layer := _LAYER.match(self._module)):  # checkpointing runs its forward pass without its hooks
+            self._module = layer.group()
 
     # ---- storages
 
-    def track(self, tensor: torch.Tensor, category: str | None = None, op: str | None = None) -> Allocation | None:
-        """Reports the storage of `tensor` if it is new, and labels it if `category` is given. Returns its block."""
+    def track(
+        self, tensor: torch.Tensor, category: str | None = None, op: str | None = None, module: str | None = None
+    ) -> Allocation | None:
+        """Reports the storage of `tensor` if it is new, and labels it if `category` is given. Returns its block.
+
+        By default it is born in the operator and the module that run now.
+        """
         storage = self._storage_of(tensor)
         if storage is None:
             return None
@@ -149,7 +189,7 @@ class Trace(TorchDispatchMode):
                     block.category = category
                 return block
             self._forget(key, block)  # resized in place
-        return self._watch(storage, self._op if op is None else op, category)
+        return self._watch(storage, self._op if op is None else op, category, module)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Handles a tracked storage that was resized: engines free and allocate gathered weights this way."""
@@ -158,8 +198,10 @@ class Trace(TorchDispatchMode):
             self._forget(storage._cdata, block)
             self._watch(storage, "resize_", "communication")
 
-    def _watch(self, storage: torch.UntypedStorage, op: str, category: str | None) -> Allocation:
-        key, block = storage._cdata, self._new_block(storage.nbytes(), op, category)
+    def _watch(
+        self, storage: torch.UntypedStorage, op: str, category: str | None, module: str | None = None
+    ) -> Allocation:
+        key, block = storage._cdata, self._new_block(storage.nbytes(), op, category, module)
         self._blocks[key] = block
         self._watches[key] = weakref.ref(storage, partial(self._on_death, key, block))
         self._announce(block)
@@ -167,11 +209,7 @@ class Trace(TorchDispatchMode):
 
     def adopt(self, tensor: torch.Tensor, category: str, module: str = "") -> Allocation | None:
         """Tracks a tensor that existed before the trace (a parameter, the batch), under a known category."""
-        before, self._module = self._module, module
-        try:
-            return self.track(tensor, category, op="")
-        finally:
-            self._module = before
+        return self.track(tensor, category, op="", module=module)
 
     def block_of(self, tensor: torch.Tensor) -> Allocation | None:
         """The block of `tensor`'s storage, or None if the storage is not tracked."""
@@ -207,11 +245,11 @@ class Trace(TorchDispatchMode):
         except NotImplementedError:  # sparse tensors have none; their parts are tracked
             return None
 
-    def _new_block(self, nbytes: int, op: str, category: str | None) -> Allocation:
+    def _new_block(self, nbytes: int, op: str, category: str | None, module: str | None = None) -> Allocation:
         return Allocation(
             nbytes=nbytes,
             op=op,
-            module=self._module,
+            module=self._module if module is None else module,
             phase=self.phase,
             step=self.step,
             segment=self._segment,
@@ -248,9 +286,15 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         self._find_phase()
         self._op = op.name()
+        read = []
         for tensor in _tensors((args, *kwargs.values())):
-            if self.block_of(tensor) is None:  # made outside the trace: a batch, a library's table
-                self.adopt(tensor, "buffers" if tensor.is_floating_point() else "inputs")
+            block = self.block_of(tensor)
+            if block is None:  # made outside the trace: a batch, a library's table
+                block = self.adopt(tensor, "buffers" if tensor.is_floating_point() else "inputs")
+            if block is not None:
+                read.append(block)
+        if self.on_operator is not None:
+            self.on_operator(read)
         if op.namespace == "c10d":
             self._label_sent((args, *kwargs.values()))
         result = op(*args, **kwargs) if self.overlay is None else self.overlay.run(self, op, args, kwargs)
@@ -278,6 +322,8 @@ class Trace(TorchDispatchMode):
         stack = self._entered
 
         def enter(module: torch.nn.Module, args: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                self._find_phase()  # a recomputation can begin in this module
             stack.append(self._module)
             self._module = names.get(module, self._module)
             if module is head and self.phase == "forward":
