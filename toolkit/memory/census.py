@@ -45,7 +45,7 @@ def label_model(trace: Trace, model: nn.Module) -> None:
             if parameter is None:
                 continue
             kind = "parameters_trainable" if parameter.requires_grad else "parameters_frozen"
-            trace.adopt(local(parameter.detach()), kind, path)
+            trace.adopt(local(parameter), kind, path)
             shard = getattr(parameter, "ds_tensor", None)
             if shard is not None:
                 trace.adopt(shard, kind, path)
@@ -68,7 +68,7 @@ def label_gradients(trace: Trace, model: nn.Module) -> None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of `tensor` that this process holds: all of it, or its shard under FSDP2."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def label_optimizer_state(trace: Trace, optimizer: Any) -> None:

@@ -149,7 +149,7 @@ def _quantize(trace: Trace, path: str, module: nn.Module, parameter: Any, kind: 
 
 def _adopt(trace: Trace, path: str, parameter: nn.Parameter) -> None:
     kind = "parameters_trainable" if parameter.requires_grad else "parameters_frozen"
-    trace.adopt(parameter.detach(), kind, path)
+    trace.adopt(parameter, kind, path)
 
 
 def _numel(parameter: Any) -> int:

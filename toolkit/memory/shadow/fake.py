@@ -7,15 +7,16 @@ takes the same branch as in training.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from toolkit.memory import meta_ops
 from toolkit.units import MIB
 
-CPU = torch.device("cpu")
 _SMALL = MIB  # code may branch on integer tensors up to this size, so they become real zeros
 
 
@@ -26,11 +27,12 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[nn.Parameter, nn.Parameter] = {}
+    quantized: dict[Any, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if parameter not in memo:
-                    memo[parameter] = _fake_parameter(mode, module, name, parameter)
+                    memo[parameter] = _fake_parameter(mode, module, name, parameter, quantized)
                 module._parameters[name] = memo[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -42,36 +44,59 @@ def make_fake(model: nn.Module) -> FakeTensorMode:
 
 def fake_like(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     """A fake tensor on the CPU with the shape, dtype and strides of a meta tensor."""
-    return FakeTensor(mode, tensor, CPU)
+    return meta_ops.fake(mode, tensor, has_address=True)
 
 
-def _fake_parameter(mode: FakeTensorMode, module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    fake = fake_like(mode, parameter.data)
+def _fake_parameter(
+    mode: FakeTensorMode, module: nn.Module, name: str, parameter: nn.Parameter, quantized: dict[Any, Any]
+) -> Any:
+    fake: Any = fake_like(mode, parameter.data)
     kind = type(parameter).__name__
     if kind == "Params4bit" and name == "weight":
-        return _quantized_4bit(module, parameter, fake)
+        return _quantized_4bit(module, parameter, fake, quantized)
     if kind == "Int8Params" and name == "weight" and not parameter.has_fp16_weights:
         return _quantized_8bit(fake)
-    return nn.Parameter(fake, requires_grad=parameter.requires_grad)
+    fake.requires_grad_(parameter.requires_grad)
+    fake._is_param = True  # as nn.Parameter does, which first detaches: that takes longer than all else here
+    return fake
 
 
-def _quantized_4bit(module: Any, parameter: Any, fake: torch.Tensor) -> nn.Parameter:
-    """The result of `Params4bit.to(device)` for a weight (out, in): packed (ceil(out x in / 2), 1), and its `QuantState`."""
+def _quantized_4bit(module: Any, parameter: Any, fake: torch.Tensor, quantized: dict[Any, Any]) -> nn.Parameter:
+    """The result of `Params4bit.to(device)` for a weight (out, in): packed (ceil(out x in / 2), 1), and its `QuantState`.
+
+    `quantized` keeps one result of each shape, because layers repeat.
+    """
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(
-        fake,
-        blocksize=parameter.blocksize,
-        compress_statistics=parameter.compress_statistics,
-        quant_type=parameter.quant_type,
-        quant_storage=parameter.quant_storage,
-    )
+    options = {
+        name: getattr(parameter, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
+    key = (fake.shape, fake.dtype, *options.values())
+    if key not in quantized:
+        quantized[key] = quantize_4bit(fake, **options)
+    packed, state = (_copied(part) for part in quantized[key])
     result: Any = nn.Parameter(packed, requires_grad=False)
-    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
-        setattr(result, name, getattr(parameter, name))
+    for name, value in options.items():
+        setattr(result, name, value)
     result.quant_state = module.quant_state = state
     result.bnb_quantized, result.module = True, module
     return result
+
+
+def _copied(part: Any) -> Any:
+    """A copy of a tensor, or of a `QuantState` with copies of its tensors."""
+    if isinstance(part, FakeTensor):
+        return fake_like(
+            part.fake_mode, torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
+        )
+    if isinstance(part, torch.Tensor):
+        return part.clone()
+    if part is None:
+        return None
+    state = copy.copy(part)
+    for name in ("absmax", "code", "offset", "state2"):
+        setattr(state, name, _copied(getattr(part, name)))
+    return state
 
 
 def _quantized_8bit(fake: torch.Tensor) -> nn.Parameter:
