@@ -218,6 +218,7 @@ def test_states_never_need_more_memory_on_more_cards_and_lora_needs_less():
     assert set(distributed_fits.FIRST) == set(distributed_fits.LAUNCHES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "targets"), [("full", ()), ("lora", ("q_proj", "lm_head"))])
 def test_zero3_gathers_a_head_and_a_feed_forward_once_however_many_chunks_and_tiles(
     method, targets, tmp_path, monkeypatch

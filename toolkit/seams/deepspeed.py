@@ -38,6 +38,7 @@ TABLE = (
             "distributed.sharded_models",
             "memory.census",
             "methods.base",
+            "runs.resources",
         ),
         source=(
             ("deepspeed.runtime.zero.partition_parameters", r"param\.ds_tensor = "),
@@ -117,6 +118,14 @@ TABLE = (
         reason="the folders of builds, in which a killed build leaves its lock",
         breaks="a run with offloading waits for ever for the lock of a killed build",
         silent=True,
+    ),
+    Seam(
+        name="assert_no_cuda_mismatch",
+        kind="private",
+        where="runs.doctor",
+        target="deepspeed.ops.op_builder.builder: assert_no_cuda_mismatch CUDAMismatchException MissingCUDAException",
+        reason="footprint doctor says why DeepSpeed cannot compile, without compiling",
+        breaks="footprint doctor cannot tell about DeepSpeed",
     ),
     Seam(
         name="cpu_lion's name",
@@ -208,6 +217,17 @@ TABLE = (
         reason="DeepSpeed starts a process that counts CPU sockets each time that it reduces a gradient",
         breaks="predictions under ZeRO are many times slower",
         silent=True,
+    ),
+    Seam(
+        name="F.linear",
+        kind="patch",
+        where="memory.shadow.simulated_rank",
+        target="torch.nn.functional: linear",
+        source=(("deepspeed.runtime.zero.partition_parameters", r"torch\.nn\.functional\.linear = zero3_linear_wrap"),),
+        reason="ZeRO-3 replaces it for the rest of the process by one that also keeps the inputs of frozen layers",
+        breaks="after a prediction under ZeRO-3, later ones in the same process are wrong",
+        silent=True,
+        library="deepspeed",
     ),
     Seam(
         name="DeepSpeedCPUAdam.__init__",

@@ -231,6 +231,7 @@ def _deepspeed() -> Iterator[None]:
         # DeepSpeed starts a process that counts CPU sockets each time that it reduces a gradient: the count is cached.
         with ExitStack() as stack:
             stack.enter_context(patched("is_fp16_supported", lambda: True, owner=get_accelerator()))  # as on every GPU
+            stack.enter_context(patched("F.linear", nn.functional.linear))  # ZeRO-3 replaces it, and never restores it
             stack.enter_context(uncompiled_adam())
             stack.enter_context(patched("get_numa_cores", cache(numa.get_numa_cores)))
             stack.enter_context(uncompiled_disk(Disk))
