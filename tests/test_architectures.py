@@ -193,25 +193,35 @@ def test_a_base_stored_in_4_bits_trains_with_qlora_and_other_recipes_name_the_or
         load_model_config(ModelArguments(str(folder)))
 
 
-STORED = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "FP8", "compressed-tensors": "compressed-tensors"}
+STORED = {
+    "AWQ": {"quantization_config": {"quant_method": "awq"}},
+    "GPTQ": {"quantization_config": {"quant_method": "gptq"}},
+    "FP8": {"quantization_config": {"quant_method": "fp8"}},
+    "exl2": {"quantization_config": {"quant_method": "exl2"}},
+    "compressed-tensors": {"quantization_config": {"quant_method": "compressed-tensors"}},
+    "MLX": {"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
+    "MLX, older": {"quantization": {"group_size": 64, "bits": 4}},
+}
 
 
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("flags", [{}, {"load_in_4bit": True}], ids=["lora", "qlora"])
 def test_other_quantized_folders_name_the_original(flags, kind, folder_of, tmp_path):
     config = json.loads((folder_of("llama") / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": kind}}))
+    (tmp_path / "config.json").write_text(json.dumps(config | STORED[kind]))
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "README.md").write_text("---\nbase_model:\n- someone/original\n---\n")
     with pytest.raises(
-        UserError, match=f"stored in {STORED[kind]}, which is not trained here; give the original, someone/original"
+        UserError,
+        match=f"stored in {kind.split(',')[0]}, which is not trained here; give the original, someone/original",
     ):
         load_model_config(ModelArguments(str(tmp_path), **flags))
 
 
+@pytest.mark.parametrize("ending", ["gguf", "GGUF"])
 @pytest.mark.parametrize("given", ["folder", "file"])
-def test_gguf_names_the_original(given, tmp_path):
-    file = tmp_path / "Llama-3.2-3B-Instruct-Q4_K_M.gguf"
+def test_gguf_names_the_original(given, ending, tmp_path):
+    file = tmp_path / f"Llama-3.2-3B-Instruct-Q4_K_M.{ending}"
     file.touch()
     with pytest.raises(UserError, match=r"GGUF.*give the original, meta-llama/Llama-3.2-3B-Instruct$"):
         load_model_config(ModelArguments(str(tmp_path if given == "folder" else file)))
@@ -241,7 +251,33 @@ def test_the_original_of_a_quantized_copy(source, original):
     assert original_of(source) == original
 
 
-@pytest.mark.parametrize("source", ["TheBloke/Mistral-7B-v0.1-GGUF", "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "a/B-AWQ"])
+@pytest.mark.parametrize(
+    ("name", "files", "instead"),
+    [
+        ("empty", [], r"give a folder with config.json, tokenizer and weights as transformers saves them, or a hub id"),
+        ("models--meta-llama--Llama-3.2-1B", [], "give the model's id, meta-llama/Llama-3.2-1B$"),
+        ("outer", ["inner/config.json"], r"give .*outer/inner$"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_to_give_instead(name, files, instead, tmp_path):
+    (tmp_path / name).mkdir()
+    for file in files:
+        (tmp_path / name / file).parent.mkdir()
+        (tmp_path / name / file).write_text("{}")
+    with pytest.raises(UserError, match=rf"{name}: the folder has no config.json, so it holds no model; .*{instead}"):
+        load_model_config(ModelArguments(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "TheBloke/Mistral-7B-v0.1-GGUF",
+        "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4",
+        "a/B-AWQ",
+        "a/B-fp8",
+        "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    ],
+)
 def test_ids_of_formats_for_inference_are_refused_without_asking_the_hub(source):
     with pytest.raises(UserError, match="a format that is made for inference alone; give the original, "):
         load_model_config(ModelArguments(source))
@@ -313,7 +349,7 @@ def check_prediction(how, name, capfd):
     assert ledger["fits"] is (end.value.code != 1)
     categories = {name: nbytes for name, nbytes in ledger["categories_at_peak"].items() if name != "cached_unused"}
     assert ledger["peak"]["allocated_bytes"] == sum(categories.values())
-    assert set(ledger["phases"]) == {"load", "forward", "backward", "optimizer_step"}
+    assert set(ledger["phases"]) == {"load", "forward", "backward", "optimizer_step", "scoring", "saving"}
     # adapters add little, and of a multimodal model only the language part is trained
     published = catalogue.find(name).parameters
     assert 0.85 * published < ledger["parameters"]["all"] < 1.1 * published

@@ -67,7 +67,7 @@ def generate(
     settings = _settings(model, tokenizer, end_tokens, empty_target)
     settings.num_beams, settings.max_new_tokens = num_beams, max_new_tokens
     rows = 1 if model.config.model_type in IGNORES_MASK else batch_size
-    with _generating_by(settings, model):
+    with generating_by(settings, model):
         texts = _in_batches(answer, model, prompts, rows, title)
     return [text.strip() for text in texts]
 
@@ -98,7 +98,7 @@ def generation_error(
     settings = _settings(model, tokenizer)
     settings.max_new_tokens, settings.eos_token_id = new_tokens, None
     settings.forced_bos_token_id = settings.forced_eos_token_id = None
-    with _generating_by(settings, model):
+    with generating_by(settings, model):
         return _in_batches(answer, model, [prompt], 1, "")[0]
 
 
@@ -122,7 +122,7 @@ def _settings(
 
 
 @contextmanager
-def _generating_by(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+def generating_by(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
     """While open, `model` generates with `settings` and a cache."""
     holder = base_model(model)
     # a model of two models has its setting in the config of its decoder
@@ -160,10 +160,14 @@ def classify(
     """The class with the largest logit for each prompt (token ids), in order, on every rank."""
 
     def answer(batch: list[Sequence[int]]) -> list[int]:
-        inputs = _padded(tokenizer, batch, "right", model.device)
-        return model(**inputs).logits.argmax(-1).tolist()  # logits: (rows, classes)
+        return classes_of(model, _padded(tokenizer, batch, "right", model.device))
 
     return _in_batches(answer, model, prompts, batch_size, title)
+
+
+def classes_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[int]:
+    """The class with the largest logit for each row of `inputs` (rows, length)."""
+    return model(**inputs).logits.argmax(-1).tolist()  # logits: (rows, classes)
 
 
 def losses(
@@ -176,19 +180,34 @@ def losses(
     """The mean negative log-likelihood of each prompt (token ids) in nats, in order, on every rank; 0 for a single token."""
 
     def answer(batch: list[Sequence[int]]) -> list[float]:
-        inputs = _padded(tokenizer, batch, "right", model.device)
-        ids = inputs["input_ids"]  # (rows, length)
-        logits = model(**inputs).logits[:, -ids.shape[1] :]  # (rows, length, vocabulary), without virtual tokens
-        ends = [len(prompt) for prompt in batch]
-        return [
-            cross_entropy(logits[i, : end - 1].float(), ids[i, 1:end]).item() if end > 1 else 0.0
-            for i, end in enumerate(ends)
-        ]
+        return losses_of(model, _padded(tokenizer, batch, "right", model.device), list(map(len, batch)))
 
     return _in_batches(answer, model, prompts, batch_size, title)
 
 
-@torch.no_grad()  # not inference_mode: weights gathered in it could not be trained
+def losses_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor], ends: Sequence[int]) -> list[float]:
+    """The mean negative log-likelihood of each row of `inputs` (rows, length) up to its end, in nats."""
+    ids = inputs["input_ids"]
+    logits = model(**inputs).logits[:, -ids.shape[1] :]  # (rows, length, vocabulary), without virtual tokens
+    return [
+        cross_entropy(logits[i, : end - 1].float(), ids[i, 1:end]).item() if end > 1 else 0.0
+        for i, end in enumerate(ends)
+    ]
+
+
+@contextmanager
+def answering(model: PreTrainedModel) -> Iterator[None]:
+    """While open, `model` answers: in evaluation mode, without gradients, and with the weights of a sharded model at hand."""
+    was_training = model.training
+    model.eval()
+    try:
+        # not inference_mode: weights gathered in it could not be trained
+        with torch.no_grad(), gathered_in_use(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
 def _in_batches(
     answer: Callable[[list[Sequence[int]]], list[Answer]],
     model: PreTrainedModel,
@@ -206,16 +225,11 @@ def _in_batches(
     mine = order[state.process_index :: state.num_processes]
     most = -(-len(order) // state.num_processes)  # rows of the rank that has the most
     batches = [mine[i : i + batch_size] for i in range(0, most, batch_size)]
-    was_training = model.training
-    model.eval()
     found: list[tuple[int, Answer]] = []
-    try:
-        with gathered_in_use(model):
-            for batch in _said(batches, title, len(order)):
-                computed = batch or order[-1:]  # a rank without rows left still takes part in the computation
-                found += zip(batch, answer([prompts[i] for i in computed])[: len(batch)], strict=True)
-    finally:
-        model.train(was_training)
+    with answering(model):
+        for batch in _said(batches, title, len(order)):
+            computed = batch or order[-1:]  # a rank without rows left still takes part in the computation
+            found += zip(batch, answer([prompts[i] for i in computed])[: len(batch)], strict=True)
     if state.num_processes > 1:
         found = gather_object(found)
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]

@@ -61,6 +61,18 @@ T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 ORDINARY_TOKEN_ID = 5  # not a special token
 
 
+def _instead_of(folder: Path) -> str:
+    """What to give instead of a folder that holds no model."""
+    if folder.name.startswith("models--"):
+        return (
+            f"it is in the hub's cache: give the model's id, {folder.name.removeprefix('models--').replace('--', '/')}"
+        )
+    inside = sorted(folder.glob("*/config.json"))
+    if inside:
+        return f"give {inside[0].parent}"
+    return "give a folder with config.json, tokenizer and weights as transformers saves them, or a hub id (user/name)"
+
+
 def load_model_config(
     args: ModelArguments, fp16: bool = False, needs_weights: bool = True, kind: ModelKind = "generating"
 ) -> PreTrainedConfig:
@@ -88,7 +100,9 @@ def load_model_config(
                 "tuning; give its base model, or a folder that footprint merge wrote"
             )
         if not (folder / "config.json").is_file():
-            raise UserError(f"--model_name_or_path {source}: the folder has no config.json, so it holds no model")
+            raise UserError(
+                f"--model_name_or_path {source}: the folder has no config.json, so it holds no model; {_instead_of(folder)}"
+            )
         has_weights = args.random_weights or not needs_weights
         if not has_weights and any(folder.glob("*.index.json")):
             check_weight_files(folder)  # names the files that are missing
@@ -441,7 +455,15 @@ def build_on_meta(
             quantization_config(args, config, dtype, sharded),
         )
     _check_beginning(args.source, model)
+    keep_packing(model)
     return model
+
+
+def keep_packing(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights once more to answer on a CPU: that packing only supports widths divisible by 32."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_beginning(source: str, model: PreTrainedModel) -> None:
@@ -587,8 +609,6 @@ def load_model(
     if has_head(config):
         set_seed(training.seed)
         _make_head_anew(args, model, found["missing_keys"])
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # that packing only supports widths divisible by 32
-            module.support_avx512bf16_for_cpu = False
+    keep_packing(model)
     set_seed(training.seed)  # for the weights that the method adds
     return model if args.load_in_4bit or args.load_in_8bit else model.to(training.device)

@@ -11,10 +11,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from toolkit.config import Config, Flags, configure, read_flags
@@ -33,6 +35,7 @@ from toolkit.memory.cuda.device import Cuda
 from toolkit.memory.ledger import Ledger, LedgerError
 from toolkit.memory.measure import COMPILED, MemoryCallback
 from toolkit.memory.report import print_comparison, print_ledger
+from toolkit.memory.risk import TIGHT
 from toolkit.memory.shadow.simulated_rank import processes, swapped_bytes, world
 from toolkit.memory.shadow.step import CPU, STEPS, Device, predict
 from toolkit.memory.trace import Sink
@@ -46,7 +49,10 @@ from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, 
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.models.meta import attention_without_its_package
 from toolkit.models.quantization import Packed, untrained_experts
+from toolkit.runs.beside_steps import beside_steps
+from toolkit.runs.machine import driver_moves_to_host
 from toolkit.runs.preflight import check_checkpointing, check_combination, check_loss_chunks, check_packing
+from toolkit.runs.resources import LongestRows, Saved, needed_resources, with_budgets
 from toolkit.training.checkpoints import readable_write_errors
 from toolkit.training.trainer import FineTuner
 from toolkit.units import format_bytes
@@ -92,13 +98,20 @@ def predict_run(
     _refuse_unpredicted(config, device)
     check_combination(config)
     accumulated, assumed, left_out = training.gradient_accumulation_steps, {}, ""
+    beside: Callable[[], Mapping[str, Callable[[Any], object]]] = dict
+    longest: LongestRows | None = None
+    saved: list[Saved] = []
+    loaded_weights = 0
     settings = config.as_dict()
     if batches and accumulated > MOST_PASSES:
         raise UserError(f"measured steps of more than {MOST_PASSES} accumulated passes take too long to predict again")
     if not batches:
-        longest, data_text = _longest_rows(config, model_config, reads_data)
-        worst = worst_batch(config, model_config, longest)
-        assumed = _assumed(config, worst, data_text)
+        longest = _longest_rows(config, model_config, reads_data)
+        worst = worst_batch(config, model_config, longest.train)
+        assumed = _assumed(config, worst, longest.origin)
+        validated = worst_batch(_as_evaluated(config), model_config, longest.validation)
+        parts = (config, validated, longest.prompt, longest.new_tokens, device is CPU, saved.append)
+        beside = partial(beside_steps, *parts)
         if accumulated > MOST_PASSES:
             _check_passes(config)
             ids = (accumulated - MOST_PASSES) * sum(tensor.nbytes for tensor in worst.values())
@@ -112,10 +125,12 @@ def predict_run(
     warnings = dict.fromkeys([LANGUAGE_PART] if is_multimodal(config.model) else [])  # a set that keeps its order
 
     def build() -> PreTrainedModel:
+        nonlocal loaded_weights
         model = build_on_meta(config.model, model_config, config.dtype, sharded=engine.kind.shards_parameters)
         check_checkpointing(config, model, on_cpu=device is CPU)
         check_loss_chunks(config.training, model)
         check_packing(config, model)
+        loaded_weights = sum(weight.numel() for weight in model.parameters())
         packed = Packed.of(model)
         if packed.packed and (warning := packed.warning(config.beside_packed)):
             warnings[warning] = None
@@ -135,7 +150,7 @@ def predict_run(
 
     try:
         with attention_without_its_package():
-            ledger = predict(build, trainer, training, device, settings, sinks)
+            ledger = predict(build, trainer, training, device, settings, sinks, beside)
     except LedgerError:
         raise
     except (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -163,7 +178,20 @@ def predict_run(
     if device is not CPU and config.optimizer.startswith("galore"):
         notes += ("the workspace in which cuSOLVER finds GaLore's projections is not counted",)
     ledger = replace(ledger, processes=processes(), engine=str(engine.kind), nvme_bytes=swapped_bytes())
-    return replace(ledger, notes=notes, warnings=tuple(warnings), assumed=assumed)
+    if isinstance(device, Cuda):
+        ledger = replace(ledger, error_group=_error_group(config, device.card), spills=device.card.spills)
+    ledger = replace(ledger, notes=notes, warnings=tuple(warnings), assumed=assumed)
+    if longest is None or not saved:
+        return ledger
+    needed = needed_resources(config, model_config, ledger, saved[0], loaded_weights, longest, device is CPU)
+    return replace(ledger, resources=needed)
+
+
+def _error_group(config: Config, card: Card) -> tuple[str, ...]:
+    """What the errors of predictions depend on, as `toolkit.memory.risk` groups them; of a card that is only a size, just the method."""
+    quantized = config.model.load_in_4bit or config.model.load_in_8bit
+    method = "quantized" if quantized else "adapter" if config.method.freezes_base else "full"
+    return (method,) if card.is_generic else (method, card.architecture, config.model.attn_implementation or "sdpa")
 
 
 @dataclass(frozen=True)
@@ -382,8 +410,8 @@ def _refuse_unpredicted(config: Config, device: Device) -> None:
         raise UserError(f"--optim {optim}: memory of an offloaded optimizer is only predicted for adamw_torch_fused")
 
 
-def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bool) -> tuple[tuple[int, int], str]:
-    """The tokens of the longest row, the most of a row that have labels (0: no target), and where they come from, in words.
+def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bool) -> LongestRows:
+    """How long the rows are, as the flags allow.
 
     With `reads_data` and --dataset_name the rows are read and tokenized as for a run.
 
@@ -393,12 +421,12 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
     reads_data = reads_data and data.dataset_name is not None
     with guarded_rows(data):
         rows_found = data.read() if reads_data else None  # also decides the task, on which the lengths depend
-    length, target_length, _ = lengths(data, model_config, virtual_tokens=virtual_tokens)
-    if not model_config.is_encoder_decoder and not config.task.one_target:
-        target_length = length
+    length, new_tokens, _ = lengths(data, model_config, virtual_tokens=virtual_tokens)
+    target_length = new_tokens if model_config.is_encoder_decoder or config.task.one_target else length
     if not reads_data:
         unread = "--dataset_name was not read" if data.dataset_name else "no --dataset_name was given"
-        return (length, target_length), f"rows as long as the flags allow ({unread})"
+        row, prompt = (length, target_length), length if model_config.is_encoder_decoder else length - new_tokens
+        return LongestRows(row, row, prompt, new_tokens, f"rows as long as the flags allow ({unread})")
     try:
         source = config.model.tokenizer_name or config.model.source
         if not looks_like_path(source):
@@ -412,11 +440,28 @@ def _longest_rows(config: Config, model_config: PreTrainedConfig, reads_data: bo
             "rows of --max_length tokens are predicted"
         ) from None
     with guarded_rows(data):
-        rows = load_data(data, model_config, tokenizer, virtual_tokens, rows_found).train
-    longest = max(map(len, rows["input_ids"]))
-    if not has_head(model_config):
-        target_length = max(sum(label != IGNORE_INDEX for label in labels) for labels in rows["labels"])
-    return (longest, target_length), f"rows as long as the longest of the {len(rows):,} rows of {data.dataset_name}"
+        found = load_data(data, model_config, tokenizer, virtual_tokens, rows_found)
+
+    def longest(rows: Dataset) -> tuple[int, int]:
+        labels = 0 if has_head(model_config) else max(sum(one != IGNORE_INDEX for one in row) for row in rows["labels"])
+        return max(map(len, rows["input_ids"])), labels
+
+    return LongestRows(
+        longest(found.train),
+        longest(found.validation),
+        max(map(len, found.test_prompts)),
+        new_tokens,
+        f"rows as long as the longest of the {len(found.train):,} rows of {data.dataset_name}",
+        len(found.train),
+        sum(split.data.nbytes for split in (found.train, found.validation)),
+    )
+
+
+def _as_evaluated(config: Config) -> Config:
+    """`config` with the batches of its evaluation as those of its training."""
+    training = copy.copy(config.training)
+    training.per_device_train_batch_size, training.packing = training.per_device_eval_batch_size, False
+    return replace(config, training=training)
 
 
 def _assumed(config: Config, batch: Batch, data: str) -> dict[str, Any]:
@@ -452,7 +497,7 @@ def worst_batch(config: Config, model_config: PreTrainedConfig, longest: tuple[i
     Raises: UserError for a length beyond the model's positions, and for more than `MOST_TOKENS` tokens.
     """
     rows = config.training.per_device_train_batch_size
-    length, target_length = longest or _longest_rows(config, model_config, reads_data=False)[0]
+    length, target_length = longest or _longest_rows(config, model_config, reads_data=False).train
     length = shared_length(length, config.engine.sequence_parallel_size)
     if rows * max(length, target_length) > MOST_TOKENS:
         raise UserError(
@@ -527,16 +572,19 @@ def this_card() -> Card | None:
         return None
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     memory = (gpu.total_memory, torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved())
-    return card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, *memory)
+    limits = (torch.cuda.get_per_process_memory_fraction(), driver_moves_to_host())
+    return card_of_device(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count, *memory, *limits)
 
 
 def _predicted_here(config: Config, batches: list[Batch] | None = None, reads_data: bool = False) -> Ledger:
     """The predicted ledger of the run to which this process belongs, on its own device."""
     card = this_card() if config.training.device.type == "cuda" else None
     if config.engine.kind is EngineKind.NONE:
-        return predict_run(config, CPU if card is None else Cuda(card), batches, reads_data=reads_data)
+        ledger = predict_run(config, CPU if card is None else Cuda(card), batches, reads_data=reads_data)
+        return replace(ledger, resources=with_budgets(ledger.resources, config))
     job = PredictionJob(config.method.name, config.as_flags(), config.launch, card, batches, reads_data)
-    return job.predict_in_subprocess()
+    ledger = job.predict_in_subprocess()
+    return replace(ledger, resources=with_budgets(ledger.resources, config))
 
 
 def show_prediction(config: Config) -> None:
@@ -560,8 +608,13 @@ def say_prediction(config: Config) -> None:
     tokens = ledger.assumed.get("tokens")
     rows = f" of rows of {tokens:,} tokens, the longest that the flags allow" if tokens else ""
     say("memory", f"{format_bytes(ledger.needed_bytes)} at the peak, predicted for the {when}{rows} ({ledger.device})")
-    if not ledger.fits and ledger.budget_bytes is not None:
+    for resource in (one for one in ledger.resources if not one.fits):
+        needed, there = format_bytes(resource.needed_bytes), format_bytes(resource.budget_bytes or 0)
+        say("warning", f"{resource.name}: the run needs {needed}, and {there} are free")
+    if not ledger.fits_device and ledger.budget_bytes is not None:
         say("warning", f"that is more than the {format_bytes(ledger.budget_bytes)} of {ledger.device}; {LESS_MEMORY}")
+    elif ledger.risk and ledger.risk.verdict == TIGHT:
+        say("warning", f"next to no room on {ledger.device}: {ledger.risk.reason}; {LESS_MEMORY}")
 
 
 def show_comparison(config: Config, memory: MemoryCallback) -> None:

@@ -8,7 +8,7 @@
 | update: trained weights have changed | the first steps, and the end | reads the trained weights once for each check |
 | frozen: frozen weights have not changed | the end | reads the frozen weights twice, on their device, without a copy: |
 | | | 0.2 to 0.3 s per GiB, measured on one slow CPU core; on a GPU, one read at its memory bandwidth |
-| saved: the saved files reload as the trained weights | the end | an adapter: two forward passes of one row, no memory; a full |
+| saved: the saved files reload as the trained weights | the end | an adapter: two forward passes of at most 64 tokens; a full |
 | | | model: the saved file is read once, into the CPU's memory |
 | generation: generated tokens agree with forward passes | the end | generates 8 tokens after one row, and one forward pass |
 
@@ -204,7 +204,7 @@ def check_packing(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]], tra
 def check_saved(model: PreTrainedModel, config: Config, row: dict[str, torch.Tensor]) -> None:
     """Compares the weights that were saved into the run's folder with the trained `model`; only rank 0 calls it.
 
-    `row` is a batch of one training row, as the collator makes it: an adapter must give the same logits for it.
+    `row` is a batch of one training row, as the collator makes it: an adapter must give the same logits for its end.
 
     Raises: UserError if the file holds no weights, or other weights than the model in memory.
     """
@@ -213,7 +213,7 @@ def check_saved(model: PreTrainedModel, config: Config, row: dict[str, torch.Ten
     if is_sharded(model):
         return
     if isinstance(model, PeftModel):
-        _check_adapter(model, config, row, folder)
+        _check_adapter(model, config, end_of(row), folder)
     else:
         _check_weights(model, folder)
 
@@ -257,16 +257,26 @@ def _check_not_empty(folder: Path) -> None:
         raise UserError(f"guard 'saved': {folder} holds no weights; the method trained something that is not saved")
 
 
+def end_of(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The last `ROW` tokens of a batch of one row, where a head looks: the logits of a long row could need more than training did."""
+    return {name: tensor[:, -ROW:] if tensor.dim() > 1 else tensor for name, tensor in row.items()}
+
+
+def reloads_base(model: PeftModel, config: Config) -> bool:
+    """Whether `check_saved` loads the base a second time: the adapter only fits the base as it was before the method changed it."""
+    return bool(config.method.changes_base or config.method.adapter_changes_base(model.active_peft_config))
+
+
 @torch.no_grad()
 def _check_adapter(model: PeftModel, config: Config, row: dict[str, torch.Tensor], folder: Path) -> None:
     """Compares the logits of one training row before and after the adapter is loaded from its file."""
-    before = _logits(model, row, config.training)
+    before = logits_of(model, row, config.training)
     adapter, tolerance = model.active_peft_config, LOGITS_TOLERANCE
-    if config.method.changes_base or config.method.adapter_changes_base(adapter):
+    if reloads_base(model, config):
         tolerance = max(tolerance, ROUNDED_BASE.get(model.dtype, 0.1))
-        after = _logits(_reloaded(config, model, folder), row, config.training)
+        after = logits_of(_reloaded(config, model, folder), row, config.training)
     elif adapter.is_prompt_learning:  # the output of the prompt encoder is saved, not the encoder
-        after = _logits(PeftModel.from_pretrained(model.get_base_model(), folder), row, config.training)
+        after = logits_of(PeftModel.from_pretrained(model.get_base_model(), folder), row, config.training)
     else:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -276,13 +286,18 @@ def _check_adapter(model: PeftModel, config: Config, row: dict[str, torch.Tensor
         lost = [name for name, p in model.named_parameters() if p.requires_grad and p.isnan().any()]
         if lost:
             raise UserError(f"guard 'saved': {len(lost)} trained weights are not in {folder}, {lost[0]} among them")
-        after = _logits(model, row, config.training)
-    worst = float((after - before).abs().max() / before.abs().max())
+        after = logits_of(model, row, config.training)
+    worst = largest_difference(after, before)
     if not worst <= tolerance:
         raise UserError(
             f"guard 'saved': the adapter loaded from {folder} gives logits that differ by {worst:.2g} of the largest "
             f"(at most {tolerance:g}); the saved files do not hold the trained weights"
         )
+
+
+def largest_difference(after: torch.Tensor, before: torch.Tensor) -> float:
+    """The largest difference between logits of the same tokens, relative to the largest of `before`."""
+    return float((after - before).abs().max() / before.abs().max())
 
 
 def _reloaded(config: Config, trained: PeftModel, folder: Path) -> PeftModel:
@@ -294,7 +309,7 @@ def _reloaded(config: Config, trained: PeftModel, folder: Path) -> PeftModel:
     return reloaded
 
 
-def _logits(model: PeftModel, row: dict[str, torch.Tensor], training: TrainingArguments) -> torch.Tensor:
+def logits_of(model: PeftModel, row: dict[str, torch.Tensor], training: TrainingArguments) -> torch.Tensor:
     """The logits (1, length, vocabulary) or (1, labels) of a row, in evaluation mode, computed as in training, fp32."""
     with _as_in_training(model, training):
         return model(**{name: tensor.to(model.device) for name, tensor in row.items()}).logits.float()

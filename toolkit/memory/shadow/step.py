@@ -40,10 +40,13 @@ from toolkit.memory.measure import MemoryCallback
 from toolkit.memory.recording import Counter, Meter, Recording
 from toolkit.memory.replay import replay_without_offloaded
 from toolkit.memory.shadow import simulated_rank
+from toolkit.memory.shadow.beside_steps import traced_beside_steps
 from toolkit.memory.shadow.fake import make_fake
+from toolkit.memory.shadow.folding import MARGINS, Fold
 from toolkit.memory.shadow.host_copies import activations_on_host
-from toolkit.memory.shadow.isolation import isolated
+from toolkit.memory.shadow.isolation import isolated, quick_collections
 from toolkit.memory.shadow.optimizers import optimizer_packages
+from toolkit.memory.shadow.stacks import CannotFold, TemplatesDiffer
 from toolkit.memory.trace import Overlay, Sink, Trace
 from toolkit.seams import patched
 
@@ -124,14 +127,28 @@ CPU = Cpu()
 class ShadowCallback(MemoryCallback):
     """The callback that measures, on fake tensors: `device` provides meter, overlay and loading."""
 
-    def __init__(self, device: Device, config: Mapping[str, Any] | None = None, sinks: Sequence[Sink] = ()):
+    def __init__(
+        self,
+        device: Device,
+        config: Mapping[str, Any] | None = None,
+        sinks: Sequence[Sink] = (),
+        fold: Fold | None = None,
+    ):
         super().__init__(steps=tuple(range(1, STEPS + 1)), config=config, sinks=sinks)
         self.device = device
+        self.fold = fold
+        self.beside: dict[str, Callable[[], object]] = {}  # what the run does beside its steps, by phase
         self.notes: tuple[str, ...] = ()
         self.source, self.device_name, self.context_bytes = "predicted", device.name, device.context_bytes
 
     def new_trace(self, model: nn.Module) -> tuple[Meter, Callable[..., Trace]]:
-        return self.device.meter(), lambda *sinks: Trace(*sinks, overlay=self.device.overlay())
+        new_trace = self.fold.trace if self.fold else Trace
+        return self.device.meter(), lambda *sinks: new_trace(*sinks, overlay=self.device.overlay())
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().on_pre_optimizer_step(*args, **kwargs)
+        if self.fold:
+            self.fold.remember_gradients()
 
     def compiled(self, args: Any) -> str:
         return ""  # stand-ins are not compiled
@@ -141,6 +158,34 @@ class ShadowCallback(MemoryCallback):
             census.label_model(trace, model)
         else:
             self.device.load(trace, model)
+
+    def _finish(self, model: nn.Module) -> None:
+        """After the last step, where a run validates. What else it does beside its steps follows training: then `finish` makes the ledger."""
+        self._trace_beside("evaluation", model)
+        if not self.beside:
+            self._make_ledger(model)
+        elif self._trace is not None:
+            self._trace.enter_phase(next(iter(self.beside)))  # what training gives back belongs to no step
+
+    def finish(self, model: nn.Module) -> None:
+        """After training: traces what a run does then, and makes the ledger."""
+        for phase in tuple(self.beside):
+            self._trace_beside(phase, model)
+        if self._trace is not None:
+            self._make_ledger(model)
+
+    def _make_ledger(self, model: nn.Module) -> None:
+        if self.fold:
+            self.fold.unfold()
+        super()._finish(model)
+
+    def _trace_beside(self, phase: str, model: nn.Module) -> None:
+        run = self.beside.pop(phase, None)
+        if run is not None and self._trace is not None:
+            problem = traced_beside_steps(self._trace, self._recording, phase, model, run)
+            if problem and self.fold:
+                raise CannotFold(*problem)
+            self.notes += problem
 
     def replayed_within_budget(self, recording: Recording) -> Recording:
         """The recording as on a device with this budget: when memory is full, the allocator gives its cache back and tries again.
@@ -169,49 +214,86 @@ def predict(
     device: Device = CPU,
     config: Mapping[str, Any] | None = None,
     sinks: Sequence[Sink] = (),
+    beside: Callable[[], Mapping[str, Callable[[Trainer], object]]] = dict,
 ) -> Ledger:
     """The predicted ledger of training, made in this process without weights and without a GPU.
 
-    `build` is called once and must make its model on the meta device. `trainer` must make the Trainer that training uses,
+    Layers that repeat are run once, where that gives the events of the whole model (`folding`); otherwise all are.
+    `build` must make its model on the meta device; each attempt calls it, and `beside`, once. `trainer` must make the Trainer that training uses,
     with the given arguments (a copy limited to two steps on one CPU process) and callback. Its data set must give, in order,
     either at least `rows_needed(arguments)` rows as long as the longest row of training, or one collated batch for each
-    forward pass (2 x gradient_accumulation_steps). `sinks` receive the trace's events.
+    forward pass (2 x gradient_accumulation_steps). `sinks` receive the trace's events; then no layer is left out. `beside()` runs what else the run does with
+    the trained model, by the phases of `ledger.BESIDE_STEPS`; one that fails on fake tensors becomes a note.
 
     Raises:
         UserError: for options and models that the shadow step does not support, by name.
     """
     began = time.perf_counter()
     refuse_unsupported(arguments)
+    attempt = partial(_predict, build, trainer, arguments, device, config, sinks, beside)
+    ledger = None
+    with quick_collections():
+        if not simulated_rank.in_world() and not sinks:
+            for margin in MARGINS:
+                try:
+                    ledger = attempt(margin)
+                except TemplatesDiffer:
+                    continue
+                except UserError:
+                    raise
+                except (
+                    Exception
+                ):  # CannotFold, or what a stand-in led to; an error of the model itself comes again below
+                    pass
+                break
+        ledger = ledger or attempt(None)
+    return replace(ledger, seconds=time.perf_counter() - began)
+
+
+def _predict(
+    build: Callable[[], nn.Module],
+    trainer: Callable[[nn.Module, TrainingArguments, MemoryCallback], Trainer],
+    arguments: TrainingArguments,
+    device: Device,
+    config: Mapping[str, Any] | None,
+    sinks: Sequence[Sink],
+    beside: Callable[[], Mapping[str, Callable[[Trainer], object]]],
+    margin: int | None,
+) -> Ledger:
+    """`predict` with layers folded at this margin (`stacks.find_stacks`); None: all layers run. Raises: CannotFold."""
     with ExitStack() as stack:
         if not simulated_rank.in_world():
             stack.enter_context(isolated())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         model = build()
         model.train()
+        checkpointing = vars(arguments).get("activation_checkpointing_kwargs") or {}
+        fold = None if margin is None else Fold(model, margin, every=checkpointing.get("every_n_layers", 1))
         fake_mode = make_fake(model)
         if simulated_rank.in_world():
             model._apply = partial(simulated_rank.applied, model)  # DeepSpeed casts a model to bf16 itself
-        callback = ShadowCallback(device, config, sinks)
+        callback = ShadowCallback(device, config, sinks, fold)
         if arguments.fp16 and not simulated_rank.in_deepspeed():
             stack.enter_context(_fp16_autocast())
         stack.enter_context(device.running())
         stack.enter_context(optimizer_packages())
         shadow = trainer(model, shadow_arguments(arguments, folder), callback)
         keep_only(shadow, callback)
+        callback.beside = {phase: partial(run, shadow) for phase, run in beside().items()}
         device.prepare(shadow)
         stack.enter_context(real_zero_losses())
         stack.enter_context(quantized.dequantized_by_peft())
         stack.enter_context(meta_ops.large_ones_fake(fake_mode))
-        stack.enter_context(activations_on_host(vars(arguments).get("activation_checkpointing_kwargs") or {}))
+        stack.enter_context(activations_on_host(checkpointing))
         stack.callback(callback.abort)
         if simulated_rank.in_world():
             stack.enter_context(simulated_rank.engine_on_fakes(fake_mode))
         with _unsupported_as_user_error():
             shadow.train()
+        callback.finish(shadow.model)
     assert callback.ledger is not None
     return replace(
         callback.ledger,
-        seconds=time.perf_counter() - began,
         budget_bytes=device.budget_bytes,
         notes=device.notes + callback.notes,
     )
