@@ -51,6 +51,7 @@ bench: setup
 	$(BIN)/python benchmarks/readme.py
 results: setup
 	$(BIN)/python benchmarks/embedded.py
+	$(BIN)/python benchmarks/error_distribution.py
 	$(BIN)/python benchmarks/readme.py
 
 # Each stamp is as new as the environment: nothing is installed while the constraints and the metadata are unchanged.

@@ -16,10 +16,14 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.errors.reading import check_shape, read_json
+from toolkit.memory import resources
+from toolkit.memory.difference import Difference
 from toolkit.memory.recording import Recording, Window, category_of
+from toolkit.memory.risk import Risk, risk
 from toolkit.memory.trace import PHASES
 
 SCHEMA_VERSION = 1
+BESIDE_STEPS = ("evaluation", "scoring", "saving")  # phases in which a run does not train; only predictions have them
 
 # Disjoint, in the order in which they are shown.
 CATEGORIES = {
@@ -29,14 +33,14 @@ CATEGORIES = {
     "buffers": "tensors of modules and libraries that are not weights",
     "gradients": "gradients of trainable weights",
     "optimizer_state": "the optimizer's moments and scales",
-    "activations_saved": "kept by the forward pass for the backward pass",
-    "activations_logits_loss": "the same, of the logits and the loss",
+    "activations_saved": "activations kept for the backward pass",
+    "activations_logits_loss": "activations of the logits and the loss, kept as well",
     "inputs": "the batch: ids, masks, labels",
     "temporaries": "results that live within one pass, gradients of activations among them",
     "communication": "buckets of gradients and gathered weights, which processes send each other",
     "workspaces": "buffers that libraries and kernels take unseen",
     "allocator_slack": "the allocator's rounding of each block",
-    "cached_unused": "reserved by the allocator, free at the peak",
+    "cached_unused": "what the allocator reserves and has free at the peak",
 }
 
 Cells = dict[str, dict[str, int]]  # category -> module -> bytes
@@ -62,6 +66,9 @@ SHAPE = {  # of `to_json`, as `check_shape` takes it
     "host_bytes?": int,
     "copied_bytes?": int,
     "nvme_bytes?": int,
+    "resources?": [resources.SHAPE | {"needed_bytes": int}],
+    "error_group?": [str],
+    "spills?": bool,
 }
 
 
@@ -95,8 +102,8 @@ class PhaseUse:
 class Ledger:
     """Memory of one training run on one device, in bytes; `parameters` counts elements.
 
-    `phases` holds loading and the steady step (the last step recorded). `first_step` holds the first step, in which the
-    optimizer state appears. `timeline` has rows (phase, step, allocated, reserved), each the largest of its interval.
+    `phases` holds loading, the steady step (the last step recorded) and those of `BESIDE_STEPS` that the run has. `first_step`
+    holds the first step, in which the optimizer state appears. `timeline` has rows (phase, step, allocated, reserved), each the largest of its interval.
     """
 
     source: str  # "predicted" or "measured"
@@ -119,6 +126,9 @@ class Ledger:
     host_bytes: int = 0  # offloaded to the memory of one machine, by all of its processes
     copied_bytes: int = 0  # of activations, between card and host memory in one step of one process, both ways together
     nvme_bytes: int = 0  # offloaded to the disks of one machine, by all of its processes
+    resources: tuple[resources.Resource, ...] = ()  # the host's memory and disks of one machine; predicted only
+    error_group: tuple[str, ...] = ()  # of a prediction, as `risk` takes it: method, architecture, attention
+    spills: bool = False  # whether the driver moves to the host what is beyond the budget, instead of failing
 
     def __post_init__(self) -> None:
         if self.source not in ("predicted", "measured"):
@@ -128,12 +138,12 @@ class Ledger:
 
     @property
     def peak_phase(self) -> PhaseUse:
-        """The phase with the highest peak, among loading, the first step and the steady step."""
+        """The phase with the highest peak, among `phases` and the first step."""
         return self._peak()[1]
 
     @property
     def peak_phase_name(self) -> str:
-        """The name of `peak_phase`, one of `PHASES`."""
+        """The name of `peak_phase`, one of `PHASES` or `BESIDE_STEPS`."""
         return self._peak()[0]
 
     @property
@@ -153,13 +163,36 @@ class Ledger:
 
     @property
     def fits(self) -> bool:
+        """Whether nothing runs out: the device, the host's memory and the disks; what has no budget does not."""
+        return self.fits_device and all(resource.fits for resource in self.resources)
+
+    @property
+    def fits_device(self) -> bool:
         """Whether `needed_bytes` is within the budget; true without a budget."""
         return self.budget_bytes is None or self.needed_bytes <= self.budget_bytes
+
+    @property
+    def risk(self) -> Risk | None:
+        """The chance that the run takes more than the budget; None without one, as on a CPU and of measured runs."""
+        if self.budget_bytes is None:
+            return None
+        return risk(self.needed_bytes, self.budget_bytes, self.error_group, self.spills)
 
     @property
     def needed_bytes(self) -> int:
         """Bytes that the device must have free: `process_bytes`, or `reserved_bytes` if the context is unknown."""
         return self.reserved_bytes if self.process_bytes is None else self.process_bytes
+
+    def difference(self, other: Ledger) -> Difference:
+        """How many bytes more `other` needs (fewer: negative), by category and module, each at its own peak.
+
+        The parts, among them `"context"`, add up exactly to the difference of `needed_bytes`.
+        """
+        return Difference.of(self._needed_cells(), other._needed_cells())
+
+    def _needed_cells(self) -> Cells:
+        beyond = {"cached_unused": self.reserved_bytes - self.allocated_bytes, "context": self.context_bytes or 0}
+        return {**self.peak_phase.cells, **{category: {"": nbytes} for category, nbytes in beyond.items()}}
 
     def _peak(self) -> tuple[str, PhaseUse]:
         both = [*self.phases.items(), *self.first_step.items()]
@@ -189,11 +222,15 @@ class Ledger:
             "parameters": dict(self.parameters),
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
+            "risk": self.risk.to_json() if self.risk else None,
+            "error_group": list(self.error_group),
+            "spills": self.spills,
             "processes": self.processes,
             "engine": self.engine,
             "host_bytes": self.host_bytes,
             "copied_bytes": self.copied_bytes,
             "nvme_bytes": self.nvme_bytes,
+            "resources": [resource.to_json() for resource in self.resources],
             "seconds": round(self.seconds, 3),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
@@ -233,6 +270,9 @@ class Ledger:
                 host_bytes=data.get("host_bytes", 0),
                 copied_bytes=data.get("copied_bytes", 0),
                 nvme_bytes=data.get("nvme_bytes", 0),
+                resources=tuple(map(resources.Resource.from_json, data.get("resources", ()))),
+                error_group=tuple(data.get("error_group", ())),
+                spills=data.get("spills", False),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"not a ledger: {type(error).__name__} {error}") from error
@@ -301,7 +341,7 @@ def ledger_of(recording: Recording, timeline_rows: int = 400, **about: Any) -> L
         found = {phase: use(phase, step) for phase in names}
         return {phase: one for phase, one in found.items() if one is not None}
 
-    in_step = [phase for phase in PHASES if phase != "load"]
+    in_step = [phase for phase in (*PHASES, *BESIDE_STEPS) if phase != "load"]
     reserved = [event.reserved for event in recording.events] + [w.after[2] for w in recording.windows]
     allocated = max((w.allocated_peak for w in recording.windows), default=0)
     return Ledger(

@@ -314,6 +314,11 @@ class Cuda:
             notes.append(f"the capacity of {self.card.name} is a typical value: no public report confirms it")
         if self.card.taken_bytes >= _NOTEWORTHY:
             notes.append(f"other programs use {format_bytes(self.card.taken_bytes)} of {self.card.name}")
+        if self.card.is_limited:
+            notes.append(
+                f"PyTorch is limited to {format_bytes(self.card.limit_bytes or 0)} of {self.card.name}: set_per_process_memory_fraction, "
+                "or per_process_memory_fraction in PYTORCH_ALLOC_CONF"
+            )
         return tuple(notes)
 
     def meter(self) -> AllocatorMeter:
