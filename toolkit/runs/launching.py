@@ -25,12 +25,16 @@ __all__ = [
     "data_flags",
     "find_launch_file",
     "find_recipe",
+    "flags_with",
     "holds_model",
     "launch_command",
+    "own_flags",
     "say_start",
+    "settings",
     "show_help",
     "train",
 ]
+EXCLUSIVE = (("bf16", "fp16"), ("load_in_4bit", "load_in_8bit"))  # switches of which a run has one at most
 OF_A_RUN = ("run.json", "config.yaml")
 
 
@@ -39,10 +43,53 @@ def check(method: str, flags: Sequence[str], predict: bool = False) -> None:
 
     Raises: UserError as `toolkit.config.start.check` does, and for an unknown method.
     """
-    there = sources.methods()
-    if method not in there:
-        raise UserError(f"unknown method {method!r}{did_you_mean(method, there)}; there are: {', '.join(there)}")
+    _check_method(method)
     start.check(method, [*flags, "--predict"] if predict else flags)
+
+
+def _check_method(name: str) -> None:
+    """Raises UserError if `name` is no method."""
+    there = sources.methods()
+    if name not in there:
+        raise UserError(f"unknown method {name!r}{did_you_mean(name, there)}; there are: {', '.join(there)}")
+
+
+def own_flags(method: str) -> set[str]:
+    """The names of the flags that `method` itself has, besides those of model, data and training.
+
+    Raises: UserError for an unknown method.
+    """
+    _check_method(method)
+    return set(sources.own_fields(method))
+
+
+def flags_with(changes: Sequence[str], method: str, flags: Sequence[str], other: str) -> list[str]:
+    """The flags of `method` that `changes` makes of `flags`, given for the method `other`.
+
+    Left out are flags that `method` lacks, and those that a change excludes: `--fp16` replaces `--bf16`.
+
+    Raises: UserError for an unknown method or flag.
+    """
+    changed = settings(method, changes)
+    dropped = own_flags(other) - own_flags(method)
+    dropped |= {name for pair in EXCLUSIVE for name in pair if any(changed.get(one) is True for one in pair)}
+    found, takes = [], True
+    for word in flags:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0].replace("-", "_")
+            takes = not {name, name.removeprefix("no_")} & dropped
+        if takes:
+            found.append(word)
+    return [*found, *changes]
+
+
+def settings(method: str, flags: Sequence[str]) -> dict[str, Any]:
+    """The values in the flags of the recipe for `method`, by name, without defaults.
+
+    Raises: UserError for an unknown method or flag, and for a mistyped value.
+    """
+    _check_method(method)
+    return start.QuickParser(method).given(flags)
 
 
 def show_help(command: ArgumentParser, words: Sequence[str]) -> bool:
@@ -128,7 +175,7 @@ def train_command(method: str, flags: Sequence[str], launch: str | None = None, 
 
 def command_after(method: str, flags: Sequence[str], launch: str | None, processes: int | None) -> str:
     """The command line that trains what was predicted with these arguments; DATA stands for data that were not named."""
-    given = start.QuickParser(method).given(flags)
+    given = settings(method, flags)
     if "model_name_or_path" in given and not {"dataset_name", "config"} & given.keys():
         flags = [*flags, "--dataset_name", "DATA"]
     return train_command(method, flags, launch, processes)
