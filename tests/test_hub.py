@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from toolkit.data.loading import DataArguments
 from toolkit.errors import UserError
@@ -80,6 +82,10 @@ def no_network(monkeypatch, tmp_path):
         ("meta-lama/Llama-3.2-1B-Instuct", "did you mean meta-llama/Llama-3.2-1B-Instruct"),
         ("https://huggingface.co/nobody/nothing/tree/main", "nobody/nothing is not in the local cache"),
         ("TheBloke/Mistral-7B-v0.1-GGUF", "made for inference alone; give the original, mistralai/Mistral-7B-v0.1"),
+        (
+            "RedHatAI/Qwen3-8B-FP8-dynamic",
+            "a model in FP8, a format that is made for inference alone; give the original, Qwen",
+        ),
         ("two words", "neither a folder nor a hub id"),
     ],
 )
@@ -126,6 +132,30 @@ def test_the_hub_is_asked_once(monkeypatch):
     finally:
         hub.hub_is_reachable.cache_clear()
     assert len(asked) == 1 and asked[0][0] == hub.constants.ENDPOINT and asked[0][1] <= 3
+
+
+@pytest.mark.parametrize(("status", "there"), [(200, True), (404, True), (503, False)])
+def test_the_error_of_a_gateway_is_no_answer_of_the_hub(status, there, monkeypatch):
+    session = SimpleNamespace(head=lambda url, timeout: SimpleNamespace(status_code=status))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", lambda: session)
+    hub.hub_is_reachable.cache_clear()
+    try:
+        assert hub.hub_is_reachable() is there
+    finally:
+        hub.hub_is_reachable.cache_clear()
+
+
+def test_the_name_of_a_model_is_checked_without_pytorch_and_transformers():
+    code = (
+        "import sys; from toolkit.runs.api import _check_model_name; from toolkit.errors import UserError\n"
+        "try: _check_model_name(['--model_name_or_path', 'meta-llama/Lama-3.2-1B'])\n"
+        "except UserError as error: assert 'did you mean meta-llama/Llama-3.2-1B' in str(error)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cached_model_needs_no_hub(monkeypatch, tmp_path):

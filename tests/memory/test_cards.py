@@ -1,9 +1,11 @@
 """Cards are found by any usual name, and offer less memory than their name says."""
 
+import re
+
 import pytest
 
 from toolkit.errors import UserError
-from toolkit.memory.cuda.cards import CARDS, card_of_device, find_card, generic_card, split_count
+from toolkit.memory.cuda.cards import _PROFILES, CARDS, card_of_device, find_card, generic_card, split_count
 from toolkit.memory.cuda.device import Cuda
 from toolkit.units import GIB, MIB
 
@@ -85,13 +87,46 @@ from toolkit.units import GIB, MIB
         ("A100 40", "A100 40GB"),
         ("HGX H100", "H100 80GB"),
         ("NVIDIA® GeForce RTX™ 3060", "RTX 3060"),
+        ("RTX 4070 TiS", "RTX 4070 Ti SUPER"),
+        ("RTX 4090M", "RTX 4090 Laptop"),
+        ("RTX 6000 Pro", "RTX PRO 6000 Blackwell"),
+        ("NVIDIA RTX PRO 4000 Blackwell SFF Edition", "RTX PRO 4000 Blackwell"),
+        ("H100-80", "H100 80GB"),
+        ("RTX 4090 24 Go", "RTX 4090"),
+        ("RTX 4090 24 GB VRAM", "RTX 4090"),
+        ("1x RTX 4090", "RTX 4090"),
+        ("T4 (Colab)", "T4"),
+        ("Colab Pro A100", "A100 40GB"),
+        ("PNY RTX 4070 Verto", "RTX 4070"),  # words of shops that are in no list
+        ("Gigabyte AORUS RTX 4090 MASTER", "RTX 4090"),
+        ("Zotac GAMING GeForce RTX 3060 Twin Edge OC", "RTX 3060"),
+        ("INNO3D RTX 4080 iChill X3", "RTX 4080"),
+        ("EVGA 3080 FTW3 ULTRA", "RTX 3080"),
+        ("vast.ai 4090", "RTX 4090"),
+        ("PNY RTX 4090 Verto 24 GB", "RTX 4090"),
+        ("Volta V100 PCIe 32GB", "V100 32GB"),
+        ("RTX 3090 NVLink", "RTX 3090"),
+        # machines that are rented by name
+        ("g5.xlarge", "A10G"),
+        ("ml.g6e.2xlarge", "L40S"),
+        ("p4d.24xlarge", "A100 40GB"),
+        ("a2-highgpu-1g", "A100 40GB"),
+        ("g2-standard-4", "L4"),
+        ("Standard_NC4as_T4_v3", "T4"),
+        ("Standard_NC24ads_A100_v4", "A100 80GB"),
+        # slices
+        ("A100 MIG 3g.40gb", "A100 80GB MIG 3g.40gb"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "A100 40GB MIG 1g.5gb"),
+        ("H100-MIG-1g.10gb", "H100 80GB MIG 1g.10gb"),
+        ("A30 2g.12gb+me", "A30 MIG 2g.12gb"),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "H100 80GB MIG 3g.40gb"),
     ],
 )
 def test_a_card_is_found_by_its_usual_names(given, found):
     assert find_card(given).name == found
 
 
-@pytest.mark.parametrize(("given", "near"), [("RTX 4099", "RTX 4090"), ("L40X", "L40S"), ("T5", "T4")])
+@pytest.mark.parametrize(("given", "near"), [("RTX 4099", "RTX 4090"), ("L40X", "L40S"), ("T5", "T4"), ("P5", "P4")])
 def test_an_unknown_card_lists_similar_names(given, near):
     with pytest.raises(UserError, match=f"unknown GPU '{given}'.*{near}"):
         find_card(given)
@@ -110,17 +145,37 @@ def test_every_card_is_found_by_its_own_name(card):
         ("two 3090s", "name one card; for 2 of them, --gpu '3090s'"),
         ("4090x2", "name one card; for 2 of them, --gpu '4090'"),
         ("8 H100", "name one card; for 8 of them, --gpu 'H100'"),
-        *(
-            (name, "is a slice of a card.*--gpu_memory")
-            for name in ("A100 MIG 3g.40gb", "MIG 1g.10gb", "NVIDIA L40S-48Q")
-        ),
+        ("T4 (x2)", "name one card; for 2 of them, --gpu 'T4'"),
+        ("Kaggle 2xT4", "name one card; for 2 of them, --gpu 'T4'"),
+        ("RTX 4090 + RTX 3060", "of several the smallest decides, --gpu 'RTX 3060'"),
+        ("A100 MIG", "is a slice of a card; .*or the card with a MIG profile"),
+        ("NVIDIA L40S-48Q", "is a slice of a card; give its memory, for instance --gpu_memory 48GiB"),
+        ("A100 MIG 1c.3g.40gb", "is a slice of a card.*--gpu_memory"),
+        ("MIG 1g.6gb", "is a slice of a card; name the card too, such as 'A30 MIG 1g.6gb'"),
+        ("A100 80GB MIG 1g.5gb", "there is no such slice; the A100 80GB has 1g.10gb, 1g.20gb, 2g.20gb, "),
+        ("RTX 4090 MIG 1g.5gb", "there is no such slice; the RTX 4090 cannot be sliced"),
+        ("RTX 4070 suprt", "unknown GPU.*similar names are .*RTX 4070 SUPER"),  # a misspelt word is no shop's
+        ("cuda:0", "for this machine's own leave --gpu out"),
+        ("24GB", "names no card; .*--gpu_memory 24GB"),
         ("B300", "unknown GPU 'B300'; similar names are .*B200"),
-        ("12 GB", "or its memory with --gpu_memory"),
+        ("12 GB", "its memory with --gpu_memory"),
         ("RTX 4090 48GB", "that card comes with 24 GB; for another size give --gpu_memory 48GB"),
         ("A100 60GB", "that card comes with 40 or 80 GB"),
         *(
             (name, "is not predicted: .*CUDA.*--gpu_memory")
-            for name in ("MI300X", "RX 7900 XTX", "7900 XTX", "9070 XT", "Radeon PRO W7900", "gfx1100")
+            for name in (
+                "AMD Radeon Pro 5000",
+                "TPU v5e",
+                "v3-8",
+                "Ascend 910B",
+                "Gaudi 3",
+                "MI300X",
+                "RX 7900 XTX",
+                "7900 XTX",
+                "9070 XT",
+                "Radeon PRO W7900",
+                "gfx1100",
+            )
         ),
         *(
             (name, "is not predicted: .*CUDA.*--gpu_memory")
@@ -216,10 +271,47 @@ def test_memory_of_other_programs_reduces_the_budget(free, own, taken):
     assert any("other programs use" in note for note in Cuda(card).notes) == bool(taken)
 
 
-@pytest.mark.parametrize("given", ["12288", "12288GB", "24000 G"])
-def test_a_size_in_gb_that_no_card_has_is_refused(given):
-    with pytest.raises(UserError, match=r"no card has (12,288|24,000) GB; write the unit of another size, such as"):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("12288", "12,288 GB; write the unit of another size, such as 12288MiB"),
+        ("12288GB", "12,288 GB; write"),
+        ("24000 G", "24,000 GB; write"),
+        ("0.1", r"0\.1 GB; write"),
+        ("100TiB", r"102400\.00 GiB; give a size such as 24GiB"),
+    ],
+)
+def test_a_size_that_no_card_has_is_refused(given, says):
+    with pytest.raises(UserError, match=f"^--gpu_memory {given}: no card has {says}"):
         generic_card(given)
+
+
+@pytest.mark.parametrize("whole", _PROFILES)
+def test_a_slice_is_a_card_with_its_share_of_memory_and_multiprocessors(whole):
+    card = find_card(whole)
+    sevenths = 7 if "7g." in _PROFILES[whole] else 4 if "4g." in _PROFILES[whole] else 2
+    for profile in re.findall(r"\dg\.\d+gb", _PROFILES[whole]):
+        part = find_card(f"{whole} MIG {profile}")
+        share = min((1 / 8, 1 / 4, 1 / 2, 1), key=lambda one: abs(one * card.nominal_gib - int(profile[3:-2])))
+        assert 0.87 * share * card.nominal_gib < part.total_bytes / GIB < share * card.nominal_gib, profile
+        assert part.multiprocessors <= card.multiprocessors
+        assert part.multiprocessors == pytest.approx(card.multiprocessors * int(profile[0]) / sevenths, rel=0.4), (
+            profile
+        )
+        assert (
+            part.capability == card.capability
+            and part.total_is_estimate
+            and part.context_bytes < card.context_bytes * 1.01
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "multiprocessors"),
+    [("A100 80GB MIG 3g.40gb", 39.25, 42), ("H100 MIG 1g.10gb", 9.75, 16), ("A30 MIG 2g.12gb", 11.69, 28)],
+)
+def test_a_slice_offers_what_the_driver_prints_for_it(name, gib, multiprocessors):
+    part = find_card(name)
+    assert (part.total_bytes, part.multiprocessors) == (int(gib * GIB), multiprocessors)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from toolkit.config import sources
 from toolkit.config.hints import refuse_unknown
 from toolkit.config.page import short_help
 from toolkit.distributed.ranks import exits_cleanly
-from toolkit.errors import UserError, did_you_mean
+from toolkit.errors import UserError, check_filled, did_you_mean
 from toolkit.errors.numbers import check_numbers
 from toolkit.errors.reading import read_yaml
 
@@ -27,6 +27,7 @@ YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")  # as t
 LONGEST_NAME = 255  # bytes of a file's or folder's name
 LOCK = ".lock"  # in the folder of a run that is being written; see `toolkit.runs.claim`
 FILES = re.compile(r"\.(csv|tsv|jsonl?|parquet|txt)(\.(gz|bz2|xz|zip))?$", re.IGNORECASE)
+_HUB_PAGE = re.compile(r"((https?://)?(www\.)?(huggingface\.co|hf\.co)/|hf://)\w", re.IGNORECASE)
 # What --report_to needs, by its name: modules of which one must be there, and the package to install.
 TRACKERS = {
     "azure_ml": (("azureml",), "azureml-sdk"),
@@ -103,6 +104,7 @@ def check(method: str, argv: Sequence[str]) -> None:
     for name, reason in sources.training_names_without_effect().items():
         if name in given:
             raise UserError(f"--{name} has no effect here: {reason}; leave it out")
+    check_filled(given)
     check_numbers(given)
     check_paths(given)
     if not given.get("predict"):
@@ -182,7 +184,7 @@ def _switch(text: str) -> bool:
 def check_paths(given: dict[str, Any]) -> None:
     """Raises UserError for what is surely meant as a path and is not there; names that may be the hub's are left alone."""
     model, data = given.get("model_name_or_path"), given.get("dataset_name")
-    if model and _is_path(model) and not Path(model).expanduser().exists():
+    if model and _cannot_be_id(model) and not Path(model).expanduser().exists():
         raise UserError(f"--model_name_or_path {model}: no such folder; give an existing one or a hub id (user/name)")
     if data and (_is_path(data) or FILES.search(data)) and "://" not in data and not Path(data).expanduser().exists():
         raise UserError(
@@ -235,6 +237,12 @@ def check_empty(path: Path) -> None:
 
 def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~"))
+
+
+def _cannot_be_id(name: str) -> bool:
+    """Whether the model `name` can be a folder alone: as a hub id it has too many parts, and it is no page of the hub."""
+    has_scheme_or_parts = "://" in name or len([*filter(None, name.split("/"))]) > 2
+    return _is_path(name) or (has_scheme_or_parts and not _HUB_PAGE.match(name))
 
 
 def check_trackers(names: Any) -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from toolkit.errors import guarded
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -155,7 +157,7 @@ def _first_rows(files: list[Path], key: str) -> torch.Tensor | None:
     from safetensors import safe_open
 
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with guarded(f"{file} cannot be read", "download it again"), safe_open(file, "pt") as tensors:
             if key in tensors.keys():  # noqa: SIM118 - not a dictionary
                 return tensors.get_slice(key)[:64]
     return None

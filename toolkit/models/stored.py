@@ -1,14 +1,17 @@
 """Checkpoints that are stored quantized: which of them are trained, and which original to give instead of the others."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.models import catalogue
 from toolkit.models.arguments import ModelArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig  # slow: names are checked before it is imported
 
 # Endings of the names of quantized copies
 FORMATS = r"gguf|ggml|awq|gptq|exl2|exl3|mlx|fp8|nvfp4|mxfp4|hqq|aqlm|quip|eetq|autoround|bnb|nf4|fp4"
@@ -17,12 +20,15 @@ DETAILS = (
     r"dynamic|quantized|imat|i1|g\d+|\d+g|\d(\.\d+)?bpw"
 )
 ENDING = re.compile(rf"[-_.]({FORMATS}|{DETAILS})$", re.IGNORECASE)
-NEVER_TRAINED = re.compile(r"[-_.](gguf|ggml|awq|gptq|exl2|exl3)(?![a-z])", re.IGNORECASE)
+# In the last part of an id; all models of one owner are in MLX's format
+NEVER_TRAINED = re.compile(
+    r"(?:[-_.](?=[^/]*$)|^(?=mlx-community/))(gguf|ggml|awq|gptq|exl2|exl3|mlx|fp8|nvfp4)(?![a-z])", re.IGNORECASE
+)
 UNNAMED = {"model", "ggml-model", "pytorch_model", "adapter_model", "weights"}  # names of files that name no model
 # They publish quantized copies of other owners' models under the model's name
 COPYISTS = {"thebloke", "bartowski", "mradermacher", "quantfactory", "maziyarpanahi", "lmstudio-community", "ggml-org"}
 COPYISTS |= {"casperhansen", "hugging-quants", "redhatai", "neuralmagic", "nm-testing", "ista-daslab", "mlx-community"}
-TITLES = {"awq": "AWQ", "gptq": "GPTQ", "gguf": "GGUF", "fp8": "FP8", "mxfp4": "MXFP4"}
+TITLES = {"awq": "AWQ", "gptq": "GPTQ", "gguf": "GGUF", "fp8": "FP8", "mxfp4": "MXFP4", "mlx": "MLX"}
 
 
 def method_of(config: PreTrainedConfig) -> str | None:
@@ -33,24 +39,27 @@ def method_of(config: PreTrainedConfig) -> str | None:
     method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method") or "bitsandbytes"))
     if method != "bitsandbytes":
         return method
+    if {"bits", "group_size"} <= stored.keys():  # MLX names no method
+        return "mlx"
     return "4bit" if stored.get("load_in_4bit") or stored.get("_load_in_4bit") else "8bit"
 
 
 def as_dict(config: PreTrainedConfig) -> dict[str, Any] | None:
     """The fields of `quantization_config` in the checkpoint's config.json; None if it is not quantized."""
-    stored = getattr(config, "quantization_config", None)
+    stored = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)  # MLX's name
     return None if not stored else dict(stored if isinstance(stored, dict) else stored.to_dict())
 
 
 def check_name(source: str) -> None:
     """Raises UserError for files and ids of a format that is never trained, without asking the hub; the message names the original."""
     path = Path(source).expanduser()
-    ggufs = [path] if path.suffix.lower() == ".gguf" else sorted(path.glob("*.gguf")) if path.is_dir() else []
+    files = [path] if not path.is_dir() else sorted(path.iterdir())
+    ggufs = [file for file in files if file.suffix.lower() == ".gguf"]
     if ggufs and not (path / "config.json").is_file():
         raise UserError(
             f"{source} holds GGUF weights, which are made for inference alone; {_instead(source, ggufs[0].name)}"
         )
-    if not path.exists() and (found := NEVER_TRAINED.search(source.rpartition("/")[2])):
+    if not path.exists() and (found := NEVER_TRAINED.search(source)):
         raise UserError(
             f"{source} is a model in {found[1].upper()}, a format that is made for inference alone; {_instead(source)}"
         )
@@ -100,7 +109,7 @@ def original_of(source: str, file: str = "") -> str | None:
         if found := re.search(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)[\"']?\s*$", text, re.MULTILINE):
             return found[1]
     owner, _, last = ("", "", path.resolve().name) if path.exists() else source.rpartition("/")
-    for name in filter(None, (file, last)):
+    for name in filter(None, (file, last.partition(":")[0])):  # "name-GGUF:Q4_K_M", as other programs write it
         plain = without_endings(name)
         if plain == name:
             continue

@@ -23,12 +23,11 @@ Numbers of multiprocessors and nominal sizes: NVIDIA's data sheets and architect
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from toolkit.errors import UserError
-from toolkit.units import GIB, MIB, parse_bytes
+from toolkit.units import GIB, MIB, format_bytes, parse_bytes
 
 _UNREPORTED_SHARE = 0.965  # of the nominal size, for cards without a known capacity
 _SOLD_SHARE = (
@@ -60,6 +59,9 @@ class Card:
     context_is_estimate: bool = True
     taken_bytes: int = 0  # used by other programs, if it is a card of this machine
     nominal_gib: float = 0.0  # as sold; 0: unknown
+    limit_bytes: int | None = None  # of what PyTorch reserves, if a fraction is set for its process on this machine
+    is_generic: bool = False  # only its memory is known
+    moves_to_host: bool = False  # the driver moves to the host's memory what does not fit, instead of failing
 
     @property
     def architecture(self) -> str:
@@ -77,7 +79,18 @@ class Card:
     @property
     def budget_bytes(self) -> int:
         """Bytes that a process can use, its CUDA context included."""
-        return self.total_bytes - self.taken_bytes
+        free = self.total_bytes - self.taken_bytes
+        return free if self.limit_bytes is None else min(free, self.limit_bytes + self.context_bytes)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether PyTorch's own limit leaves a process less than the card does."""
+        return self.budget_bytes < self.total_bytes - self.taken_bytes
+
+    @property
+    def spills(self) -> bool:
+        """Whether a run that needs more than the budget goes on in the host's memory: PyTorch fails at its own limit."""
+        return self.moves_to_host and not self.is_limited
 
     @property
     def blas_workspace_bytes(self) -> int:
@@ -284,6 +297,7 @@ CARDS: tuple[Card, ...] = (
     _card("RTX 5090 Laptop", BLACKWELL, 82, 24),
     _card("RTX 5090", BLACKWELL, 170, 32, 31.37, report="Wan-Video/Wan2.1#465"),
     _card("RTX 5090 D", BLACKWELL, 170, 32),
+    _card("RTX 5090 D v2", BLACKWELL, 170, 24),
     _card("RTX PRO 2000 Blackwell", BLACKWELL, 34, 16),
     _card("RTX PRO 3000 Laptop", BLACKWELL, 46, 12),
     _card("RTX PRO 4000 Laptop", BLACKWELL, 60, 16),
@@ -297,35 +311,79 @@ CARDS: tuple[Card, ...] = (
     _card("GB200", BLACKWELL_DATACENTER, 148, 186),
 )
 
+# Slices of cards (MIG): profile, multiprocessors, and the GiB that `nvidia-smi mig -lgip` prints, the least of several public
+# prints. Without a size it is the slice's share of the card (NVIDIA's MIG user guide, "Supported MIG Profiles"), less 9 %.
+_PROFILES = {
+    "A30": "1g.6gb 14 5.81, 2g.12gb 28 11.69, 4g.24gb 56 23.44",
+    "A100 40GB": "1g.5gb 14 4.75, 1g.10gb 14 9.62, 2g.10gb 28 9.62, 3g.20gb 42 19.5, 4g.20gb 56 19.5, 7g.40gb 98 39.25",
+    "A100 80GB": "1g.10gb 14 9.5, 1g.20gb 14 19.5, 2g.20gb 28 19.5, 3g.40gb 42 39.25, 4g.40gb 56 39.25, 7g.80gb 98 78.5",
+    "H100 80GB": "1g.10gb 16 9.75, 1g.20gb 26 19.62, 2g.20gb 32 19.62, 3g.40gb 60 39.38, 4g.40gb 64 39.38, 7g.80gb 132 79.12",
+    "H100 NVL": "1g.12gb 16 10.62, 1g.24gb 26 21.5, 2g.24gb 32 21.5, 3g.47gb 60 46.12, 4g.47gb 64 46.12, 7g.94gb 132 92.62",
+    "GH200 96GB": "1g.12gb 16 11, 1g.24gb 26 23, 2g.24gb 32 23, 3g.48gb 60 46.5, 4g.48gb 64 46.5, 7g.96gb 132 93",
+    "H200": "1g.18gb 16 16, 1g.35gb 26, 2g.35gb 32 32.5, 3g.71gb 60, 4g.71gb 64, 7g.141gb 132 140",
+    "RTX PRO 6000 Blackwell": "1g.24gb 46 23.62, 2g.48gb 94 47.38, 4g.96gb 188 95",
+    "H100 PCIe": "1g.10gb, 1g.20gb, 2g.20gb, 3g.40gb, 4g.40gb, 7g.80gb",
+    "H20": "1g.12gb, 1g.24gb, 2g.24gb, 3g.48gb, 4g.48gb, 7g.96gb",
+    "B200": "1g.23gb, 1g.45gb, 2g.45gb, 3g.90gb, 4g.90gb, 7g.180gb",
+    "RTX PRO 5000 Blackwell": "1g.24gb, 2g.48gb",
+    "RTX PRO 4500 Blackwell": "1g.16gb, 2g.32gb",
+}
+_SLICE_SHARE = 0.91  # of its share of the card, for a slice without a known size: the least of the known ones
+_PROFILES |= {f"A800 {size}": _PROFILES[f"A100 {size}"] for size in ("40GB", "80GB")} | {"H800": _PROFILES["H100 80GB"]}
 
 # Words that do not distinguish cards: makers, form factors, and what drivers and shops add.
 _NOISE = re.compile(
     r"nvidia|geforce|tesla|quadro|\bgpu\b|graphics|generation|with max-?q design|max-?q|blackwell|"
-    r"(workstation|server|founders) edition|\bsff\b|sxm\d?|\bpg\d+|hbm\d?e?|g?ddr\dx?|\b(dgxs|fhhl|hgx|dgx|mxm)\b|"
+    r"\b(workstation|server|founders|sff)( edition)?\b|sxm\d?|\bpg\d+|hbm\d?e?|g?ddr\dx?|\b(dgxs|fhhl|hgx|dgx|mxm)\b|"
     # makers of boards, their series, and where cards are rented
-    r"\b(asus|rog|strix|tuf|dual|proart|msi|ventus|(suprim|gaming)( x)?|trio|[23]x|evga|ftw3|gigabyte|aorus|eagle|windforce|pny|zotac|"
-    r"trinity|palit|gainward|inno3d|kfa2|galax|colorful|igame|lenovo|dell|hp|oc|fe|pascal|google|colab|kaggle|runpod|aws|azure|gcp)\b|"
+    r"\b(asus|rog|strix|tuf|dual|proart|msi|ventus|(suprim|gaming)( x)?|trio|[23]x|x[23]|twin|vram|nvlink|lambda|evga|ftw3|gigabyte|aorus|eagle|windforce|pny|zotac|"
+    r"trinity|palit|gainward|inno3d|kfa2|galax|colorful|igame|lenovo|dell|hp|oc|fe|pascal|google|colab( pro)?|kaggle|runpod|aws|azure|gcp)\b|"
     r"[^a-z0-9]"
 )
-_MEMORY = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*g(?:i?b)?\b")  # "80GB", "80 GiB", "12G"
+_MEMORY = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)\s*g(?:i?b|o|igs?)?\b")  # "80GB", "80 GiB", "12G", "24 Go"
 _MEBIBYTES = re.compile(r"(?<![a-z0-9.])(\d{4,6})\s*mi?b\b")
 _MEMORY_AS_SOLD = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb?)?")  # "12", "12GB", "12 G"; 12GiB is exact
 _PLURAL = re.compile(r"\b(\d{4})s\b")  # "3090s"
-_LAPTOP = re.compile(r"\b(laptop|mobile|notebook)\b")
+_LAPTOP = re.compile(r"\b(laptop|mobile|notebook)\b|(?<=\d{4})m\b")  # "4090M"
+_WORDS = re.compile(r"(?<![a-z\d])[a-z]{2,}\d?\b")
+# Words that distinguish cards, and units; every other one that is not close to one of them is a maker's or a shop's
+_TELLING = ("ti", "super", "laptop", "ada", "pro", "gtx", "rtx", "titan", "nvl", "pcie", "maxwell", "kepler", "gb")
 _NUMBERS = {"two": 2, "dual": 2, "three": 3, "four": 4, "quad": 4, "eight": 8}
-_SEVERAL = re.compile(
-    rf"^\s*(?:(\d{{1,2}})\s*[x×*]\s*(?=\S)|(\d{{1,2}}|{'|'.join(_NUMBERS)})\s+(?!x\s|gi?b\b)(?=\S))|(?:\s|(?<=\d{{4}}))[x×*]\s*(\d{{1,2}})\s*$"
+_SEVERAL = re.compile(  # "2x RTX 3090", "two 3090s", "T4 (x2)"; but an "iChill X3" is one card
+    rf"^\s*(?:kaggle\s+)?(?:(\d{{1,2}})\s*[x×*]\s*(?=\S)|(\d{{1,2}}|{'|'.join(_NUMBERS)})\s+(?!x\s|gi?b\b)(?=\S))|"
+    r"(?:(?<!ichill)(?<!twin)\s|\(|(?<=\d))[x×*]\s*(\d{1,2})\s*\)?\s*$"
 )
+# "3g.40gb+me"; in "1c.3g.40gb" several share the memory of one
+_PROFILE = re.compile(r"(?<!c\.)\b([1-7]g\.\d+gb)\b([+-](me|gfx)(\.all)?)?")
 _SLICE = re.compile(r"\bmig\b|\b\d+g\.\d+gb\b|-\d+[qcab]\s*$")  # of a card: MIG, and virtual GPUs such as "L40S-48Q"
+_HERE = ("cpu", "gpu", "cuda", "auto", "local")
+# Machines that are rented by name, and their card
+_MACHINES = {
+    r"g4dn|nc\d+as_t4_v3": "T4",
+    r"g5g": "T4G",
+    r"g5": "A10G",
+    r"g6|gr6|g2-standard": "L4",
+    r"g6e": "L40S",
+    r"g7e|g4-standard": "RTX PRO 6000 Blackwell",
+    r"p3|nc\d+r?s_v3": "V100 16GB",
+    r"p3dn|nd\d+rs_v2": "V100 32GB",
+    r"p4d|a2-(high|mega)gpu|nd\d+asr_v4": "A100 40GB",
+    r"p4de|a2-ultragpu|nc\d+ads_a100_v4|nd\d+amsr_a100_v4": "A100 80GB",
+    r"p5|a3-(high|mega|edge)gpu|nd\d+isr_h100_v5": "H100 80GB",
+    r"nc\d+ads_h100_v5": "H100 NVL",
+    r"p5en?|a3-ultragpu|nd\d+isr_h200_v5": "H200",
+    r"p6-b200|a4-highgpu": "B200",
+}
 _LARGEST_GB = 2000
 _AS_SOLD = 0.08  # a size this close to the nominal one means the nominal one: drivers report "15 GB" for a T4 with 16
 _GRACE_HOST_GB = (120, 480)  # "GH200 480GB": the memory of the CPU on the same board, not the GPU's
 
 # Names of devices that are no CUDA cards, or that share memory with the CPU
 _OTHER_MAKERS = re.compile(
-    r"\b(amd|radeon|instinct|intel|arc|gaudi\d?|apple|tpu|ascend|mi\d{2,3}[a-z]?|rx\s?\d{3,4}|\d{4}\s?(xtx?|gre)|gfx\d+|"
-    r"w[67][5-9]00|igpu|macbook( air| pro)?|imac|mac (mini|studio|pro)|trainium\d?|inferentia\d?|trn\d|"
-    r"max 1[15]\d0|strix halo|ai max|m[1-9]( (pro|max|ultra))?)\b|^\s*[ab](3[1578]0|5[5-8]0|7[3-7]0)\s*$"
+    r"\b(amd|radeon|instinct|intel|arc|gaudi\d?|hl-\d{3}|apple|tpu\w*|v\d\w*pod\S*|v[2-6][ep]?-\d+|ascend|910[bc]|mlu\d+|"
+    r"moore threads|mtt|r9[67]00|80[456]0s|mi\d{2,3}[a-z]?|rx\s?\d{3,4}|\d{4}\s?(xtx?|gre)|gfx\d+|"
+    r"w[67][5-9]00|igpu|macbook( air| pro)?|imac|mac (mini|studio|pro)|trainium\d?|inferentia\d?|(trn|inf)\d|"
+    r"max 1[15]\d0|strix halo|ai max|m[1-9]( (pro|max|ultra))?)\b|^\s*([ab](3[1578]0|5[5-8]0|7[3-7]0)|b[56]0)\s*$"
 )
 _SHARED_MEMORY = re.compile(r"\b(jetson|orin|xavier|thor|tegra|dgx spark|spark|gb10)\b")
 
@@ -338,8 +396,18 @@ def _in_gb(name: str) -> str:
 def _key(name: str) -> str:
     """`"NVIDIA H100 80GB HBM3"` -> `"h100"`: the name without maker, form factor, memory and punctuation."""
     text = _PLURAL.sub(r"\1", _MEMORY.sub(" ", _in_gb(name)))
+    text = re.sub(r"ti ?s\b", "ti super", re.sub(r"\b(\d{4}) pro\b", r"pro \1", text))
     laptop = "laptop" if _LAPTOP.search(text) else ""
     return _NOISE.sub("", _LAPTOP.sub(" ", text)) + laptop
+
+
+def _without_shop_words(name: str) -> str:
+    """`"PNY RTX 4070 Verto"` -> `"rtx 4070"`; a misspelt word that would distinguish a card stays."""
+
+    def kept(found: re.Match[str]) -> str:
+        return found[0] if get_close_matches(found[0], _TELLING, n=1, cutoff=0.6) else " "
+
+    return _WORDS.sub(kept, name.lower()).strip()
 
 
 def _without_prefix(key: str) -> str:
@@ -374,63 +442,143 @@ def find_card(name: str) -> Card:
 
     Case, spaces, "NVIDIA", "GeForce", a leading "RTX", the maker of the board and the form factor ("SXM4", "HBM3") do not matter.
     A memory size selects among cards with the same name. Without it ("A100") the result is the smaller card: what fits it fits
-    both.
+    both. "A100 80GB MIG 3g.40gb" is a slice of a card, "g5.xlarge" the card of a machine that is rented by this name.
 
     Raises:
-        UserError: for an unknown name, with the closest names; for a size that the card does not have; for several cards and for
-            a slice of one; for devices that are no CUDA cards or share memory with the CPU.
+        UserError: for an unknown name, with the closest names; for a size or a slice that the card does not have; for several
+            cards; for devices that are no CUDA cards or share memory with the CPU.
     """
-    low = name.lower()
     count, one = split_count(name)
     if count != 1:
         raise UserError(
             f"--gpu {name!r}: name one card; for {count} of them, --gpu {one!r} --launch zero3 --num_processes {count}"
         )
+    low = one.lower()
     if _SLICE.search(low):
-        raise UserError(
-            f"--gpu {name!r} is a slice of a card; give the memory of the slice with --gpu_memory, for instance --gpu_memory 10GiB"
-        )
+        return _slice(name, low)
     if _SHARED_MEMORY.search(low):
         raise UserError(
             f"{name!r} shares its memory with the processor, so its name does not say how much CUDA can use; give that size "
             "with --gpu_memory, for instance --gpu_memory 48GiB"
         )
-    key, size = _key(name), _memory(name)
-    candidates = [card for card in CARDS if _key(card.name) == key]
-    if not candidates and key.endswith(("pcie", "nvl")):  # only an H100 differs by these form factors
+    bare = re.sub(r"(?<=\d\d\d)[\s-](\d{1,3})$", r" \1GB", low)  # "A100 40"
+    spellings = [_card_of_machine(low), low, bare if _memory(bare) in _sizes(bare) else ""]
+    if not _OTHER_MAKERS.search(low):
+        spellings.append(_without_shop_words(low))
+    for spelt in filter(None, spellings):
+        if card := _matching(name, spelt):
+            return card
+    raise UserError(_why_unknown(name, low))
+
+
+def _matching(name: str, spelt: str) -> Card | None:
+    """The card whose name is `spelt`; None if there is none.
+
+    Raises: UserError, about the `name` that was given, if such a card does not have the memory that `spelt` contains.
+    """
+    candidates, size = _of_this_name(spelt), _memory(spelt)
+    if not candidates or size is None:
+        exact = [card for card in candidates if _memory(card.name) is None]
+        return min(exact or candidates, key=lambda card: card.total_bytes, default=None)
+    sized = [card for card in candidates if abs(size / card.nominal_gib - 1) <= _AS_SOLD]
+    if sized:
+        return min(sized, key=lambda card: abs(size / card.nominal_gib - 1))
+    there = " or ".join(f"{size:g}" for size in sorted(card.nominal_gib for card in candidates))
+    raise UserError(f"--gpu {name!r}: that card comes with {there} GB; for another size give --gpu_memory {size:g}GB")
+
+
+def _of_this_name(spelt: str) -> list[Card]:
+    """The cards whose name is `spelt`, whatever their memory."""
+    key = _key(spelt)
+    found = [card for card in CARDS if _key(card.name) == key]
+    if not found and key.endswith(("pcie", "nvl")):  # only an H100 differs by these form factors
         key = re.sub(r"(pcie|nvl)$", "", key)
-        candidates = [card for card in CARDS if _key(card.name) == key]
-    candidates = candidates or [card for card in CARDS if _key(card.name) == f"{key}laptop"]  # only sold in laptops
+        found = [card for card in CARDS if _key(card.name) == key]
+    found = found or [card for card in CARDS if _key(card.name) == f"{key}laptop"]  # only sold in laptops
     short = _without_prefix(key)
-    candidates = candidates or [card for card in CARDS if short and _without_prefix(_key(card.name)) == short]
-    if candidates:
-        if size is None:
-            exact = [card for card in candidates if _memory(card.name) is None]
-            return min(exact or candidates, key=lambda card: card.total_bytes)
-        sized = [card for card in candidates if abs(size / card.nominal_gib - 1) <= _AS_SOLD]
-        if sized:
-            return min(sized, key=lambda card: abs(size / card.nominal_gib - 1))
-        there = " or ".join(f"{card.nominal_gib:g}" for card in sorted(candidates, key=lambda card: card.nominal_gib))
+    return found or [card for card in CARDS if short and _without_prefix(_key(card.name)) == short]
+
+
+def _sizes(spelt: str) -> set[float]:
+    return {card.nominal_gib for card in _of_this_name(spelt)}
+
+
+def _card_of_machine(low: str) -> str:
+    """`"g5.xlarge"` -> `"A10G"`: the card of a machine that is rented by this name; an empty string for other names."""
+    found = re.fullmatch(r"(?:ml\.)?(.+)(?:\.\w+|-\d+g?)|(?:standard_)?(n[cd]\d\w+)", low.strip())
+    machine = (found[1] or found[2]) if found else ""
+    return next((card for names, card in _MACHINES.items() if re.fullmatch(names, machine)), "")
+
+
+def _slice(name: str, low: str) -> Card:
+    """The MIG slice of a card, such as "A100 80GB MIG 3g.40gb".
+
+    Raises: UserError for a slice without its card or profile, a profile that the card does not have, and a virtual GPU.
+    """
+    found = _PROFILE.search(low)
+    if found is None:
+        size = re.search(r"-(\d+)[qcab]\s*$", low)
         raise UserError(
-            f"--gpu {name!r}: that card comes with {there} GB; for another size give --gpu_memory {size:g}GB"
+            f"--gpu {name!r} is a slice of a card; give its memory, for instance --gpu_memory {size[1] if size else 10}GiB, or the "
+            "card with a MIG profile, such as 'A100 80GB MIG 3g.40gb'"
         )
-    if bare := re.search(r"\s(\d{1,3})$", low):  # "A100 40"
-        with suppress(UserError):
-            if (card := find_card(f"{name}GB")).nominal_gib == int(bare[1]):
-                return card
+    profile = found[1]
+    card = re.sub(r"\bmig\b", " ", low[: found.start()] + low[found.end() :]).strip(" -_,()")
+    owners = [owner for owner, profiles in _PROFILES.items() if profile in profiles]
+    if not card:
+        example = f", such as '{owners[0]} MIG {profile}'" if owners else ""
+        raise UserError(f"--gpu {name!r} is a slice of a card; name the card too{example}")
+    whole = find_card(card)
+    same = [whole] if _memory(card) else [one for one in CARDS if _key(one.name) == _key(whole.name)]
+    slices = [_slice_of(one, profile) for one in same if profile in _PROFILES.get(one.name, "")]
+    if not slices:
+        there = re.findall(r"\S+gb", _PROFILES.get(whole.name, ""))
+        has = f"the {whole.name} has {', '.join(there)}" if there else f"the {whole.name} cannot be sliced"
+        raise UserError(f"--gpu {name!r}: there is no such slice; {has}")
+    return min(slices, key=lambda card: card.total_bytes)
+
+
+def _slice_of(card: Card, profile: str) -> Card:
+    entries = [entry.split() for entry in _PROFILES[card.name].split(", ")]
+    most = max(int(name[0]) for name, *_ in entries)
+    known = next(rest for name, *rest in entries if name == profile)
+    nominal = float(profile[3:-2])
+    share = min((1 / 8, 1 / 4, 1 / 2, 1), key=lambda share: abs(card.nominal_gib * share - nominal))
+    multiprocessors = int(known[0]) if known else card.multiprocessors * int(profile[0]) // most
+    return Card(
+        name=f"{card.name} MIG {profile}",
+        capability=card.capability,
+        multiprocessors=multiprocessors,
+        total_bytes=int(float(known[1]) * GIB) if len(known) > 1 else int(card.total_bytes * share * _SLICE_SHARE),
+        context_bytes=_estimated_context(card.capability, multiprocessors),
+        total_is_estimate=True,
+        nominal_gib=nominal,
+    )
+
+
+def _why_unknown(name: str, low: str) -> str:
+    """What to say of a name that is no card's."""
     if _OTHER_MAKERS.search(low):
-        raise UserError(
+        return (
             f"{name!r} is not predicted: predictions are for NVIDIA GPUs with CUDA. For a rough estimate by CUDA's rules give its "
             "memory, for instance --gpu_memory 24GiB"
         )
+    if low.strip() in _HERE or re.fullmatch(r"\s*(cuda:)?\d\s*", low):
+        return f"--gpu {name!r}: give the name of a card; for this machine's own leave --gpu out"
+    if _MEMORY_AS_SOLD.fullmatch(low.strip()) or not _key(low):
+        return f"--gpu {name!r} names no card; give a name such as 'RTX 4090', or its memory with --gpu_memory 24GB"
+    parts = {card for part in re.split(r"[,/+&]| and ", low) if (card := _matching(name, part))}
+    if len(parts) > 1:
+        least = min(parts, key=lambda card: card.total_bytes)
+        return f"--gpu {name!r}: name one card; of several the smallest decides, --gpu {least.name!r}"
+    key = _key(low)
+    short = _without_prefix(key)
     names = {_key(card.name): card.name for card in CARDS}
     near = [names[k] for k in get_close_matches(key, names, n=5, cutoff=0.5)]
     near = near or [card.name for card in CARDS if short and short in _key(card.name)][:5]
     if not near:
-        raise UserError(
-            f"unknown GPU {name!r}; give a name such as 'RTX 4090' or 'A100 80GB', or its memory with --gpu_memory"
-        )
-    raise UserError(f"unknown GPU {name!r}; similar names are {', '.join(near)}; or give its memory with --gpu_memory")
+        return f"unknown GPU {name!r}; give a name such as 'RTX 4090' or 'A100 80GB', or its memory with --gpu_memory"
+    return f"unknown GPU {name!r}; similar names are {', '.join(near)}; or give its memory with --gpu_memory"
 
 
 def short_names(card: Card) -> tuple[str, ...]:
@@ -460,11 +608,14 @@ def generic_card(memory: str) -> Card:
     """
     sold = _MEMORY_AS_SOLD.fullmatch(memory.strip().lower())
     if sold is None or not 0 < float(sold[1]) < 10**6:
-        return Card(f"a card with {memory}", AMPERE, 84, parse_bytes(memory), context_bytes=0)
+        nbytes = parse_bytes(memory)
+        if nbytes > _LARGEST_GB * GIB:
+            raise UserError(f"--gpu_memory {memory}: no card has {format_bytes(nbytes)}; give a size such as 24GiB")
+        return Card(f"a card with {memory}", AMPERE, 84, nbytes, context_bytes=0, is_generic=True)
     size = float(sold[1])
-    if size > _LARGEST_GB:
+    if not 1 <= size <= _LARGEST_GB:
         raise UserError(
-            f"--gpu_memory {memory}: no card has {size:,g} GB; write the unit of another size, such as {memory.lower().strip(' gb')}MiB"
+            f"--gpu_memory {memory}: no card has {size:,g} GB; write the unit of another size, such as {sold[1]}MiB"
         )
     return Card(
         f"a card sold as {size:g} GB",
@@ -474,6 +625,7 @@ def generic_card(memory: str) -> Card:
         context_bytes=_estimated_context(AMPERE, 84),
         total_is_estimate=True,
         nominal_gib=size,
+        is_generic=True,
     )
 
 
@@ -484,11 +636,14 @@ def card_of_device(
     total_bytes: int,
     free_bytes: int | None = None,
     own_bytes: int = 0,
+    memory_fraction: float = 1.0,
+    moves_to_host: bool = False,
 ) -> Card:
     """The card of this machine, from `torch.cuda.get_device_properties`: its real size, and the context of that card name.
 
     `free_bytes` is what CUDA reports as free (None: unknown), while this process holds `own_bytes` in addition to its context.
-    The rest of the memory is used by other programs, such as a desktop.
+    The rest of the memory is used by other programs, such as a desktop. `memory_fraction` of the total is what PyTorch may reserve
+    (`torch.cuda.set_per_process_memory_fraction`); 1 is no limit. `moves_to_host` as in `Card`.
     """
     try:
         known = find_card(name)
@@ -504,4 +659,6 @@ def card_of_device(
         context_bytes=context,
         context_is_estimate=estimate,
         taken_bytes=taken,
+        limit_bytes=int(total_bytes * memory_fraction) if memory_fraction < 1 else None,
+        moves_to_host=moves_to_host,
     )
