@@ -1,7 +1,20 @@
-"""The commands that list known GPUs, models and methods."""
+"""The commands that list known GPUs, models and methods, and the list of what `footprint doctor` found."""
+
+from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from toolkit.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from toolkit.runs.doctor import Finding
+
+WIDEST = 110  # columns of a finding
 
 
 def gpus(args: argparse.Namespace) -> None:
@@ -33,7 +46,8 @@ def gpus(args: argparse.Namespace) -> None:
     columns = ("name", ">memory", ">compute capability", "architecture", "alias")
     caption = (
         "memory: the size that the driver reports to CUDA; ~ marks an estimate, for which no public report is cited. In a name, "
-        "case, spaces, NVIDIA, GeForce and form factors such as SXM4 do not matter."
+        "case, spaces, NVIDIA, GeForce and form factors such as SXM4 do not matter. A slice of a card is named with its MIG profile: "
+        "'A100 80GB MIG 3g.40gb'."
     )
     _show("gpus", entries, columns, rows, caption, args.json)
 
@@ -67,6 +81,48 @@ def methods(args: argparse.Namespace) -> None:
     rows = [[entry["name"], _without_paper(entry), entry["paper"] or "-"] for entry in entries]
     caption = "To train: accelerate launch recipes/NAME.py. To list a recipe's flags: python recipes/NAME.py --help."
     _show("methods", entries, ("name", "what it does", "paper"), rows, caption, args.json)
+
+
+def show_findings(findings: Iterable[Finding], as_json: bool, out: TextIO) -> int:
+    """Prints each finding as soon as it is there, or all as one JSON object. Returns 1 if one is a problem, otherwise 0."""
+    from rich.console import Console
+
+    console = Console(file=out, highlight=False, markup=False, emoji=False)
+    counts: Counter[str] = Counter()
+    entries = []
+    for finding in findings:
+        counts[finding.verdict] += 1
+        entries.append(vars(finding))
+        if not as_json:
+            _show_finding(console, finding)
+    if as_json:
+        import json
+
+        console.out(json.dumps({"problems": counts["problem"], "findings": entries}))
+    elif counts["problem"]:
+        problems = counts["problem"]
+        console.print(f"\n{problems} problem{'s' if problems > 1 else ''} to mend before a run")
+    else:
+        console.print("\nnothing stops a run")
+    return int(counts["problem"] > 0)
+
+
+def _show_finding(console: Console, finding: Finding) -> None:
+    from textwrap import wrap
+
+    from rich.text import Text
+
+    styles = {"ok": "", "advice": "bold yellow", "problem": "bold red"}
+    lines = [(finding.what, finding.value, "bold")]
+    if finding.advice:
+        lines.append((str(finding.verdict), finding.advice, styles[finding.verdict]))
+    for label, text, style in lines:
+        first, *more = wrap(printable(text), min(console.width, WIDEST) - 17, break_on_hyphens=False)
+        console.print(Text.assemble((f"{label:>15}", style), "  ", first), soft_wrap=True)
+        for line in more:
+            console.print(f"{'':>15}  {line}", soft_wrap=True)
+    if finding.command:
+        console.print(f"{'':>15}  $ {printable(finding.command)}", soft_wrap=True)
 
 
 def _first_paragraph(documented: type) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -177,15 +177,21 @@ def check_builds(engine: Engine) -> None:
     """
     names = ["cpu_adam", "cpu_lion"] if engine.offloads_optimizer else []
     names += ["async_io"] if "nvme" in (engine.optimizer_state, engine.parameters) else []
+    for lock in left_locks(names):
+        raise UserError(
+            f"{lock} was left by a build of {lock.parent.name} that was killed, and DeepSpeed would wait for it for "
+            f"ever; delete that file and start again"
+        )
+
+
+def left_locks(names: Iterable[str]) -> Iterator[Path]:
+    """The locks on the extensions `names` that builds left which are no longer running; waits until a young lock is old enough."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in (lock for name in names for lock in root.glob(f"**/{name}/lock")):
         while (age := _age(lock)) is not None and age < LOCK_GRACE_SECONDS and not _is_building(lock.parent):
             time.sleep(1)
         if age is not None and age >= LOCK_GRACE_SECONDS and not _is_building(lock.parent):
-            raise UserError(
-                f"{lock} was left by a build of {lock.parent.name} that was killed, and DeepSpeed would wait for it for "
-                f"ever; delete that file and start again"
-            )
+            yield lock
 
 
 def _age(lock: Path) -> float | None:

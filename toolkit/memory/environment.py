@@ -1,8 +1,12 @@
 """The library versions and the device name that a ledger records."""
 
-from importlib import metadata
+from __future__ import annotations
 
-import torch
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
@@ -20,4 +24,8 @@ def stack_versions() -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """`"cpu"`, or the name of the card as its driver reports it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return device.type

@@ -18,6 +18,14 @@ TABLE = (
         probe=lambda: _class_names_differ(),
     ),
     Seam(
+        name="compiled_with_cuda",
+        kind="private",
+        where="runs.doctor",
+        target="bitsandbytes.cextension: lib BNBNativeLibrary.compiled_with_cuda",
+        reason="footprint doctor says whether 4-bit and 8-bit weights work on this machine's cards",
+        breaks="footprint doctor cannot tell about bitsandbytes",
+    ),
+    Seam(
         name="GlobalOptimManager._instance",
         kind="private",
         where="memory.shadow.isolation",

@@ -6,6 +6,15 @@ from toolkit.seams.seam import Seam, ours
 
 TABLE = (
     Seam(
+        name="oldest torchao",
+        kind="constant",
+        where="runs.doctor",
+        source=(("peft.import_utils", r'TORCHAO_MINIMUM_VERSION = packaging\.version\.parse\("0\.16\.0"\)'),),
+        reason="footprint doctor names a torchao with which PEFT raises ImportError whenever it adds LoRA",
+        breaks="footprint doctor admits an older torchao, or refuses one that works",
+        silent=True,
+    ),
+    Seam(
         name="tables of methods",
         kind="patch",
         where=("methods.adapter", "methods.peft_method"),
