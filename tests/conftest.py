@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
 # the key that signs checkpoints is not this user's own
 os.environ["XDG_CONFIG_HOME"] = os.environ.get("FOOTPRINT_TEST_CONFIG") or tempfile.mkdtemp()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub is a mistake
+os.environ["FOOTPRINT_CACHE"] = ""  # a test of predictions makes them
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

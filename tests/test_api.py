@@ -149,8 +149,12 @@ def test_predict_returns_the_ledger_that_the_command_prints(method, settings, ow
     assert ledger["fits"] == ("1MiB" not in own.values())
     printed = json.loads(out)
     assert printed.pop("seconds") > 0 and ledger.pop("seconds") > 0
+    for resource in (*printed["resources"], *ledger["resources"]):
+        resource.pop("budget_bytes")  # what this machine has free changes all the time
     if not ledger["fits"]:  # the command also searches what would fit
         assert "is enough for ia3" in printed["warnings"].pop(0)
+    # rows while autocast frees its casts of weights, in the order of their addresses
+    assert len(printed.pop("timeline")) == len(ledger.pop("timeline"))
     assert json.dumps(printed) == json.dumps(ledger)
 
 

@@ -8,13 +8,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-from toolkit.cli import commands, main
+from toolkit.cli import against, commands, main, parser, subcommands
 from toolkit.memory.cuda.cards import CARDS, find_card
 from toolkit.methods import METHODS
 from toolkit.models import catalogue
 from toolkit.runs import api
 
-OWN_FLAGS = ("--gpu", "--gpu_memory", "--launch", "--num_processes", "--json")
+OWN_FLAGS = ("--gpu", "--gpu_memory", "--launch", "--num_processes", "--json", "--against")
 
 
 def footprint(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -74,6 +74,41 @@ def test_predicts_own_flags_and_the_recipes_may_come_in_any_order(argv, flags, o
 
 
 @pytest.mark.parametrize(
+    ("argv", "method", "flags", "own"),
+    [
+        ("lora --max_length 8 --against --bf16", "lora", "--max_length 8 --bf16", {}),
+        ("lora --lora_r=2 --seed 3 --against full", "full", "--seed 3", {}),
+        ("lora --lora-target-modules q v --seed 3 --against ia3 --seed 4", "ia3", "--seed 3 --seed 4", {}),
+        ("qlora --lora_r 2 --against lora", "lora", "--lora_r 2", {}),
+        ("lora --bf16 --seed 3 --against --fp16", "lora", "--seed 3 --fp16", {}),
+        ("lora --load_in_4bit true --against --load_in_8bit", "lora", "--load_in_8bit", {}),
+        ("lora --bf16 --against --fp16 false", "lora", "--bf16 --fp16 false", {}),
+        ("lora --gpu T4 --against --seed 3", "lora", "--seed 3", {"gpu": "T4"}),
+        ("lora --gpu T4 --against --gpu_memory 24", "lora", "", {"gpu_memory": "24"}),
+        (
+            "lora --launch zero3 --num_processes 2 --against --num_processes 4",
+            "lora",
+            "",
+            {"launch": "zero3", "num_processes": 4},
+        ),
+        (
+            "lora --launch zero3 --num_processes 2 --against --launch ddp",
+            "lora",
+            "",
+            {"launch": "ddp", "num_processes": 2},
+        ),
+    ],
+)
+def test_the_second_configuration_is_the_first_with_its_changes(argv, method, flags, own):
+    top = parser()
+    first, first.flags = top.parse_known_args(["predict", *argv.split()])
+    second = against.second(subcommands(top)["predict"], first)
+    found = {name: getattr(second, name) for name in ("gpu", "gpu_memory", "launch", "num_processes")}
+    assert (second.method, second.flags) == (method, flags.split())
+    assert {name: value for name, value in found.items() if value is not None} == own
+
+
+@pytest.mark.parametrize(
     ("argv", "says"),
     [
         ("predict lora --nonsense 1", "unknown flag --nonsense; --help all lists them all"),
@@ -90,6 +125,11 @@ def test_predicts_own_flags_and_the_recipes_may_come_in_any_order(argv, flags, o
         ("train lora --launch ddp --num_processes 0", "--num_processes 0 is not possible"),
         ("train lora --num_processes 2", "--num_processes 2 needs a launch file; add for instance --launch ddp"),
         ("train lora --model_name_or_path ./none", "--model_name_or_path ./none: no such folder"),
+        ("train lora --model_name_or_path a/b/c", "--model_name_or_path a/b/c: no such folder"),
+        ("train lora --model_name_or_path s3://a/b", "--model_name_or_path s3://a/b: no such folder"),
+        ("predict lora --model_name_or_path=", "--model_name_or_path is empty"),
+        ("predict lora --gpu_memory 0", "'0' is not a size"),
+        ("doctor --launch zerro3", "--launch zerro3: there is no such launch file (did you mean zero3?)"),
         ("train unknown", "unknown method 'unknown'; there are: adapter, bare_loop"),
         ("recipe lorra", "unknown method 'lorra' (did you mean lora?)"),
         ("evaluate runs/none", "runs/none is not a run folder"),
@@ -98,6 +138,19 @@ def test_predicts_own_flags_and_the_recipes_may_come_in_any_order(argv, flags, o
             "generate runs/none text",
             "runs/none is not a run folder: it has no run.json and config.yaml, and no config.json",
         ),
+        ("predict lora --against", "both configurations are the same; name after --against what is different"),
+        ("predict lora --max_length 64 --against --max-length=64", "both configurations are the same"),
+        ("predict lora --gpu T4 --against lora --gpu T4", "both configurations are the same"),
+        ("predict lora --against qlorra", "unknown method 'qlorra' (did you mean qlora?)"),
+        ("predict lorra --against qlora", "unknown method 'lorra' (did you mean lora?)"),
+        ("predict lora --against full --lora_r 8", "unknown flag --lora_r"),
+        ("predict lora --against --gpu RTX9999", "unknown GPU 'RTX9999'"),
+        (
+            "predict lora --against --launch zerro3",
+            "--launch zerro3: there is no such launch file (did you mean zero3?)",
+        ),
+        ("predict lora --against full --against ia3", "--against is given twice"),
+        ("predict lora --against=qlora", "--against takes the rest of the line; write it without ="),
         ("gpus --jsn", "unknown flag --jsn (did you mean --json?); footprint gpus --help lists those of gpus"),
         ("gpus 3060", "unexpected 3060; footprint gpus --help"),
         ("trian lora", "invalid choice: 'trian' (did you mean train?)"),

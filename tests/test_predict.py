@@ -119,7 +119,9 @@ def test_a_run_that_does_not_fit_exits_with_1(config_only, capfd):
 def test_the_first_line_is_the_verdict_and_the_last_the_command(config_only, capfd):
     source = ("--model_name_or_path", str(config_only))
     _, out, _ = run(capfd, "predict", "lora", *source, "--gpu", "3060")
-    assert re.match(r"fits: .* of 11.76 GiB\n", out)
+    assert re.match(
+        r"fits: \S+ MiB of 11.76 GiB; at most 1 in \d+ that it runs out, from \d+ measured runs", " ".join(out.split())
+    )
     assert out.endswith(f"\nnext: footprint train lora {' '.join(source)} --dataset_name DATA\n")
     _, out, _ = run(capfd, "predict", "lora", *source, "--gpu_memory", "3600KiB")
     assert out.startswith("does not fit: ") and "next:" not in out
@@ -400,6 +402,36 @@ def test_report_puts_ledgers_side_by_side(config_only, tmp_path, capfd):
     assert code in (None, 0)
     assert "lora against full" in out
     assert "optimizer state -" in out
+
+
+def test_against_shows_the_difference_of_two_predictions_and_returns_the_code_of_the_first(config_only, capfd):
+    common = flags(config_only, "--json", "--max_length", "256")
+    sizes = {}
+    for method in ("full", "lora"):
+        _, out, _ = run(capfd, "predict", method, *common, "--gpu_memory", "1GiB")
+        sizes[method] = json.loads(out)["peak"]["reserved_bytes"]
+    common += ["--gpu_memory", f"{sizes['lora'] // 1024}KiB"]  # enough for LoRA alone
+    for first, second, expected in (("full", "lora", 1), ("lora", "full", 0)):
+        code, out, _ = run(capfd, "predict", first, *common, "--against", second)
+        both = json.loads(out)
+        assert code == expected and both.keys() == {"a", "b", "difference"}
+        assert (both["a"]["fits"], both["b"]["fits"]) == (first == "lora", second == "lora")
+        change = sizes[second] - sizes[first]
+        assert both["difference"]["change_bytes"] == change != 0
+        assert sum(part["change_bytes"] for part in both["difference"]["parts"]) == change
+
+
+def test_against_names_what_differs_and_refuses_two_equal_configurations(config_only, capfd):
+    common = flags(config_only, "--gpu", "T4")
+    code, out, _ = run(capfd, "predict", "lora", *common, "--against", "qlora", "--bf16", "false", "--lora_alpha", "32")
+    said = " ".join(out.split())
+    assert code == 0 and re.match(r"B needs .* on T4\. Both fit into ", said)
+    assert "B differs from A in: method qlora instead of lora; " in said
+    assert "--load_in_4bit true instead of false; " in said and "--lora_alpha" not in said  # 32 is the default
+    _, out, _ = run(capfd, "predict", "lora", *common, "--against", "--lora_r", "32")
+    assert "\nAll of it comes from --lora_r 32 instead of 16.\n" in out
+    code, out, err = run(capfd, "predict", "lora", *common, "--against", "--lora_r", "16")
+    assert (code, out) == (2, "") and "both configurations are the same" in err
 
 
 def test_a_missing_ledger_is_a_user_error(tmp_path, capfd):

@@ -34,10 +34,11 @@ def parser() -> CommandParser:
         "predict",
         "show the memory that a run will need, on this machine or on GPUs that are not in it",
         usage="footprint predict METHOD [any flag of its recipe] [--gpu NAME | --gpu_memory 24GiB]\n"
-        "                         [--launch zero3 | --launch FILE.yaml] [--num_processes N] [--json]",
+        "                         [--launch zero3 | --launch FILE.yaml] [--num_processes N] [--host_memory SIZE] [--disk SIZE] [--json]\n"
+        "                         [--against [METHOD] what differs]",
         epilog="All other flags are the recipe's own: footprint predict METHOD --help lists them, for instance footprint predict "
-        "lora --help. The exit code is 0 if the run fits or no GPU is known, 1 if it does not fit, and 2 for a mistake or a "
-        "run that cannot be predicted.",
+        "lora --help. The exit code is 0 if nothing runs out, 1 if the GPU, the host's memory or a disk does, and 2 for a mistake or a "
+        "run that cannot be predicted; with --against it is that of the first configuration.",
         allow_abbrev=False,
     )
     takes_method(command)
@@ -58,7 +59,23 @@ def parser() -> CommandParser:
         help="predict one of several processes: the name of a file of launch/, such as zero3, or a path (default: one process)",
     )
     takes_processes(command)
+    for name, what in (
+        ("--host_memory", "memory of the host"),
+        ("--disk", "space on the disk for caches and run folder"),
+    ):
+        command.add_argument(
+            name,
+            metavar="SIZE",
+            help=f"the free {what}, such as 32GiB, to compare with what the run needs (default: this machine's, unless --gpu, "
+            "--gpu_memory or --launch name another)",
+        )
     command.add_argument("--json", action="store_true", help="print the ledger as one JSON object")
+    command.add_argument(
+        "--against",
+        metavar="CHANGES",
+        nargs=argparse.REMAINDER,
+        help="last: compare with the same run changed, such as --against qlora --max_length 1024",
+    )
     command.set_defaults(flags=[])
 
     command = add(
@@ -154,6 +171,22 @@ def parser() -> CommandParser:
         help="type of the merged weights (default: auto, the type of the run's base)",
     )
 
+    command = add(
+        "doctor",
+        "show what this machine has, what it means for a run, and what to change",
+        epilog="The exit code is 0 if nothing stops a run (advice alone is 0), 1 if there is a problem, and 2 for a mistake.",
+    )
+    command.add_argument(
+        "--launch",
+        metavar="FILE",
+        help="check that launch file against this machine too: the name of a file of launch/, such as zero3, or a path "
+        "(default: the one that accelerate uses)",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a list")
+
+    command = add("cache", "show where predictions are kept, so that the same one is not made twice, or delete them")
+    command.add_argument("--clear", action="store_true", help="delete all of them")
+
     for name, help in (
         ("gpus", "list the GPUs that --gpu knows: memory, compute capability, other names"),
         ("models", "list the models that can be predicted without the hub"),
@@ -186,6 +219,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UserError(
             f"{'unknown flag' if rest[0].startswith('-') else 'unexpected'} {rest[0]}{did_you_mean(rest[0], there)}; footprint {args.command} --help lists those of {args.command}"
         )
+    if "against" in args and args.against is not None:
+        if any(word.startswith("--against=") for word in words):
+            raise UserError("--against takes the rest of the line; write it without =")
+        from toolkit.cli.against import second
+
+        args.against = second(subcommands(top)["predict"], args)
     from toolkit.cli import commands
 
     return getattr(commands, args.command)(args)

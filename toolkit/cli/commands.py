@@ -12,7 +12,9 @@ from toolkit.errors import CONTROLS, UserError, printable
 from toolkit.memory.cuda.cards import find_card, generic_card
 
 __all__ = [
+    "cache",
     "compare",
+    "doctor",
     "evaluate",
     "generate",
     "gpus",
@@ -27,29 +29,45 @@ __all__ = [
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Shows the memory that a run with these flags will need. Returns 1 if the GPU has less, otherwise 0."""
+    """Shows what a run with these flags will need. Returns 1 if the GPU, the host's memory or a disk has less, otherwise 0.
+
+    With --against: shows how a second configuration differs. What is returned is that of the first.
+    """
+    from toolkit.cli import against
     from toolkit.cli.output import clean_stdout
     from toolkit.runs import api, launching
 
-    launching.check(args.method, args.flags, predict=True)
-    if args.launch is not None:
-        launching.find_launch_file(args.launch)
-    elif args.gpu:
-        find_card(args.gpu)
-    elif args.gpu_memory:
-        generic_card(args.gpu_memory)
+    runs = [args] if args.against is None else [args, args.against]
+    for run in runs:
+        launching.check(run.method, run.flags, predict=True)
+        if run.launch is not None:
+            launching.find_launch_file(run.launch)
+        elif run.gpu:
+            find_card(run.gpu)
+        elif run.gpu_memory:
+            generic_card(run.gpu_memory)
+        for flag in ("host_memory", "disk"):
+            api.size_of(flag, getattr(run, flag))
     launching.say_start(f"predict {args.method}", sys.stderr)
     with clean_stdout() as out:
-        ledger = api.predict(
-            args.method,
-            *args.flags,
-            gpu=args.gpu,
-            gpu_memory=args.gpu_memory,
-            launch=args.launch,
-            num_processes=args.num_processes,
-            advise=True,
-        )
-        if args.json:
+        ledgers = [
+            api.predict(
+                run.method,
+                *run.flags,
+                gpu=run.gpu,
+                gpu_memory=run.gpu_memory,
+                launch=run.launch,
+                num_processes=run.num_processes,
+                host_memory=run.host_memory,
+                disk=run.disk,
+                advise=args.against is None,
+            )
+            for run in runs
+        ]
+        ledger = ledgers[0]
+        if args.against is not None:
+            against.show(args, ledger, ledgers[1], out)
+        elif args.json:
             import json
 
             print(json.dumps(ledger.to_json()), file=out)
@@ -62,6 +80,20 @@ def predict(args: argparse.Namespace) -> int:
                 processes = ledger.processes if args.launch else None
                 print("next:", launching.command_after(args.method, args.flags, args.launch, processes), file=out)
     return 0 if ledger.fits else 1
+
+
+def cache(args: argparse.Namespace) -> None:
+    """Says how many predictions are kept, and deletes them with --clear."""
+    from toolkit.runs.prediction_cache import cache_folder, clear, size
+    from toolkit.units import format_bytes
+
+    folder, (number, nbytes) = cache_folder(), size()
+    if folder is None:
+        print("no predictions are kept, because FOOTPRINT_CACHE is empty")
+        return
+    if args.clear:
+        clear()
+    print(f"{'deleted' if args.clear else 'kept'}: {number:,} predictions, {format_bytes(nbytes)}, in {folder}")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -83,6 +115,16 @@ def compare(args: argparse.Namespace) -> int:
     from toolkit.compare.command import compare
 
     return compare(args)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Shows what this machine has and what to change. Returns 1 if a problem stops or spoils a run, otherwise 0."""
+    from toolkit.cli.listing import show_findings
+    from toolkit.cli.output import clean_stdout
+    from toolkit.runs.doctor import diagnose
+
+    with clean_stdout() as out:
+        return show_findings(diagnose(args.launch), args.json, out)
 
 
 def report(args: argparse.Namespace) -> None:

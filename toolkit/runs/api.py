@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
+from toolkit.units import parse_bytes
 
 __all__ = ["Ledger", "UserError", "load_run", "methods", "predict"]
 
@@ -31,6 +32,8 @@ def predict(
     gpu_memory: str | int | None = None,
     launch: str | Path | None = None,
     num_processes: int | None = None,
+    host_memory: str | int | None = None,
+    disk: str | int | None = None,
     advise: bool = False,
     **settings: Setting,
 ) -> Ledger:
@@ -47,19 +50,29 @@ def predict(
             card sold as 24 GB.
         launch: predicts one of several processes: the name of a file of launch/ (`"zero3"`), or a path.
         num_processes: the number of processes, instead of the launch file's own.
+        host_memory, disk: what the machine has free, `"32GiB"` or a number of bytes. Default: what this machine has free, unless `gpu`,
+            `gpu_memory` or `launch` say that the run is elsewhere; then the needs are not compared.
         advise: where the run does not fit, search the nearest setting that does by more predictions; the last warning names it.
             Progress is printed on standard error. A note says what --kbit_upcast all costs, by another prediction.
         settings: the recipe's flags by name, as Python values. A list gives a flag several values, a mapping becomes JSON,
             and None leaves the flag out. They override `flags`.
 
     Returns:
-        The ledger of the process that needs the most memory. Sizes are bytes; `fits` compares it with the GPU's memory.
+        The ledger of the process that needs the most memory. Sizes are bytes; `fits` compares it with the GPU's memory, and
+        `resources` with the host's memory and the disks.
 
     Raises:
         UserError: for an unknown method, card, launch file or flag, for values that cannot be right, and for a run whose
             memory cannot be predicted.
     """
-    for flag, value in (("gpu", gpu), ("gpu_memory", gpu_memory), ("launch", launch)):
+    given: dict[str, Any] = {
+        "gpu": gpu,
+        "gpu_memory": gpu_memory,
+        "launch": launch,
+        "host_memory": host_memory,
+        "disk": disk,
+    }
+    for flag, value in given.items():
         if value == "":
             raise UserError(f"--{flag} is empty; give it a value, or leave it out")
     if gpu and gpu_memory:
@@ -77,17 +90,44 @@ def predict(
         raise UserError(
             "--num_processes has no effect without --launch; add for instance --launch zero3, or leave it out"
         )
+    size_of("host_memory", host_memory)
+    size_of("disk", disk)
     words = [*flags, *_as_flags(settings)]
     _check_model_name(words)
+    from toolkit.runs.prediction_cache import cached
+
+    asked = given | {"method": method, "gpu": gpu, "num_processes": num_processes, "advise": advise}
+    return cached(asked, words, lambda: _predict(words=words, **asked))
+
+
+def _predict(
+    method: str,
+    words: Sequence[str],
+    gpu: str | None,
+    gpu_memory: str | int | None,
+    launch: str | Path | None,
+    num_processes: int | None,
+    host_memory: str | int | None,
+    disk: str | int | None,
+    advise: bool,
+) -> Ledger:
+    """`predict`, of arguments that were checked."""
+    host_bytes, disk_bytes = size_of("host_memory", host_memory), size_of("disk", disk)
     import torch
 
-    from toolkit.config import read_flags
+    from toolkit.models.late_compile import compiled_at_first_call
+
+    with compiled_at_first_call():
+        import peft  # noqa: F401
+
+    from toolkit.config import configure, read_flags
     from toolkit.config.start import say
     from toolkit.distributed.engine import EngineKind
     from toolkit.distributed.launch_files import ONE_PROCESS, read_launch_file
     from toolkit.memory.cuda.cards import find_card, generic_card
     from toolkit.methods import method_named
     from toolkit.runs.prediction import PredictionJob, cost_of_upcast, nearest_fit, this_card
+    from toolkit.runs.resources import with_budgets
 
     recipe = method_named(method)
     named = find_card(gpu) if gpu else generic_card(str(gpu_memory)) if gpu_memory else None
@@ -100,13 +140,30 @@ def predict(
         say("tracing two training steps; of a large model each step takes seconds", sys.stderr)
     run = PredictionJob.predict_in_subprocess if apart else PredictionJob.predict
     ledger = run(job)
+    here = configure(recipe, parsed) if named is None and launch is None else None
+    ledger = replace(ledger, resources=with_budgets(ledger.resources, here, host_bytes, disk_bytes))
     if job.card is None and not on_cpu:
         ledger = replace(ledger, warnings=(*ledger.warnings, ON_CPU))
     if not advise:
         return ledger
     if cost := cost_of_upcast(job, ledger, run):
         ledger = replace(ledger, notes=(*ledger.notes, cost))
-    return ledger if ledger.fits else replace(ledger, warnings=(*ledger.warnings, nearest_fit(job, ledger, run)))
+    if ledger.fits_device:
+        return ledger
+    advice = nearest_fit(job, ledger, run)
+    if short := [resource.name for resource in ledger.resources if not resource.fits]:
+        advice = f"of the card alone: {advice}; it changes nothing in {' and '.join(short)}"
+    return replace(ledger, warnings=(*ledger.warnings, advice))
+
+
+def size_of(flag: str, size: str | int | None) -> int | None:
+    """The bytes that `flag` gives; None without it. Raises: UserError for what is no size, and for text without a unit."""
+    if isinstance(size, str) and size.strip().isdigit():
+        raise UserError(f"--{flag} {size} has no unit; write for instance --{flag} {size.strip()}GiB")
+    try:
+        return None if size is None else parse_bytes(str(size))
+    except UserError as error:
+        raise UserError(f"--{flag}: {error}") from None
 
 
 def load_run(path: str | Path) -> FinishedRun:
@@ -141,6 +198,7 @@ def _check_model_name(words: Sequence[str]) -> None:
     from toolkit.models import catalogue
     from toolkit.models.arguments import looks_like_path
     from toolkit.models.hub import check_reachable, hub_id
+    from toolkit.models.stored import check_name
 
     values: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=False):
@@ -148,13 +206,8 @@ def _check_model_name(words: Sequence[str]) -> None:
         values[flag.replace("-", "_")] = value if equals else following
     name = hub_id(values.get("__model_name_or_path", ""))
     if name and not looks_like_path(name) and catalogue.find(name) is None:
-        try:
-            check_reachable(name, values.get("__model_revision"))
-        except UserError:
-            from toolkit.models.stored import check_name  # slow: it imports transformers
-
-            check_name(name)
-            raise
+        check_name(name)
+        check_reachable(name, values.get("__model_revision"))
 
 
 def _as_flags(settings: Mapping[str, Setting]) -> list[str]:

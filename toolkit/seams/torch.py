@@ -18,6 +18,7 @@ FAKE_TENSORS = (
             "memory.cuda.device",
             "memory.cuda.quantized",
             "memory.trace",
+            "models.longest_answer",
             "training.trainer",
         ),
         target=(
@@ -31,7 +32,7 @@ FAKE_TENSORS = (
     Seam(
         name="errors of fake tensors",
         kind="private",
-        where="memory.shadow.step",
+        where=("memory.shadow.step", "runs.beside_steps"),
         target=(
             "torch._subclasses.fake_tensor: DataDependentOutputException DynamicOutputShapeException "
             "UnsupportedFakeTensorException UnsupportedOperatorException"
@@ -46,6 +47,16 @@ FAKE_TENSORS = (
         target="torch._subclasses.fake_tensor: FakeTensor.data_ptr",
         reason="engines distinguish tensors by the address of their data, which a fake tensor does not have",
         breaks="under an engine the prediction ends with an error",
+    ),
+    Seam(
+        name="a parameter without its constructor",
+        kind="private",
+        where="memory.shadow.fake",
+        target="torch.nn: Parameter",
+        source=(("torch.nn.parameter", r"t\._is_param = True"),),
+        reason="the constructor detaches a fake tensor first, which takes longer than all else in making a model fake",
+        breaks="fake weights are no parameters, and predictions end with an error",
+        probe=lambda: _is_param_differs(),
     ),
     Seam(
         name="a fake tensor without its constructor",
@@ -114,6 +125,7 @@ DISPATCH = (
             "memory.trace",
             "memory.cuda.gradient_sums",
             "memory.measure",
+            "models.longest_answer",
         ),
         target=(
             "torch.utils._python_dispatch: TorchDispatchMode _disable_current_modes _get_current_dispatch_mode_stack",
@@ -199,6 +211,14 @@ AUTOGRAD = (
 
 MODULES = (
     Seam(
+        name="torch.compile",
+        kind="patch",
+        where="models.late_compile",
+        target="torch: compile",
+        reason="bitsandbytes decorates functions with it when it is imported, and that loads Inductor",
+        breaks="predictions start a second later",
+    ),
+    Seam(
         name="step of a part of the weights",
         kind="patch",
         where="training.optimizer_steps",
@@ -222,10 +242,33 @@ MODULES = (
     Seam(
         name="what an nn.Module holds",
         kind="private",
-        where=("memory.census", "memory.shadow.fake", "memory.cuda.loading", "memory.shadow.simulated_rank"),
+        where=(
+            "memory.census",
+            "memory.shadow.fake",
+            "memory.shadow.stacks",
+            "memory.cuda.loading",
+            "memory.shadow.simulated_rank",
+        ),
         target="torch.nn: Module._parameters Module._buffers Module._modules",
-        reason="parameters and buffers are labelled by the module that holds them, and replaced there",
+        reason="parameters and buffers are labelled by the module that holds them, replaced there, and compared between layers",
         breaks="no ledger: an AttributeError",
+    ),
+    Seam(
+        name="forward of a layer",
+        kind="patch",
+        where="memory.shadow.folding",
+        target="torch.nn: Module.forward",
+        reason="a stand-in returns its input; an instance's own forward is neither the class's nor wrapped by checkpointing",
+        breaks="layers that repeat are all run, or their predictions are refused",
+        checked_by="tests/memory/test_folding.py",
+    ),
+    Seam(
+        name="hooks after a gradient is summed",
+        kind="private",
+        where="memory.shadow.folding",
+        target="torch: Tensor._post_accumulate_grad_hooks",
+        reason="under --optimizer_in_backward a weight is updated as soon as it has its gradient, which a stand-in's has not",
+        breaks="predictions of models with layers that repeat end with an error",
     ),
     Seam(
         name="a model's _apply",
@@ -245,6 +288,7 @@ MODULES = (
             "memory.cuda.device:_HalfToFloatSoftmax",
             "memory.cuda.attention:_Keeping",
             "memory.cuda.flash:_FlashAttention",
+            "memory.shadow.folding:_Passed",
             "memory.cuda.liger:_RMSNorm",
             "memory.cuda.liger:_GatedProduct",
             "memory.cuda.liger:_Rope",
@@ -484,6 +528,16 @@ def _fake_tensor_differs() -> str | None:
     if not isinstance(result, FakeTensor) or result.fake_mode is not mode or fake.fake_device.type != "cpu":
         return "an operator on a fake tensor does not give a fake tensor of its mode on its device"
     return None
+
+
+def _is_param_differs() -> str | None:
+    """Checks that the constructor marks a fake tensor as a parameter as `shadow.fake` does."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    fake = FakeTensor(FakeTensorMode(), torch.empty(1, device="meta"), torch.device("cpu"))
+    marked = vars(torch.nn.Parameter(fake)).get("_is_param")
+    return None if marked is True else f"nn.Parameter of a fake tensor has _is_param {marked!r}"
 
 
 def _fast_fake_differs() -> str | None:

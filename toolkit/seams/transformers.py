@@ -215,6 +215,19 @@ MODELS = (
         breaks="PEFT is given the cache of both, and refuses it",
     ),
     Seam(
+        name="layers of a cache",
+        kind="private",
+        where=("models.longest_answer", "memory.shadow.folding"),
+        target=(
+            "transformers.cache_utils: DynamicCache.layers DynamicLayer.keys DynamicLayer.values DynamicLayer.update "
+            "EncoderDecoderCache.self_attention_cache"
+        ),
+        reason="a predicted cache grows to the length of the longest answer at once; a prefix puts keys into each layer of one",
+        breaks="the last step of generation is predicted with a shorter cache, or not at all; a prefix's gradients are not predicted",
+        silent=True,
+        checked_by="tests/test_beside_steps.py",
+    ),
+    Seam(
         name="parts that a model may lack",
         kind="private",
         where=("memory.census", "models.catalogue", "models.generation", "benchmarks.on_gpu.speed_jobs"),
