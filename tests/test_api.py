@@ -75,6 +75,7 @@ def test_retries_of_the_hub_are_hidden_and_its_other_warnings_are_not(imports):
     assert done.stderr == "another warning\n"
 
 
+@pytest.mark.slow
 def test_methods_is_callable_before_and_after_its_package_is_imported():
     code = (
         "import toolkit; first = toolkit.methods()\n"
@@ -96,6 +97,7 @@ def test_the_package_lists_its_names_and_has_no_others():
     assert "lora" in toolkit.methods()
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_the_types(tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text(

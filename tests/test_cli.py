@@ -237,6 +237,7 @@ def test_help_and_the_list_of_gpus_import_no_pytorch():
     assert "RTX 4090" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["gpus"], ["models"], ["predict", "lora", "--help", "all"]])
 def test_a_reader_that_stops_early_sees_no_traceback(words):
     command = [sys.executable, "-u", "-c", "from toolkit.cli import main; main()", *words]

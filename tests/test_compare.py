@@ -188,6 +188,7 @@ def arguments(folder: Path, *flags, methods="full,lora", seeds=1, show=False):
     )
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_stop_the_others_and_finished_runs_are_not_repeated(small_recipes, tmp_path, capfd):
     folder = tmp_path / "c"
     assert compare(arguments(folder, methods="lora,full")) == 1

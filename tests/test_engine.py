@@ -174,6 +174,7 @@ def test_a_full_gpu_is_one_line_that_says_how_to_need_less(monkeypatch, capsys):
     assert said.count("\n") == 1 and "--activation_checkpointing" in said
 
 
+@pytest.mark.slow
 def test_a_rank_that_handles_no_signals_ends_soon_after_another_has_printed_an_error(tmp_path):
     """Like a rank that waits for a GPU: Python runs signal handlers only between its own instructions."""
     mark = tmp_path / "1" / "error.json"

@@ -163,6 +163,7 @@ def item(name, job, seconds=0.5, gib=1.0, needs=(), **arguments):
     return Item(name, "test", f"gpu_jobs:{job}", arguments, seconds, gib, needs)
 
 
+@pytest.mark.slow
 def test_an_item_that_fails_dies_or_hangs_stops_nothing_and_says_why(make_pool, outcomes):
     pool = make_pool(60)
     left = pool.run(
@@ -182,6 +183,7 @@ def test_an_item_that_fails_dies_or_hangs_stops_nothing_and_says_why(make_pool, 
     assert outcomes["fine"].found == {"value": 3}
 
 
+@pytest.mark.slow
 def test_only_items_that_can_end_in_time_start_and_running_ones_are_killed_at_the_end(make_pool, outcomes):
     pool = make_pool(3, least=100)
     began = time.monotonic()
@@ -353,6 +355,7 @@ def test_the_committed_results_are_readable():
 # ---- a whole rehearsal
 
 
+@pytest.mark.slow
 def test_importing_what_recipes_need_does_not_initialize_cuda():
     """On a machine with a GPU, an import that initializes CUDA would make forks unusable."""
     code = """

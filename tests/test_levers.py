@@ -57,6 +57,7 @@ def test_every_length_was_bounded_from_both_sides():
         assert not row["most"] or row["needed_bytes"] <= row["budget_bytes"]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_of_8b_in_bf16_needs_less_than_others_publish():
     """18.9 GiB with an optimizer in 8 bits, paged, in the backward pass; the prediction is the committed one."""
     last = costs.load()["rows"][-1]

@@ -99,6 +99,7 @@ def test_models_without_such_a_bias_stay_as_they_are(name):
     assert model.config._attn_implementation != SHARED
 
 
+@pytest.mark.slow
 def test_a_compiled_t5_trains_without_it_and_is_predicted_without_it(tmp_path):
     """Compilation cannot follow a sum that is kept at a tensor."""
     model = tiny_model("t5")

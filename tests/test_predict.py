@@ -111,11 +111,13 @@ def test_one_of_several_gpus_is_predicted_under_a_launch_file(sees_a_gpu, config
     assert sum(step["optimizer_state"].values()) == pytest.approx(3 * 4 * share, abs=64)
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_exits_with_1(config_only, capfd):
     code, out, _ = run(capfd, "predict", "full", *flags(config_only, "--gpu_memory", "16MiB", "--json"))
     assert (code, json.loads(out)["fits"]) == (1, False)
 
 
+@pytest.mark.slow
 def test_the_first_line_is_the_verdict_and_the_last_the_command(config_only, capfd):
     source = ("--model_name_or_path", str(config_only))
     _, out, _ = run(capfd, "predict", "lora", *source, "--gpu", "3060")

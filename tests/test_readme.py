@@ -37,7 +37,8 @@ COVERED = {
         "accelerate launch recipes/qlora.py": "test_each_training_command_runs_with_local_replacements_for_the_hub",
         "accelerate launch recipes/full.py": "test_each_training_command_runs_with_local_replacements_for_the_hub",
         "accelerate launch --config_file": "test_each_training_command_runs_with_local_replacements_for_the_hub",
-        "footprint predict": "test_predict_and_report_run_unchanged",
+        "footprint predict lora --model": "test_predict_and_report_run_unchanged",
+        "footprint predict lora --gpu": "test_predict_and_report_run_unchanged",
         "footprint report": "test_predict_and_report_run_unchanged",
     },
     "recipes/README.md": {
@@ -312,8 +313,11 @@ def test_predict_and_report_run_unchanged(capfd, tmp_path):
         assert not caught.value.code, out
         return out
 
-    ledger = shown([*shlex.split(command("README.md", "footprint predict")), "--json"])
+    ledger = shown([*shlex.split(command("README.md", "footprint predict lora --model")), "--json"])
     assert json.loads(ledger)["fits"]
+    difference = " ".join(shown(shlex.split(command("README.md", "footprint predict lora --gpu"))).split())
+    assert re.match(r"B needs .* GiB less than A: .* on RTX 4090\. Both fit into ", difference)
+    assert "weights that do not train" in difference and "the weights are 4-bit" in difference
     for name in ("RUN_A", "RUN_B", "RUN_DIR"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.json").write_text(ledger)
