@@ -214,7 +214,7 @@ def test_a_library_that_others_do_not_admit_is_a_problem(monkeypatch):
     needs = {"footprint": ["peft>=0.21,<0.22", "absent>=1"], "torchvision": ["torch==2.12.0", "x; extra == 'y'"]}
     there = {"peft": "0.20.0", "torchvision": "0.27.0", "torch": "2.13.0+cpu", "torchao": "0.15.0", "footprint": "1"}
     monkeypatch.setattr(doctor, "_requirements", lambda name: needs.get(name, []))
-    monkeypatch.setattr(doctor, "_version", there.get)
+    monkeypatch.setattr(doctor, "version_of", there.get)
     _, *findings = doctor._versions()
     assert [(one.what, one.value, one.command) for one in findings] == [
         ("peft", "0.20.0", "pip install 'peft<0.22,>=0.21'"),

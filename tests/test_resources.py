@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 import toolkit
 from toolkit.errors import UserError
 from toolkit.memory.ledger import Ledger
-from toolkit.memory.resources import HOST, Line, Resource, available_host_bytes, free_disk_bytes
-from toolkit.memory.resources import _left_in_container as left_in_container
+from toolkit.memory.resources import HOST, Line, Resource
+from toolkit.runs import machine
 from toolkit.runs.resources import PROCESS_BYTES
 from toolkit.runs.resources import _checkpoints_at_once as checkpoints_at_once
 from toolkit.units import MIB
@@ -165,8 +165,8 @@ def test_only_this_machine_is_compared_without_budgets(tmp_path):
     assert all(one.budget_bytes is None for one in elsewhere.resources) and elsewhere.fits
     assert {one.name for one in here.resources} == {HOST, "disk"}
     host, disk = here.resources
-    assert host.budget_bytes == pytest.approx(available_host_bytes(), rel=0.2)
-    assert disk.budget_bytes == pytest.approx(free_disk_bytes(tmp_path), rel=0.05)
+    assert host.budget_bytes == pytest.approx(machine.host_memory().available_bytes, rel=0.2)
+    assert disk.budget_bytes == pytest.approx(machine.disk(tmp_path).free_bytes, rel=0.05)
     assert lines_of(here, HOST)["training"].nbytes == here.needed_bytes  # a CPU's memory is the host's
 
 
@@ -185,10 +185,17 @@ def test_what_no_size_is_refused_with_its_flag():
         toolkit.predict("lora", disk="12 apples")
 
 
-def test_a_containers_limit_counts_without_what_can_be_reclaimed(tmp_path):
+def test_a_containers_limit_counts_without_what_can_be_reclaimed(tmp_path, monkeypatch):
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+
+    def left_in_container():
+        return [limit - used for limit, used in machine._cgroup_limits()]
+
     files = {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 400\ninactive_file 250\n"}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert left_in_container(tmp_path) == [550]
+    assert left_in_container() == [550]
     (tmp_path / "memory.max").write_text("max")
-    assert left_in_container(tmp_path) == []
+    assert left_in_container() == []

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
 
 
+def version_of(library: str) -> str | None:
+    """The version of an installed library; None if it is not installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def stack_versions() -> dict[str, str]:
     """Versions of the installed libraries that memory depends on."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {name: version for name in LIBRARIES if (version := version_of(name)) is not None}
 
 
 def device_name(device: torch.device) -> str:

@@ -213,13 +213,14 @@ def _headline(ledger: Ledger) -> str:
         for one in ledger.resources
     ]
     # after the host's memory, before the disks: the order in which a run needs them
-    if ledger.risk is not None:
+    risk = ledger.risk
+    if risk is not None:
         sizes = _of_budget(ledger.needed_bytes, ledger.budget_bytes)
         alone = "" if all(one.fits for one in ledger.resources) else "the card: "
-        device = f"{ledger.risk.verdict}: {alone}{sizes}; {_chance(ledger.risk, ledger.spills)}"
+        device = f"{risk.verdict}: {alone}{sizes}; {_chance(risk, ledger.spills)}"
         verdicts.insert(1, (ledger.fits_device, device))
     lines[:0] = [verdict for fits, verdict in verdicts if not fits]
-    if ledger.risk is not None and ledger.fits_device:
+    if risk is not None and ledger.fits_device:
         lines.insert(-1, device)
     if ledger.copied_bytes:
         lines.append(

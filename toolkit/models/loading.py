@@ -58,7 +58,7 @@ BUILD_SECONDS = 120.0  # without weights the largest model of today takes a few
 # T5-like models. They were trained in bf16; in fp16 their activations exceed the largest number (65,504) and become inf or NaN.
 # Their positions are relative, so inputs longer than in training work.
 T5_FAMILY = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
-ORDINARY_TOKEN_ID = 5  # not a special token
+ORDINARY_TOKEN_ID = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
 
 def _instead_of(folder: Path) -> str:

@@ -17,9 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from toolkit.distributed.sharded_models import is_sharded
 from toolkit.models.generation import generating_by
+from toolkit.models.loading import ORDINARY_TOKEN_ID
 from toolkit.models.soft_prompts import base_model, cache_by_both_names, embedded, has_virtual_tokens
-
-ORDINARY_TOKEN_ID = 5  # no padding
 
 
 def generate_first_and_last(

@@ -90,8 +90,7 @@ def predict(
         raise UserError(
             "--num_processes has no effect without --launch; add for instance --launch zero3, or leave it out"
         )
-    size_of("host_memory", host_memory)
-    size_of("disk", disk)
+    given |= {"host_memory": size_of("host_memory", host_memory), "disk": size_of("disk", disk)}
     words = [*flags, *_as_flags(settings)]
     _check_model_name(words)
     from toolkit.runs.prediction_cache import cached
@@ -107,12 +106,11 @@ def _predict(
     gpu_memory: str | int | None,
     launch: str | Path | None,
     num_processes: int | None,
-    host_memory: str | int | None,
-    disk: str | int | None,
+    host_memory: int | None,
+    disk: int | None,
     advise: bool,
 ) -> Ledger:
-    """`predict`, of arguments that were checked."""
-    host_bytes, disk_bytes = size_of("host_memory", host_memory), size_of("disk", disk)
+    """`predict`, of arguments that were checked; sizes in bytes."""
     import torch
 
     from toolkit.models.late_compile import compiled_at_first_call
@@ -141,7 +139,7 @@ def _predict(
     run = PredictionJob.predict_in_subprocess if apart else PredictionJob.predict
     ledger = run(job)
     here = configure(recipe, parsed) if named is None and launch is None else None
-    ledger = replace(ledger, resources=with_budgets(ledger.resources, here, host_bytes, disk_bytes))
+    ledger = replace(ledger, resources=with_budgets(ledger.resources, here, host_memory, disk))
     if job.card is None and not on_cpu:
         ledger = replace(ledger, warnings=(*ledger.warnings, ON_CPU))
     if not advise:
@@ -199,15 +197,13 @@ def _check_model_name(words: Sequence[str]) -> None:
     from toolkit.models.arguments import looks_like_path
     from toolkit.models.hub import check_reachable, hub_id
     from toolkit.models.stored import check_name
+    from toolkit.runs.prediction_cache import flag_values
 
-    values: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        flag, equals, value = word.partition("=")
-        values[flag.replace("-", "_")] = value if equals else following
-    name = hub_id(values.get("__model_name_or_path", ""))
+    values = dict(flag_values(words))
+    name = hub_id(values.get("model_name_or_path", ""))
     if name and not looks_like_path(name) and catalogue.find(name) is None:
         check_name(name)
-        check_reachable(name, values.get("__model_revision"))
+        check_reachable(name, values.get("model_revision"))
 
 
 def _as_flags(settings: Mapping[str, Setting]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from toolkit.errors import UserError, words_of
 from toolkit.memory.cuda.cards import Card, card_of_device
-from toolkit.memory.environment import stack_versions
+from toolkit.memory.environment import stack_versions, version_of
 from toolkit.runs import machine
 from toolkit.units import GIB, format_bytes
 from toolkit.version import __version__
@@ -28,9 +28,8 @@ LEAST_MEMORY = 2 * GIB  # the libraries of a run take 0.5 GiB before it loads an
 LEAST_DISK = {"hub cache": 20 * GIB, "this folder": 5 * GIB, "temporary files": GIB}
 LEAST_SHARED_MEMORY = GIB
 SHARE_OF_OTHERS = 0.05  # of a card: a desktop alone takes less
-BYTES_OF_OFFLOADED_STATE = (
-    20  # of each trained parameter: in fp32 its weight, gradient and two moments, in 16 bits a weight and a gradient
-)
+# of each trained parameter: in fp32 its weight, gradient and two moments, in 16 bits a weight and a gradient
+BYTES_OF_OFFLOADED_STATE = 20
 
 
 class Verdict(StrEnum):
@@ -100,16 +99,16 @@ def _versions() -> Iterator[Finding]:
             needed = Requirement(text)
             if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
                 continue
-            got = _version(needed.name)
+            got = version_of(needed.name)
             if got is None and owner == "footprint":
                 advice = "footprint needs it"
             elif got is not None and not needed.specifier.contains(got, prereleases=True):
-                advice = f"{owner} {_version(owner)} needs {needed.name}{needed.specifier}"
+                advice = f"{owner} {version_of(owner)} needs {needed.name}{needed.specifier}"
             else:
                 continue
             command = f"pip install {shlex.quote(f'{needed.name}{needed.specifier}')}"
             yield Finding(needed.name, got or "not installed", Verdict.PROBLEM, advice, command)
-    torchao = _version("torchao")
+    torchao = version_of("torchao")
     if torchao is not None and Requirement(f"torchao<{OLDEST_TORCHAO}").specifier.contains(torchao, prereleases=True):
         advice = f"PEFT adds no LoRA while a torchao before {OLDEST_TORCHAO} is installed"
         yield Finding("torchao", torchao, Verdict.PROBLEM, advice, f"pip install 'torchao>={OLDEST_TORCHAO}'")
@@ -120,13 +119,6 @@ def _requirements(name: str) -> list[str]:
         return metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         return []
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _memory() -> Iterator[Finding]:
@@ -303,7 +295,7 @@ def _allocator() -> Iterator[Finding]:
 
 def _bitsandbytes(seen: machine.PyTorch) -> Iterator[Finding]:
     what, install = "bitsandbytes", "pip install --force-reinstall --no-deps bitsandbytes"
-    if _version(what) is None:
+    if version_of(what) is None:
         if sys.platform != "linux":
             yield Finding(
                 what, "not installed, so there are no 4-bit and 8-bit weights; it comes with footprint on Linux"
@@ -315,19 +307,19 @@ def _bitsandbytes(seen: machine.PyTorch) -> Iterator[Finding]:
         yield Finding(what, f"cannot be imported ({words_of(error)})", Verdict.PROBLEM, "install it again", install)
         return
     if lib.compiled_with_cuda:
-        yield Finding(what, f"{_version(what)}, with CUDA kernels")
+        yield Finding(what, f"{version_of(what)}, with CUDA kernels")
     elif seen.gpus:
         advice = f"it has no kernels for CUDA {seen.cuda}, so 4-bit and 8-bit weights fail; its own diagnosis"
         yield Finding(
-            what, f"{_version(what)}, without CUDA kernels", Verdict.PROBLEM, advice, "python -m bitsandbytes"
+            what, f"{version_of(what)}, without CUDA kernels", Verdict.PROBLEM, advice, "python -m bitsandbytes"
         )
     else:
-        yield Finding(what, f"{_version(what)}, with kernels for the CPU")
+        yield Finding(what, f"{version_of(what)}, with kernels for the CPU")
 
 
 def _deepspeed(seen: machine.PyTorch) -> Iterator[Finding]:
     what = "DeepSpeed"
-    if _version("deepspeed") is None:
+    if version_of("deepspeed") is None:
         if sys.platform != "linux":
             yield Finding(what, "not installed, so there is no ZeRO; it comes with footprint on Linux")
         return
@@ -338,7 +330,7 @@ def _deepspeed(seen: machine.PyTorch) -> Iterator[Finding]:
         yield Finding(what, str(lock), Verdict.PROBLEM, advice, f"rm {shlex.quote(str(lock))}")
     missing = _not_compiled(seen)
     able = [name for name in ("cpu_adam", "async_io") if name not in missing]
-    yield Finding(what, f"{_version('deepspeed')}" + (f"; can compile {', '.join(able)}" if able else ""))
+    yield Finding(what, f"{version_of('deepspeed')}" + (f"; can compile {', '.join(able)}" if able else ""))
     for name, (why, command) in missing.items():
         use = "offloading the optimizer" if name == "cpu_adam" else "offloading to an NVMe disk"
         yield Finding(name, f"cannot be compiled: {why}", Verdict.ADVICE, f"{use} needs it", command)
@@ -395,7 +387,7 @@ def _launch(file: Path | None, seen: machine.PyTorch) -> Iterator[Finding]:
     yield Finding("launch file", f"{value}: {engine}" if launch.processes > 1 else f"{value}: one process")
     yield from _launched_processes(path, launch.processes // launch.machines, seen)
     yield from _launched_precision(path, launch.env, seen)
-    if engine.kind.is_zero and _version("deepspeed") is None:
+    if engine.kind.is_zero and version_of("deepspeed") is None:
         yield Finding(
             "engine", str(engine.kind), Verdict.PROBLEM, "DeepSpeed is not installed", "pip install deepspeed"
         )

@@ -111,10 +111,21 @@ def _cgroup_limits() -> Iterator[tuple[int, int]]:
 
 def disk(folder: Path) -> Disk:
     """The disk that `folder` is on, or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = _existing(folder)
     mounts = [mount for mount in psutil.disk_partitions(all=True) if there.resolve().is_relative_to(mount.mountpoint)]
     kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
     return Disk(shutil.disk_usage(there).free, kind in ("tmpfs", "ramfs"), os.access(there, os.W_OK))
+
+
+def same_disk(first: Path, second: Path) -> bool:
+    """Whether two folders, which need not exist yet, are in one file system."""
+    return _existing(first).stat().st_dev == _existing(second).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the first folder around it that exists."""
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def nvidia_smi(*arguments: str) -> list[list[str]]:

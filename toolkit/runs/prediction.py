@@ -45,7 +45,7 @@ from toolkit.models import catalogue
 from toolkit.models.arguments import FLASH_ATTENTION, looks_like_path
 from toolkit.models.heads import has_head, set_head
 from toolkit.models.hub import TOKENIZER_FILE, check_reachable
-from toolkit.models.loading import LANGUAGE_PART, build_on_meta, is_multimodal, load_tokenizer
+from toolkit.models.loading import LANGUAGE_PART, ORDINARY_TOKEN_ID, build_on_meta, is_multimodal, load_tokenizer
 from toolkit.models.losses import IGNORE_INDEX
 from toolkit.models.meta import attention_without_its_package
 from toolkit.models.quantization import Packed, untrained_experts
@@ -66,7 +66,6 @@ SUPPORTED_ENGINES = (EngineKind.DDP, EngineKind.ZERO_1, EngineKind.ZERO_2, Engin
 MOST_TOKENS = 20_000_000  # in a batch: its ids, mask and labels are held on this machine, 24 bytes a token
 MOST_PASSES = 32  # of a step are traced: each takes 1 to 3 seconds for a model of 1 to 8 B
 SHORTEST = 64  # the fewest tokens that `nearest_fit` tries
-ORDINARY_TOKEN_ID = 5  # a token id that no tokenizer in use gives to a padding, beginning or end token
 
 
 def predict_run(

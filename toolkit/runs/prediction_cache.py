@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
+from toolkit.files import atomic_write
+from toolkit.memory.environment import version_of
 from toolkit.models import catalogue
 from toolkit.models.hub import hub_id
 
@@ -39,8 +39,9 @@ ENVIRONMENT = ("PYTORCH_", "CUBLAS_", "HF_")  # beginnings of variables
 def cached(asked: Mapping[str, Any], words: Sequence[str], make: Callable[[], Ledger]) -> Ledger:
     """What `make()` returns for what was `asked`, with the flags `words`; from a file if there is one."""
     folder, key = cache_folder(), None
-    with suppress(OSError, ValueError):  # a flag's value cannot be a path
-        key = _key(asked, words)
+    if folder is not None:
+        with suppress(OSError, ValueError):  # a flag's value cannot be a path
+            key = _key(asked, words)
     if folder is None or key is None:
         return make()
     from toolkit.memory.ledger import Ledger
@@ -52,9 +53,7 @@ def cached(asked: Mapping[str, Any], words: Sequence[str], make: Callable[[], Le
     ledger = make()
     with suppress(OSError):  # no permission, or a full disk
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:  # so that the file appears whole
-            ledger.save(Path(place) / file.name)
-            (Path(place) / file.name).replace(file)
+        atomic_write(file, ledger.to_text())
     return ledger
 
 
@@ -85,7 +84,7 @@ def _key(asked: Mapping[str, Any], words: Sequence[str]) -> str | None:
 
     It is more for this machine's own card, for data that is read, for flags in a file, and for a model that comes from the hub.
     """
-    given = dict(_values(words))
+    given = dict(flag_values(words))
     name = given.get("model_name_or_path")
     on_hub = name is not None and not Path(name).exists() and catalogue.find(hub_id(name)) is None
     if asked["gpu"] is None and asked["gpu_memory"] is None:
@@ -106,7 +105,7 @@ def _key(asked: Mapping[str, Any], words: Sequence[str]) -> str | None:
             [
                 {name: str(value) for name, value in asked.items()},
                 list(words),
-                [sys.version, *map(_version, LIBRARIES)],
+                [sys.version, *map(version_of, LIBRARIES)],
                 sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)),
                 [_state(file) for file in sorted(files)],
             ]
@@ -114,19 +113,12 @@ def _key(asked: Mapping[str, Any], words: Sequence[str]) -> str | None:
     ).hexdigest()
 
 
-def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def flag_values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """`["--max_length", "8", "--bf16=true"]` -> `("max_length", "8")`, `("bf16", "true")`."""
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word.startswith("--"):
             flag, equals, value = word.removeprefix("--").partition("=")
             yield flag.replace("-", "_"), value if equals else following
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def _state(file: Path) -> tuple[str, int, int] | None:

@@ -21,27 +21,16 @@ from transformers import PreTrainedConfig
 from toolkit.config import Config
 from toolkit.distributed.engine import EngineKind
 from toolkit.memory.ledger import Ledger
-from toolkit.memory.resources import (
-    CACHE_DISK,
-    HOST,
-    RUN_DISK,
-    Line,
-    Resource,
-    available_host_bytes,
-    free_disk_bytes,
-    same_disk,
-)
+from toolkit.memory.resources import CACHE_DISK, HOST, RUN_DISK, Line, Resource
+from toolkit.runs import machine
 from toolkit.training.trainer import FineTuner
 from toolkit.units import KIB, MIB
 
-PROCESS_BYTES = (
-    400 * MIB
-)  # Python with PyTorch, transformers and PEFT, without a model: 384 MiB of its own, measured with torch 2.13
+# Python with PyTorch, transformers and PEFT, without a model: 384 MiB of its own, measured with torch 2.13
+PROCESS_BYTES = 400 * MIB
 WORKER_BYTES = 16 * MIB  # a data loader's worker: it shares its parent's memory; 10 to 11 MiB of its own, measured
-TENSOR_BYTES = {
-    "weights": 128,
-    "optimizer": 272,
-}  # beside each tensor's data, in safetensors and in torch.save; measured
+# beside each tensor's data, in safetensors and in torch.save; measured
+TENSOR_BYTES = {"weights": 128, "optimizer": 272}
 CHECKPOINT_BYTES = 30 * KIB  # configs, scheduler, random states and manifest; measured
 RUN_BYTES = 150 * KIB  # config, memory ledgers, metrics and model card; measured
 # Types of models of the catalogue, which does not know how a checkpoint is stored, whose authors published float32; others have 16 bits
@@ -139,7 +128,9 @@ def with_budgets(
     if not resources:
         return ()
     host, caches, folder = resources
-    host = replace(host, budget_bytes=available_host_bytes() if here and host_bytes is None else host_bytes)
+    if here and host_bytes is None:
+        host_bytes = machine.host_memory().available_bytes
+    host = replace(host, budget_bytes=host_bytes)
     cache, output = Path(constants.HF_HUB_CACHE), Path(here.training.output_dir if here else "")
     if here and _is_cached(here):
         caches = replace(caches, lines=tuple(line for line in caches.lines if line.name != "model files"))
@@ -147,10 +138,14 @@ def with_budgets(
         return host, Resource("disk", caches.lines + folder.lines, disk_bytes)
     if here is None:
         return host, caches, folder
-    free = free_disk_bytes(output)
-    if same_disk(cache, output):
+    try:
+        free, of_caches = (machine.disk(place).free_bytes for place in (output, cache))
+        together = machine.same_disk(cache, output)
+    except OSError:  # they cannot be read
+        return host, caches, folder
+    if together:
         return host, Resource("disk", caches.lines + folder.lines, free)
-    return host, replace(caches, budget_bytes=free_disk_bytes(cache)), replace(folder, budget_bytes=free)
+    return host, replace(caches, budget_bytes=of_caches), replace(folder, budget_bytes=free)
 
 
 def _is_cached(config: Config) -> bool:
@@ -233,20 +228,18 @@ def _run_folder(config: Config, ledger: Ledger, saved: Saved, rows: int | None) 
     files = {file for pattern in TOKENIZER for file in source.glob(pattern)} if source.is_dir() else set()
     tokenizer = sum(file.stat().st_size for file in files)
     size = saved.weight_bytes + tokenizer + CHECKPOINT_BYTES
-    whole = not training.save_only_model
+    whole, in_shards = not training.save_only_model, kind.is_zero or kind is EngineKind.FSDP2
     if whole:
         size += saved.optimizer_bytes
-    if whole and (
-        kind is EngineKind.FSDP2 or kind.is_zero
-    ):  # their own copy of the trained weights, beside the model's files
-        size += saved.weights
+        if in_shards:  # these engines write their own copy of the trained weights beside the model's files
+            size += saved.weights
     lines = [
         Line("run folder", saved.weight_bytes + tokenizer + RUN_BYTES, "the trained weights and the run's reports")
     ]
     number = _checkpoints_at_once(training, rows, config.engine.processes)
     if number:
         state = "weights, optimizer state" if whole else "weights"
-        estimate = "; an estimate" if kind.is_zero or kind is EngineKind.FSDP2 else ""
+        estimate = "; an estimate" if in_shards else ""
         words = f"{number} at once of {size:,} bytes: {state}, tokenizer{estimate}"
         lines.append(Line("checkpoints", number * size, words))
     if ledger.nvme_bytes:

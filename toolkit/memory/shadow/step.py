@@ -219,11 +219,12 @@ def predict(
     """The predicted ledger of training, made in this process without weights and without a GPU.
 
     Layers that repeat are run once, where that gives the events of the whole model (`folding`); otherwise all are.
-    `build` must make its model on the meta device; each attempt calls it, and `beside`, once. `trainer` must make the Trainer that training uses,
-    with the given arguments (a copy limited to two steps on one CPU process) and callback. Its data set must give, in order,
-    either at least `rows_needed(arguments)` rows as long as the longest row of training, or one collated batch for each
-    forward pass (2 x gradient_accumulation_steps). `sinks` receive the trace's events; then no layer is left out. `beside()` runs what else the run does with
-    the trained model, by the phases of `ledger.BESIDE_STEPS`; one that fails on fake tensors becomes a note.
+    `build` must make its model on the meta device; each attempt calls it, and `beside`, once. `trainer` must make the Trainer
+    that training uses, with the given arguments (a copy limited to two steps on one CPU process) and callback. Its data set
+    must give, in order, either at least `rows_needed(arguments)` rows as long as the longest row of training, or one collated
+    batch for each forward pass (2 x gradient_accumulation_steps). `sinks` receive the trace's events; then no layer is left
+    out. `beside()` gives what else the run does with the trained model, by the phases of `ledger.BESIDE_STEPS`; one that fails
+    on fake tensors becomes a note.
 
     Raises:
         UserError: for options and models that the shadow step does not support, by name.
@@ -241,10 +242,8 @@ def predict(
                     continue
                 except UserError:
                     raise
-                except (
-                    Exception
-                ):  # CannotFold, or what a stand-in led to; an error of the model itself comes again below
-                    pass
+                except Exception:
+                    pass  # CannotFold, or what a stand-in led to; an error of the model itself comes again below
                 break
         ledger = ledger or attempt(None)
     return replace(ledger, seconds=time.perf_counter() - began)

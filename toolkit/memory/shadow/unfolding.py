@@ -212,6 +212,9 @@ class Unfolding:
         block = self.alive.pop((layer, name), None)
         if block is None:
             raise TemplatesDiffer(f"layer {layer[1]} of {self.stacks[layer[0]].path} has no block of {name[2]} to end")
+        self._send_death(block)
+
+    def _send_death(self, block: Allocation) -> None:
         for sink in self.sinks:
             sink.died(block)
 
@@ -223,8 +226,7 @@ class Unfolding:
                 continue
             found = self.names.get(id(item.what))
             if found is None:
-                for sink in self.sinks:
-                    sink.died(item.what)
+                self._send_death(item.what)
                 continue
             (number, i), name = found
             stack = self.stacks[number]
@@ -275,8 +277,7 @@ class Unfolding:
             for item in group:
                 found = self.names.get(id(item.what))
                 if found is None:
-                    for sink in self.sinks:
-                        sink.died(item.what)
+                    self._send_death(item.what)
                     continue
                 (number, i), name = found
                 self._death((number, i), name)
